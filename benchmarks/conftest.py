@@ -1,0 +1,95 @@
+"""One table at the end: every backend that runs here, side by side."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from measured_models import Models
+from rich.console import Console
+from rich.table import Table
+
+from cifarx_export.exporting import export
+from cifarx_serve.backends.base import Backend
+from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.environment import environment
+from cifarx_serve.errors import DeviceError
+from cifarx_train.data.selection import select_data_like
+from cifarx_train.run import train
+
+_ROWS = pytest.StashKey[list[tuple[str, ...]]]()
+_NOTES = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ckpt", type=Path, help="the checkpoint to measure; else a quick one on the built-in data")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ROWS], config.stash[_NOTES] = [], []
+    config.option.benchmark_quiet = True  # its own tables have no agreement and no provider; -v shows them
+
+
+@pytest.fixture(scope="session")
+def rows(pytestconfig: pytest.Config) -> list[tuple[str, ...]]:
+    """Where a test puts its row of the table."""
+    return pytestconfig.stash[_ROWS]
+
+
+@pytest.fixture(scope="session")
+def notes(pytestconfig: pytest.Config) -> list[str]:
+    """Where a test puts a line to print below the table."""
+    return pytestconfig.stash[_NOTES]
+
+
+@pytest.fixture(scope="session")
+def models(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The checkpoint of `--ckpt`, or of a short run on the built-in data, exported to every format."""
+    folder = tmp_path_factory.mktemp("models")
+    checkpoint = pytestconfig.getoption("ckpt")
+    if checkpoint is None:
+        checkpoint = train("lzh", data="builtin", epochs=1, learning_rate=0.05, out=folder).checkpoints[-1]
+    made = export(checkpoint, ["torchscript", "onnx"], out=folder)
+    assert all(artifact.report.summary.passed for artifact in made)
+    files = {"pytorch": checkpoint, **{artifact.report.format: artifact.path for artifact in made}}
+    files["onnxruntime"] = files.pop("onnx")
+    with open_backend(checkpoint, device="cpu") as backend:
+        spec = backend.spec
+    data = select_data_like(spec.training.data if spec.training else None, "auto")
+    return Models(files, data.load("test", spec.input).images, data.name)
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def backends(request: pytest.FixtureRequest, models: Models) -> Iterator[dict[str, Backend]]:
+    """Every backend's file opened on a device, the reference first."""
+    with ExitStack() as stack:
+        try:
+            yield {
+                name: stack.enter_context(open_backend(models.files[name], device=request.param))
+                for name in ("pytorch", "torchscript", "onnxruntime")
+            }
+        except DeviceError as error:
+            pytest.skip(str(error))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[_ROWS]
+    if not rows:
+        return
+    headings = ("backend", "provider", "batch", "p50 µs", "p90 µs", "p99 µs", "images/s", "speed-up", "agreement")
+    table = Table(*headings, title="one call, host memory to host memory; speed-up over PyTorch, measured in turns")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    here = environment()
+    terminalreporter.write_line("")
+    terminalreporter.write(capture.get())
+    versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    terminalreporter.write_line(f"{here.cpu}, {here.threads} of {here.cpus} CPUs, {', '.join(here.gpus) or 'no GPU'}")
+    terminalreporter.write_line(f"Python {here.python}, {versions}")
+    for note in config.stash[_NOTES]:
+        terminalreporter.write_line(note)

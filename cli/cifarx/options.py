@@ -1,0 +1,27 @@
+"""Options that several commands share, so that they read and mean the same everywhere."""
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+DeviceName: TypeAlias = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps; only auto may fall back.")
+]
+DataName: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="auto, cifar10, builtin, or the path of a folder or .tar.gz with train/CLASS/ and test/CLASS/.",
+    ),
+]
+Checkpoint: TypeAlias = Annotated[
+    str, typer.Option("--ckpt", metavar="FILE", help="The checkpoint, as `cifarx train` wrote it.")
+]
+AbsoluteTolerance: TypeAlias = Annotated[
+    float | None, typer.Option("--atol", help="Absolute tolerance of a logit. [default: by precision]")
+]
+RelativeTolerance: TypeAlias = Annotated[
+    float | None, typer.Option("--rtol", help="Relative tolerance of a logit. [default: by precision]")
+]

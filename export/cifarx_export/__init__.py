@@ -1,0 +1,1 @@
+"""From a checkpoint to artifacts, each proved before it gets its name."""

@@ -1,0 +1,22 @@
+"""The images of a proof: the test split of what the model was trained on, or of what the user names."""
+
+from cifarx_export.proof import ProofData
+from cifarx_serve.spec import ModelSpec
+from cifarx_train.data.dataset import fingerprint
+from cifarx_train.data.selection import select_data_like
+
+
+def proof_data(spec: ModelSpec, name: str) -> ProofData:
+    """Read a test split at the model's input size.
+
+    Args:
+        spec: of the model to be proved.
+        name: as `--data` has it; `auto` is what the model was trained on where that can be found.
+
+    Raises:
+        DataError: what was asked for is absent or damaged.
+    """
+    data = select_data_like(spec.training.data if spec.training else None, name)
+    split = data.load("test", spec.input)
+    labels = split.labels if data.class_names == spec.class_names else None
+    return ProofData(split.images, labels, data.name, fingerprint(split, data.class_names))

@@ -1,0 +1,1 @@
+"""The runtime: runs the artifacts, and needs no PyTorch to do so."""

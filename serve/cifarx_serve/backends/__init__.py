@@ -1,0 +1,1 @@
+"""One module a runtime that can answer for a model file."""

@@ -1,0 +1,70 @@
+"""What every backend is: a model file opened on a device."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarx_serve.devices import Device
+from cifarx_serve.errors import ModelFileError
+from cifarx_serve.spec import ModelSpec
+
+
+class Backend(ABC):
+    """A model file opened on a device; a context manager.
+
+    A subclass imports its heavy library inside `__init__`, not at the top of its module: the registry imports
+    the modules to learn their suffixes.
+
+    Attributes:
+        name: the backend's name on the command line.
+        suffixes: the endings of the files it can open.
+        spec: what the file says about itself.
+        provider: what really runs the model, as the library names it; never merely what was asked for.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    spec: ModelSpec
+    provider: str
+
+    @abstractmethod
+    def __init__(self, path: Path, device: Device) -> None:
+        """Open the file.
+
+        Raises:
+            ModelFileError: the file is not one this backend can run, or has no spec.
+            DeviceError: the device cannot be had.
+        """
+
+    @classmethod
+    @abstractmethod
+    def read_spec(cls, path: Path) -> ModelSpec:
+        """What the file says about itself, without the cost of making it ready to run; raises as opening does."""
+
+    @abstractmethod
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits, (N, classes), of a batch of inputs, (N, 3, height, width)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the file holds open; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def require_file(path: Path) -> None:
+    """Raises ModelFileError where `path` is not a file."""
+    if path.is_dir():
+        raise ModelFileError(f"{path} is a folder", "name a model file")
+    if not path.exists():
+        raise ModelFileError(f"no such file {path}", "check the path, or make it with `cifarx export`")

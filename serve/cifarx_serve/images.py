@@ -1,0 +1,117 @@
+"""From anything that holds an image to an RGB picture."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from cifarx_serve.errors import ImageError
+
+MAX_PIXELS: Final = 100_000_000
+"""A larger picture is refused before it is decoded: 300 MB of RGB is more than any classifier asks for."""
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+
+# The EXIF tag for the orientation of the camera (Exif 2.3, section 4.6.4).
+_ORIENTATION: Final = 0x0112
+
+# Pillow's mode I has 32 bits; from these formats it holds 16-bit grey (PNG until Pillow 10.3).
+_SIXTEEN_BITS_AS_I: Final = ("PPM", "PNG")
+
+
+def read_image(source: ImageSource) -> Image.Image:
+    """Decode one image to RGB, upright.
+
+    The camera's EXIF orientation is applied. Transparency is composited over white. 16-bit grey is scaled to
+    8 bits. Of an animation the first frame is taken.
+
+    Args:
+        source: a path, the bytes of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 3)
+            or (H, W, 4).
+
+    Raises:
+        ImageError: no such file, not an image, truncated, too large, without a pixel, or an array of another
+            shape or dtype.
+    """
+    if isinstance(source, Image.Image):
+        with _image_errors("the image"):  # Pillow reads the file of an opened image when its pixels are asked for
+            return to_rgb(source)
+    if isinstance(source, np.ndarray):
+        return to_rgb(_from_array(source))
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), f"{len(source)} bytes")
+    path = Path(source)
+    try:
+        with path.open("rb") as file:
+            return _decode(file, str(path))
+    except IsADirectoryError as error:
+        raise ImageError(f"{path} is a folder", "name an image file") from error
+    except ValueError as error:
+        raise ImageError(f"cannot open image {str(path)!r} ({error})", "check the path") from error
+    except OSError as error:
+        remedy = "check the path" if isinstance(error, FileNotFoundError) else "make it readable"
+        raise ImageError(f"cannot open image {path} ({error.strerror or error})", remedy) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as upright 8-bit RGB."""
+    if 0 in image.size:
+        raise ImageError(f"an image of {image.width}x{image.height} pixels", "give one that has pixels")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        from PIL import ImageOps  # most pictures are upright, and start-up is the product
+
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS_AS_I):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _decode(file: IO[bytes], name: str) -> Image.Image:
+    with _image_errors(name):
+        image = Image.open(file)
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_large(f"{image.width}x{image.height} pixels", name)
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def _image_errors(name: str) -> Iterator[None]:
+    """Whatever Pillow raises inside, as ImageError."""
+    try:
+        with warnings.catch_warnings():
+            # Of large pictures, where the limit is ours, and of damaged metadata, where the pixels are sound.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large("a decompression bomb", name) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image", "give a JPEG, PNG, WebP, BMP, TIFF or GIF file") from error
+    except Exception as error:  # what Pillow's decoders raise on damaged files has no common base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name} is truncated or damaged ({reason})", "save or copy the image again") from error
+
+
+def _too_large(what: str, name: str) -> ImageError:
+    return ImageError(f"{name} is {what}, over the limit of {MAX_PIXELS:,} pixels", "resize the image first")
+
+
+def _from_array(array: NDArray[np.uint8]) -> Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(
+            f"cannot take an array of shape {array.shape} and dtype {array.dtype} as an image",
+            "give uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
+        )
+    return Image.fromarray(np.ascontiguousarray(array))

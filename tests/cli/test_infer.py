@@ -1,0 +1,180 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import Cli
+from PIL import Image
+from trained_model import Trained
+
+from cifarx_train.data.builtin import CLASS_NAMES, draw
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> list[Path]:
+    """The first five test drawings as PNG files."""
+    images, _ = draw("test")
+    paths = [tmp_path / f"{position}.png" for position in range(5)]
+    for image, path in zip(images, paths, strict=False):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def test_json_shape(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    ran = cli("infer", *drawings, "--model", trained.onnx, "--json", "--top-k", 3)
+    assert ran.status == 0
+    assert [entry["image"] for entry in ran.json] == list(map(str, drawings))
+    for entry in ran.json:
+        assert list(entry) == ["image", "label", "index", "score", "top", "model", "backend", "provider"]
+        assert [list(candidate) for candidate in entry["top"]] == [["label", "index", "score"]] * 3
+        assert entry["label"] == CLASS_NAMES[entry["index"]] == entry["top"][0]["label"]
+        assert entry["backend"] == "onnxruntime"
+        assert entry["model"] == str(trained.onnx)
+
+
+def test_every_backend_gives_the_same_answer(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    answers = [
+        [
+            (entry["index"], round(entry["score"], 5))
+            for entry in cli("infer", *drawings, "--model", model, "--json").json
+        ]
+        for model in (trained.onnx, trained.torchscript, trained.checkpoint)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_text_is_one_line_an_image(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    ran = cli("infer", *drawings, "--model", trained.onnx)
+    lines = ran.out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(map(str, drawings))
+    assert all(line.split()[1] in CLASS_NAMES for line in lines)
+
+
+def test_says_what_runs_and_what_it_was_trained_on(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    err = cli("infer", drawings[0], "--model", trained.onnx).err
+    assert "CPUExecutionProvider" in err
+    assert "built-in" in err or "builtin" in err
+
+
+def test_without_a_model_takes_the_newest_that_the_backend_runs(
+    cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path
+) -> None:
+    shutil.copy(trained.onnx, tmp_path / "old.onnx")
+    shutil.copy(trained.onnx, tmp_path / "new.onnx")
+    shutil.copy(trained.checkpoint, tmp_path / "newest.pth")
+    newest = (tmp_path / "old.onnx").stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "new.onnx", ns=(newest, newest))
+    ran = cli("infer", drawings[0], "--backend", "onnxruntime", "--json")
+    assert ran.json[0]["model"] == "new.onnx"
+    assert "new.onnx" in ran.err
+    assert cli("infer", drawings[0], "--backend", "pytorch", "--json").json[0]["model"] == "newest.pth"
+
+
+def test_no_model_at_all(cli: Cli, drawings: list[Path]) -> None:
+    ran = cli("infer", drawings[0], "--backend", "onnxruntime")
+    assert ran.status == 2
+    assert "--model" in ran.error
+    assert ".onnx" in ran.error
+
+
+def test_broken_images_do_not_stop_the_others(cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(drawings[0].read_bytes()[:200])
+    ran = cli("infer", drawings[0], torn, "absent.png", drawings[1], "--model", trained.onnx, "--json")
+    assert ran.status == 2
+    assert [("label" in entry, "error" in entry) for entry in ran.json] == [
+        (True, False),
+        (False, True),
+        (False, True),
+        (True, False),
+    ]
+    assert list(ran.json[1]) == ["image", "error"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"no picture", "not an image"), (b"", "not an image"), (None, "No such file")],
+    ids=["text", "empty", "absent"],
+)
+def test_what_is_no_image(cli: Cli, trained: Trained, tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    ran = cli("infer", path, "--model", trained.onnx)
+    assert ran.status == 2
+    assert words in ran.error
+    assert ran.err.count("\n") == 1
+    assert ran.out == ""
+
+
+def test_truncated_photo(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.jpg")
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:5000])
+    ran = cli("infer", tmp_path / "torn.jpg", "--model", trained.onnx)
+    assert ran.status == 2
+    assert "truncated" in ran.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backend", "onnxrt"], "did you mean 'onnxruntime'"),
+        (["--device", "gpu"], "cuda:N"),
+        (["--top-k", "11"], "10 classes"),
+        (["--top-k", "0"], "10 classes"),
+        (["--backend", "pytorch"], "does not open"),
+    ],
+)
+def test_wrong_choices(cli: Cli, trained: Trained, drawings: list[Path], arguments: list[str], words: str) -> None:
+    ran = cli("infer", drawings[0], "--model", trained.onnx, *arguments)
+    assert ran.status == 2
+    assert words in ran.error
+    assert ran.out == ""
+
+
+def test_cuda_that_is_not_there_is_an_error(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    for model in (trained.onnx, trained.torchscript, trained.checkpoint):
+        ran = cli("infer", drawings[0], "--model", model, "--device", "cuda")
+        assert ran.status == 2
+        assert "--device cpu" in ran.error
+        assert ran.out == ""
+
+
+def test_model_files_that_are_none(cli: Cli, drawings: list[Path], tmp_path: Path) -> None:
+    for name in ("x.onnx", "x.torchscript.pt", "x.pth"):
+        (tmp_path / name).write_bytes(b"this is no model")
+        ran = cli("infer", drawings[0], "--model", tmp_path / name)
+        assert ran.status == 2
+        assert name in ran.error
+
+
+def test_onnx_imports_no_pytorch(trained: Trained, drawings: list[Path]) -> None:
+    code = (
+        "import sys; from cifarx.__main__ import main\n"
+        f"sys.argv = ['cifarx', 'infer', {str(drawings[0])!r}, '--model', {str(trained.onnx)!r},"
+        " '--backend', 'onnxruntime']\n"
+        "try: main()\n"
+        "except SystemExit as ended: status = ended.code\n"
+        "heavy = {'torch', 'torchvision', 'onnx', 'tensorboard', 'rich'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else status)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(str(drawings[0]))
+
+
+def test_dog(cli: Cli, trained: Trained, dog: Path) -> None:
+    """A photograph of 1546x1213, whatever a model of drawings makes of it: the same by every backend."""
+    answers = {
+        cli("infer", dog, "--model", model, "--json").json[0]["index"]
+        for model in (trained.onnx, trained.torchscript, trained.checkpoint)
+    }
+    assert len(answers) == 1

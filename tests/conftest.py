@@ -1,0 +1,50 @@
+"""What several rooms' tests need: real data where it is there, and one small trained model with its artifacts."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from trained_model import Trained
+
+_SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test in a folder of its own, with no data set named from outside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIFARX_DATA", raising=False)
+
+
+@pytest.fixture(scope="session")
+def cifar10_jpeg() -> Path:
+    """CIFAR-10 as image files: `$CIFARX_DATA`, or a copy beside the project."""
+    path = Path(os.environ.get("CIFARX_DATA") or _SHARED / "cifar10-jpeg.tar.gz").absolute()
+    if not path.exists():
+        pytest.skip(f"no CIFAR-10 image files: set CIFARX_DATA (looked at {path.name})")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dog() -> Path:
+    """A photograph of a dog, 1546x1213."""
+    path = (_SHARED / "dog.jpg").absolute()
+    if not path.exists():
+        pytest.skip("no dog.jpg in the shared data beside the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Lzh after one epoch on the built-in data, exported to every format, each proof passed."""
+    from cifarx_export.exporting import export
+    from cifarx_train.run import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    done = train("lzh", data="builtin", epochs=1, learning_rate=0.05, out=folder)
+    shutil.rmtree(folder / "logs")
+    onnx, torchscript = export(done.checkpoints[0], ["onnx", "torchscript"])
+    assert onnx.report.summary.passed
+    assert torchscript.report.summary.passed
+    return Trained(folder, done.checkpoints[0], onnx.path, torchscript.path)

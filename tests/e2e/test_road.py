@@ -1,0 +1,78 @@
+"""The lines that users type, one after the other, in one folder, as real processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PROGRAM = Path(sys.executable).with_name("cifarx")
+
+
+def cifarx(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    ran = subprocess.run([PROGRAM, *line.split()], capture_output=True, text=True, check=False, cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def test_the_lines_as_they_stand(tmp_path: Path, cifar10_jpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cifarx train --model lzh` with the notes' ten epochs, on a tenth of CIFAR-10 to be quick."""
+    monkeypatch.setenv("CIFARX_DATA", str(_tenth(cifar10_jpeg, tmp_path / "tenth")))
+    Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(tmp_path / "dog.png")
+
+    cifarx("train --model lzh", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == [f"lzh_{epoch}.pth" for epoch in range(10)]
+
+    cifarx("export --ckpt lzh_9.pth --format onnx", tmp_path)
+    ran = cifarx("infer dog.png --backend onnxruntime", tmp_path)
+    assert ran.stdout.startswith("dog.png: ")
+    assert "lzh_9.onnx" in ran.stderr
+
+    report = json.loads((tmp_path / "lzh_9.onnx.parity.json").read_text())
+    assert report["summary"]["agreement"] == 1.0
+    assert report["summary"]["data"] == "tenth"
+
+
+def test_real_images_give_the_same_answer_everywhere(
+    tmp_path: Path, cifar10_jpeg: Path, dog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One epoch on all of CIFAR-10 (JPEG copy); the proof on all 10,000 test images; a photograph by every backend."""
+    monkeypatch.setenv("CIFARX_DATA", str(cifar10_jpeg))
+    trained = json.loads(cifarx("train --model lzh --epochs 1 --lr 0.05 --json", tmp_path).stdout)
+    assert trained["test_accuracy"] > 0.3
+
+    rows = json.loads(cifarx("export --ckpt lzh_0.pth --format onnx --format torchscript --json", tmp_path).stdout)
+    for row in rows:
+        assert row["images"] == 10_000
+        assert row["agreement"] == 1.0
+        assert row["forgiven"] == 0
+        assert row["max_abs_error"] < 1e-4
+        assert row["accuracy"] == trained["test_accuracy"]
+
+    answers = [
+        json.loads(cifarx(f"infer {dog} --backend {backend} --json", tmp_path).stdout)[0]
+        for backend in ("onnxruntime", "torchscript", "pytorch")
+    ]
+    assert len({answer["index"] for answer in answers}) == 1
+    assert [answer["score"] for answer in answers] == pytest.approx([answers[0]["score"]] * 3, abs=1e-5)
+
+
+def _tenth(archive: Path, folder: Path) -> Path:
+    """Every tenth image of the training split and of the test split, as a folder."""
+    import tarfile
+
+    if archive.is_dir():
+        pytest.skip("CIFARX_DATA is a folder, not an archive")
+    with tarfile.open(archive) as source:
+        for member in source:
+            if member.isfile() and int(Path(member.name).stem) % 10 == 0:
+                content = source.extractfile(member)
+                assert content is not None
+                target = folder / member.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content.read())
+    return folder

@@ -1,0 +1,189 @@
+"""ONNX files: what is inside, what is not, and that they are the same every time."""
+
+import getpass
+import os
+import re
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from cifarx_export.formats import ExportOptions
+from cifarx_export.onnx_format import DEFAULT_OPSET, OPSETS, OnnxArtifact, convert_to_onnx
+from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY
+from cifarx_serve.errors import UsageError
+from cifarx_serve.spec import ModelSpec
+from cifarx_train.checkpoint import Checkpoint, load_checkpoint
+
+CONVERT = """
+import sys
+from pathlib import Path
+from cifarx_export.formats import ExportOptions
+from cifarx_export.onnx_format import convert_to_onnx
+from cifarx_train.checkpoint import load_checkpoint
+loaded = load_checkpoint(Path(sys.argv[1]))
+convert_to_onnx(loaded.build(), loaded.spec, ExportOptions()).save(Path(sys.argv[2]), loaded.spec)
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module", params=[None, 20, 23])
+def opset(request: pytest.FixtureRequest) -> int | None:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def artifact(loaded: Checkpoint, opset: int | None) -> OnnxArtifact:
+    return convert_to_onnx(loaded.build(), loaded.spec, ExportOptions(opset))
+
+
+@pytest.fixture(scope="module")
+def path(artifact: OnnxArtifact, loaded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "lzh.onnx"
+    artifact.save(path, loaded.spec)
+    return path
+
+
+def batch(size: int) -> NDArray[np.float32]:
+    return np.random.default_rng(size).random((size, 3, 32, 32), dtype=np.float32)
+
+
+def dimensions(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def answers(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    logits: NDArray[np.float32] = session.run(["logits"], {"input": inputs})[0]
+    return logits
+
+
+def test_the_model_is_one_valid_file(path: Path) -> None:
+    onnx.checker.check_model(path, full_check=True)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    assert tensors
+    assert all(tensor.data_location != onnx.TensorProto.EXTERNAL for tensor in tensors)
+
+
+def test_it_takes_input_and_gives_logits_with_only_the_batch_dynamic(path: Path) -> None:
+    graph = onnx.load(path).graph
+    assert [value.name for value in graph.input] == ["input"]
+    assert [value.name for value in graph.output] == ["logits"]
+    for value in (graph.input[0], graph.output[0]):
+        assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert dimensions(graph.input[0]) == ["batch", 3, 32, 32]
+    assert dimensions(graph.output[0]) == ["batch", 10]
+
+
+def test_the_opset_is_the_one_asked_for(path: Path, opset: int | None) -> None:
+    imports = onnx.load(path).opset_import
+    assert [(entry.domain, entry.version) for entry in imports] == [("", opset or 18)]
+
+
+def test_the_spec_is_its_only_metadata(path: Path, loaded: Checkpoint) -> None:
+    entries = onnx.load(path).metadata_props
+    assert [entry.key for entry in entries] == [SPEC_KEY]
+    assert ModelSpec.from_json(entries[0].value, "test") == loaded.spec
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_it_answers_as_the_network_at_any_batch(path: Path, loaded: Checkpoint, size: int) -> None:
+    inputs = batch(size)
+    with torch.inference_mode():
+        expected = loaded.build()(torch.from_numpy(inputs)).numpy()
+    np.testing.assert_allclose(answers(path, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def texts(message: object) -> Iterator[str]:
+    """Every string of a protobuf message, those inside others too; weights are bytes and no strings."""
+    for field, value in message.ListFields():  # type: ignore[attr-defined]
+        values = [value] if isinstance(value, str | bytes) or not hasattr(value, "__len__") else value
+        for entry in values:
+            if isinstance(entry, str):
+                yield entry
+            elif isinstance(entry, bytes) and field.name != "raw_data":
+                yield entry.decode(errors="replace")
+            elif hasattr(entry, "ListFields"):
+                yield from texts(entry)
+
+
+def test_nothing_of_this_machine_is_inside(path: Path) -> None:
+    content = path.read_bytes()
+    folders = {
+        Path.cwd(),
+        Path.home(),
+        Path(__file__).parents[2],
+        Path(sys.prefix),
+        Path(sysconfig.get_path("purelib")),
+    }
+    for folder in folders - {Path("/")}:
+        assert os.fsencode(folder) not in content
+    for mark in (b"stack_trace", b"site-packages", b".py", b"Traceback"):
+        assert mark not in content
+    every = "\n".join(texts(onnx.load(path)))
+    assert SPEC_KEY in every
+    for name in (getpass.getuser(), socket.gethostname()):
+        assert not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", every)
+
+
+def test_saving_again_with_another_spec_changes_nothing_but_the_spec(
+    artifact: OnnxArtifact, path: Path, loaded: Checkpoint, tmp_path: Path
+) -> None:
+    other = msgspec.structs.replace(loaded.spec, exporter={"format": "onnx"})
+    artifact.save(tmp_path / "other.onnx", other)
+    first, second = onnx.load(path), onnx.load(tmp_path / "other.onnx")
+    assert ModelSpec.from_json(second.metadata_props[0].value, "test") == other
+    del first.metadata_props[:], second.metadata_props[:]
+    assert first == second
+    artifact.save(tmp_path / "again.onnx", loaded.spec)
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+def test_another_process_writes_the_same_bytes(good_onnx: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Elsewhere, and with its sets in another order."""
+    environment = {**os.environ, "PYTHONHASHSEED": "1234"}
+    subprocess.run([sys.executable, "-c", CONVERT, checkpoint, "theirs.onnx"], check=True, env=environment)
+    loaded = load_checkpoint(checkpoint)
+    convert_to_onnx(loaded.build(), loaded.spec, ExportOptions(18)).save(tmp_path / "ours.onnx", loaded.spec)
+    assert (tmp_path / "theirs.onnx").read_bytes() == (tmp_path / "ours.onnx").read_bytes()
+    # And what is exported is what is converted, but for the spec.
+    exported, converted = onnx.load(good_onnx), onnx.load(tmp_path / "ours.onnx")
+    assert exported.graph == converted.graph
+
+
+def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
+    loaded: Checkpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    module = loaded.build()
+    generator = torch.get_rng_state()
+    convert_to_onnx(module, loaded.spec, ExportOptions())
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert not module.training
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, loaded.model[name])
+
+
+@pytest.mark.parametrize("version", [-1, 0, 17, 24, 99])
+def test_an_opset_that_is_not_supported_is_refused(loaded: Checkpoint, version: int) -> None:
+    with pytest.raises(UsageError, match=rf"opset {version} is not supported: give 18 to {OPSETS[-1]}"):
+        convert_to_onnx(loaded.build(), loaded.spec, ExportOptions(version))
+
+
+def test_the_default_opset_is_18() -> None:
+    assert DEFAULT_OPSET == 18

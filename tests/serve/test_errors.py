@@ -1,0 +1,48 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cifarx_serve import errors
+from cifarx_serve.errors import CheckFailed, CifarxError, FallbackWarning, UsageError, unknown
+
+KINDS = [
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    and kind is not FallbackWarning
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_says_what_is_wrong_and_how_to_mend_it(kind: type[CifarxError]) -> None:
+    error = kind("epochs is -1", "give 1 or more")
+    assert isinstance(error, CifarxError)
+    assert str(error) == "epochs is -1: give 1 or more"
+    assert (error.problem, error.remedy) == ("epochs is -1", "give 1 or more")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_failed_check_is_not_the_users_mistake(kind: type[CifarxError]) -> None:
+    assert kind.exit_status == (1 if kind is CheckFailed else 2)
+
+
+def test_a_fallback_is_told_and_stops_nothing() -> None:
+    assert issubclass(FallbackWarning, UserWarning)
+    assert not issubclass(FallbackWarning, CifarxError)
+
+
+@pytest.mark.parametrize(
+    ("value", "near"),
+    [("onnxrt", "onnxruntime"), ("OnnxRuntime", "onnxruntime"), ("torch-script", "torchscript"), ("tvm", None)],
+)
+def test_unknown_names_the_nearest(value: str, near: str | None) -> None:
+    error = unknown("backend", value, ["torchscript", "onnxruntime"])
+    assert isinstance(error, UsageError)
+    assert error.problem == f"unknown backend {value!r}"
+    hint = f"did you mean {near!r}? " if near else ""
+    assert error.remedy == f"{hint}known are onnxruntime, torchscript"
+
+
+@given(value=st.text(), choices=st.sets(st.text(min_size=1), min_size=1))
+def test_unknown_names_the_value_and_every_choice(value: str, choices: set[str]) -> None:
+    error = unknown("model", value, choices)
+    assert repr(value) in error.problem
+    assert error.remedy.endswith("known are " + ", ".join(sorted(choices)))

@@ -1,0 +1,108 @@
+import time
+from collections.abc import Callable
+
+import pytest
+
+from cifarx_serve.measuring import FIRST_CALLS, WINDOW_S, Runner, measure
+
+
+class Clock:
+    """Time that passes only when a runner says so: figures come out exact on any machine."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def runner(self, cost_us: Callable[[int], float], name: str = "x") -> Runner:
+        """A runner whose call number n takes `cost_us(n)` microseconds."""
+        calls = iter(range(10**9))
+
+        def call() -> None:
+            self.ns += round(cost_us(next(calls)) * 1e3)
+
+        return Runner(name, call)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: clock.ns)
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(clock, "ns", clock.ns + round(seconds * 1e9)))
+    return clock
+
+
+def test_a_steady_runner(clock: Clock) -> None:
+    [latency] = measure([clock.runner(lambda _: 1000)], seconds=1)
+    assert (latency.p50_us, latency.p90_us, latency.p99_us) == (1000, 1000, 1000)
+    assert latency.samples == 1000
+
+
+def test_results_are_in_the_runners_order(clock: Clock) -> None:
+    latencies = measure([clock.runner(lambda _, us=us: us) for us in (300, 100, 200)], seconds=0.3)  # type: ignore[misc]
+    assert [latency.p50_us for latency in latencies] == [300, 100, 200]
+
+
+def test_percentiles_show_the_tail(clock: Clock) -> None:
+    [latency] = measure([clock.runner(lambda n: 5000 if n % 20 == 0 else 100)], seconds=1)
+    assert latency.p50_us == latency.p90_us == 100
+    assert latency.p99_us == 5000
+
+
+def test_first_calls_are_not_counted(clock: Clock) -> None:
+    [latency] = measure([clock.runner(lambda n: 10**6 if n < FIRST_CALLS else 100)], seconds=0.1)
+    assert latency.p99_us == 100
+
+
+def test_the_first_calls_of_a_turn_are_not_counted(clock: Clock) -> None:
+    """Another runner has filled the caches in the meantime."""
+    ran_last: list[str] = []
+
+    def cost(name: str) -> Callable[[int], float]:
+        def of_call(_: int) -> float:
+            cold = ran_last[-1:] != [name]
+            ran_last.append(name)
+            return 10_000 if cold else 100
+
+        return of_call
+
+    latencies = measure([clock.runner(cost(name), name) for name in "ab"], seconds=1)
+    assert [latency.p99_us for latency in latencies] == [100, 100]
+
+
+def test_a_ratio_holds_while_the_machine_slows_down(clock: Clock) -> None:
+    """Twice as slow at the end as at the beginning, and still the second takes three times the first."""
+
+    def drifting(us: float) -> Callable[[int], float]:
+        return lambda _: us * (1 + clock.ns / 8e9)
+
+    first, second = measure([clock.runner(drifting(us)) for us in (100, 300)], seconds=4)
+    assert first.p99_us > 1.5 * 100
+    assert second.p50_us / first.p50_us == pytest.approx(3, rel=0.02)
+
+
+def test_a_runner_slower_than_its_turn_is_still_measured(clock: Clock) -> None:
+    [latency] = measure([clock.runner(lambda _: 3 * WINDOW_S * 1e6)], seconds=0.001)
+    assert latency.samples == 1
+    assert latency.p50_us == pytest.approx(3 * WINDOW_S * 1e6)
+
+
+def test_more_seconds_are_more_samples(clock: Clock) -> None:
+    samples = [measure([clock.runner(lambda _: 1000)], seconds)[0].samples for seconds in (0.1, 0.5, 2)]
+    assert samples == [100, 500, 2000]
+
+
+def test_no_runners() -> None:
+    assert measure([], seconds=1) == []
+
+
+def test_an_error_of_a_runner_is_not_swallowed() -> None:
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure([Runner("broken", broken)], seconds=0.1)
+
+
+def test_on_a_real_clock() -> None:
+    [latency] = measure([Runner("sum", lambda: sum(range(1000)))], seconds=0.1)
+    assert latency.samples >= 1
+    assert 0 < latency.p50_us <= latency.p90_us <= latency.p99_us

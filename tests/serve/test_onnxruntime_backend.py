@@ -1,0 +1,217 @@
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from colour_model import SPEC, write_onnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from trained_model import Trained
+
+from cifarx_serve.backends import onnxruntime_backend
+from cifarx_serve.backends.cuda_libraries import has_driver
+from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY, OnnxRuntimeBackend, provider_problem
+from cifarx_serve.devices import Device
+from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
+from cifarx_serve.preprocess import scale
+from cifarx_serve.spec import ModelSpec
+
+CPU, CUDA, MPS, AUTO = Device("cpu"), Device("cuda"), Device("mps"), Device("auto")
+
+needs_no_driver = pytest.mark.skipif(has_driver(), reason="there is an NVIDIA driver here")
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    return write_onnx(tmp_path / "colours.onnx")
+
+
+@pytest.fixture(autouse=True)
+def _prints_nothing(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Whatever happens, the library says nothing on its own: not on standard output, not beside the one error line."""
+    yield
+    assert capfd.readouterr() == ("", "")
+
+
+def test_answers(colours: Path) -> None:
+    batch = np.zeros((2, 3, 4, 6), np.float32)
+    batch[0, 1] = 0.5
+    batch[1, 2, 0, 0] = 1
+    with OnnxRuntimeBackend(colours, CPU) as backend:
+        logits = backend.run(batch)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, [[0, 5, 0], [0, 0, 10 / 24]], rtol=1e-6)
+
+
+def test_a_row_does_not_depend_on_its_batch(trained: Trained) -> None:
+    with OnnxRuntimeBackend(trained.onnx, CPU) as backend:
+        images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+        inputs = scale(images, backend.spec.input)
+        alone = np.concatenate([backend.run(inputs[[row]]) for row in range(64)])
+        assert alone.shape == (64, len(backend.spec.class_names))
+        for size in (3, 64):
+            np.testing.assert_allclose(backend.run(inputs[:size]), alone[:size], rtol=0, atol=1e-5)
+
+
+def test_says_what_the_file_says(trained: Trained) -> None:
+    expected = {entry.key: entry.value for entry in onnx.load(trained.onnx).metadata_props}[SPEC_KEY]
+    spec = OnnxRuntimeBackend.read_spec(trained.onnx)
+    assert spec.to_json() == expected
+    with OnnxRuntimeBackend(trained.onnx, CPU) as backend:
+        assert backend.spec == spec
+
+
+def test_the_provider_is_the_sessions_own(colours: Path) -> None:
+    with OnnxRuntimeBackend(colours, CPU) as backend:
+        assert backend.provider == "CPUExecutionProvider"
+    assert "CPUExecutionProvider" in onnxruntime.get_available_providers()
+
+
+@needs_no_driver
+def test_auto_is_the_cpu_where_there_is_no_driver(colours: Path) -> None:
+    with OnnxRuntimeBackend(colours, AUTO) as backend:
+        assert backend.provider == "CPUExecutionProvider"
+
+
+@needs_no_driver
+@pytest.mark.parametrize("device", [CUDA, Device("cuda", 3)], ids=str)
+def test_cuda_without_a_driver_is_an_error_that_says_so(colours: Path, device: Device) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime is a CPU build")
+    for error in (provider_problem(device), opening_error(colours, device)):
+        assert isinstance(error, DeviceError)
+        assert "no NVIDIA driver" in error.problem
+        assert error.remedy == "use --device cpu"
+        assert "\n" not in str(error)
+
+
+def test_a_device_that_the_library_does_not_have(colours: Path) -> None:
+    error = opening_error(colours, MPS)
+    assert isinstance(error, DeviceError)
+    assert "mps" in error.problem
+    assert isinstance(provider_problem(MPS), DeviceError)
+
+
+def test_no_problem_with_the_cpu() -> None:
+    assert provider_problem(CPU) is None
+
+
+@pytest.mark.skipif(not has_driver(), reason="there is no NVIDIA driver here")
+def test_cuda_is_given_or_refused_and_never_the_cpu(colours: Path) -> None:
+    try:
+        backend = OnnxRuntimeBackend(colours, CUDA)
+    except DeviceError as error:
+        assert "\n" not in str(error)
+    else:
+        with backend:
+            assert backend.provider == "CUDAExecutionProvider"
+
+
+def test_the_probe_is_what_the_onnx_library_makes() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
+    onnx.checker.check_model(model)
+    assert model.SerializeToString() == onnxruntime_backend._PROBE
+
+
+def opening_error(path: Path, device: Device = CPU) -> CifarxError:
+    with pytest.raises(CifarxError) as raised:
+        OnnxRuntimeBackend(path, device)
+    return raised.value
+
+
+def reading_error(path: Path) -> CifarxError:
+    with pytest.raises(CifarxError) as raised:
+        OnnxRuntimeBackend.read_spec(path)
+    return raised.value
+
+
+def refused(path: Path) -> str:
+    """The problem with a file, the same on opening it and on reading its spec."""
+    opening, reading = opening_error(path), reading_error(path)
+    assert isinstance(opening, ModelFileError)
+    assert str(opening) == str(reading)
+    assert path.name in opening.problem
+    assert "\n" not in str(opening)
+    return opening.problem
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no model", b"\0" * 1000, b"PK\x03\x04" + b"x" * 100])
+def test_what_is_not_onnx(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(content)
+    assert "is not an ONNX model" in refused(path)
+
+
+def test_half_a_file(tmp_path: Path, trained: Trained) -> None:
+    path = tmp_path / "half.onnx"
+    whole = trained.onnx.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is not an ONNX model" in refused(path)
+
+
+def test_operators_newer_than_the_runtime(tmp_path: Path) -> None:
+    assert "opset" in refused(write_onnx(tmp_path / "new.onnx", opset=999)).lower()
+
+
+def test_a_model_of_somebody_elses(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "theirs.onnx", document=None)
+    assert refused(path) == f"{path} carries no model spec"
+
+
+def test_a_spec_that_is_no_text(tmp_path: Path, colours: Path) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(colours.read_bytes().replace(b'"green"', b'"gr\xff\xffn"'))
+    assert "damaged metadata" in refused(path)
+
+
+@pytest.mark.parametrize("document", ["", "{}", SPEC.to_json()[:-5], SPEC.to_json().replace(":1,", ":2,", 1)])
+def test_a_spec_that_cannot_be_read(tmp_path: Path, document: str) -> None:
+    path = write_onnx(tmp_path / "x.onnx", document)
+    for error in (opening_error(path), reading_error(path)):
+        assert isinstance(error, SpecError)
+        assert error.problem.startswith(str(path))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    damage=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 255)), max_size=4), cut=st.none() | st.integers(0)
+)
+def test_a_damaged_file_is_an_error_of_ours_or_still_a_model(
+    colours: Path, damage: list[tuple[int, int]], cut: int | None
+) -> None:
+    whole = bytearray(write_onnx(colours).read_bytes())
+    for place, byte in damage:
+        whole[place % len(whole)] = byte
+    colours.write_bytes(whole[:cut])
+    try:
+        assert isinstance(OnnxRuntimeBackend.read_spec(colours), ModelSpec)
+    except (ModelFileError, SpecError) as error:
+        assert "\n" not in str(error)
+
+
+def test_closing_twice(colours: Path) -> None:
+    backend = OnnxRuntimeBackend(colours, CPU)
+    backend.close()
+    backend.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
+def test_runs_on_one_cpu_of_several(colours: Path, fresh_python: Callable[..., str]) -> None:
+    """A container's share of a machine: the library would pin its threads to CPUs that it may not use, and complain."""
+    code = (
+        "import os, sys; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
+        "import numpy as np; from cifarx_serve.backends.registry import open_backend\n"
+        "with open_backend(sys.argv[1], device='cpu') as backend:\n"
+        "    print(backend.run(np.ones((1, 3, 4, 6), np.float32)).tolist())"
+    )
+    assert fresh_python(code, colours) == "[[10.0, 10.0, 10.0]]"

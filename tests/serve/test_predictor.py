@@ -1,0 +1,204 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from colour_model import SPEC, write_onnx
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+from PIL import Image
+from trained_model import Trained
+
+from cifarx_serve.backends.base import Backend
+from cifarx_serve.devices import Device
+from cifarx_serve.errors import ImageError, ModelFileError, UsageError
+from cifarx_serve.predictor import Predictor, load, softmax
+from cifarx_serve.spec import ModelSpec
+
+RED, GREEN, BLUE, CYAN, GREY = (
+    Image.new("RGB", (9, 5), colour) for colour in ("red", "lime", "blue", "cyan", (77, 77, 77))
+)
+
+
+@pytest.fixture
+def predictor(tmp_path: Path) -> Predictor:
+    return load(write_onnx(tmp_path / "colours.onnx"), device="cpu")
+
+
+class Still(Backend):
+    """A backend of our own: the logits it was given, and how often it was closed."""
+
+    name = "still"
+    suffixes = (".still",)
+
+    def __init__(self, path: Path, device: Device) -> None:
+        del path, device
+        self.spec, self.provider, self.closed = SPEC, "none", 0
+        self.logits = [0.0, 0.0, 0.0]
+
+    @classmethod
+    def read_spec(cls, path: Path) -> ModelSpec:
+        raise NotImplementedError(path)
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.array([self.logits] * len(batch), np.float32)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def still() -> Still:
+    return Still(Path("x.still"), Device("cpu"))
+
+
+def test_a_colour_is_called_by_its_name(predictor: Predictor) -> None:
+    for index, (image, label) in enumerate([(RED, "red"), (GREEN, "green"), (BLUE, "blue")]):
+        prediction = predictor.predict(image)
+        assert (prediction.label, prediction.index) == (label, index)
+        assert prediction.score == pytest.approx(np.exp(10) / (np.exp(10) + 2))
+        assert [candidate.label for candidate in prediction.top] == [label]
+
+
+def test_what_is_known_of_the_model(predictor: Predictor) -> None:
+    assert predictor.spec == SPEC
+    assert predictor.backend == "onnxruntime"
+    assert predictor.provider == "CPUExecutionProvider"
+
+
+def test_top_k_is_best_first(predictor: Predictor) -> None:
+    [prediction] = predictor.predict_batch([Image.new("RGB", (3, 3), (10, 200, 100))], top_k=3)
+    assert [(candidate.label, candidate.index) for candidate in prediction.top] == [
+        ("green", 1),
+        ("blue", 2),
+        ("red", 0),
+    ]
+    scores = [candidate.score for candidate in prediction.top]
+    assert scores == sorted(scores, reverse=True)
+    assert sum(scores) == pytest.approx(1)
+    assert (prediction.label, prediction.index, prediction.score) == ("green", 1, scores[0])
+
+
+def test_of_equals_the_first_as_argmax_has_it(predictor: Predictor) -> None:
+    grey, cyan = predictor.predict_batch([GREY, CYAN], top_k=3)
+    assert [candidate.index for candidate in grey.top] == [0, 1, 2]
+    assert [candidate.index for candidate in cyan.top] == [1, 2, 0]
+
+
+@given(
+    logits=st.lists(st.sampled_from([-1000.0, -900.0, 0.0, 1e-30, 0.5, 3.0]), min_size=3, max_size=3),
+    top_k=st.integers(1, 3),
+)
+def test_the_label_is_the_argmax_of_the_logits(logits: list[float], top_k: int) -> None:
+    backend = Still(Path("x.still"), Device("cpu"))
+    backend.logits = logits
+    prediction = Predictor(backend).predict(RED, top_k)
+    assert prediction.index == int(np.argmax(logits))
+    assert len(prediction.top) == top_k
+    assert [logits[candidate.index] for candidate in prediction.top] == sorted(logits, reverse=True)[:top_k]
+    assert all(candidate.label == SPEC.class_names[candidate.index] for candidate in prediction.top)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 4])
+def test_top_k_out_of_range(predictor: Predictor, top_k: int) -> None:
+    for images in ([RED], []):
+        with pytest.raises(UsageError) as raised:
+            predictor.predict_batch(images, top_k)
+        assert raised.value.problem == f"top-k is {top_k}"
+        assert "give 1 to 3" in raised.value.remedy
+
+
+def test_every_kind_of_source_has_the_same_answer(predictor: Predictor, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    path = tmp_path / "noise.png"
+    Image.fromarray(pixels).save(path)
+    with Image.open(path) as opened:
+        sources: list[Any] = [path, str(path), path.read_bytes(), pixels, Image.fromarray(pixels), opened]
+        answers = predictor.predict_batch(sources, top_k=3)
+    assert answers == [answers[0]] * len(sources)
+    assert predictor.predict(path, top_k=3) == answers[0]
+
+
+def test_a_batch_of_many_sizes_keeps_its_order(predictor: Predictor) -> None:
+    images = [
+        image.resize(size) for image, size in [(BLUE, (1, 1)), (RED, (300, 2)), (GREEN, (6, 4)), (BLUE, (64, 64))]
+    ]
+    assert [prediction.label for prediction in predictor.predict_batch(images)] == ["blue", "red", "green", "blue"]
+
+
+def test_no_images(predictor: Predictor) -> None:
+    assert predictor.predict_batch([]) == []
+
+
+def test_an_image_that_is_none(predictor: Predictor) -> None:
+    with pytest.raises(ImageError, match=r"absent\.png"):
+        predictor.predict_batch([RED, "absent.png"])
+    with pytest.raises(ImageError):
+        predictor.predict(b"this is no picture")
+
+
+def test_a_model_that_is_none() -> None:
+    with pytest.raises(ModelFileError, match=r"absent\.onnx"):
+        load("absent.onnx")
+
+
+def test_closes_what_it_opened(still: Still) -> None:
+    with Predictor(still) as predictor:
+        assert predictor.predict(RED).label == "red"
+        assert still.closed == 0
+    assert still.closed == 1
+
+
+def test_closes_what_it_opened_after_an_error(still: Still) -> None:
+    with pytest.raises(ImageError), Predictor(still) as predictor:
+        predictor.predict("absent.png")
+    assert still.closed == 1
+
+
+def test_an_onnx_model_needs_no_pytorch(trained: Trained, tmp_path: Path, fresh_python: Callable[..., str]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    path = tmp_path / "noise.png"
+    Image.fromarray(pixels).save(path)
+    code = (
+        "import sys; from cifarx_serve.predictor import load\n"
+        "with load(sys.argv[1], device='cpu') as predictor: print(predictor.predict(sys.argv[2]).label)\n"
+        "heavy = {'torch', 'torchvision', 'onnx', 'tensorboard', 'cifarx_train', 'cifarx_export', 'cifarx'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    with load(trained.onnx, device="cpu") as predictor:
+        assert fresh_python(code, trained.onnx, path) == predictor.predict(pixels).label
+
+
+# Scores.
+
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+logit_batches = arrays.arrays(
+    np.float32, st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=st.floats(-50, 50, width=32) | finite
+)  # fmt: skip
+
+
+@given(logit_batches)
+@example(np.array([[3e38, -3e38, 0]], np.float32))
+@example(np.zeros((2, 10), np.float32))
+def test_scores_are_shares_of_one(logits: NDArray[np.float32]) -> None:
+    scores = softmax(logits)
+    assert scores.shape == logits.shape
+    assert scores.dtype == np.float64
+    assert ((scores >= 0) & (scores <= 1)).all()
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-12)
+
+
+@given(logit_batches)
+def test_a_larger_logit_has_no_smaller_score(logits: NDArray[np.float32]) -> None:
+    for row, scores in zip(logits, softmax(logits), strict=True):
+        assert (np.diff(scores[np.argsort(row, kind="stable")]) >= 0).all()
+        assert scores[np.argmax(row)] == scores.max()
+
+
+@given(arrays.arrays(np.float32, (2, 5), elements=st.floats(-20, 20, width=32)))
+def test_scores_are_the_formula(logits: NDArray[np.float32]) -> None:
+    exponentials = np.exp(logits.astype(np.float64))
+    np.testing.assert_allclose(softmax(logits), exponentials / exponentials.sum(axis=1, keepdims=True), rtol=1e-12)

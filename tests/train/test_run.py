@@ -1,0 +1,323 @@
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawn_images import draw_folder, pack
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifarx_serve.errors import CheckFailed, CifarxError, DataError, OutputError
+from cifarx_serve.spec import DataRecord, InputSpec, TrainingRecord
+from cifarx_serve.versions import library_versions
+from cifarx_train.checkpoint import load_checkpoint
+from cifarx_train.data.dataset import fingerprint
+from cifarx_train.data.on_device import DeviceImages
+from cifarx_train.data.selection import select_data
+from cifarx_train.evaluation import evaluate
+from cifarx_train.observers import EpochReport, Observer, RunStart
+from cifarx_train.run import TrainResult, train
+
+INPUT = InputSpec(height=32, width=32)
+
+
+class Diary(Observer):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.start: list[RunStart] = []
+        self.reports: list[EpochReport] = []
+        self.seen: list[list[str]] = []
+        self.ended = 0
+
+    def on_start(self, run: RunStart) -> None:
+        self.start.append(run)
+
+    def on_epoch(self, report: EpochReport) -> None:
+        self.reports.append(report)
+        self.seen.append(sorted(path.name for path in report.checkpoint.parent.glob("*.pth")))
+
+    def on_end(self) -> None:
+        self.ended += 1
+
+
+def run(data: Path, out: Path, **options: Any) -> TrainResult:
+    chosen = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "device": "cpu", **options}
+    return train("lzh", data=str(data), out=out, **chosen)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path).model
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def record_of(path: Path) -> TrainingRecord:
+    record = load_checkpoint(path).spec.training
+    assert record is not None
+    return record
+
+
+def judge_afresh(path: Path, data: Path) -> tuple[float, float]:
+    """Loss and accuracy of a checkpoint's network on a data set's test images."""
+    test = DeviceImages(select_data(str(data)).load("test", INPUT), INPUT, torch.device("cpu"))
+    return evaluate(load_checkpoint(path).build(), test)
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# --- what a run writes
+
+
+def test_writes_one_checkpoint_an_epoch(drawn_once: Path, tmp_path: Path) -> None:
+    diary = Diary()
+    done = run(drawn_once, tmp_path / "run", epochs=3, observers=[diary])
+    assert done.checkpoints == [tmp_path / "run" / f"lzh_{epoch}.pth" for epoch in range(3)]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
+    # An observer hears of an epoch when its checkpoint is there.
+    assert diary.seen == [["lzh_0.pth"], ["lzh_0.pth", "lzh_1.pth"], ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]]
+
+
+def test_writes_into_the_current_folder_unless_told_otherwise(drawn_once: Path, tmp_path: Path) -> None:
+    done = train("lzh", data=str(drawn_once), epochs=1, device="cpu")
+    assert done.checkpoints == [Path("lzh_0.pth")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "lzh_0.pth"]
+
+
+def test_the_logs_may_go_elsewhere(drawn_once: Path, tmp_path: Path) -> None:
+    run(drawn_once, tmp_path / "run", epochs=1, logdir=tmp_path / "elsewhere")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lzh_0.pth"]
+    assert set(curves(tmp_path / "elsewhere")) == {"test_loss", "accuracy"}
+
+
+def test_every_checkpoint_tells_the_truth_about_itself(drawn_once: Path, tmp_path: Path) -> None:
+    done = run(drawn_once, tmp_path, epochs=2, seed=5)
+    data = select_data(str(drawn_once))
+    splits = {split: data.load(split, INPUT) for split in ("train", "test")}
+    for epoch, path in enumerate(done.checkpoints):
+        spec, training = load_checkpoint(path).spec, record_of(path)
+        assert (spec.model, spec.class_names, spec.input) == ("lzh", ("blue", "green", "red"), INPUT)
+        assert (spec.precision, spec.checkpoint_sha256, spec.parity) == ("fp32", None, None)
+        assert training.data == DataRecord(
+            name="colours",
+            kind="folder",
+            train_images=60,
+            test_images=30,
+            train_fingerprint=fingerprint(splits["train"], data.class_names),
+            test_fingerprint=fingerprint(splits["test"], data.class_names),
+        )
+        assert training.recipe == {"name": "notes", "epochs": 2, "batch_size": 16, "learning_rate": 0.05}
+        assert (training.epochs, training.seed, training.device) == (epoch + 1, 5, "cpu")
+        assert training.versions == library_versions()
+        assert training.versions["torch"] == torch.__version__.partition("+")[0]
+        assert (training.test_loss, training.test_accuracy) == judge_afresh(path, drawn_once)
+    assert done.test_accuracy == record_of(done.checkpoints[-1]).test_accuracy
+    assert (done.epochs, done.device, done.data) == (2, "cpu", "colours")
+
+
+def test_a_checkpoint_holds_what_a_continuation_needs(drawn_once: Path, tmp_path: Path) -> None:
+    done = run(drawn_once, tmp_path, epochs=2)
+    training = load_checkpoint(done.checkpoints[1]).training
+    assert (training["epoch"], training["step"]) == (1, 8)
+    assert training["optimizer"]["param_groups"][0]["lr"] == 0.05
+    # The generator of the order stands where the third epoch would begin.
+    expected = torch.Generator().manual_seed(0)
+    torch.randperm(60, generator=expected)
+    torch.randperm(60, generator=expected)
+    assert torch.equal(training["shuffle"], expected.get_state())
+    assert torch.equal(training["random"]["cpu"], torch.get_rng_state())
+
+
+def test_observers_hear_what_is_trained_and_how_it_went(drawn_once: Path, tmp_path: Path) -> None:
+    diary = Diary()
+    done = run(drawn_once, tmp_path, observers=[diary])
+    assert diary.start == [RunStart("lzh", 145_578 - 7 * 65, "cpu", "colours", 60, 30, 8)]
+    assert [(report.epoch, report.epochs, report.step) for report in diary.reports] == [(0, 2, 4), (1, 2, 8)]
+    assert [report.checkpoint for report in diary.reports] == done.checkpoints
+    for report in diary.reports:
+        training = record_of(report.checkpoint)
+        assert (report.test_loss, report.test_accuracy) == (training.test_loss, training.test_accuracy)
+    assert done.images_per_s == pytest.approx(sum(report.images_per_s for report in diary.reports) / 2)
+    assert diary.ended == 1
+
+
+def test_learns_what_can_be_learnt(drawn_once: Path, tmp_path: Path) -> None:
+    done = run(drawn_once, tmp_path, epochs=15, batch_size=8)
+    assert done.test_accuracy == 1.0
+    losses = [value for _, value in curves(tmp_path / "logs")["test_loss"]]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_an_archive_trains_as_its_folder(drawn_once: Path, tmp_path: Path) -> None:
+    folder = run(drawn_once, tmp_path / "a", epochs=1)
+    archive = run(pack(drawn_once, tmp_path / "colours.tar.gz"), tmp_path / "b", epochs=1)
+    assert equal(weights(folder.checkpoints[0]), weights(archive.checkpoints[0]))
+
+
+# --- the seed
+
+
+def test_the_same_seed_gives_the_same_weights(drawn_once: Path, tmp_path: Path) -> None:
+    first = run(drawn_once, tmp_path / "first", seed=1)
+    torch.manual_seed(99)
+    torch.rand(7)
+    second = run(drawn_once, tmp_path / "second", seed=1)
+    for one, other in zip(first.checkpoints, second.checkpoints, strict=True):
+        assert equal(weights(one), weights(other))
+
+
+def test_another_seed_gives_other_weights(drawn_once: Path, tmp_path: Path) -> None:
+    first = run(drawn_once, tmp_path / "first", epochs=1, seed=1)
+    second = run(drawn_once, tmp_path / "second", epochs=1, seed=2)
+    assert not equal(weights(first.checkpoints[0]), weights(second.checkpoints[0]))
+
+
+# --- TensorBoard
+
+
+def test_tensorboard_has_the_curves_of_the_notes(drawn_once: Path, tmp_path: Path) -> None:
+    done = run(drawn_once, tmp_path, batch_size=1, epochs=4, learning_rate=0.001)
+    seen = curves(tmp_path / "logs")
+    assert sorted(seen) == ["accuracy", "test_loss", "train_loss"]
+    assert [step for step, _ in seen["train_loss"]] == [100, 200]
+    assert all(math.isfinite(value) for _, value in seen["train_loss"])
+    records = [record_of(path) for path in done.checkpoints]
+    assert seen["accuracy"] == [(epoch, pytest.approx(record.test_accuracy)) for epoch, record in enumerate(records)]
+    assert seen["test_loss"] == [(epoch, pytest.approx(record.test_loss)) for epoch, record in enumerate(records)]
+
+
+def test_a_second_run_in_the_same_folder_does_not_cross_curves(drawn_once: Path, tmp_path: Path) -> None:
+    run(drawn_once, tmp_path, epochs=3, seed=1)
+    done = run(drawn_once, tmp_path, epochs=2, seed=2)
+    seen = curves(tmp_path / "logs")
+    assert [epoch for epoch, _ in seen["test_loss"]] == [0, 1]
+    assert [value for _, value in seen["test_loss"]] == [
+        pytest.approx(record_of(path).test_loss) for path in done.checkpoints
+    ]
+
+
+# --- what goes wrong
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "lhz"}, "did you mean 'lzh'"),
+        ({"recipe_name": "note"}, "did you mean 'notes'"),
+        ({"epochs": 0}, "epochs"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"data": "nowhere"}, "no such data set nowhere"),
+        ({"data": "."}, "0 class folders"),
+    ],
+)
+def test_wrong_input_leaves_nothing_behind(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    given = {"model": "lzh", "data": "builtin", "out": Path("new/run"), "logdir": Path("other/logs"), **options}
+    with pytest.raises(CifarxError, match=re.escape(words)) as caught:
+        train(given.pop("model"), **given)
+    assert caught.value.exit_status == 2
+    assert left_behind(tmp_path) == []
+
+
+def test_a_broken_image_leaves_nothing_behind_but_what_was_there(tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", train=2, test=2)
+    (data / "test" / "red" / "0.png").write_bytes(b"not an image")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lzh_0.pth").write_text("of an earlier run")
+    before = left_behind(tmp_path)
+    with pytest.raises(DataError, match=re.escape("broken image test/red/0.png")):
+        run(data, tmp_path / "run")
+    assert left_behind(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["out", "logdir"])
+def test_a_place_that_cannot_be_written_is_found_before_any_data_is_read(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    places: dict[str, Any] = {"out": tmp_path / "run", "logdir": tmp_path / "logs"}
+    places[option] = tmp_path / "file" / "run"
+    # This data set would be an error too, if it were looked at.
+    with pytest.raises(OutputError, match=r"cannot write .*file"):
+        train("lzh", data="nowhere", device="cpu", **places)
+    assert left_behind(tmp_path) == ["file"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(drawn_once: Path, tmp_path: Path) -> None:
+    (tmp_path / "lzh_1.pth").mkdir()
+    diary = Diary()
+    with pytest.raises(OutputError, match=r"cannot write .*lzh_1\.pth"):
+        run(drawn_once, tmp_path, epochs=3, observers=[diary])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth"]
+    assert judge_afresh(tmp_path / "lzh_0.pth", drawn_once)[1] == record_of(tmp_path / "lzh_0.pth").test_accuracy
+    assert diary.ended == 1
+
+
+def test_divergence_fails_the_check_and_keeps_good_checkpoints(drawn_once: Path, tmp_path: Path) -> None:
+    # One step an epoch, each larger than the last by orders of magnitude.
+    diary = Diary()
+    with pytest.raises(CheckFailed, match=r"training diverged: .*lower --lr") as caught:
+        run(drawn_once, tmp_path, epochs=50, batch_size=60, learning_rate=10.0, observers=[diary])
+    assert caught.value.exit_status == 1
+    kept = sorted(tmp_path.glob("*.pth"))
+    assert kept
+    assert [report.checkpoint for report in diary.reports] == kept
+    assert diary.ended == 1
+    for path in kept:
+        assert all(tensor.isfinite().all() for tensor in weights(path).values())
+        assert judge_afresh(path, drawn_once) == (record_of(path).test_loss, record_of(path).test_accuracy)
+
+
+def test_weights_ruined_by_the_last_step_are_not_saved(drawn_once: Path, tmp_path: Path) -> None:
+    # The only step's own loss is that of the untrained network: finite.
+    with pytest.raises(CheckFailed, match="training diverged"):
+        run(drawn_once, tmp_path, epochs=1, batch_size=60, learning_rate=1e38)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_cuda_that_is_not_there_is_an_error(drawn_once: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(CifarxError, match="cuda:0 was asked for"):
+        run(drawn_once, tmp_path / "run", device="cuda")
+    assert left_behind(tmp_path) == []
+
+
+_ENDLESS = """
+import sys
+from pathlib import Path
+from cifarx_train.run import train
+
+train("lzh", data=sys.argv[1], epochs=100_000, device="cpu", out=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is not a signal there")
+def test_ctrl_c_leaves_whole_checkpoints_only(drawn_once: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", _ENDLESS, drawn_once, out], stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (out / "lzh_3.pth").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        told = process.stderr.read().decode()
+    assert "KeyboardInterrupt" in told
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(["logs", *(f"lzh_{epoch}.pth" for epoch in range(len(names) - 1))])
+    for epoch in range(len(names) - 1):
+        path = out / f"lzh_{epoch}.pth"
+        assert record_of(path).epochs == epoch + 1
+        assert judge_afresh(path, drawn_once)[1] == record_of(path).test_accuracy

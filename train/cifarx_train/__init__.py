@@ -1,0 +1,1 @@
+"""Training: models, data, recipes, the loop, checkpoints."""

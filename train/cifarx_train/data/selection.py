@@ -1,0 +1,79 @@
+"""From what the user says, or does not say, to a data set."""
+
+import os
+import warnings
+from pathlib import Path
+
+from cifarx_serve.errors import DataError, FallbackWarning
+from cifarx_serve.spec import DataRecord
+from cifarx_train.data.builtin_set import BuiltinSet
+from cifarx_train.data.dataset import DataSet
+from cifarx_train.data.image_folder import open_image_files
+
+ENVIRONMENT = "CIFARX_DATA"
+
+
+def select_data(name: str) -> DataSet:
+    """The data set for `--data`: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
+
+    `auto` is `$CIFARX_DATA` where that is set, else CIFAR-10, else, with a warning, the built-in drawings. Only
+    `auto` falls back.
+
+    Raises:
+        DataError: what was asked for is absent or damaged.
+    """
+    match name:
+        case "auto":
+            return _automatic()
+        case "builtin":
+            return BuiltinSet()
+        case "cifar10":
+            from cifarx_train.data.cifar10 import download
+
+            return download()
+    return _from_path(Path(name))
+
+
+def select_data_like(record: DataRecord | None, name: str) -> DataSet:
+    """The data set for `--data` of a command about a model: `auto` prefers what the model was trained on.
+
+    Raises:
+        DataError: what was asked for is absent or damaged.
+    """
+    if name != "auto" or record is None or os.environ.get(ENVIRONMENT):
+        return select_data(name)
+    if record.kind in ("builtin", "cifar10"):
+        try:
+            return select_data(record.kind)
+        except DataError as error:
+            return _fall_back(error.problem)
+    return _fall_back(f"the model was trained on {record.name}, which is not named here (--data, {ENVIRONMENT})")
+
+
+def _automatic() -> DataSet:
+    if path := os.environ.get(ENVIRONMENT):
+        return _from_path(Path(path))
+    try:
+        return select_data("cifar10")
+    except DataError as error:
+        return _fall_back(error.problem)
+
+
+def _fall_back(reason: str) -> DataSet:
+    warnings.warn(f"using the BUILT-IN DRAWINGS, not photographs: {reason}", FallbackWarning, stacklevel=3)
+    return BuiltinSet()
+
+
+def _from_path(path: Path) -> DataSet:
+    if not path.exists():
+        raise DataError(
+            f"no such data set {path}", "use auto, cifar10, builtin, or the path of a folder or .tar.gz of images"
+        )
+    if path.is_dir() and not (path / "train").is_dir():
+        from cifarx_train.data.cifar10 import Cifar10Set, has_batches
+
+        if has_batches(path):
+            return Cifar10Set(path)
+        if path.name == "cifar-10-batches-py":
+            return Cifar10Set(path.parent)
+    return open_image_files(path)
