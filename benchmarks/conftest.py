@@ -48,7 +48,7 @@ def models(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("models")
     checkpoint = pytestconfig.getoption("ckpt")
     if checkpoint is None:
-        checkpoint = train("lzh", data="builtin", epochs=1, learning_rate=0.05, out=folder).checkpoints[-1]
+        checkpoint = train("lzh", data="builtin", epochs=1, learning_rate=0.02, out=folder).checkpoints[-1]
     made = export(checkpoint, ["torchscript", "onnx"], out=folder)
     assert all(artifact.report.summary.passed for artifact in made)
     files = {"pytorch": checkpoint, **{artifact.report.format: artifact.path for artifact in made}}

@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     from cifarx_train.run import train
 
     folder = tmp_path_factory.mktemp("trained")
-    done = train("lzh", data="builtin", epochs=1, learning_rate=0.05, out=folder)
+    done = train("lzh", data="builtin", epochs=1, learning_rate=0.02, out=folder)
     shutil.rmtree(folder / "logs")
     onnx, torchscript = export(done.checkpoints[0], ["onnx", "torchscript"])
     assert onnx.report.summary.passed

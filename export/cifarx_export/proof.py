@@ -266,12 +266,20 @@ def _number(value: float | None) -> float | None:
 
 
 def _worst(answers: list[_Answers]) -> Worst | None:
+    """At any batch size."""
     if not answers:
         return None
-    part = answers[-1]
-    with np.errstate(invalid="ignore"):  # Inf of both gives NaN, which is as bad
-        error = np.abs(part.artifact.astype(np.float64) - part.reference)
-    row = int(np.where(np.isfinite(error), error, np.inf).max(axis=1).argmax())
+    errors = [_row_errors(part) for part in answers]
+    part, error = max(zip(answers, errors, strict=True), key=lambda pair: float(pair[1].max()))
+    row = int(error.argmax())
     return Worst(
         int(part.positions[row]), tuple(map(float, part.reference[row])), tuple(map(float, part.artifact[row]))
     )
+
+
+def _row_errors(part: _Answers) -> NDArray[np.float64]:
+    """The largest error of each image, (N,); Inf where a logit is not finite."""
+    with np.errstate(invalid="ignore"):  # Inf of both gives NaN, which is as bad
+        error = np.abs(part.artifact.astype(np.float64) - part.reference)
+    largest: NDArray[np.float64] = np.where(np.isfinite(error), error, np.inf).max(axis=1)
+    return largest

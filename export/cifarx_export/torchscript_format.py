@@ -50,7 +50,7 @@ def convert_to_torchscript(module: nn.Module, spec: ModelSpec, options: ExportOp
 
 
 def _strip(archive: io.BytesIO, path: Path) -> None:
-    """Copy all but the debug tables: stack traces with the paths of this machine's files, which loading does not need."""
+    """Copy all but the debug tables: stack traces with this machine's paths, which loading does not need."""
     with zipfile.ZipFile(archive) as full, zipfile.ZipFile(path, "w") as stripped:
         for entry in full.infolist():
             if not entry.filename.endswith(".debug_pkl"):

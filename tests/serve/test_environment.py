@@ -54,9 +54,7 @@ def test_what_is_not_installed_is_left_out() -> None:
     )
     rooms = Path(cifarx_serve.__file__).parents[1]
     # Isolated and without site-packages: a Python in which nothing is installed.
-    ran = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, rooms], capture_output=True, text=True, check=True
-    )  # fmt: skip
+    ran = subprocess.run([sys.executable, "-I", "-S", "-c", code, rooms], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "{}"
 
 

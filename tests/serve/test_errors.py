@@ -6,9 +6,10 @@ from cifarx_serve import errors
 from cifarx_serve.errors import CheckFailed, CifarxError, FallbackWarning, UsageError, unknown
 
 KINDS = [
-    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    and kind is not FallbackWarning
-]  # fmt: skip
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not FallbackWarning
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,7 +32,7 @@ def test_a_fallback_is_told_and_stops_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("value", "near"),
-    [("onnxrt", "onnxruntime"), ("OnnxRuntime", "onnxruntime"), ("torch-script", "torchscript"), ("tvm", None)],
+    [("onnxrt", "onnxruntime"), ("ONNXRUNTIME", "onnxruntime"), ("torch-script", "torchscript"), ("tvm", None)],
 )
 def test_unknown_names_the_nearest(value: str, near: str | None) -> None:
     error = unknown("backend", value, ["torchscript", "onnxruntime"])

@@ -94,9 +94,6 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
             assert np.array_equal(decoded(source), PIXELS)
 
 
-# Modes.
-
-
 @given(arrays.arrays(np.uint8, (3, 4)))
 def test_grey(levels: NDArray[np.uint8]) -> None:
     assert np.array_equal(decoded(encoded(Image.fromarray(levels), "PNG")), np.stack([levels] * 3, axis=2))
@@ -182,8 +179,6 @@ def test_a_pillow_image_of_any_mode_becomes_rgb(mode: str) -> None:
     assert decoded(Image.new(mode, (3, 2))).shape == (2, 3, 3)
 
 
-# Orientation.
-
 UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
@@ -220,6 +215,12 @@ def test_a_picture_is_turned_once(orientation: int) -> None:
     assert np.array_equal(decoded(once), np.asarray(once))
 
 
+@pytest.mark.parametrize("format_name", ["PNG", "TIFF"])
+def test_an_opened_picture_is_turned_too(format_name: str) -> None:
+    with Image.open(io.BytesIO(encoded(PICTURE, format_name, exif=oriented(6)))) as opened:
+        assert np.array_equal(decoded(opened), np.rot90(PIXELS, -1))
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 700])
 def test_an_orientation_that_means_nothing(orientation: int) -> None:
     assert np.array_equal(decoded(encoded(PICTURE, "PNG", exif=oriented(orientation))), PIXELS)
@@ -232,7 +233,10 @@ def test_other_modes_are_turned_too(mode: str) -> None:
     assert np.array_equal(decoded(data), np.rot90(np.asarray(image.convert("RGB")), -1))
 
 
-# Animations.
+def test_what_is_transparent_stays_so_when_turned() -> None:
+    image = Image.new("L", (2, 1), 10)
+    image.putpixel((1, 0), 0)
+    assert decoded(encoded(image, "PNG", transparency=0, exif=oriented(6)))[..., 0].tolist() == [[10], [255]]
 
 
 @pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -243,9 +247,6 @@ def test_the_first_frame_of_an_animation(format_name: str) -> None:
     with Image.open(io.BytesIO(data)) as opened:
         assert getattr(opened, "n_frames", 1) == 3
     assert np.array_equal(decoded(data), np.asarray(frames[0]))
-
-
-# Damage.
 
 
 @given(st.data())
@@ -301,6 +302,22 @@ def test_damaged_metadata_does_not_matter() -> None:
     assert np.array_equal(decoded(damaged), decoded(encoded(PICTURE, "JPEG")))
 
 
+def test_damaged_metadata_does_not_hide_the_orientation() -> None:
+    """A maker's name that is a number: Pillow reads such a block and cannot write it."""
+    entries = b"\x01\x0f\0\x0b\0\0\0\x01abcd" + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    damaged = encoded(PICTURE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + b"\0\0\0\0")
+    assert np.array_equal(decoded(damaged), np.rot90(decoded(encoded(PICTURE, "JPEG")), -1))
+
+
+def test_an_error_of_a_kind_that_only_one_decoder_raises() -> None:
+    damaged = bytearray(encoded(PICTURE, "DDS"))
+    damaged[80:84] = struct.pack("<I", 1)
+    with pytest.raises(NotImplementedError), Image.open(io.BytesIO(damaged)) as opened:
+        opened.load()
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        read_image(bytes(damaged))
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"this is no picture\n", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM"])
 def test_what_is_not_an_image(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cat.png"
@@ -310,9 +327,6 @@ def test_what_is_not_an_image(tmp_path: Path, content: bytes) -> None:
     assert str(path) in raised.value.problem
     with pytest.raises(ImageError, match=f"^{len(content)} bytes"):
         read_image(content)
-
-
-# Places.
 
 
 def test_a_file_that_is_not_there() -> None:
@@ -341,9 +355,6 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
         read_image(path)
 
 
-# Size.
-
-
 def png_header(width: int, height: int) -> bytes:
     """A PNG file that ends where its pixels would begin."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -364,9 +375,6 @@ def test_pillow_does_not_warn_of_what_is_under_our_limit(monkeypatch: pytest.Mon
     with pytest.warns(Image.DecompressionBombWarning), Image.open(io.BytesIO(LOSSLESS["PNG"])):
         pass
     assert np.array_equal(decoded(LOSSLESS["PNG"]), PIXELS)
-
-
-# Arrays.
 
 
 def test_arrays_need_not_be_contiguous() -> None:

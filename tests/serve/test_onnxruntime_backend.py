@@ -44,7 +44,7 @@ def test_answers(colours: Path) -> None:
     with OnnxRuntimeBackend(colours, CPU) as backend:
         logits = backend.run(batch)
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, [[0, 5, 0], [0, 0, 10 / 24]], rtol=1e-6)
+    np.testing.assert_allclose(logits, np.array([[0, 5, 0], [0, 0, 10 / 24]]), rtol=1e-6)
 
 
 def test_a_row_does_not_depend_on_its_batch(trained: Trained) -> None:
@@ -199,6 +199,15 @@ def test_a_damaged_file_is_an_error_of_ours_or_still_a_model(
         assert "\n" not in str(error)
 
 
+def test_what_the_library_would_warn_of_is_not_printed(colours: Path) -> None:
+    """A model that promises sixty-one classes and has three: a line of log at the opening, and one at every run."""
+    model = onnx.load(colours)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 61
+    onnx.save(model, colours)
+    with OnnxRuntimeBackend(colours, CPU) as backend:
+        assert backend.run(np.ones((1, 3, 4, 6), np.float32)).shape == (1, 3)
+
+
 def test_closing_twice(colours: Path) -> None:
     backend = OnnxRuntimeBackend(colours, CPU)
     backend.close()
@@ -206,12 +215,14 @@ def test_closing_twice(colours: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
-def test_runs_on_one_cpu_of_several(colours: Path, fresh_python: Callable[..., str]) -> None:
-    """A container's share of a machine: the library would pin its threads to CPUs that it may not use, and complain."""
+def test_starts_no_threads_for_cpus_it_may_not_use(colours: Path, fresh_python: Callable[..., str]) -> None:
+    """A container's share of a machine: the library counts the CPUs of all of it, and cannot pin threads to them."""
     code = (
         "import os, sys; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
-        "import numpy as np; from cifarx_serve.backends.registry import open_backend\n"
+        "import numpy as np, onnxruntime; from cifarx_serve.backends.registry import open_backend\n"
+        "before = os.listdir('/proc/self/task')\n"
         "with open_backend(sys.argv[1], device='cpu') as backend:\n"
-        "    print(backend.run(np.ones((1, 3, 4, 6), np.float32)).tolist())"
+        "    print(backend.run(np.ones((1, 3, 4, 6), np.float32)).tolist())\n"
+        "    print(len(os.listdir('/proc/self/task')) - len(before))"
     )
-    assert fresh_python(code, colours) == "[[10.0, 10.0, 10.0]]"
+    assert fresh_python(code, colours).split("\n") == ["[[10.0, 10.0, 10.0]]", "0"]

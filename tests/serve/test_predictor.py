@@ -172,12 +172,10 @@ def test_an_onnx_model_needs_no_pytorch(trained: Trained, tmp_path: Path, fresh_
         assert fresh_python(code, trained.onnx, path) == predictor.predict(pixels).label
 
 
-# Scores.
-
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 logit_batches = arrays.arrays(
     np.float32, st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=st.floats(-50, 50, width=32) | finite
-)  # fmt: skip
+)
 
 
 @given(logit_batches)

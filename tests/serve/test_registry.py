@@ -110,9 +110,6 @@ def test_a_suffix_of_no_backend(file: str) -> None:
     assert all(suffix in raised.value.remedy for suffix in (".onnx", ".torchscript.pt", ".pth"))
 
 
-# Packages of others.
-
-
 def test_a_third_partys_backend_is_found_and_runs(third_party: Callable[[str, str], str]) -> None:
     Path("model.tiny").write_bytes(b"\x01")
     code = (
@@ -162,9 +159,6 @@ def test_a_backend_of_this_process_alone(third_party: Callable[[str, str], str])
         "print('mine' in registry.backend_names(), registry.backend_class('mine').name)"
     )
     assert third_party("", code) == "True tiny"
-
-
-# Files.
 
 
 def test_opens_by_suffix_and_by_name(tmp_path: Path) -> None:

@@ -68,5 +68,11 @@ def test_the_shape_of_the_images_counts() -> None:
     assert fingerprint(wide, CLASSES) != fingerprint(tall, CLASSES)
 
 
+def test_a_fingerprint_is_the_one_that_files_already_carry() -> None:
+    data = LabelledImages(np.zeros((2, 2, 2, 3), np.uint8), np.array([0, 1]))
+    recorded = "4cd47964e08659164db60a3d7c167dc2f0df21544ea51742674a9dc0d6ab16b0"
+    assert fingerprint(data, ("cat", "dog")) == recorded
+
+
 def test_a_split_is_as_long_as_it_has_images() -> None:
     assert len(LabelledImages(np.zeros((5, 2, 2, 3), np.uint8), np.zeros(5, np.int64))) == 5

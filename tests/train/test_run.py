@@ -1,12 +1,12 @@
-import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from cifarx_train.data.dataset import fingerprint
 from cifarx_train.data.on_device import DeviceImages
 from cifarx_train.data.selection import select_data
 from cifarx_train.evaluation import evaluate
+from cifarx_train.models.registry import network
 from cifarx_train.observers import EpochReport, Observer, RunStart
 from cifarx_train.run import TrainResult, train
 
@@ -77,14 +78,27 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+class Finished(NamedTuple):
+    """A run of three epochs with seed 5, and who watched it; nothing is to be written to its folder."""
+
+    folder: Path
+    result: TrainResult
+    diary: Diary
+
+
+@pytest.fixture(scope="module")
+def finished(drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder, diary = tmp_path_factory.mktemp("finished") / "run", Diary()
+    return Finished(folder, run(drawn_once, folder, epochs=3, seed=5, observers=[diary]), diary)
+
+
 # --- what a run writes
 
 
-def test_writes_one_checkpoint_an_epoch(drawn_once: Path, tmp_path: Path) -> None:
-    diary = Diary()
-    done = run(drawn_once, tmp_path / "run", epochs=3, observers=[diary])
-    assert done.checkpoints == [tmp_path / "run" / f"lzh_{epoch}.pth" for epoch in range(3)]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
+def test_writes_one_checkpoint_an_epoch(finished: Finished) -> None:
+    folder, done, diary = finished
+    assert done.checkpoints == [folder / f"lzh_{epoch}.pth" for epoch in range(3)]
+    assert sorted(path.name for path in folder.iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
     # An observer hears of an epoch when its checkpoint is there.
     assert diary.seen == [["lzh_0.pth"], ["lzh_0.pth", "lzh_1.pth"], ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]]
 
@@ -101,8 +115,8 @@ def test_the_logs_may_go_elsewhere(drawn_once: Path, tmp_path: Path) -> None:
     assert set(curves(tmp_path / "elsewhere")) == {"test_loss", "accuracy"}
 
 
-def test_every_checkpoint_tells_the_truth_about_itself(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=2, seed=5)
+def test_every_checkpoint_tells_the_truth_about_itself(drawn_once: Path, finished: Finished) -> None:
+    done = finished.result
     data = select_data(str(drawn_once))
     splits = {split: data.load(split, INPUT) for split in ("train", "test")}
     for epoch, path in enumerate(done.checkpoints):
@@ -117,93 +131,99 @@ def test_every_checkpoint_tells_the_truth_about_itself(drawn_once: Path, tmp_pat
             train_fingerprint=fingerprint(splits["train"], data.class_names),
             test_fingerprint=fingerprint(splits["test"], data.class_names),
         )
-        assert training.recipe == {"name": "notes", "epochs": 2, "batch_size": 16, "learning_rate": 0.05}
+        assert training.recipe == {"name": "notes", "epochs": 3, "batch_size": 16, "learning_rate": 0.05}
         assert (training.epochs, training.seed, training.device) == (epoch + 1, 5, "cpu")
         assert training.versions == library_versions()
         assert training.versions["torch"] == torch.__version__.partition("+")[0]
         assert (training.test_loss, training.test_accuracy) == judge_afresh(path, drawn_once)
     assert done.test_accuracy == record_of(done.checkpoints[-1]).test_accuracy
-    assert (done.epochs, done.device, done.data) == (2, "cpu", "colours")
+    assert (done.epochs, done.device, done.data) == (3, "cpu", "colours")
 
 
-def test_a_checkpoint_holds_what_a_continuation_needs(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=2)
-    training = load_checkpoint(done.checkpoints[1]).training
+def test_a_checkpoint_holds_what_a_continuation_needs(finished: Finished) -> None:
+    training = load_checkpoint(finished.result.checkpoints[1]).training
     assert (training["epoch"], training["step"]) == (1, 8)
     assert training["optimizer"]["param_groups"][0]["lr"] == 0.05
-    # The generator of the order stands where the third epoch would begin.
-    expected = torch.Generator().manual_seed(0)
-    torch.randperm(60, generator=expected)
-    torch.randperm(60, generator=expected)
-    assert torch.equal(training["shuffle"], expected.get_state())
+    # The generator of the order stands where the third epoch begins, the global one where the weights were drawn.
+    order = torch.Generator().manual_seed(5)
+    torch.randperm(60, generator=order)
+    torch.randperm(60, generator=order)
+    assert torch.equal(training["shuffle"], order.get_state())
+    torch.manual_seed(5)
+    network("lzh").build(3)
     assert torch.equal(training["random"]["cpu"], torch.get_rng_state())
 
 
-def test_observers_hear_what_is_trained_and_how_it_went(drawn_once: Path, tmp_path: Path) -> None:
-    diary = Diary()
-    done = run(drawn_once, tmp_path, observers=[diary])
-    assert diary.start == [RunStart("lzh", 145_578 - 7 * 65, "cpu", "colours", 60, 30, 8)]
-    assert [(report.epoch, report.epochs, report.step) for report in diary.reports] == [(0, 2, 4), (1, 2, 8)]
+def test_observers_hear_what_is_trained_and_how_it_went(finished: Finished) -> None:
+    _, done, diary = finished
+    assert diary.start == [RunStart("lzh", 145_578 - 7 * 65, "cpu", "colours", 60, 30, 12)]
+    assert [(report.epoch, report.epochs, report.step) for report in diary.reports] == [
+        (0, 3, 4),
+        (1, 3, 8),
+        (2, 3, 12),
+    ]
     assert [report.checkpoint for report in diary.reports] == done.checkpoints
     for report in diary.reports:
         training = record_of(report.checkpoint)
         assert (report.test_loss, report.test_accuracy) == (training.test_loss, training.test_accuracy)
-    assert done.images_per_s == pytest.approx(sum(report.images_per_s for report in diary.reports) / 2)
+    assert done.images_per_s == pytest.approx(sum(report.images_per_s for report in diary.reports) / 3)
     assert diary.ended == 1
 
 
 def test_learns_what_can_be_learnt(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=15, batch_size=8)
+    done = run(drawn_once, tmp_path, epochs=8, batch_size=8)
     assert done.test_accuracy == 1.0
     losses = [value for _, value in curves(tmp_path / "logs")["test_loss"]]
     assert losses[-1] < losses[0] / 2
 
 
-def test_an_archive_trains_as_its_folder(drawn_once: Path, tmp_path: Path) -> None:
-    folder = run(drawn_once, tmp_path / "a", epochs=1)
-    archive = run(pack(drawn_once, tmp_path / "colours.tar.gz"), tmp_path / "b", epochs=1)
-    assert equal(weights(folder.checkpoints[0]), weights(archive.checkpoints[0]))
+def test_an_archive_trains_as_its_folder(drawn_once: Path, tmp_path: Path, finished: Finished) -> None:
+    archive = run(pack(drawn_once, tmp_path / "colours.tar.gz"), tmp_path / "run", epochs=1, seed=5)
+    assert equal(weights(archive.checkpoints[0]), weights(finished.result.checkpoints[0]))
 
 
 # --- the seed
 
 
-def test_the_same_seed_gives_the_same_weights(drawn_once: Path, tmp_path: Path) -> None:
-    first = run(drawn_once, tmp_path / "first", seed=1)
+def test_the_same_seed_gives_the_same_weights(drawn_once: Path, tmp_path: Path, finished: Finished) -> None:
     torch.manual_seed(99)
     torch.rand(7)
-    second = run(drawn_once, tmp_path / "second", seed=1)
-    for one, other in zip(first.checkpoints, second.checkpoints, strict=True):
+    again = run(drawn_once, tmp_path, epochs=3, seed=5)
+    for one, other in zip(again.checkpoints, finished.result.checkpoints, strict=True):
         assert equal(weights(one), weights(other))
 
 
-def test_another_seed_gives_other_weights(drawn_once: Path, tmp_path: Path) -> None:
-    first = run(drawn_once, tmp_path / "first", epochs=1, seed=1)
-    second = run(drawn_once, tmp_path / "second", epochs=1, seed=2)
-    assert not equal(weights(first.checkpoints[0]), weights(second.checkpoints[0]))
+def test_another_seed_gives_other_weights(drawn_once: Path, tmp_path: Path, finished: Finished) -> None:
+    other = run(drawn_once, tmp_path, epochs=1, seed=6)
+    assert not equal(weights(other.checkpoints[0]), weights(finished.result.checkpoints[0]))
 
 
 # --- TensorBoard
 
 
-def test_tensorboard_has_the_curves_of_the_notes(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, batch_size=1, epochs=4, learning_rate=0.001)
-    seen = curves(tmp_path / "logs")
-    assert sorted(seen) == ["accuracy", "test_loss", "train_loss"]
-    assert [step for step, _ in seen["train_loss"]] == [100, 200]
-    assert all(math.isfinite(value) for _, value in seen["train_loss"])
-    records = [record_of(path) for path in done.checkpoints]
-    assert seen["accuracy"] == [(epoch, pytest.approx(record.test_accuracy)) for epoch, record in enumerate(records)]
-    assert seen["test_loss"] == [(epoch, pytest.approx(record.test_loss)) for epoch, record in enumerate(records)]
+def test_tensorboard_has_the_curves_of_the_notes(finished: Finished) -> None:
+    seen = curves(finished.folder / "logs")
+    records = [record_of(path) for path in finished.result.checkpoints]
+    assert seen == {
+        "accuracy": [(epoch, pytest.approx(record.test_accuracy)) for epoch, record in enumerate(records)],
+        "test_loss": [(epoch, pytest.approx(record.test_loss)) for epoch, record in enumerate(records)],
+    }
 
 
-def test_a_second_run_in_the_same_folder_does_not_cross_curves(drawn_once: Path, tmp_path: Path) -> None:
-    run(drawn_once, tmp_path, epochs=3, seed=1)
-    done = run(drawn_once, tmp_path, epochs=2, seed=2)
-    seen = curves(tmp_path / "logs")
-    assert [epoch for epoch, _ in seen["test_loss"]] == [0, 1]
-    assert [value for _, value in seen["test_loss"]] == [
-        pytest.approx(record_of(path).test_loss) for path in done.checkpoints
+def test_tensorboard_has_the_train_loss_by_step(drawn_once: Path, tmp_path: Path) -> None:
+    run(drawn_once, tmp_path, batch_size=1, epochs=2, learning_rate=0.001)
+    [(step, loss)] = curves(tmp_path / "logs")["train_loss"]
+    assert step == 100
+    assert 0 < loss < 10
+
+
+def test_a_second_run_in_the_same_folder_does_not_cross_curves(
+    drawn_once: Path, tmp_path: Path, finished: Finished
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    done = run(drawn_once, tmp_path / "run", epochs=2, seed=6)
+    assert curves(tmp_path / "run" / "logs")["test_loss"] == [
+        (epoch, pytest.approx(record_of(path).test_loss)) for epoch, path in enumerate(done.checkpoints)
     ]
 
 
@@ -309,11 +329,13 @@ train("lzh", data=sys.argv[1], epochs=100_000, device="cpu", out=Path(sys.argv[2
 def test_ctrl_c_leaves_whole_checkpoints_only(drawn_once: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", _ENDLESS, drawn_once, out], stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not (out / "lzh_3.pth").exists():
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        told = process.stderr.read().decode()
+        try:
+            while process.poll() is None and not (out / "lzh_3.pth").exists():
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            told = process.communicate()[1].decode()
+        finally:
+            process.kill()  # where the test itself is stopped, it would train for ever
     assert "KeyboardInterrupt" in told
     names = sorted(path.name for path in out.iterdir())
     assert names == sorted(["logs", *(f"lzh_{epoch}.pth" for epoch in range(len(names) - 1))])

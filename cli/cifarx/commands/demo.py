@@ -11,8 +11,8 @@ from PIL import Image
 from cifarx.console import note
 from cifarx_serve.errors import CheckFailed
 
-# Learning rate and epochs differ from the notes' so that 15,000 steps of theirs become a minute's work.
-_TRAINING: Final = "--data builtin --epochs 8 --lr 0.05"
+# The notes' learning rate doubled, and fewer epochs: 1,256 steps are enough here, and a minute of work on two cores.
+_TRAINING: Final = "--data builtin --epochs 8 --lr 0.02"
 
 
 def command(

@@ -34,8 +34,8 @@ class TorchScriptBackend(TorchBackend):
                 warnings.simplefilter("ignore", category=FutureWarning)
                 warnings.simplefilter("ignore", category=DeprecationWarning)
                 module = torch.jit.load(str(path), map_location=place)
-        except (RuntimeError, UnicodeError) as error:  # the latter where the message quotes damaged bytes
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # what its C++ raises on damaged files has no common base
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelFileError(f"{path} is not a TorchScript file ({reason})", "export it again") from error
         self.spec = self.read_spec(path)
         self._hold(module, place)

@@ -1,15 +1,15 @@
 """The built-in data set: ten classes of little pictograms, drawn by code, so that everything runs offline.
 
 The names and their order are CIFAR-10's, and so is the shape of an image: 32 x 32 pixels, RGB, one byte per
-channel.  Every image shows its class's pictogram at a random place, size, angle and stretch, in random colours,
-over a random gradient, among random clutter and under pixel noise.  Whether the figure is lighter or darker than
-its background is drawn by lot, so a mean colour tells nothing about the class.
+channel.  Every image shows its class's pictogram at a random place, size, angle and stretch, in random
+colours, over a random gradient, among random clutter and under pixel noise.  Whether the figure is lighter or
+darker than its background is drawn by lot, so a mean colour tells nothing about the class.
 
 The drawing is the same, bit for bit, on every machine, because it is made only of
 
-* PCG64's raw 64-bit stream, which numpy promises to keep (``Generator``'s distributions carry no such promise);
-* ``+ - * /``, ``sqrt``, comparisons and rounding to integers in float64, each of which IEEE 754 defines exactly
-  (``sin`` and ``cos`` differ between libraries, so a rotation is built from rational functions);
+* PCG64's raw 64-bit stream, which numpy promises to keep (``Generator``'s distributions come without that);
+* ``+ - * /``, ``sqrt``, comparisons and rounding to integers in float64, each of which IEEE 754 defines
+  exactly (``sin`` and ``cos`` differ between libraries, so a rotation is built from rational functions);
 * integer arithmetic, and stable sorting.
 
 No reduction (``sum``, ``mean``, ``dot``) touches a float: numpy may order its additions differently per CPU.
@@ -41,12 +41,16 @@ TRAIN_IMAGES: Final = 10_000
 TEST_IMAGES: Final = 2_000
 
 Split: TypeAlias = Literal["train", "test"]
+Bytes: TypeAlias = NDArray[np.uint8]
+Shorts: TypeAlias = NDArray[np.int16]
 Floats: TypeAlias = NDArray[np.float64]
 Point: TypeAlias = tuple[float, float]
 
 SIDE: Final = 32
 SAMPLES: Final = 2 * SIDE  # per axis: every pixel is sampled 2 x 2
-CHUNK: Final = 200  # images drawn at once: small enough for the masks to stay in the cache
+# Images drawn at once, all of one class: few enough for the masks to stay in the cache, and a divisor of the
+# number of images per class.
+CHUNK: Final = 200
 SEEDS: Final[dict[Split, int]] = {"train": 20_090_408, "test": 19_980_731}
 
 # Colour roles.  A sample holds the role it shows; the colours come last.
@@ -55,7 +59,7 @@ ROLES: Final = 7
 BLOBS: Final = (CLUTTER_A, CLUTTER_B, CLUTTER_A, CLUTTER_B)
 
 
-# --- pictograms ------------------------------------------------------------------------------------------------
+# --- pictograms ---------------------------------------------------------------------------------------------
 # Local coordinates: the figure fills about [-1, 1] x [-1, 1], x to the right, y downwards.
 
 
@@ -123,7 +127,7 @@ def pair(*parts: Part, across: Literal["x", "y"] = "x") -> list[Part]:
 
 def wheel(x: float, y: float, radius: float) -> list[Part]:
     """A dark tyre around a light hub."""
-    return [disc(DARK, x, y, radius), disc(LIGHT, x, y, 0.6 * radius)]
+    return [disc(DARK, x, y, radius), disc(LIGHT, x, y, 0.5 * radius)]
 
 
 def eye(x: float, y: float, radius: float) -> list[Part]:
@@ -242,6 +246,10 @@ def frog() -> list[Part]:
     ]
 
 
+# Where a horse's legs start, and how far each leans.
+LEGS: Final[tuple[Point, ...]] = ((-0.58, -0.06), (-0.36, 0.02), (0.16, -0.02), (0.38, 0.06))
+
+
 def horse() -> list[Part]:
     """Standing, seen from the side, head to the right."""
     return [
@@ -256,9 +264,6 @@ def horse() -> list[Part]:
         poly(ACCENT, (0.0, -0.14), (0.36, -0.94), (0.46, -0.84), (0.2, -0.06)),
         disc(DARK, 0.66, -0.64, 0.07),
     ]
-
-
-LEGS: Final[tuple[Point, ...]] = ((-0.58, -0.06), (-0.36, 0.02), (0.16, -0.02), (0.38, 0.06))
 
 
 def ship() -> list[Part]:
@@ -304,7 +309,7 @@ PICTOGRAMS: Final[tuple[list[Part], ...]] = (
 )
 
 
-# --- random numbers --------------------------------------------------------------------------------------------
+# --- random numbers -----------------------------------------------------------------------------------------
 
 
 class Source:
@@ -327,7 +332,7 @@ class Source:
         """-1.0 or 1.0 by lot, float64 of ``shape``."""
         return np.where(self.raw(math.prod(shape)) >> np.uint64(63) == 0, -1.0, 1.0).reshape(shape)
 
-    def grain(self, *shape: int) -> NDArray[np.int16]:
+    def grain(self, *shape: int) -> Shorts:
         """Triangular noise in [-15, 15], int16 of ``shape``, whose size must divide by eight."""
         # "<u8" fixes the order of the bytes inside a word, whatever the machine's own is.
         data = self.raw(math.prod(shape) // 8).astype("<u8").view(np.uint8)
@@ -338,11 +343,11 @@ class Source:
         return np.argsort(self.raw(count), kind="stable").astype(np.int64)
 
 
-# --- geometry --------------------------------------------------------------------------------------------------
+# --- geometry -----------------------------------------------------------------------------------------------
 
 
 class Pose(NamedTuple):
-    """Per image, the affine map from pixel coordinates (origin in the middle) to local ones; all (n,) float64.
+    """Per image, the affine map from pixel coordinates (origin in the middle) to local ones; float64 (n,).
 
     local x = xx * x + xy * y + x0, local y = yx * x + yy * y + y0.
     """
@@ -356,16 +361,16 @@ class Pose(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Per image and sample row, the first and last covered x; both (n, SAMPLES) float64, empty where first > last."""
+    """Per image and sample row, the first and last covered x, float64 (n, SAMPLES); empty if first > last."""
 
     first: Floats
     last: Floats
 
 
 def sample_order() -> NDArray[np.int8]:
-    """The index of every sample along an axis, int8 (SAMPLES,): first all pixels' first samples, then the second.
+    """The index of every sample along an axis, int8 (SAMPLES,): all pixels' first samples, then the second.
 
-    So a pixel's samples lie in separate halves of the axis, and adding them up adds contiguous blocks.
+    So a pixel's two samples lie in separate halves of the axis, and adding them up adds contiguous blocks.
     """
     pixel = np.arange(SIDE, dtype=np.int8)
     return np.concatenate([2 * pixel, 2 * pixel + 1]).astype(np.int8)
@@ -426,7 +431,7 @@ def half_planes(corners: Sequence[Point]) -> list[tuple[float, float, float]]:
     return [(turn * nx, turn * ny, turn * offset) for nx, ny, offset in planes]
 
 
-def paint(canvas: NDArray[np.uint8], at: Pose, part: Part) -> None:
+def paint(canvas: Bytes, at: Pose, part: Part) -> None:
     """Write the part's role over the samples it covers; ``canvas`` is (n, SAMPLES, SAMPLES) uint8."""
     spans = ellipse_spans(at, part) if isinstance(part, Ellipse) else polygon_spans(at, part)
     first = np.clip(np.ceil((spans.first + SIDE / 2) * 2.0 - 0.5), 0, SAMPLES).astype(np.int8)
@@ -436,19 +441,19 @@ def paint(canvas: NDArray[np.uint8], at: Pose, part: Part) -> None:
     np.copyto(canvas, np.uint8(part.role), where=covered)
 
 
-# --- images ----------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------
 
 
 def figure_pose(source: Source, count: int) -> Pose:
     """A random place, size, stretch, flip and small tilt for ``count`` figures."""
     scale = source.uniform(10.5, 14.0, count)
-    stretch = source.uniform(0.9, 1.1, count)
+    stretch = source.uniform(0.88, 1.12, count)
     return pose(
-        source.uniform(-2.5, 2.5, count),
-        source.uniform(-2.5, 2.5, count),
+        source.uniform(-4.0, 4.0, count),
+        source.uniform(-4.0, 4.0, count),
         source.sign(count) * scale * stretch,
         scale / stretch,
-        source.uniform(-0.09, 0.09, count),
+        source.uniform(-0.12, 0.12, count),
     )
 
 
@@ -463,35 +468,38 @@ def blob_pose(source: Source, count: int) -> Pose:
     )
 
 
-def colours(source: Source, count: int) -> NDArray[np.int16]:
+# How far a role's channels may depart from its level.
+TINT: Final[Floats] = np.array([20.0, 20.0, 26.0, 3.0, 3.0, 26.0, 26.0])
+
+
+def colours(source: Source, count: int) -> Shorts:
     """A palette per image, in bytes' range: int16 (ROLES, count, 3)."""
-    side = source.sign(count)
-    contrast = source.uniform(70.0, 120.0, count)
-    middle = source.uniform(110.0, 145.0, count)
+    # The figure is lighter than its background, or darker.  Both keep to the lower half of the range: the
+    # brightness common to all images makes plain gradient descent unstable, so there is little of it.
+    polarity = source.sign(count)
+    contrast = polarity * source.uniform(62.0, 86.0, count)
+    middle = source.uniform(50.0, 66.0, count)
     levels = np.empty((ROLES, count))
-    levels[BACKGROUND] = middle - side * contrast * 0.5
-    levels[BODY] = middle + side * contrast * 0.5
-    levels[ACCENT] = middle + side * source.uniform(-0.1, 0.15, count) * contrast
-    levels[DARK] = source.uniform(5.0, 30.0, count)
+    levels[BACKGROUND] = middle - 0.5 * contrast
+    levels[BODY] = middle + 0.5 * contrast
+    levels[ACCENT] = middle + source.uniform(-0.1, 0.15, count) * contrast
+    levels[DARK] = source.uniform(0.0, 10.0, count)
     levels[LIGHT] = source.uniform(225.0, 250.0, count)
-    levels[CLUTTER_A] = source.uniform(40.0, 215.0, count)
-    levels[CLUTTER_B] = source.uniform(40.0, 215.0, count)
+    levels[CLUTTER_A] = source.uniform(20.0, 110.0, count)
+    levels[CLUTTER_B] = source.uniform(20.0, 110.0, count)
     tints = source.uniform(-1.0, 1.0, ROLES, count, 3) * TINT[:, None, None]
     return np.clip(np.rint(levels[:, :, None] + tints), 0, 255).astype(np.int16)
 
 
-TINT: Final[Floats] = np.array([30.0, 30.0, 40.0, 5.0, 5.0, 40.0, 40.0])
-
-
-def gradient(source: Source, count: int) -> NDArray[np.int16]:
+def gradient(source: Source, count: int) -> Shorts:
     """How far the background departs from its colour, int16 (count, 3, SIDE, SIDE)."""
     at = (np.arange(SIDE) + 0.5) / SIDE - 0.5
-    along_x = source.uniform(-45.0, 45.0, count, 3, 1, 1) * at
-    along_y = source.uniform(-45.0, 45.0, count, 3, 1, 1) * at[:, None]
+    along_x = source.uniform(-20.0, 20.0, count, 3, 1, 1) * at
+    along_y = source.uniform(-20.0, 20.0, count, 3, 1, 1) * at[:, None]
     return np.rint(along_x + along_y).astype(np.int16)
 
 
-def develop(canvas: NDArray[np.uint8], palette: NDArray[np.int16], slope: NDArray[np.int16]) -> NDArray[np.int16]:
+def develop(canvas: Bytes, palette: Shorts, slope: Shorts) -> Shorts:
     """Four times the colour of every pixel, int16 (n, 3, SIDE, SIDE), from the roles of its four samples."""
     pixels = np.zeros((len(canvas), 3, SIDE, SIDE), dtype=np.int16)
     for role in range(ROLES):
@@ -503,7 +511,7 @@ def develop(canvas: NDArray[np.uint8], palette: NDArray[np.int16], slope: NDArra
     return pixels
 
 
-def draw_class(source: Source, label: int, count: int) -> NDArray[np.uint8]:
+def draw_class(source: Source, label: int, count: int) -> Bytes:
     """``count`` images of one class, uint8 (count, SIDE, SIDE, 3)."""
     canvas = np.full((count, SAMPLES, SAMPLES), BACKGROUND, dtype=np.uint8)
     for role in BLOBS:
@@ -513,7 +521,8 @@ def draw_class(source: Source, label: int, count: int) -> NDArray[np.uint8]:
         paint(canvas, at, part)
     pixels = develop(canvas, colours(source, count), gradient(source, count))
     pixels += source.grain(count, 3, SIDE, SIDE) * np.int16(4)
-    return np.clip((pixels + 2) >> 2, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    images: Bytes = np.clip((pixels + 2) >> 2, 0, 255).astype(np.uint8)
+    return images.transpose(0, 2, 3, 1)
 
 
 def draw(split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

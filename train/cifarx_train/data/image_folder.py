@@ -24,6 +24,8 @@ from cifarx_train.data.dataset import DataSet, LabelledImages, Split
 
 LAYOUT = "train/<class>/<image> and test/<class>/<image>"
 
+_CHUNK = 1 << 20
+
 # What tarfile and the decompressor below it raise for a file that is cut short or altered.
 _DAMAGE = (OSError, tarfile.TarError, EOFError, zlib.error)
 
@@ -135,6 +137,8 @@ class ArchiveSet(_ImageFiles):
         try:
             with tarfile.open(self.path) as archive:
                 yield archive
+                while archive.fileobj and archive.fileobj.read(_CHUNK):
+                    pass  # to the end of the file, where gzip's checksum stands
         except _DAMAGE as error:
             raise DataError(f"{self.path} is truncated or damaged ({error})", "copy or download it again") from error
 
