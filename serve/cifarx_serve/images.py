@@ -96,6 +96,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _decode(file: IO[bytes], name: str) -> Image.Image:
     with _image_errors(name):
         image = Image.open(file)
+        if image.format == "EPS":  # PostScript is a program, and Pillow would have Ghostscript run it
+            raise ImageError(f"{name} is EPS, a program rather than a picture", "save it as PNG first")
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(f"{image.width}x{image.height} pixels", name)
         return to_rgb(image)

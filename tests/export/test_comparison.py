@@ -24,7 +24,7 @@ GRID = st.integers(-4, 4).map(lambda step: 1 + step * 5e-5)
 GATES = st.sampled_from([FP32, Gate(0.0, 0.0, 1.0), Gate(1e-4, 0.0, 1.0), Gate(0.0, 1e-3, 1.0), Gate(0.5, 0.5, 1.0)])
 NON_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
 
-exhaustive = settings(deadline=None, max_examples=200)
+exhaustive = settings(deadline=None, max_examples=100)
 
 
 @st.composite

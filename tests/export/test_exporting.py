@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,10 @@ import numpy as np
 import onnx
 import pytest
 
-from cifarx_export.exporting import CPU, Exported, export
+from cifarx_export.exporting import Exported, export
 from cifarx_export.formats import ExportOptions, export_format
 from cifarx_export.parity_report import ParityReport
-from cifarx_serve.backends.registry import backend_class, find_model, open_backend, read_spec
+from cifarx_serve.backends.registry import find_model, open_backend, read_spec
 from cifarx_serve.errors import CifarxError, DataError, ModelFileError, OutputError, UsageError
 from cifarx_serve.spec import ParitySummary
 from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
@@ -169,15 +170,10 @@ def test_what_never_passed_never_has_its_name(alone: Path, pictures: Path) -> No
     loaded = load_checkpoint(alone)
     loaded.model["model.8.bias"][3] = float("nan")
     save_checkpoint(alone, loaded)
-    for failed in export(alone, FORMATS, data=str(pictures), atol=1e9, rtol=1e9):
-        assert not failed.report.summary.passed
-        assert not failed.path.exists()
-        assert "finite" in failures(strict_json(failed.report_path))
-    assert {path.name for path in Path.cwd().iterdir()} == {
-        "lzh_9.pth",
-        "lzh_9.onnx.failed.parity.json",
-        "lzh_9.torchscript.pt.failed.parity.json",
-    }
+    failed = export(alone, data=str(pictures), atol=1e9, rtol=1e9)[0]
+    assert not failed.report.summary.passed
+    assert "finite" in failures(strict_json(failed.report_path))
+    assert {path.name for path in Path.cwd().iterdir()} == {"lzh_9.pth", "lzh_9.onnx.failed.parity.json"}
 
 
 # What is refused, and leaves nothing.
@@ -195,8 +191,7 @@ REFUSED = {
     "an option of another format": Refused(
         UsageError, "torchscript has no opset: leave --opset out", {"formats": FORMATS, "opset": 18}
     ),
-    "an opset too old": Refused(UsageError, "opset 17 is not supported: give 18 to 23", {"opset": 17}),
-    "an opset too new": Refused(UsageError, "opset 99 is not supported: give 18 to 23", {"opset": 99}),
+    "an opset that is not supported": Refused(UsageError, "opset 99 is not supported: give 18 to 23", {"opset": 99}),
     "a negative tolerance": Refused(UsageError, "rtol is -0.1", {"rtol": -0.1}),
     "a tolerance that is no number": Refused(UsageError, "atol is nan", {"atol": float("nan")}),
     "data that is not there": Refused(DataError, "no such data set nowhere", {"data": "nowhere"}),
@@ -261,10 +256,11 @@ def named(_: Path, target: Path) -> bool:
 
 
 def kill_at(moment: Callable[[Path, Path], bool], checkpoint: Path, kind: str, data: Path) -> int:
-    """Export in another process and kill it at a moment; how it ended."""
+    """Export in another process, its sets in another order, and kill it at a moment; how it ended."""
     folder = checkpoint.parent
     target = folder / f"{checkpoint.stem}{export_format(kind).suffix}"
-    with subprocess.Popen([sys.executable, "-c", EXPORT, checkpoint, kind, data]) as process:
+    environment = {**os.environ, "PYTHONHASHSEED": "1234"}
+    with subprocess.Popen([sys.executable, "-c", EXPORT, checkpoint, kind, data], env=environment) as process:
         while process.poll() is None:
             if moment(folder, target):
                 process.kill()
@@ -284,19 +280,16 @@ def test_killed_before_the_first_artifact_was_proved_there_is_none(alone: Path, 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_killed_before_the_next_artifact_was_proved_the_last_one_stands(copied: Path, pictures: Path) -> None:
     before = contents(copied)
-    assert kill_at(begun, copied / "lzh_0.pth", "onnx", pictures) == -signal.SIGKILL
+    assert kill_at(begun, copied / "lzh_0.pth", "torchscript", pictures) == -signal.SIGKILL
     left = {path.name for path in partial(copied)}
     assert {name: content for name, content in contents(copied).items() if name not in left} == before
-    assert find_model(copied, "onnxruntime") == copied / "lzh_0.onnx"
+    assert find_model(copied, "torchscript") == copied / "lzh_0.torchscript.pt"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_killed_when_the_artifact_has_its_name_it_is_whole(alone: Path, pictures: Path) -> None:
+def test_killed_when_the_artifact_has_its_name_it_is_whole_and_the_same_as_anywhere(
+    made: list[Exported], alone: Path, pictures: Path
+) -> None:
     # The export may be quicker than the signal.
-    assert kill_at(named, alone.absolute(), "torchscript", pictures) in {-signal.SIGKILL, 0}
-    artifact = Path("lzh_9.torchscript.pt")
-    parity = read_spec(artifact).parity
-    assert parity is not None
-    assert parity.passed
-    with backend_class("torchscript")(artifact, CPU) as backend:
-        assert backend.run(np.zeros((2, 3, 32, 32), np.float32)).shape == (2, 10)
+    assert kill_at(named, alone.absolute(), "onnx", pictures) in {-signal.SIGKILL, 0}
+    assert Path("lzh_9.onnx").read_bytes() == made[0].path.read_bytes()

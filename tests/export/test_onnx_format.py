@@ -4,7 +4,6 @@ import getpass
 import os
 import re
 import socket
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -24,16 +23,6 @@ from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoint import Checkpoint, load_checkpoint
-
-CONVERT = """
-import sys
-from pathlib import Path
-from cifarx_export.formats import ExportOptions
-from cifarx_export.onnx_format import convert_to_onnx
-from cifarx_train.checkpoint import load_checkpoint
-loaded = load_checkpoint(Path(sys.argv[1]))
-convert_to_onnx(loaded.build(), loaded.spec, ExportOptions()).save(Path(sys.argv[2]), loaded.spec)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -152,18 +141,6 @@ def test_saving_again_with_another_spec_changes_nothing_but_the_spec(
     assert first == second
     artifact.save(tmp_path / "again.onnx", loaded.spec)
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
-
-
-def test_another_process_writes_the_same_bytes(good_onnx: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """Elsewhere, and with its sets in another order."""
-    environment = {**os.environ, "PYTHONHASHSEED": "1234"}
-    subprocess.run([sys.executable, "-c", CONVERT, checkpoint, "theirs.onnx"], check=True, env=environment)
-    loaded = load_checkpoint(checkpoint)
-    convert_to_onnx(loaded.build(), loaded.spec, ExportOptions(18)).save(tmp_path / "ours.onnx", loaded.spec)
-    assert (tmp_path / "theirs.onnx").read_bytes() == (tmp_path / "ours.onnx").read_bytes()
-    # And what is exported is what is converted, but for the spec.
-    exported, converted = onnx.load(good_onnx), onnx.load(tmp_path / "ours.onnx")
-    assert exported.graph == converted.graph
 
 
 def test_converting_prints_nothing_and_leaves_the_network_as_it_was(

@@ -31,7 +31,7 @@ from cifarx_train.pytorch_backend import PyTorchBackend
 IMAGES = MIN_IMAGES + 3
 """More than go through the small batches, and no multiple of any batch size."""
 
-FEW = 2 * BATCH_SIZES[-1] + 2
+FEW = BATCH_SIZES[-1] + 3
 
 SPECS = {"class names", "preprocessing"}
 RUNS = {"batch 1", "batch 3", "batch 64", "edge inputs"}
@@ -83,9 +83,15 @@ def good_torchscript(decided: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def brief(reference: Reference) -> Reference:
+    return briefly(reference)
+
+
+def briefly(reference: Reference) -> Reference:
     """Of the first images alone: enough to catch a fault, and quick."""
+    data = reference.data
+    assert data.labels is not None
     return reference._replace(
-        data=reference.data._replace(images=reference.data.images[:FEW], labels=None), logits=reference.logits[:FEW]
+        data=data._replace(images=data.images[:FEW], labels=data.labels[:FEW]), logits=reference.logits[:FEW]
     )
 
 
@@ -330,17 +336,17 @@ def test_a_planted_fault_is_caught(name: str, good_onnx: Path, brief: Reference)
 
 
 @pytest.mark.parametrize("kind", ["good_onnx", "good_torchscript"])
-def test_a_good_artifact_passes_every_check(kind: str, reference: Reference, request: pytest.FixtureRequest) -> None:
-    proof = proof_of(request.getfixturevalue(kind), reference)
+def test_a_good_artifact_passes_every_check(kind: str, brief: Reference, request: pytest.FixtureRequest) -> None:
+    proof = proof_of(request.getfixturevalue(kind), brief)
     assert proof.passed
     assert proof.failures == []
     assert {check.name for check in proof.checks} == SPECS | RUNS | NUMBERS
     summary = proof.summary
-    assert (summary.images, summary.batch_sizes) == (IMAGES, BATCH_SIZES)
+    assert (summary.images, summary.batch_sizes) == (FEW, BATCH_SIZES)
     assert (summary.agreement, summary.forgiven, summary.nonfinite) == (1.0, 0, 0)
     assert summary.accuracy == summary.reference_accuracy
     assert (summary.atol, summary.rtol) == (1e-4, 1e-4)
-    assert (summary.data, summary.data_fingerprint) == (reference.data.name, reference.data.fingerprint)
+    assert (summary.data, summary.data_fingerprint) == (brief.data.name, brief.data.fingerprint)
 
 
 def test_resaving_a_good_artifact_is_no_fault(good_onnx: Path, brief: Reference) -> None:
@@ -382,7 +388,7 @@ def test_a_reference_that_is_not_finite_proves_nothing(
     value: float, decided: Path, good_onnx: Path, data: ProofData
 ) -> None:
     broken = checkpoint_with(decided, lambda weight, bias: (weight, bias.index_fill(0, torch.tensor(3), value)))
-    asked = ask(broken, data)
+    asked = briefly(ask(broken, data))
     same_fault = edited(good_onnx, [entry_with((3,), lambda _: value, "model.8.bias")])
     assert "finite" in failed(proof_of(same_fault, asked))
     assert "finite" in failed(proof_of(good_onnx, asked))
@@ -437,15 +443,15 @@ def test_the_figures_are_those_of_a_plain_recomputation(good_onnx: Path, referen
     assert summary.provider == "CPUExecutionProvider"
 
 
-def test_the_worst_image_is_the_one_with_the_largest_error(good_onnx: Path, reference: Reference) -> None:
+def test_the_worst_image_is_the_one_with_the_largest_error(good_onnx: Path, brief: Reference) -> None:
     path = edited(good_onnx, FAULTS["last weight off by a hundredth"].plants)
-    worst = proof_of(path, reference).worst
-    theirs = answers(path, scale(reference.data.images, reference.spec.input))
-    error = np.abs(theirs - reference.logits).max(axis=1)
+    worst = proof_of(path, brief).worst
+    theirs = answers(path, scale(brief.data.images, brief.spec.input))
+    error = np.abs(theirs - brief.logits).max(axis=1)
     assert worst is not None
-    assert error[worst.image] == pytest.approx(error.max(), abs=1e-5)
-    assert worst.reference == tuple(map(float, reference.logits[worst.image]))
-    np.testing.assert_allclose(worst.artifact, theirs[worst.image], atol=1e-5)
+    assert error[worst.image] == pytest.approx(error.max(), abs=1e-4)
+    assert worst.reference == tuple(map(float, brief.logits[worst.image]))
+    np.testing.assert_allclose(worst.artifact, theirs[worst.image], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", BATCH_SIZES)
@@ -524,22 +530,22 @@ def test_forgiving_some_does_not_excuse_the_others(decided: Path, good_onnx: Pat
     assert proof.summary.agreement == pytest.approx(1 - case.flipped.mean())
 
 
-def test_a_tighter_tolerance_fails_and_is_shown(good_onnx: Path, reference: Reference) -> None:
-    proof = proof_of(good_onnx, reference, gate("fp32", atol=0.0, rtol=0.0))
+def test_a_tighter_tolerance_fails_and_is_shown(good_onnx: Path, brief: Reference) -> None:
+    proof = proof_of(good_onnx, brief, gate("fp32", atol=0.0, rtol=0.0))
     assert failed(proof) == {"tolerance"}
     assert (proof.summary.atol, proof.summary.rtol, proof.summary.agreement) == (0.0, 0.0, 1.0)
     assert "outside 0 + 0·|ref|" in found(proof, "tolerance")
 
 
-def test_the_required_tolerance_is_the_one_that_would_pass(good_onnx: Path, reference: Reference) -> None:
-    needed = proof_of(good_onnx, reference).summary.required_tolerance
+def test_the_required_tolerance_is_the_one_that_would_pass(good_onnx: Path, brief: Reference) -> None:
+    needed = proof_of(good_onnx, brief).summary.required_tolerance
     assert needed is not None
-    assert proof_of(good_onnx, reference, gate("fp32", needed * 1.0001, needed * 1.0001)).passed
-    assert not proof_of(good_onnx, reference, gate("fp32", needed * 0.9999, needed * 0.9999)).passed
+    assert proof_of(good_onnx, brief, gate("fp32", needed * 1.0001, needed * 1.0001)).passed
+    assert not proof_of(good_onnx, brief, gate("fp32", needed * 0.9999, needed * 0.9999)).passed
 
 
-def test_without_labels_there_is_no_accuracy(good_onnx: Path, reference: Reference) -> None:
-    unlabelled = reference._replace(data=reference.data._replace(labels=None))
+def test_without_labels_there_is_no_accuracy(good_onnx: Path, brief: Reference) -> None:
+    unlabelled = brief._replace(data=brief.data._replace(labels=None))
     proof = proof_of(good_onnx, unlabelled)
     assert proof.passed
     assert (proof.summary.accuracy, proof.summary.reference_accuracy) == (None, None)

@@ -410,3 +410,9 @@ def test_an_array_of_another_kind_is_refused(array: NDArray[Any]) -> None:
 def test_a_picture_without_a_pixel_is_refused(source: Any) -> None:
     with pytest.raises(ImageError, match=r"of \dx\d pixels"):
         read_image(source)
+
+
+def test_postscript_is_refused_before_anything_runs_it(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "teal").save(tmp_path / "x.eps")
+    with pytest.raises(ImageError, match="EPS"):
+        read_image(tmp_path / "x.eps")

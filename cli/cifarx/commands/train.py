@@ -25,7 +25,7 @@ def command(
     json: Json = False,
 ) -> None:
     """Train a network and write one checkpoint an epoch: NAME_0.pth, NAME_1.pth and so on."""
-    note("loading PyTorch")
+    note("loading PyTorch, then the data")
     from cifarx.training_progress import training_progress
     from cifarx_train.run import train
 
