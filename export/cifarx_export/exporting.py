@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.formats import ExportOptions, Format, export_format
+from cifarx_export.formats import ExportOptions, Format, export_format, require_opset
 from cifarx_export.gates import Gate, gate
 from cifarx_export.parity_report import FAILED_SUFFIX, SUFFIX, ParityReport
 from cifarx_export.proof import BATCH_SIZES, Proof, Reference, ask_reference, prove
@@ -75,6 +75,8 @@ def export(
 
 
 def _require_options(name: str, kind: Format, options: ExportOptions) -> Format:
+    if options.opset is not None:
+        require_opset(options.opset)
     for option, value in options._asdict().items():
         if value is not None and option not in kind.options:
             raise UsageError(f"format {name} has no {option}", f"leave --{option} out, or export {name} on its own")

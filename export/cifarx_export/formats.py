@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, Protocol
 
 from torch import nn
 
-from cifarx_serve.errors import unknown
+from cifarx_serve.errors import UsageError, unknown
 from cifarx_serve.spec import ModelSpec
 
 
@@ -61,6 +61,16 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         ),
     }
 )
+
+
+OPSETS: Final = range(18, 24)
+"""18 is the lowest that the exporter writes; 23 the newest that is tested against ONNX Runtime."""
+
+
+def require_opset(opset: int) -> None:
+    """Raises UsageError where an ONNX file of that operator set is not to be had."""
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not supported", f"give {OPSETS[0]} to {OPSETS[-1]}")
 
 
 def export_format(name: str) -> Format:

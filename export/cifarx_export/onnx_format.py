@@ -12,16 +12,12 @@ import onnx
 import torch
 from torch import nn
 
-from cifarx_export.formats import ExportOptions
+from cifarx_export.formats import ExportOptions, require_opset
 from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY
-from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import InputSpec, ModelSpec
 
 DEFAULT_OPSET: Final = 18
 """The lowest that the exporter writes without a conversion, so the one that most runtimes can read."""
-
-OPSETS: Final = range(18, 24)
-"""18 is the exporter's floor; 23 the newest that ONNX Runtime 1.24, the oldest we install, runs."""
 
 
 class OnnxArtifact:
@@ -45,14 +41,13 @@ def convert_to_onnx(module: nn.Module, spec: ModelSpec, options: ExportOptions) 
         UsageError: an opset that is not supported.
     """
     opset = DEFAULT_OPSET if options.opset is None else options.opset
-    if opset not in OPSETS:
-        raise UsageError(f"opset {opset} is not supported", f"give {OPSETS[0]} to {OPSETS[-1]}")
+    require_opset(opset)
     with _quiet():
         program = torch.onnx.export(
             module,
             (example_input(spec.input),),
             dynamo=True,
-            external_data=False,  # else even a small network gets a second file
+            external_data=False,
             dynamic_shapes=({0: "batch"},),
             input_names=["input"],
             output_names=["logits"],

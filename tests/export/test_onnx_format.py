@@ -17,8 +17,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cifarx_export.formats import ExportOptions
-from cifarx_export.onnx_format import DEFAULT_OPSET, OPSETS, OnnxArtifact, convert_to_onnx
+from cifarx_export.formats import OPSETS, ExportOptions
+from cifarx_export.onnx_format import DEFAULT_OPSET, OnnxArtifact, convert_to_onnx
 from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
