@@ -34,6 +34,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'cifarx' has no attribute {name!r}")
+    import_module("cifarx_train")  # offers its backend, also where no entry point does
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

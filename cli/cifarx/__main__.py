@@ -7,9 +7,9 @@ from typing import Final, NoReturn
 
 import typer
 
+import cifarx_train  # noqa: F401  offers its backend, also where no entry point does
 from cifarx.app import app
 from cifarx.console import note
-from cifarx_serve.backends.registry import register_backend
 from cifarx_serve.errors import CifarxError, FallbackWarning
 
 # The base of every usage error; Typer exports none of its ancestors by a name that stays.
@@ -21,8 +21,6 @@ _TRAIN_PACKAGES: Final = frozenset({"torch", "torchvision", "tensorboard", "onnx
 def main() -> NoReturn:
     """Run the command line and exit: 0 it holds, 1 a check failed, 2 the input or the usage is wrong."""
     _show_notes()
-    # The rooms' entry points exist only where cifarx is installed; from a source tree this is what finds PyTorch's.
-    register_backend("pytorch", "cifarx_train.pytorch_backend:PyTorchBackend")
     if os.environ.get("CIFARX_DEBUG"):
         sys.exit(app(standalone_mode=False))
     sys.exit(_run())

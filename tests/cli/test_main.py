@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
+from PIL import Image
 from trained_model import Trained
 
 
@@ -92,3 +93,18 @@ def test_missing_extra_is_named(tmp_path: Path) -> None:
     assert ran.returncode == 2
     assert 'pip install "cifarx[train]"' in ran.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_pytorch_backend_is_found_without_an_install(trained: Trained, tmp_path: Path) -> None:
+    """A source tree has no entry points."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    code = (
+        "import importlib.metadata, sys\n"
+        "importlib.metadata.entry_points = lambda **_: ()\n"
+        f"sys.argv = ['cifarx', 'infer', 'x.png', '--model', {str(trained.checkpoint)!r}]\n"
+        "from cifarx.__main__ import main\n"
+        "main()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "by pytorch on cpu" in ran.stderr
