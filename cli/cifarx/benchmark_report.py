@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from cifarx.console import result, table
+from cifarx.console import result, table, table_width
 from cifarx_serve.atomic import atomic_path
 from cifarx_serve.benchmark import BenchmarkReport, BenchmarkRow
 from cifarx_serve.environment import Environment
@@ -17,6 +17,9 @@ HEADINGS: Final = (
     "file", "provider", "precision", "batch", "p50 µs", "p90 µs", "p99 µs", "images/s", "agreement", "load ms", "KB",
 )  # fmt: skip
 
+_LESS: Final = frozenset({"precision", "p90 µs", "load ms", "KB"})
+_WIDE: Final = 130
+
 
 def check_suffix(path: Path) -> None:
     """Raises UsageError, before anything is measured, where a report of that kind cannot be written."""
@@ -25,8 +28,11 @@ def check_suffix(path: Path) -> None:
 
 
 def print_report(report: BenchmarkReport) -> None:
-    """The table, then where it was measured."""
-    table(title(report), HEADINGS, [cells(row) for row in report.rows])
+    """The table, then where it was measured; a narrow terminal gets the columns that matter most."""
+    wide = table_width() >= _WIDE
+    shown = [position for position, name in enumerate(HEADINGS) if wide or name not in _LESS]
+    rows = [[cells(row)[position] for position in shown] for row in report.rows]
+    table(title(report), [HEADINGS[position] for position in shown], rows)
     result(environment_line(report.environment))
 
 

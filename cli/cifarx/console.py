@@ -35,14 +35,20 @@ def tick(passed: bool) -> str:
     return "✓" if passed else "✗"
 
 
+def table_width() -> int:
+    """Characters that a table on standard output may take."""
+    return _console().width
+
+
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; the first column is text, the others align right."""
+    """A table on standard output: two columns of text, folded where the terminal is narrow, then numbers."""
     from rich import box
     from rich.table import Table
 
     grid: Table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for position, heading in enumerate(headings):
-        grid.add_column(heading, justify="left" if position == 0 else "right", no_wrap=True)
+        text = position < 2
+        grid.add_column(heading, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in rows:
         grid.add_row(*row)
     _console().print(grid)

@@ -1,7 +1,6 @@
 """TorchScript: `.torchscript.pt` files, on any device of PyTorch's. Legacy: PyTorch deprecated the format."""
 
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +42,8 @@ class TorchScriptBackend(TorchBackend):
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
         """Needs no PyTorch: the archive is a zip file."""
+        import zipfile  # here, because the registry imports this module to learn its suffix
+
         require_file(path)
         try:
             with zipfile.ZipFile(path) as archive:
