@@ -73,9 +73,21 @@ def backends(request: pytest.FixtureRequest, models: Models) -> Iterator[dict[st
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[_ROWS]
-    if not rows:
+    rows, notes = config.stash[_ROWS], config.stash[_NOTES]
+    if not rows and not notes:
         return
+    terminalreporter.write_line("")
+    if rows:
+        terminalreporter.write(_table(rows))
+    here = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    terminalreporter.write_line(f"{here.cpu}, {here.threads} of {here.cpus} CPUs, {', '.join(here.gpus) or 'no GPU'}")
+    terminalreporter.write_line(f"Python {here.python}, {versions}")
+    for note in notes:
+        terminalreporter.write_line(note)
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
     headings = ("backend", "provider", "batch", "p50 µs", "p90 µs", "p99 µs", "images/s", "speed-up", "agreement")
     table = Table(*headings, title="one call, host memory to host memory; speed-up over PyTorch, measured in turns")
     for column in table.columns[2:]:
@@ -85,11 +97,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table)
-    here = environment()
-    terminalreporter.write_line("")
-    terminalreporter.write(capture.get())
-    versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
-    terminalreporter.write_line(f"{here.cpu}, {here.threads} of {here.cpus} CPUs, {', '.join(here.gpus) or 'no GPU'}")
-    terminalreporter.write_line(f"Python {here.python}, {versions}")
-    for note in config.stash[_NOTES]:
-        terminalreporter.write_line(note)
+    return capture.get()

@@ -17,7 +17,6 @@ import json
 import sys
 import numpy as np
 import onnxruntime
-import pytest
 from PIL import Image
 
 image = Image.open(sys.argv[1]).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
