@@ -9,6 +9,7 @@ from measured_models import Models
 from rich.console import Console
 from rich.table import Table
 
+from cifarx.benchmark_report import environment_line
 from cifarx_export.exporting import export
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import open_backend
@@ -79,10 +80,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line("")
     if rows:
         terminalreporter.write(_table(rows))
-    here = environment()
-    versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
-    terminalreporter.write_line(f"{here.cpu}, {here.threads} of {here.cpus} CPUs, {', '.join(here.gpus) or 'no GPU'}")
-    terminalreporter.write_line(f"Python {here.python}, {versions}")
+    terminalreporter.write_line(environment_line(environment()))
     for note in notes:
         terminalreporter.write_line(note)
 

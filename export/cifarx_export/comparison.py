@@ -55,7 +55,8 @@ def find_flips(reference: Logits, artifact: Logits, gate: Gate) -> Flips:
     tolerance of the best: either answer is then the reference's own.
     """
     positions = np.flatnonzero(reference.argmax(1) != artifact.argmax(1))
-    forgiven: NDArray[np.bool_] = np.isfinite(reference[positions] + artifact[positions]).all(axis=1)
+    finite = np.isfinite(reference[positions]) & np.isfinite(artifact[positions])
+    forgiven: NDArray[np.bool_] = np.logical_and.reduce(finite, axis=1)
     rows = positions[forgiven]
     expected = reference[rows].astype(np.float64)
     best = expected.max(axis=1)
