@@ -12,8 +12,9 @@ _SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test in a folder of its own, with no data set named from outside."""
+    """Every test in a folder of its own, with no data set named from outside and no images kept from before."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
     monkeypatch.delenv("CIFARX_DATA", raising=False)
 
 

@@ -9,12 +9,13 @@ import typer
 
 import cifarx_train  # noqa: F401  offers its backend, also where no entry point does
 from cifarx.app import app
-from cifarx.console import note
+from cifarx.console import failure, note
 from cifarx_serve.errors import CifarxError, FallbackWarning
 
 # The base of every usage error; Typer exports none of its ancestors by a name that stays.
 _UsageProblem: Final[type[Exception]] = typer.BadParameter.__mro__[2]
 
+_CTRL_C: Final = 130
 _TRAIN_PACKAGES: Final = frozenset({"torch", "torchvision", "tensorboard", "onnx", "onnxscript", "onnx_ir"})
 
 
@@ -29,13 +30,15 @@ def main() -> NoReturn:
 def _run() -> int:
     try:
         status = app(standalone_mode=False)
+        if status == _CTRL_C:  # Typer makes a status of it, and says nothing
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing is wrong
         return 0
     except (Exception, KeyboardInterrupt) as error:
         message, status = _explain(error)
-        note(f"error: {' '.join(message.split())}")
+        failure(f"error: {' '.join(message.split())}")
     return status if isinstance(status, int) else 0
 
 
@@ -49,7 +52,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case ModuleNotFoundError():
             told = _missing(error), 2
         case KeyboardInterrupt() | typer.Abort():
-            told = "interrupted: what was finished is kept", 130
+            told = "interrupted: what was finished is kept", _CTRL_C
         case OSError():
             where = f" {error.filename}" if error.filename else ""
             told = f"the system refused{where} ({error.strerror or error}): check the path and the disk", 2
@@ -82,7 +85,7 @@ def _show_notes() -> None:
 
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", FallbackWarning)
+        warnings.simplefilter("once", FallbackWarning)
         warnings.showwarning = show
 
 

@@ -1,5 +1,6 @@
 """What a user sees: results on standard output, progress and notes on standard error."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,26 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 160
 
 
+def speaks() -> bool:
+    """Whether this process is the one that speaks: of several that torchrun started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(message: str) -> None:
     """One line on standard error."""
+    if speaks():
+        failure(message)
+
+
+def failure(message: str) -> None:
+    """One line on standard error, from whichever process it happened in."""
     print(message, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def result(text: str) -> None:
     """Lines on standard output."""
-    print(text, flush=True)  # noqa: T201
+    if speaks():
+        print(text, flush=True)  # noqa: T201
 
 
 def json_result(value: Any) -> None:

@@ -1,6 +1,6 @@
 """Options that several commands share, so that they read and mean the same everywhere."""
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -16,8 +16,19 @@ DataName: TypeAlias = Annotated[
         help="auto, cifar10, builtin, or the path of a folder or .tar.gz with train/CLASS/ and test/CLASS/.",
     ),
 ]
+Broken: TypeAlias = Annotated[
+    Literal["refuse", "skip"],
+    typer.Option("--broken", help="Images that cannot be read: refuse the data, or skip them."),
+]
 Checkpoint: TypeAlias = Annotated[
-    str, typer.Option("--ckpt", metavar="FILE", help="The checkpoint, as `cifarx train` wrote it.")
+    str,
+    typer.Option(
+        "--ckpt", metavar="FILE", help="The checkpoint that `cifarx train` wrote, or a .pth file of torch.save."
+    ),
+]
+ModelName: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Architecture of a .pth file that does not say it itself."),
 ]
 AbsoluteTolerance: TypeAlias = Annotated[
     float | None, typer.Option("--atol", help="Absolute tolerance of a logit. [default: by precision]")

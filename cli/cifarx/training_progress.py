@@ -1,13 +1,16 @@
 """A training run as it goes: a bar on a terminal, plain lines elsewhere, a table row an epoch on both."""
 
 import sys
+import time
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cifarx.console import note
-from cifarx_train.observers import EpochReport, Observer, RunStart
+from cifarx_train.observers import EpochReport, Observer, RunStart, StepReport
 
+_REFRESH_S: Final = 0.1
 _HEADING = f"{'epoch':>7} {'step':>8} {'train loss':>11} {'test loss':>10} {'accuracy':>9} {'images/s':>9}  checkpoint"
 
 
@@ -17,22 +20,17 @@ def training_progress() -> Observer:
 
 
 class _Lines(Observer):
-    """One row an epoch; the training loss is the last one read."""
-
-    def __init__(self) -> None:
-        self._loss = float("nan")
+    """One row an epoch; the training loss is that of its last batch."""
 
     def on_start(self, run: RunStart) -> None:
         self._say(_describe(run))
         self._say(_HEADING)
 
-    def on_train_loss(self, step: int, loss: float) -> None:  # noqa: ARG002
-        self._loss = loss
-
     def on_epoch(self, report: EpochReport) -> None:
         self._say(
-            f"{report.epoch + 1:>4}/{report.epochs:<2} {report.step:>8,} {self._loss:>11.4f} {report.test_loss:>10.4f} "
-            f"{report.test_accuracy:>9.2%} {report.images_per_s:>9,.0f}  {report.checkpoint}"
+            f"{report.epoch + 1:>4}/{report.epochs:<2} {report.step:>8,} {report.train_loss:>11.4f} "
+            f"{report.evaluation.loss:>10.4f} {report.evaluation.accuracy:>9.2%} {report.images_per_s:>9,.0f}  "
+            f"{report.checkpoint}"
         )
 
     def _say(self, line: str) -> None:
@@ -43,7 +41,6 @@ class _Bar(_Lines):
     """The rows, with a live bar below them."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._progress = Progress(
             BarColumn(),
             TextColumn("step {task.completed:,}/{task.total:,}  loss {task.fields[loss]:.4f}"),
@@ -52,18 +49,20 @@ class _Bar(_Lines):
             transient=True,
         )
         self._task = TaskID(0)
+        self._due = 0.0
 
     def on_start(self, run: RunStart) -> None:
         super().on_start(run)
-        self._task = self._progress.add_task("train", total=run.steps, loss=float("nan"))
+        self._task = self._progress.add_task("train", total=run.steps, completed=run.first_step, loss=float("nan"))
         self._progress.start()
 
     def on_step(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
+        if (now := time.monotonic()) >= self._due:  # a small network on a GPU makes thousands of steps a second
+            self._due = now + _REFRESH_S
+            self._progress.update(self._task, completed=step)
 
-    def on_train_loss(self, step: int, loss: float) -> None:
-        super().on_train_loss(step, loss)
-        self._progress.update(self._task, loss=loss)
+    def on_log(self, report: StepReport) -> None:
+        self._progress.update(self._task, loss=report.loss)
 
     def on_end(self) -> None:
         self._progress.stop()
@@ -73,7 +72,10 @@ class _Bar(_Lines):
 
 
 def _describe(run: RunStart) -> str:
+    parameters = sum(parameter.numel() for parameter in run.module.parameters())
+    ranks = f" with {run.ranks} processes" if run.ranks > 1 else ""
+    resumed = f", {run.first_step:,} of them done" if run.first_step else ""
     return (
-        f"{run.model}, {run.parameters:,} parameters, on {run.device}: {run.data}, {run.train_images:,} training and "
-        f"{run.test_images:,} test images, {run.steps:,} steps"
+        f"{run.model}, {parameters:,} parameters, recipe {run.recipe.name}, on {run.device}{ranks}: {run.data}, "
+        f"{run.train_images:,} training and {len(run.test):,} test images, {run.steps:,} steps{resumed}"
     )

@@ -23,6 +23,7 @@ from cifarx_serve.progress import Progress, silent
 from cifarx_serve.versions import library_versions
 from cifarx_train.checkpoint import SUFFIX as CHECKPOINT_SUFFIX
 from cifarx_train.checkpoint import Checkpoint, file_sha256, load_checkpoint
+from cifarx_train.data.dataset import Broken
 from cifarx_train.pytorch_backend import PyTorchBackend
 
 CPU = Device("cpu")
@@ -40,7 +41,9 @@ def export(
     checkpoint: str | Path,
     formats: Sequence[str] = ("onnx",),
     *,
+    model: str | None = None,
     data: str = "auto",
+    broken: Broken = "refuse",
     out: str | Path | None = None,
     opset: int | None = None,
     atol: float | None = None,
@@ -50,8 +53,10 @@ def export(
     """Make artifacts of a checkpoint, beside it or in `out`; an artifact that fails its proof is not left there.
 
     Args:
-        checkpoint: a `.pth` file of `cifarx train`.
+        checkpoint: a `.pth` file of `cifarx train`, or of the training notes.
         formats: names from `formats.FORMATS`.
+        model: the network's name, for a file that does not say it itself.
+        broken: refuse a data set with broken images, or skip them.
         data: the images of the proof: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
         opset: of the ONNX file.
         atol, rtol: in place of the gate's own.
@@ -65,10 +70,10 @@ def export(
     chosen = {name: _require_options(name, export_format(name), options) for name in formats}
     limits = gate("fp32", atol, rtol)
     progress(f"reading {path}")
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path, model)
     folder = path.parent if out is None else Path(out)
-    with PyTorchBackend(path, CPU) as backend:
-        reference = ask_reference(backend, proof_data(loaded.spec, data), progress)
+    with PyTorchBackend.of(loaded, CPU) as backend:
+        reference = ask_reference(backend, proof_data(loaded.spec, data, broken), progress)
     require_writable(folder)
     job = _Job(path, file_sha256(path), loaded, folder, options, limits, reference, progress)
     return [job.make(name, kind) for name, kind in chosen.items()]

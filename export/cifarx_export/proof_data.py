@@ -2,21 +2,22 @@
 
 from cifarx_export.proof import ProofData
 from cifarx_serve.spec import ModelSpec
-from cifarx_train.data.dataset import fingerprint
+from cifarx_train.data.dataset import Broken, fingerprint
 from cifarx_train.data.selection import select_data_like
 
 
-def proof_data(spec: ModelSpec, name: str) -> ProofData:
+def proof_data(spec: ModelSpec, name: str, broken: Broken = "refuse") -> ProofData:
     """Read a test split at the model's input size.
 
     Args:
         spec: of the model to be proved.
         name: as `--data` has it; `auto` is what the model was trained on where that can be found.
+        broken: refuse a data set with broken images, or skip them.
 
     Raises:
         DataError: what was asked for is absent or damaged.
     """
-    data = select_data_like(spec.training.data if spec.training else None, name)
+    data = select_data_like(spec.training.data if spec.training else None, name, broken)
     split = data.load("test", spec.input)
     labels = split.labels if data.class_names == spec.class_names else None
     return ProofData(split.images, labels, data.name, fingerprint(split, data.class_names))

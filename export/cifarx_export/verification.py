@@ -11,6 +11,7 @@ from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
 from cifarx_serve.progress import Progress, silent
 from cifarx_train.checkpoint import file_sha256
+from cifarx_train.data.dataset import Broken
 from cifarx_train.pytorch_backend import PyTorchBackend
 
 
@@ -18,7 +19,9 @@ def verify(
     artifact: str | Path,
     checkpoint: str | Path,
     *,
+    model: str | None = None,
     data: str = "auto",
+    broken: Broken = "refuse",
     atol: float | None = None,
     rtol: float | None = None,
     progress: Progress = silent,
@@ -28,6 +31,8 @@ def verify(
     Args:
         artifact: a file that `cifarx export` made, or any that a backend opens.
         checkpoint: the `.pth` file to agree with.
+        model: the network's name, for a checkpoint that does not say it itself.
+        broken: refuse a data set with broken images, or skip them.
         data: the images: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
         atol, rtol: in place of the gate's own.
         progress: told what is being done.
@@ -36,9 +41,9 @@ def verify(
         UsageError, ModelFileError, DataError: one of the inputs cannot be used.
     """
     path, source = Path(artifact), Path(checkpoint)
-    with open_backend(path, device="cpu") as backend, PyTorchBackend(source, Device("cpu")) as trained:
+    with open_backend(path, device="cpu") as backend, PyTorchBackend(source, Device("cpu"), model) as trained:
         limits = gate(backend.spec.precision, atol, rtol)
-        reference = ask_reference(trained, proof_data(trained.spec, data), progress)
+        reference = ask_reference(trained, proof_data(trained.spec, data, broken), progress)
         proof = prove(reference, backend, limits, progress)
         return ParityReport(
             artifact=path.name,

@@ -39,6 +39,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, suffix: str) -> None:
+    """Remove what killed writers of files with that suffix left half written; nobody else may be writing there."""
+    for leftover in folder.glob(f".*.partial{suffix}"):
+        leftover.unlink(missing_ok=True)
+
+
 def require_writable(folder: Path) -> None:
     """Make `folder` and find out now, not after an hour of training, whether files can be made in it.
 

@@ -1,7 +1,6 @@
 """Every error a user can meet: what was wrong, with the value, and how to mend it."""
 
 from collections.abc import Iterable
-from typing import ClassVar
 
 
 class CifarxError(Exception):
@@ -12,7 +11,7 @@ class CifarxError(Exception):
         remedy: how to mend it.
     """
 
-    exit_status: ClassVar[int] = 2
+    exit_status: int = 2
 
     def __init__(self, problem: str, remedy: str) -> None:
         self.problem = problem
@@ -50,6 +49,18 @@ class DeviceError(CifarxError):
 
 class OutputError(CifarxError):
     """A file or folder that cannot be written."""
+
+
+class PeerLost(CifarxError):
+    """Another process that this one works with has ended."""
+
+
+class Interrupted(CifarxError):
+    """A signal ended long work; what was done is saved, and told how to go on with."""
+
+    def __init__(self, problem: str, remedy: str, signal_number: int) -> None:
+        super().__init__(problem, remedy)
+        self.exit_status = 128 + signal_number  # as a shell reports a process that a signal ended
 
 
 class CheckFailed(CifarxError):

@@ -49,16 +49,24 @@ class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model was trained. `test_accuracy` is a fraction, of the whole test split, after `epochs` epochs."""
+    """How a model was trained: `epochs` whole ones, the recipe as plain data.
+
+    `test_accuracy` is a fraction, of the whole test split; None where a run was interrupted before it was judged.
+    """
 
     data: DataRecord
     recipe: dict[str, Any]
-    epochs: Positive
+    epochs: Annotated[int, Meta(ge=0)]
     seed: int
-    test_accuracy: Annotated[float, Meta(ge=0, le=1)]
+    test_accuracy: Annotated[float, Meta(ge=0, le=1)] | None
     test_loss: float | None
     device: str
     versions: dict[str, str]
+
+    @property
+    def accuracy_text(self) -> str:
+        """The test accuracy in percent, or that there is none."""
+        return "accuracy not tested" if self.test_accuracy is None else f"{self.test_accuracy:.2%}"
 
 
 class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,10 +96,14 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The document itself. `class_names` are in label order; the output is a (N, classes) array of logits."""
+    """The document itself. `class_names` are in label order; the output is a (N, classes) array of logits.
+
+    `stem` is "small" for a torchvision ResNet whose first layers were made for small images.
+    """
 
     schema_version: Positive = SCHEMA_VERSION
     model: str
+    stem: Literal["own", "small"] = "own"
     class_names: Annotated[tuple[str, ...], Meta(min_length=2)]
     input: InputSpec
     output: Literal["logits"] = "logits"

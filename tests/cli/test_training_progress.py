@@ -4,8 +4,65 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
+
+from cifarx.training_progress import training_progress
+from cifarx_serve.spec import InputSpec
+from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.evaluation import Evaluation
+from cifarx_train.observers import EpochReport, RunStart, StepReport
+from cifarx_train.recipes import recipe
+
+TEST = LabelledImages(np.zeros((1234, 2, 2, 3), np.uint8), np.zeros(1234, np.int64))
+START = RunStart(
+    model="net",
+    module=nn.Linear(1000, 2),
+    input=InputSpec(height=2, width=2),
+    recipe=recipe("fast"),
+    seed=0,
+    device="cpu",
+    ranks=1,
+    data="colours",
+    class_names=("cat", "dog"),
+    train_images=5678,
+    test=TEST,
+    steps=4000,
+)
+
+
+def test_a_run_is_described_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    training_progress().on_start(START)
+    out, err = capsys.readouterr()
+    line, heading = err.splitlines()
+    assert out == ""
+    assert line == (
+        "net, 2,002 parameters, recipe fast, on cpu: colours, 5,678 training and 1,234 test images, 4,000 steps"
+    )
+    assert heading.split() == ["epoch", "step", "train", "loss", "test", "loss", "accuracy", "images/s", "checkpoint"]
+
+
+def test_other_processes_and_steps_done_before_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    training_progress().on_start(START._replace(ranks=4, first_step=1500))
+    line = capsys.readouterr().err.splitlines()[0]
+    assert "on cpu with 4 processes: " in line
+    assert line.endswith("4,000 steps, 1,500 of them done")
+
+
+def test_an_epoch_is_a_row_below_its_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = training_progress()
+    progress.on_start(START)
+    progress.on_step(1)
+    progress.on_log(StepReport(100, 0.5, 0.1, 2.0, 300.0))
+    evaluation = Evaluation(0.75, 0.8125, np.zeros((2, 2), np.int64), [])
+    progress.on_epoch(EpochReport(2, 10, 1200, 1.5, evaluation, 98_765.4, 0.1, Path("run/net_2.pth")))
+    progress.on_end()
+    _, heading, row = capsys.readouterr().err.splitlines()
+    assert row.split() == ["3/10", "1,200", "1.5000", "0.7500", "81.25%", "98,765", "run/net_2.pth"]
+    for title, value in (("step", "1,200"), ("train loss", "1.5000"), ("accuracy", "81.25%"), ("images/s", "98,765")):
+        assert heading.index(title) + len(title) == row.index(value) + len(value)
 
 
 @pytest.fixture

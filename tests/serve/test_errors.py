@@ -3,12 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cifarx_serve import errors
-from cifarx_serve.errors import CheckFailed, CifarxError, FallbackWarning, UsageError, unknown
+from cifarx_serve.errors import CheckFailed, CifarxError, FallbackWarning, Interrupted, UsageError, unknown
 
 KINDS = [
     kind
     for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not FallbackWarning
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (FallbackWarning, Interrupted)
 ]
 
 
@@ -23,6 +23,13 @@ def test_every_error_says_what_is_wrong_and_how_to_mend_it(kind: type[CifarxErro
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_failed_check_is_not_the_users_mistake(kind: type[CifarxError]) -> None:
     assert kind.exit_status == (1 if kind is CheckFailed else 2)
+
+
+@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
+def test_an_interruption_ends_as_a_shell_reports_it(number: int, status: int) -> None:
+    error = Interrupted("interrupted at step 7", "go on", number)
+    assert str(error) == "interrupted at step 7: go on"
+    assert error.exit_status == status
 
 
 def test_a_fallback_is_told_and_stops_nothing() -> None:

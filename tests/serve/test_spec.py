@@ -195,7 +195,7 @@ def test_unknown_fields_of_the_same_schema_are_ignored(path: tuple[str, ...]) ->
         (("input", "resize"), "box"),
         (("output",), "probabilities"),
         (("precision",), "fp64"),
-        (("training", "epochs"), 0),
+        (("training", "epochs"), -1),
         (("training", "test_accuracy"), 50),
         (("training", "data", "kind"), "mnist"),
         (("training", "data", "train_fingerprint"), SHA256.upper()),

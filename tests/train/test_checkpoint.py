@@ -203,6 +203,7 @@ def test_an_altered_byte_is_found_or_changes_nothing(
 
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@pytest.mark.filterwarnings("ignore::cifarx_serve.errors.FallbackWarning")  # weights whose spec is lost are still some
 def test_an_altered_pickle_with_good_checksums_raises_nothing_but_our_own(
     saved: Path, tmp_path: Path, changes: list[tuple[float, int]]
 ) -> None:
@@ -227,11 +228,10 @@ def test_an_altered_pickle_with_good_checksums_raises_nothing_but_our_own(
         {"model": {}, "training": {}},
         {"spec": None, "model": {}, "training": {}},
         {"spec": {"schema_version": 1}, "model": {}, "training": {}},
-        network("lzh").build(3).state_dict(),
         [1, 2, 3],
         torch.zeros(3),
     ],
-    ids=["empty", "no-spec", "null-spec", "dict-spec", "state-dict", "list", "tensor"],
+    ids=["empty", "no-spec", "null-spec", "dict-spec", "list", "tensor"],
 )
 def test_a_pytorch_file_without_a_spec_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pth")
@@ -313,7 +313,7 @@ def test_code_in_a_checkpoint_is_never_run(
     content = payload if place == "whole" else {**content, place: payload}
     path = tmp_path / "x.pth"
     torch.save(content, path, _use_new_zipfile_serialization=zipped_format)
-    with pytest.raises(ModelFileError, match=r"x\.pth is not a checkpoint"):
+    with pytest.raises(ModelFileError, match=r"x\.pth would run code \(os\.system\): it is not loaded"):
         load_checkpoint(path)
     assert not marker.exists()
     # The payload is a real one: the file does ask for the shell, as PyTorch lists without running it.

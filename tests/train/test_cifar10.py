@@ -88,6 +88,24 @@ def test_another_size_is_resized_as_everywhere(tmp_path: Path, vouch: Callable[[
         assert np.array_equal(image, resize(Image.fromarray(expected), spec))
 
 
+def test_resized_images_are_kept_and_still_only_those_that_were_published(
+    tmp_path: Path, vouch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("cifarx_train.data.decoded_cache._FEWEST_IMAGES", 1)
+    vouch(write_batches(tmp_path))
+    spec = InputSpec(height=48, width=40)
+    first = Cifar10Set(tmp_path).load("train", spec)
+    monkeypatch.delattr("cifarx_train.data.cifar10.resize")  # not needed again
+    second = Cifar10Set(tmp_path).load("train", spec)
+    assert first.file == second.file is not None
+    assert np.array_equal(first.images, second.images)
+    assert np.array_equal(first.labels, second.labels)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").unlink()
+    with pytest.raises(DataError, match="is not CIFAR-10 as published"):
+        Cifar10Set(tmp_path).load("train", spec)
+
+
 class Payload:
     """Runs a command when it is unpickled."""
 

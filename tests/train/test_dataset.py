@@ -26,6 +26,14 @@ def test_equal_data_has_equal_fingerprints(data: LabelledImages) -> None:
     assert fingerprint(LabelledImages(data.images.copy(), data.labels.copy()), CLASSES) == print_
 
 
+@given(splits(), st.integers(1, 40))
+def test_the_parts_that_are_hashed_at_once_do_not_count(data: LabelledImages, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cifarx_train.data.dataset._HASHED_AT_ONCE", size)
+        in_parts = fingerprint(data, CLASSES)
+    assert in_parts == fingerprint(data, CLASSES)
+
+
 @given(splits())
 def test_the_layout_in_memory_does_not_count(data: LabelledImages) -> None:
     channels_first = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))

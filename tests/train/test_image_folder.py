@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifarx_serve.errors import DataError
+from cifarx_serve.errors import DataError, FallbackWarning
+from cifarx_serve.images import read_image
 from cifarx_serve.preprocess import resize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import DataSet, Split, fingerprint
@@ -19,6 +20,12 @@ from cifarx_train.data.image_folder import open_image_files
 
 SPEC = InputSpec(height=32, width=32)
 SPLITS: tuple[Split, Split] = ("train", "test")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is kept where the user's own decoded images are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
 
 
 @pytest.fixture
@@ -222,14 +229,97 @@ def test_a_broken_image_is_named(opened: Callable[[Path], DataSet], folder: Path
     data = opened(folder)
     assert len(data.load("train", SPEC)) == 15
     error = failing(data)
-    assert f"broken image test/green/1.png in {data.path}" in error.problem  # type: ignore[attr-defined]
-    assert "repair or remove it" in error.remedy
+    assert f"1 broken image in {data.path}: test/green/1.png (not an image" in error.problem  # type: ignore[attr-defined]
+    assert error.remedy == "repair or remove them, or use --broken skip"
 
 
 def test_a_truncated_image_is_named(opened: Callable[[Path], DataSet], folder: Path) -> None:
-    path = folder / "train" / "red" / "4.png"
+    truncate(folder / "train" / "red" / "4.png")
+    assert ": train/red/4.png (truncated or damaged (" in failing(opened(folder)).problem
+
+
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
-    assert "broken image train/red/4.png" in failing(opened(folder)).problem
+
+
+def test_of_many_broken_images_the_first_are_named_and_all_are_counted(
+    opened: Callable[[Path], DataSet], folder: Path
+) -> None:
+    for name in COLOURS:
+        for number in (0, 2, 3):
+            truncate(folder / "train" / name / f"{number}.png")
+    problem = failing(opened(folder)).problem
+    assert problem.startswith("9 broken images in ")
+    named = ["blue/0.png", "blue/2.png", "blue/3.png", "green/0.png", "green/2.png"]
+    assert [part.split(" (")[0] for part in problem.split("train/")[1:]] == named
+    assert problem.endswith(", …")
+
+
+def test_broken_images_are_left_out_on_request_and_named(folder: Path, tmp_path: Path) -> None:
+    expected_folder = Path(shutil.copytree(folder, tmp_path / "sound"))
+    for file in ("train/blue/0.png", "train/red/4.png", "test/green/1.png"):
+        truncate(folder / file)
+        (expected_folder / file).unlink()
+    expected = open_image_files(expected_folder)
+    for path in (folder, pack(folder, tmp_path / "colours.tar")):
+        data = open_image_files(path, "skip")
+        for split, named in (("train", r"2 broken .*train/blue/0.png \(trunc.*red/4"), ("test", "1 broken .*green/1")):
+            with pytest.warns(FallbackWarning, match=f"left out {named}"):
+                read = data.load("train" if split == "train" else "test", SPEC)
+            sound = expected.load("train" if split == "train" else "test", SPEC)
+            assert np.array_equal(read.images, sound.images)
+            assert np.array_equal(read.labels, sound.labels)
+            assert fingerprint(read, data.class_names) == fingerprint(sound, data.class_names)
+
+
+def test_sound_images_are_read_without_a_word_when_broken_ones_may_be_skipped(folder: Path) -> None:
+    assert prints(open_image_files(folder, "skip")) == prints(open_image_files(folder))
+
+
+def test_a_class_without_a_sound_image_is_refused_even_then(folder: Path) -> None:
+    for path in (folder / "test" / "green").iterdir():
+        truncate(path)
+    with pytest.raises(DataError, match=r"3 broken images in .*; no image is left of green: repair them"):
+        open_image_files(folder, "skip").load("test", SPEC)
+
+
+def test_of_a_broken_and_a_later_sound_file_of_one_name_the_sound_one_counts(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("train/blue/0.png"), io.BytesIO())
+        archive.add(folder, ".")
+    assert prints(open_image_files(tmp_path / "twice.tar")) == prints(open_image_files(folder))
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_validation_images_take_the_place_of_missing_test_images(
+    opened: Callable[[Path], DataSet], folder: Path, name: str
+) -> None:
+    expected = prints(open_image_files(folder))
+    (folder / "test").rename(folder / name)
+    assert prints(opened(folder)) == expected
+    truncate(folder / name / "red" / "0.png")
+    shutil.rmtree(folder / name / "blue")
+    error = failing(opened(folder))
+    assert "classes in one split alone (blue)" in error.problem
+    assert f"train/ and {name}/" in error.remedy
+
+
+def test_test_images_go_before_validation_images(opened: Callable[[Path], DataSet], folder: Path) -> None:
+    expected = prints(open_image_files(folder))
+    draw_folder(folder / "other", train=1, test=2, seed=1)
+    (folder / "other" / "test").rename(folder / "val")
+    shutil.rmtree(folder / "other")
+    assert prints(opened(folder)) == expected
+
+
+def test_files_that_change_while_they_are_read_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_and_alter(source: Path) -> Image.Image:
+        (folder / "train" / "red" / "0.png").touch()
+        return read_image(source)
+
+    monkeypatch.setattr("cifarx_train.data.image_folder.read_image", read_and_alter)
+    with pytest.raises(DataError, match="colours changed while it was read"):
+        open_image_files(folder).load("train", SPEC)
 
 
 @given(st.floats(0, 1, exclude_max=True))

@@ -71,6 +71,32 @@ def test_cifar10s_own_files_by_their_folder_or_the_one_above(tmp_path: Path) -> 
         assert data.root == tmp_path / "data"
 
 
+def test_cifar10s_own_folder_may_be_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = tmp_path / "data" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    monkeypatch.chdir(batches)
+    data = select_data(".")
+    assert isinstance(data, Cifar10Set)
+    assert data.root == batches.parent
+
+
+def test_broken_images_are_refused_or_left_out_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = draw_folder(tmp_path / "colours", train=2, test=2)
+    (folder / "test" / "red" / "0.png").write_bytes(b"")
+    monkeypatch.setenv("CIFARX_DATA", str(folder))
+    for data in (select_data("colours"), select_data("auto"), select_data_like(RECORD, "auto")):
+        with pytest.raises(DataError, match="1 broken image in"):
+            data.load("test", SPEC)
+    for data in (
+        select_data("colours", "skip"),
+        select_data("auto", "skip"),
+        select_data_like(RECORD, "auto", "skip"),
+        select_data_like(None, "colours", broken="skip"),
+    ):
+        with pytest.warns(FallbackWarning, match=r"left out 1 broken image in .*test/red/0\.png"):
+            assert len(data.load("test", SPEC)) == 5
+
+
 def test_cifar10_that_is_there_is_not_fetched(tmp_path: Path) -> None:
     (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
     data = select_data("cifar10")

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,9 +10,11 @@ from torch import nn
 
 from cifarx_serve.atomic import atomic_path
 from cifarx_serve.backends.base import require_file
-from cifarx_serve.errors import ModelFileError
+from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.models.registry import network
+from cifarx_train.old_files.notes_files import read_notes_file
+from cifarx_train.old_files.safe_load import load_safely, plain_dict
 
 State: TypeAlias = dict[str, Any]
 
@@ -40,7 +41,7 @@ class Checkpoint(NamedTuple):
             UsageError: a network that this version does not know.
             ModelFileError: weights of another network than the spec says.
         """
-        module = network(self.spec.model).build(len(self.spec.class_names))
+        module = network(self.spec.model, stem=self.spec.stem).build(len(self.spec.class_names), self.spec.input)
         try:
             module.load_state_dict(self.model)
         except (RuntimeError, AttributeError) as error:  # the latter for keys that are not text
@@ -67,29 +68,30 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint on the CPU, wherever it was saved.
+def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
+    """Read a checkpoint, or a `.pth` file as the training notes write it, on the CPU wherever it was saved.
+
+    Args:
+        path: the file.
+        model: the network's name, for a file that does not say it itself.
 
     Raises:
-        ModelFileError: no such file, damaged, or not a checkpoint of ours.
+        ModelFileError: no such file, damaged, or without the weights of a network that is known.
         SpecError: its spec is malformed or of a newer schema.
+        UsageError: the weights may be of several networks, or `model` is none or not the checkpoint's.
     """
     require_file(path)
-    remedy = "give a .pth file that `cifarx train` wrote"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # PyTorch reads the weights without a look at their checksums
-                raise zipfile.BadZipFile(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers let damaged bytes raise almost anything
-        reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise ModelFileError(f"{path} is not a checkpoint that can be read ({reason})", remedy) from error
-    if not isinstance(content, dict) or not isinstance(content.get("spec"), str):
-        raise ModelFileError(f"{path} is not a cifarx checkpoint", remedy)
-    spec = ModelSpec.from_json(content["spec"], str(path))
-    if not isinstance(content.get("model"), dict) or not isinstance(content.get("training"), dict):
-        raise ModelFileError(f"{path} lacks its weights", remedy)
-    return Checkpoint(spec, content["model"], content["training"])
+    content = load_safely(path, any_class=model is not None)
+    held = plain_dict(content) or {}
+    if not isinstance(held.get("spec"), str):
+        spec, weights = read_notes_file(path, content, model)
+        return Checkpoint(spec, weights, {})
+    spec = ModelSpec.from_json(held["spec"], str(path))
+    if not isinstance(held.get("model"), dict) or not isinstance(held.get("training"), dict):
+        raise ModelFileError(f"{path} lacks its weights", "give a .pth file that `cifarx train` wrote")
+    if model is not None and model != spec.model:
+        raise UsageError(f"{path} is a checkpoint of {spec.model}, not of {model}", "leave --model out")
+    return Checkpoint(spec, held["model"], held["training"])
 
 
 def file_sha256(path: Path) -> str:

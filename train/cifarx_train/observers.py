@@ -4,33 +4,68 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.utils.tensorboard import SummaryWriter
+from torch import nn
+
+from cifarx_serve.spec import InputSpec
+from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.evaluation import Evaluation
+from cifarx_train.recipes import Recipe
 
 LOG_EVERY = 100
 """Steps between two readings of the training loss: each one waits for the device."""
 
 
 class RunStart(NamedTuple):
-    """What is about to be trained, on what; `steps` of the whole run."""
+    """What is about to be trained, on what.
+
+    Attributes:
+        module: the network; for looking at, not for changing.
+        steps: of the whole run; `first_step` of them were done before, by the run that this one continues.
+        ranks: processes that train together.
+    """
 
     model: str
-    parameters: int
+    module: nn.Module
+    input: InputSpec
+    recipe: Recipe
+    seed: int
     device: str
+    ranks: int
     data: str
+    class_names: tuple[str, ...]
     train_images: int
-    test_images: int
+    test: LabelledImages
     steps: int
+    first_step: int = 0
+
+
+class StepReport(NamedTuple):
+    """One step: the loss of its batch, the learning rate, the norm of the gradient before it was clipped.
+
+    `images_per_s` is over the steps since the report before.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    images_per_s: float
 
 
 class EpochReport(NamedTuple):
-    """One epoch, judged. `images_per_s` is of training alone, without the evaluation and the checkpoint."""
+    """One epoch, judged and saved; `train_loss` is that of its last batch.
+
+    `images_per_s` is of training alone, without the evaluation and the checkpoint; `save_s` are the seconds that the
+    checkpoint took.
+    """
 
     epoch: int
     epochs: int
     step: int
-    test_loss: float
-    test_accuracy: float
+    train_loss: float
+    evaluation: Evaluation
     images_per_s: float
+    save_s: float
     checkpoint: Path
 
 
@@ -43,8 +78,8 @@ class Observer:
     def on_step(self, step: int) -> None:
         """After step number `step`, from 1; must not touch the device."""
 
-    def on_train_loss(self, step: int, loss: float) -> None:
-        """Every `LOG_EVERY` steps: the loss of that step's batch."""
+    def on_log(self, report: StepReport) -> None:
+        """Every `LOG_EVERY` steps."""
 
     def on_epoch(self, report: EpochReport) -> None:
         """After an epoch's checkpoint is safely on the disk."""
@@ -67,9 +102,9 @@ class Observers(Observer):
         for member in self._members:
             member.on_step(step)
 
-    def on_train_loss(self, step: int, loss: float) -> None:
+    def on_log(self, report: StepReport) -> None:
         for member in self._members:
-            member.on_train_loss(step, loss)
+            member.on_log(report)
 
     def on_epoch(self, report: EpochReport) -> None:
         for member in self._members:
@@ -78,22 +113,3 @@ class Observers(Observer):
     def on_end(self) -> None:
         for member in self._members:
             member.on_end()
-
-
-class TensorBoard(Observer):
-    """The notes' scalars: `train_loss` by step; `test_loss` and `accuracy` by epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        # purge_step: a new run in the same folder hides the curves of the old one instead of crossing them.
-        self._writer = SummaryWriter(str(folder), purge_step=0)
-
-    def on_train_loss(self, step: int, loss: float) -> None:
-        self._writer.add_scalar("train_loss", loss, step)
-
-    def on_epoch(self, report: EpochReport) -> None:
-        self._writer.add_scalar("test_loss", report.test_loss, report.epoch)
-        self._writer.add_scalar("accuracy", report.test_accuracy, report.epoch)
-        self._writer.flush()
-
-    def on_end(self) -> None:
-        self._writer.close()

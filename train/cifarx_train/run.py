@@ -4,83 +4,129 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
+from torch import nn
 
 from cifarx_serve.atomic import require_writable
 from cifarx_serve.backends.torch_device import torch_device
 from cifarx_serve.devices import parse_device
-from cifarx_serve.spec import DataRecord, InputSpec, ModelSpec, TrainingRecord
-from cifarx_serve.versions import library_versions
-from cifarx_train.checkpoint import Checkpoint, State, checkpoint_path, save_checkpoint
-from cifarx_train.data.dataset import DataSet, LabelledImages, fingerprint
-from cifarx_train.data.on_device import DeviceImages
-from cifarx_train.data.selection import select_data
-from cifarx_train.evaluation import Evaluation, evaluate
-from cifarx_train.loop import Loop, require_finite
-from cifarx_train.models.registry import network
-from cifarx_train.observers import EpochReport, Observer, Observers, RunStart, TensorBoard
+from cifarx_serve.errors import UsageError
+from cifarx_serve.spec import DataRecord, InputSpec
+from cifarx_serve.threads import available_cpus
+from cifarx_train.board.tensorboard import TensorBoard
+from cifarx_train.checkpoint_folder import CheckpointFolder
+from cifarx_train.data.dataset import Broken, DataSet, LabelledImages, fingerprint
+from cifarx_train.data.on_device import ToInput
+from cifarx_train.data.placement import place_images
+from cifarx_train.data.selection import select_data, select_data_like
+from cifarx_train.data.statistics import normalised
+from cifarx_train.evaluation import Judge
+from cifarx_train.loop import Loop
+from cifarx_train.models.registry import Network, Stem, network
+from cifarx_train.observers import Observer, Observers
+from cifarx_train.ranks import Ranks, joined_ranks
 from cifarx_train.recipes import Recipe, recipe
+from cifarx_train.resume import ResumePoint, continued_recipe, require_agreement, require_same, resume_point
+from cifarx_train.session import Plan, Session, TrainResult
 
-
-class TrainResult(NamedTuple):
-    """A finished run: `test_accuracy` of the last checkpoint, `images_per_s` the mean over the epochs."""
-
-    checkpoints: list[Path]
-    test_accuracy: float
-    images_per_s: float
-    epochs: int
-    device: str
-    data: str
+# A network that takes its first weights from the data sees so many images of it.
+_INITIAL_IMAGES = 5000
 
 
 def train(
     model: str,
     *,
     data: str = "auto",
-    recipe_name: str = "notes",
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
+    broken: Broken = "refuse",
+    recipe_name: str | None = None,
+    stem: Stem = "own",
+    image_size: int | None = None,
     device: str = "auto",
     seed: int = 0,
     out: Path = Path(),
     logdir: Path | None = None,
+    resume: str | None = None,
+    keep: int | None = None,
     observers: Sequence[Observer] = (),
+    **settings: Any,
 ) -> TrainResult:
-    """Train a model and write one checkpoint an epoch.
+    """Train a model and write one checkpoint an epoch. Under torchrun, with the other processes it started.
 
     Args:
         model: a network's name.
         data: auto, cifar10, builtin, or the path of a folder or `.tar.gz` of images.
-        recipe_name: a recipe's name; `epochs`, `batch_size` and `learning_rate` replace its own values.
+        broken: refuse a data set with broken images, or skip them.
+        recipe_name: a recipe's name or a TOML file's path; `notes` by default.
+        stem: "small" gives a torchvision ResNet first layers for small images.
+        image_size: in pixels, in place of the network's own.
         device: auto, cpu, cuda, cuda:N or mps.
-        seed: of the initial weights and of the shuffling.
+        seed: of the initial weights, the shuffling and the augmentation.
         out: the folder for the checkpoints.
         logdir: the folder for TensorBoard; `logs` in `out` by default.
+        resume: a checkpoint's path, or `auto` for the newest good one in `out`, if there is one.
+        keep: how many epochs' checkpoints stay, with the best beside them; all by default.
         observers: told of every step and epoch.
+        settings: fields of the recipe, in place of its own values.
 
     Raises:
-        UsageError, DataError, DeviceError, OutputError: before anything is trained.
+        UsageError, DataError, DeviceError, OutputError, ModelFileError: before anything is trained.
         CheckFailed: the loss is no longer finite.
+        Interrupted: SIGINT or SIGTERM ended it; the state is saved.
     """
-    chosen = network(model)
-    plan = recipe(recipe_name, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
-    place = torch_device(parse_device(device))
+    if keep is not None and keep < 1:
+        raise UsageError(f"--keep {keep} keeps nothing", "keep at least 1")
     logs = logdir or out / "logs"
-    with _places(out, logs):
-        data_set = select_data(data)
-        splits = _Splits.read(data_set, chosen.input)
-    torch.manual_seed(seed)  # of the initial weights; it seeds every device's generator
-    module = chosen.build(len(data_set.class_names)).to(place)
-    watching = Observers([TensorBoard(logs), *observers])
-    run = _Run(model, chosen.input, data_set, splits, plan, seed, place, out, watching)
-    try:
-        return run.train(module)
-    finally:
-        watching.on_end()
+    with joined_ranks() as ranks:
+        chosen = _sized(network(model, stem=stem), image_size)
+        fresh = None if resume else recipe(recipe_name or "notes", model, settings)  # told before anything is read
+        place = _device(device, ranks)
+        with _places(out, logs):
+            folder = CheckpointFolder(out, model, keep)
+            point = resume_point(resume, folder) if resume else None
+            require_agreement(point, ranks)
+            if point:
+                chosen_recipe = continued_recipe(point, recipe_name, settings, model)
+            else:
+                chosen_recipe = fresh or recipe(recipe_name or "notes", model, settings)
+            data_set = select_data_like(point.record.data, data, broken) if point else select_data(data, broken)
+            with ranks.leader_first():
+                splits = _Splits.read(data_set, chosen.input)
+            input_spec = _input(chosen, chosen_recipe, splits.train, point)
+            if point:
+                _require_same_run(point, chosen, splits.record, seed)
+        module = _initial(chosen, input_spec, splits.train, len(data_set.class_names), seed, place)
+        plan = Plan(chosen, input_spec, chosen_recipe, data_set.class_names, splits.record, seed, place, ranks)
+        test = Judge(place_images(splits.test, place), input_spec, len(data_set.class_names), place, ranks)
+        loop = Loop(
+            module, place_images(splits.train, place), input_spec, chosen_recipe, device=place, seed=seed, ranks=ranks
+        )
+        watching = Observers([TensorBoard(logs), *observers] if ranks.leads else [])
+        session = Session(plan, loop, test, folder, watching)
+        return session.run(splits.test, point)
+
+
+def _sized(chosen: Network, image_size: int | None) -> Network:
+    if image_size is None:
+        return chosen
+    if image_size < 1:
+        raise UsageError(f"--image-size {image_size} is no size", "give pixels, as --image-size 224")
+    return chosen._replace(input=msgspec.structs.replace(chosen.input, height=image_size, width=image_size))
+
+
+def _device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank: the GPU of its number on this machine, or its share of the CPUs."""
+    wanted = parse_device(name)
+    if ranks.size > 1 and wanted.kind in ("auto", "cuda") and torch.cuda.is_available():
+        wanted = parse_device(f"cuda:{ranks.local}")
+    place = torch_device(wanted)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if ranks.local_size > 1:
+        torch.set_num_threads(max(1, available_cpus() // ranks.local_size))
+    return place
 
 
 @contextmanager
@@ -99,7 +145,7 @@ def _places(*folders: Path) -> Iterator[None]:
 
 
 class _Splits(NamedTuple):
-    """Both splits in memory, with what the spec says of them."""
+    """Both splits, with what the spec says of them."""
 
     train: LabelledImages
     test: LabelledImages
@@ -119,76 +165,30 @@ class _Splits(NamedTuple):
         return _Splits(train, test, record)
 
 
-class _Run(NamedTuple):
-    """What stays the same through a run."""
-
-    model: str
-    input: InputSpec
-    data: DataSet
-    splits: _Splits
-    recipe: Recipe
-    seed: int
-    device: torch.device
-    out: Path
-    observer: Observer
-
-    def train(self, module: torch.nn.Module) -> TrainResult:
-        test = DeviceImages(self.splits.test, self.input, self.device)
-        loop = Loop(module, DeviceImages(self.splits.train, self.input, self.device), self.recipe, self.seed)
-        self.observer.on_start(self._start(module, loop.steps))
-        reports: list[EpochReport] = []
-        for end in loop.epochs(self.observer):
-            judged = evaluate(module, test)
-            require_finite(judged.loss, end.step)  # the last step may have ruined weights whose loss was finite
-            path = checkpoint_path(self.out, self.model, end.epoch)
-            save_checkpoint(path, self._checkpoint(loop, end.epoch, end.step, judged))
-            report = EpochReport(end.epoch, self.recipe.epochs, end.step, *judged, end.images_per_s, path)
-            self.observer.on_epoch(report)
-            reports.append(report)
-        return TrainResult(
-            checkpoints=[report.checkpoint for report in reports],
-            test_accuracy=reports[-1].test_accuracy,
-            images_per_s=sum(report.images_per_s for report in reports) / len(reports),
-            epochs=len(reports),
-            device=str(self.device),
-            data=self.data.name,
-        )
-
-    def _start(self, module: torch.nn.Module, steps: int) -> RunStart:
-        return RunStart(
-            model=self.model,
-            parameters=sum(parameter.numel() for parameter in module.parameters()),
-            device=str(self.device),
-            data=self.data.name,
-            train_images=len(self.splits.train),
-            test_images=len(self.splits.test),
-            steps=steps,
-        )
-
-    def _checkpoint(self, loop: Loop, epoch: int, step: int, judged: Evaluation) -> Checkpoint:
-        record = TrainingRecord(
-            data=self.splits.record,
-            recipe=msgspec.to_builtins(self.recipe),
-            epochs=epoch + 1,
-            seed=self.seed,
-            test_accuracy=judged.accuracy,
-            test_loss=judged.loss,
-            device=str(self.device),
-            versions=library_versions(),
-        )
-        spec = ModelSpec(model=self.model, class_names=self.data.class_names, input=self.input, training=record)
-        training = {
-            "epoch": epoch,
-            "step": step,
-            "optimizer": loop.optimizer.state_dict(),
-            "shuffle": loop.shuffle.get_state(),
-            "random": _random_states(self.device),
-        }
-        return Checkpoint(spec, loop.model.state_dict(), training)
+def _input(chosen: Network, recipe_: Recipe, train_images: LabelledImages, point: ResumePoint | None) -> InputSpec:
+    if point:
+        return point.checkpoint.spec.input
+    return normalised(chosen.input, train_images.images) if recipe_.normalise else chosen.input
 
 
-def _random_states(device: torch.device) -> State:
-    states: State = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+def _require_same_run(point: ResumePoint, chosen: Network, data: DataRecord, seed: int) -> None:
+    spec, now = point.checkpoint.spec, chosen.input
+    require_same(point, "the model", spec.model, chosen.name)
+    require_same(point, "the stem", spec.stem, chosen.stem)
+    require_same(point, "images of", f"{spec.input.height}x{spec.input.width}", f"{now.height}x{now.width}")
+    require_same(point, "the seed", point.record.seed, seed)
+    before = point.record.data
+    require_same(point, "training data", before.train_fingerprint[:12], data.train_fingerprint[:12])
+    require_same(point, "test data", before.test_fingerprint[:12], data.test_fingerprint[:12])
+
+
+def _initial(
+    chosen: Network, spec: InputSpec, images: LabelledImages, classes: int, seed: int, device: torch.device
+) -> nn.Module:
+    """The network before its first step, on the device; the seed decides its weights."""
+    torch.manual_seed(seed)
+    module = chosen.build(classes, spec).to(device)
+    if chosen.initialise:
+        first = torch.from_numpy(images.images[:_INITIAL_IMAGES].copy()).to(device)
+        chosen.initialise(module, ToInput(spec, device)(first))
+    return module

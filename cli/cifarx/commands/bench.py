@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cifarx.console import json_result, note
-from cifarx.options import DataName, DeviceName, Json
+from cifarx.options import Broken, DataName, DeviceName, Json
 from cifarx_serve.errors import UsageError
 
 
@@ -15,6 +15,7 @@ def command(
     batch: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes.")] = "1,64",
     device: DeviceName = "auto",
     data: DataName = "auto",
+    broken: Broken = "refuse",
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report there too, as .json or .md.")
     ] = None,
@@ -30,7 +31,7 @@ def command(
         check_suffix(report)
     batches = _batch_sizes(batch)
     spec = read_spec(files[0])
-    chosen = select_data_like(spec.training.data if spec.training else None, data)
+    chosen = select_data_like(spec.training.data if spec.training else None, data, broken)
     images = chosen.load("test", spec.input).images
     measured = benchmark([Path(file) for file in files], images, chosen.name, batches, device, progress=note)
     if report:

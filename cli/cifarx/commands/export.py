@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cifarx.console import json_result, note, result
-from cifarx.options import AbsoluteTolerance, Checkpoint, DataName, Json, RelativeTolerance
+from cifarx.options import AbsoluteTolerance, Broken, Checkpoint, DataName, Json, ModelName, RelativeTolerance
 
 
 def command(
@@ -14,7 +14,9 @@ def command(
     formats: Annotated[
         list[str], typer.Option("--format", metavar="NAME", help="onnx or torchscript; give it again for more.")
     ],
+    model: ModelName = None,
     data: DataName = "auto",
+    broken: Broken = "refuse",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder. [default: the checkpoint's]")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: 18]")] = None,
     atol: AbsoluteTolerance = None,
@@ -28,7 +30,9 @@ def command(
     for name in formats:
         if export_format(name).legacy:
             note(f"note: {name} is legacy, deprecated by PyTorch; prefer onnx where you can")
-    made = export(ckpt, formats, data=data, out=out, opset=opset, atol=atol, rtol=rtol, progress=note)
+    made = export(
+        ckpt, formats, model=model, data=data, broken=broken, out=out, opset=opset, atol=atol, rtol=rtol, progress=note
+    )
     if json:
         json_result([artifact.report.row() for artifact in made])
     else:

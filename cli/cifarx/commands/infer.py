@@ -73,7 +73,7 @@ def _read(image: str) -> Any:
 def _introduce(predictor: Predictor, path: str) -> str:
     """What runs, on what, and what it was trained on: nobody should take drawings for photographs."""
     training = predictor.spec.training
-    origin = f", trained on {training.data.name}, {training.test_accuracy:.1%} there" if training else ""
+    origin = f", trained on {training.data.name}, {training.accuracy_text} there" if training else ""
     return f"note: {path} ({predictor.spec.model}{origin}) by {predictor.backend} on {predictor.provider}"
 
 

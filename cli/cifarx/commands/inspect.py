@@ -25,7 +25,7 @@ def command(
 def _facts(spec: ModelSpec) -> list[tuple[str, str]]:
     taken = spec.input
     facts = [
-        ("model", f"{spec.model}, {spec.precision}"),
+        ("model", f"{spec.model}{', small stem' if spec.stem == 'small' else ''}, {spec.precision}"),
         ("classes", f"{len(spec.class_names)}: {', '.join(spec.class_names)}"),
         ("input", f"{taken.dtype} {taken.layout} (N, {taken.channels}, {taken.height}, {taken.width}), {taken.colour}"),
         ("preprocessing", f"resize {taken.resize}, range {taken.value_range}, mean {taken.mean}, std {taken.std}"),
@@ -36,8 +36,11 @@ def _facts(spec: ModelSpec) -> list[tuple[str, str]]:
         facts += [
             ("trained on", f"{data.name} ({data.train_images:,} images, {data.train_fingerprint[:12]})"),
             ("tested on", f"{data.name} ({data.test_images:,} images, {data.test_fingerprint[:12]})"),
-            ("test accuracy", f"{training.test_accuracy:.2%} after {training.epochs} epochs, seed {training.seed}"),
-            ("recipe", ", ".join(f"{key} {value}" for key, value in training.recipe.items())),
+            ("test accuracy", f"{training.accuracy_text} after {training.epochs} epochs, seed {training.seed}"),
+            (
+                "recipe",
+                ", ".join(f"{key} {value}" for key, value in training.recipe.items() if value not in (None, False)),
+            ),
             ("trained with", ", ".join(f"{name} {version}" for name, version in training.versions.items())),
         ]
     if spec.checkpoint_sha256:

@@ -5,13 +5,15 @@ from typing import Annotated
 import typer
 
 from cifarx.console import json_result, note, result
-from cifarx.options import AbsoluteTolerance, Checkpoint, DataName, Json, RelativeTolerance
+from cifarx.options import AbsoluteTolerance, Broken, Checkpoint, DataName, Json, ModelName, RelativeTolerance
 
 
 def command(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A file that `cifarx export` made.")],
     ckpt: Checkpoint,
+    model: ModelName = None,
     data: DataName = "auto",
+    broken: Broken = "refuse",
     atol: AbsoluteTolerance = None,
     rtol: RelativeTolerance = None,
     json: Json = False,
@@ -19,7 +21,7 @@ def command(
     """Prove an artifact against a checkpoint again, on any data; exit 1 where it does not hold."""
     from cifarx_export.verification import verify
 
-    report = verify(artifact, ckpt, data=data, atol=atol, rtol=rtol, progress=note)
+    report = verify(artifact, ckpt, model=model, data=data, broken=broken, atol=atol, rtol=rtol, progress=note)
     if json:
         json_result([report.row()])
     else:

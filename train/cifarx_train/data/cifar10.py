@@ -15,7 +15,9 @@ from torchvision.datasets import CIFAR10
 from cifarx_serve.errors import DataError
 from cifarx_serve.preprocess import resize
 from cifarx_serve.spec import InputSpec
+from cifarx_train.data import decoded_cache
 from cifarx_train.data.dataset import DataSet, LabelledImages, Split
+from cifarx_train.data.decoded_cache import Decoded, Pixels
 
 ROOT: Final = Path("cifar10")
 """Where the notes keep it: a folder below the current one."""
@@ -39,9 +41,19 @@ class Cifar10Set(DataSet):
     def load(self, split: Split, spec: InputSpec) -> LabelledImages:
         read = self._read(split)
         images = np.asarray(read.data, np.uint8)
-        if images.shape[1:3] != (spec.height, spec.width):
-            images = np.stack([resize(Image.fromarray(image), spec) for image in images])
-        return LabelledImages(images, np.asarray(read.targets, np.int64))
+        if images.shape[1:3] == (spec.height, spec.width):
+            return LabelledImages(images, np.asarray(read.targets, np.int64))
+        # The files were just found to be those with these checksums.
+        key = decoded_cache.cache_key((self.name, split, CIFAR10.train_list, CIFAR10.test_list), spec)
+        if kept := decoded_cache.find(key, spec):
+            return kept[0]
+
+        def fill(pixels: Pixels) -> Decoded:
+            for position, image in enumerate(images):
+                pixels.write(position, resize(Image.fromarray(image), spec))
+            return Decoded(tuple(read.classes), list(read.targets))
+
+        return decoded_cache.decode(key, len(images), spec, fill)[0]
 
     def _read(self, split: Split) -> CIFAR10:
         try:

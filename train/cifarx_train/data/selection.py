@@ -7,41 +7,43 @@ from pathlib import Path
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import DataRecord
 from cifarx_train.data.builtin_set import BuiltinSet
-from cifarx_train.data.dataset import DataSet
+from cifarx_train.data.dataset import Broken, DataSet
 from cifarx_train.data.image_folder import open_image_files
 
 ENVIRONMENT = "CIFARX_DATA"
 
 
-def select_data(name: str) -> DataSet:
+def select_data(name: str, broken: Broken = "refuse") -> DataSet:
     """The data set for `--data`: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
 
     `auto` is `$CIFARX_DATA` where that is set, else CIFAR-10, else, with a warning, the built-in drawings. Only
-    `auto` falls back.
+    `auto` falls back. `broken` says whether image files that cannot be read are refused or left out with a warning.
 
     Raises:
         DataError: what was asked for is absent or damaged.
     """
     match name:
         case "auto":
-            return _automatic()
+            return _automatic(broken)
         case "builtin":
             return BuiltinSet()
         case "cifar10":
             from cifarx_train.data.cifar10 import download
 
             return download()
-    return _from_path(Path(name))
+    return _from_path(Path(name), broken)
 
 
-def select_data_like(record: DataRecord | None, name: str) -> DataSet:
+def select_data_like(record: DataRecord | None, name: str, broken: Broken = "refuse") -> DataSet:
     """The data set for `--data` of a command about a model: `auto` prefers what the model was trained on.
+
+    `broken` is as `select_data` has it.
 
     Raises:
         DataError: what was asked for is absent or damaged.
     """
     if name != "auto" or record is None or os.environ.get(ENVIRONMENT):
-        return select_data(name)
+        return select_data(name, broken)
     if record.kind in ("builtin", "cifar10"):
         try:
             return select_data(record.kind)
@@ -50,9 +52,9 @@ def select_data_like(record: DataRecord | None, name: str) -> DataSet:
     return _fall_back(f"the model was trained on {record.name}, which is not named here (--data, {ENVIRONMENT})")
 
 
-def _automatic() -> DataSet:
+def _automatic(broken: Broken) -> DataSet:
     if path := os.environ.get(ENVIRONMENT):
-        return _from_path(Path(path))
+        return _from_path(Path(path), broken)
     try:
         return select_data("cifar10")
     except DataError as error:
@@ -64,7 +66,7 @@ def _fall_back(reason: str) -> DataSet:
     return BuiltinSet()
 
 
-def _from_path(path: Path) -> DataSet:
+def _from_path(path: Path, broken: Broken) -> DataSet:
     if not path.exists():
         raise DataError(
             f"no such data set {path}", "use auto, cifar10, builtin, or the path of a folder or .tar.gz of images"
@@ -74,6 +76,7 @@ def _from_path(path: Path) -> DataSet:
 
         if has_batches(path):
             return Cifar10Set(path)
-        if path.name == "cifar-10-batches-py":
-            return Cifar10Set(path.parent)
-    return open_image_files(path)
+        whole = Path(os.path.abspath(path))  # noqa: PTH100 - `.` has no name, and a link keeps its own
+        if whole.name == "cifar-10-batches-py":
+            return Cifar10Set(whole.parent)
+    return open_image_files(path, broken)

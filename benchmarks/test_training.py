@@ -1,0 +1,127 @@
+"""Training: against the notes' own loop, several processes against one, and what a checkpoint costs."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from notes_loop import NotesLoop, OurLoop
+from torch import nn
+
+from cifarx_serve.backends.torch_device import torch_device
+from cifarx_serve.devices import parse_device
+from cifarx_serve.errors import DeviceError
+from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.selection import select_data
+from cifarx_train.models.registry import Network, network
+from cifarx_train.observers import EpochReport, Observer, RunStart
+from cifarx_train.recipes import recipe
+from cifarx_train.run import train
+
+ROUNDS = 6
+STEPS = {"lzh": 40, "resnet34": 4}  # a turn of some seconds on two cores
+GPU_STEPS = 200
+LEAST = {("cpu", "lzh"): 1.15, ("cpu", "resnet34"): 1.15, ("cuda", "lzh"): 50.0, ("cuda", "resnet34"): 5.0}
+
+RANK_ROUNDS = 3
+MOST_LOST_BY_TWO_RANKS = 0.15
+MOST_FOR_A_CHECKPOINT = 0.05
+
+
+@pytest.fixture(scope="module")
+def data() -> LabelledImages:
+    """The training images of `$CIFARX_DATA`, or the built-in drawings."""
+    return select_data("auto").load("train", network("lzh").input)
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch_device(parse_device(request.param))
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_images_per_s_against_the_notes_loop(
+    name: str, device: torch.device, data: LabelledImages, tmp_path: Path, notes: list[str]
+) -> None:
+    chosen = network(name)
+    plan = recipe("notes", overrides={"epochs": 1000})
+    theirs = NotesLoop(_first(chosen), data, device, tmp_path)
+    ours = OurLoop(_first(chosen), data, chosen.input, plan, device)
+    steps = GPU_STEPS if device.type == "cuda" else STEPS[name]
+    speeds = [(_speed(theirs, steps, device), _speed(ours, steps, device)) for _ in range(ROUNDS + 1)][1:]
+    ratio = statistics.median(our / their for their, our in speeds)
+    their, our = (statistics.median(column) for column in zip(*speeds, strict=True))
+    least = LEAST[device.type, name]
+    notes.append(
+        f"training {name} on {device}, notes recipe, batch 64: {our:,.0f} images/s, the notes' own loop {their:,.0f}; "
+        f"ratio {ratio:.2f} (at least {least}), median of {ROUNDS} turns"
+    )
+    assert ratio >= least
+
+
+def _first(chosen: Network) -> nn.Module:
+    torch.manual_seed(0)
+    return chosen.build(10)
+
+
+def _speed(loop: NotesLoop | OurLoop, steps: int, device: torch.device) -> float:
+    """Images a second over so many steps; the device has finished them."""
+    started = time.perf_counter()
+    loop.train(steps)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 64 * steps / (time.perf_counter() - started)
+
+
+def test_two_processes_on_two_cores_against_one(tmp_path: Path, notes: list[str]) -> None:
+    arguments = ["-m", "cifarx", "train", "--model", "lzh", "--data", "builtin", "--lr", "0.02", "--epochs", "2"]
+    single = [sys.executable, *arguments]
+    several = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", *arguments]
+    speeds: dict[str, list[float]] = {"one": [], "two": []}
+    for number in range(RANK_ROUNDS):
+        for name, command in (("one", single), ("two", several)):
+            ran = subprocess.run(
+                [*command, "--device", "cpu", "--json", "--out", str(tmp_path / f"{name}{number}")],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            speeds[name].append(json.loads(ran.stdout)["images_per_s"])
+    ratio = statistics.median(two / one for one, two in zip(speeds["one"], speeds["two"], strict=True))
+    one, two = (statistics.median(speeds[name]) for name in ("one", "two"))
+    least = 1 - MOST_LOST_BY_TWO_RANKS
+    notes.append(
+        f"training lzh on the CPU, batch 64: two processes {two:,.0f} images/s, one with all threads {one:,.0f}; "
+        f"ratio {ratio:.2f} (at least {least:.2f}), median of {RANK_ROUNDS} pairs"
+    )
+    assert ratio >= least
+
+
+class _Costs(Observer):
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+
+    def on_start(self, run: RunStart) -> None:
+        self._images = run.train_images
+
+    def on_epoch(self, report: EpochReport) -> None:
+        self.shares.append(report.save_s * report.images_per_s / self._images)
+
+
+def test_a_checkpoint_costs_little_of_an_epoch(tmp_path: Path, notes: list[str]) -> None:
+    costs = _Costs()
+    done = train("lzh", data="builtin", epochs=3, learning_rate=0.02, device="cpu", out=tmp_path, observers=[costs])
+    share = statistics.median(costs.shares)
+    notes.append(
+        f"a checkpoint of lzh takes {share:.2%} of an epoch of 10,000 images (at most {MOST_FOR_A_CHECKPOINT:.0%}); "
+        f"the run took {done.memory_bytes / 2**20:,.0f} MiB at most"
+    )
+    assert share <= MOST_FOR_A_CHECKPOINT

@@ -1,0 +1,1 @@
+"""`.pth` files that others wrote, read without running a byte of theirs."""
