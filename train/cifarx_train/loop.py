@@ -17,6 +17,7 @@ from cifarx_train.data.on_device import DeviceImages, ToInput
 from cifarx_train.data.streamed import StreamedImages
 from cifarx_train.ema import Ema
 from cifarx_train.observers import LOG_EVERY, Observer, StepReport
+from cifarx_train.one_pixel import skip_padding
 from cifarx_train.optimizers import Optimizers
 from cifarx_train.random_states import random_states, set_random_states
 from cifarx_train.ranks import Ranks
@@ -65,7 +66,9 @@ class Loop:
         ranks: Ranks = Ranks(),  # noqa: B008 - immutable
     ) -> None:
         on_cpu = device.type == "cpu"  # where convolutions gain by the activations' layout and lose by the weights'
-        if recipe.channels_last and not on_cpu:
+        if on_cpu:
+            skip_padding(module)
+        elif recipe.channels_last:
             module = module.to(memory_format=torch.channels_last)
         self.module = module
         self.epoch = self.done = self.step = 0
@@ -81,7 +84,9 @@ class Loop:
         replica = ranks.replicate(module)
         self._forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(replica) if recipe.compile else replica
         self._train_on: Callable[..., torch.Tensor] = self._train_eagerly
-        if device.type == "cuda" and ranks.size == 1 and recipe.precision != "fp16":  # the scaler decides on the host
+        graphed = device.type == "cuda" and ranks.size == 1 and recipe.precision != "fp16"  # its scaler asks the host
+        self._norm_in_step = graphed or recipe.clip_norm is not None
+        if graphed:
             self._train_on = GraphedStep(self._train_eagerly, device)
         self._shuffle = torch.Generator().manual_seed(seed)
         self._shuffle_state = self._shuffle.get_state()
@@ -155,7 +160,7 @@ class Loop:
         return self._read(result)[0], stopped
 
     def _train_eagerly(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """One step on the device: float32 (2,), the loss and the norm of its gradient.
+        """One step on the device: float32 (2,), the loss and, where the step needs it, the norm of its gradient.
 
         `weight` makes the mean over the ranks' images, which DDP averages the gradients of, the mean over all images.
         """
@@ -169,13 +174,16 @@ class Loop:
         self._scaler.scale(loss).backward()
         for optimizer in self._optimizers.members:
             self._scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
+        norm = self._gradient_norm() if self._norm_in_step else torch.zeros_like(loss)
         if recipe.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._weights, recipe.clip_norm, norm)
         for optimizer in self._optimizers.members:
             self._scaler.step(optimizer)
         self._scaler.update()
         return torch.stack((loss.detach().float(), norm))
+
+    def _gradient_norm(self) -> torch.Tensor:
+        return nn.utils.get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
 
     def _read(self, result: torch.Tensor) -> tuple[float, float]:
         """The loss and gradient norm of a step, over all ranks: the host waits for the device here.
@@ -184,6 +192,8 @@ class Loop:
             CheckFailed: the loss is no longer a finite number.
         """
         loss, norm = (self._ranks.total(result.clone()) / self._ranks.size).tolist()
+        if not self._norm_in_step:  # a step that clips nothing leaves the gradient as it was
+            norm = self._gradient_norm().item()
         return require_finite(loss, self.step, self.good), norm
 
     def state(self) -> State:
