@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test test-slow bench check format clean
 
 help:
-	@echo "make demo       train, export, verify, classify and benchmark on built-in data (2 minutes)"
+	@echo "make demo       train, export, verify, classify and benchmark on built-in data (a minute)"
 	@echo "make test       the fast tests"
 	@echo "make test-slow  the slow ones: the wheel in a clean environment, a whole training run"
 	@echo "make bench      the benchmarks"
@@ -28,7 +28,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== the fast tests"
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n logical --dist loadfile -p no:benchmark
 
 test-slow: $(READY)
 	@echo "== the slow tests"

@@ -17,7 +17,8 @@ from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import DeviceError
 from cifarx_train.data.dataset import LabelledImages
 from cifarx_train.data.selection import select_data
-from cifarx_train.models.registry import Network, network
+from cifarx_train.models.network import Network
+from cifarx_train.models.registry import network
 from cifarx_train.observers import EpochReport, Observer, RunStart
 from cifarx_train.recipes import recipe
 from cifarx_train.run import train

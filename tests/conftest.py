@@ -10,6 +10,14 @@ from trained_model import Trained
 _SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
+def pytest_configure() -> None:
+    """Each of several test processes has a CPU of its own: PyTorch's threads would slow the others' many times."""
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if number and hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cpus[int(number) % len(cpus)]})
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test in a folder of its own, with no data set named from outside and no images kept from before."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from command_line import Ran
 from drawn_images import draw_folder
+from same_runs import same
 
 from cifarx_serve.errors import CifarxError
 from cifarx_train.checkpoint import Checkpoint, load_checkpoint
@@ -159,18 +159,6 @@ def whole(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     assert ran.status == 0, ran.err
     seconds = time.monotonic() - started
     return Whole(folder, {name: load_checkpoint(folder / name) for name in NAMES}, seconds)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests of plain types hold the same, tensors to the bit."""
-    match one:
-        case torch.Tensor():
-            return isinstance(other, torch.Tensor) and torch.equal(one, other)
-        case dict():
-            return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-        case list() | tuple():
-            return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def require_same_run(folder: Path, whole: Whole) -> None:

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
 from drawn_images import draw_folder
+from same_runs import require_same_run
 
 from cifarx_train.checkpoint import Checkpoint, load_checkpoint
 
@@ -104,28 +105,6 @@ def wait_for(job: "subprocess.Popen[str]", path: Path) -> None:
     while not path.exists():
         assert job.poll() is None
         time.sleep(0.002)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests of plain types hold the same, tensors to the bit."""
-    match one:
-        case torch.Tensor():
-            return isinstance(other, torch.Tensor) and torch.equal(one, other)
-        case dict():
-            return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-        case list() | tuple():
-            return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def require_same_run(out: Path, whole: Path) -> None:
-    names = sorted(path.name for path in whole.glob("*.pth"))
-    assert sorted(path.name for path in out.glob("*.pth")) == names
-    for name in names:
-        found, expected = load_checkpoint(out / name), load_checkpoint(whole / name)
-        assert found.spec == expected.spec
-        assert same(found.model, expected.model)
-        assert same({**found.training, "seconds": 0}, {**expected.training, "seconds": 0})
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from drawn_images import draw_folder
+from same_runs import same
 
 from cifarx_train.checkpoint import load_checkpoint
 
@@ -98,18 +99,6 @@ def on_both(hosts: list[Host], line: list[str]) -> list[tuple[int, str, str]]:
 def train(data: Path, out: Path, *more: str) -> list[str]:
     line = ["train", "--model", "lzh", "--data", str(data), "--device", "cpu", "--batch-size", "50"]
     return [*line, "--out", str(out), *more]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests of plain types hold the same, tensors to the bit."""
-    match one:
-        case torch.Tensor():
-            return isinstance(other, torch.Tensor) and torch.equal(one, other)
-        case dict():
-            return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-        case list() | tuple():
-            return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def test_two_hosts_train_what_one_process_trains_and_go_on(hosts: list[Host], data: Path, tmp_path: Path) -> None:

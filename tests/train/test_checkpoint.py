@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from same_runs import same
 
 from cifarx_serve.errors import CifarxError, ModelFileError, OutputError, SpecError, UsageError
 from cifarx_serve.spec import SCHEMA_VERSION, InputSpec, ModelSpec
@@ -45,18 +46,6 @@ def saved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("saved") / "lzh_4.pth"
     save_checkpoint(path, checkpoint)
     return path
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests of plain types hold the same, tensors to the bit."""
-    match one:
-        case torch.Tensor():
-            return isinstance(other, torch.Tensor) and torch.equal(one, other)
-        case dict():
-            return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-        case list() | tuple():
-            return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def leaves(value: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from same_runs import require_same_run, same
 
 from cifarx_serve.errors import FallbackWarning, Interrupted
 from cifarx_train.checkpoint import load_checkpoint
@@ -143,28 +143,6 @@ def whole(drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     run(drawn_once, out)
     return out
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests of plain types hold the same, tensors to the bit."""
-    match one:
-        case torch.Tensor():
-            return isinstance(other, torch.Tensor) and torch.equal(one, other)
-        case dict():
-            return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-        case list() | tuple():
-            return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def require_same_run(out: Path, whole: Path) -> None:
-    names = sorted(path.name for path in whole.glob("*.pth"))
-    assert sorted(path.name for path in out.glob("*.pth")) == names
-    for name in names:
-        found, expected = load_checkpoint(out / name), load_checkpoint(whole / name)
-        assert found.spec == expected.spec
-        assert same(found.model, expected.model)
-        assert same({**found.training, "seconds": 0}, {**expected.training, "seconds": 0})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from command_line import Ran
 from drawn_images import draw_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from same_runs import require_same
 
 from cifarx_serve.errors import UsageError
 from cifarx_train.checkpoint import Checkpoint, load_checkpoint
@@ -142,24 +143,6 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """135 training images, four batches of 32 and one of seven; 21 test images."""
     return draw_folder(tmp_path_factory.mktemp("uneven") / "colours", train=45, test=7)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests of plain types hold the same, tensors to the bit."""
-    match one:
-        case torch.Tensor():
-            return isinstance(other, torch.Tensor) and torch.equal(one, other)
-        case dict():
-            return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-        case list() | tuple():
-            return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def require_same(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.spec == other.spec
-    assert same(one.model, other.model)
-    assert same({**one.training, "seconds": 0}, {**other.training, "seconds": 0})
 
 
 def require_close(one: Checkpoint, other: Checkpoint) -> None:

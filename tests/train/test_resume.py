@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 from drawn_images import draw_folder
+from same_runs import same
 
 from cifarx_serve.errors import FallbackWarning, ModelFileError, UsageError
 from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
@@ -48,18 +49,6 @@ def copy_of(folder: Path, out: Path, epochs: int) -> Path:
     for epoch in range(epochs):
         shutil.copy2(folder / f"lzh_{epoch}.pth", out)
     return out
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nests of plain types hold the same, tensors to the bit."""
-    match one:
-        case torch.Tensor():
-            return isinstance(other, torch.Tensor) and torch.equal(one, other)
-        case dict():
-            return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-        case list() | tuple():
-            return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def require_same_file(found: Path, expected: Path) -> None:

@@ -56,7 +56,8 @@ class GraphedStep:
         self._images, self._labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # Threads that stream images may allocate pinned memory meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._step(self._images, self._labels)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]

@@ -66,7 +66,8 @@ def _members(module: nn.Module, recipe: Recipe) -> list[Optimizer]:
         case "sgd":
             return [sgd(_decayed(trained, recipe), lr=recipe.learning_rate)]
         case "adamw":
-            return [AdamW(_decayed(trained, recipe), lr=recipe.learning_rate, fused=True)]
+            on_gpu = trained[0].device.type == "cuda"  # where the step may be captured in a graph
+            return [AdamW(_decayed(trained, recipe), lr=recipe.learning_rate, fused=True, capturable=on_gpu)]
     matrices = [parameter for parameter in trained if parameter.ndim > 1 and parameter[0].numel() > 1]
     if len(matrices) < 2:
         raise UsageError("muon found no weights to train below the last layer", "use --set optimizer=sgd")

@@ -84,12 +84,13 @@ class Ranks(NamedTuple):
     def leader_first(self) -> Iterator[None]:
         """The first rank of each machine runs the block before the others: what it caches they find."""
         if self.local:
-            self._meet()
+            self.meet()
         yield
         if not self.local:
-            self._meet()
+            self.meet()
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
+        """Wait for all the others."""
         self.total(torch.zeros(1))
 
 
@@ -113,6 +114,7 @@ def joined_ranks() -> Iterator[Ranks]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield ranks
+        ranks.meet()  # the first rank holds what the others speak through: nobody leaves before all have finished
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or _OF_A_PEER.search(str(error)):
             raise PeerLost(

@@ -25,7 +25,8 @@ from cifarx_train.data.selection import select_data, select_data_like
 from cifarx_train.data.statistics import normalised
 from cifarx_train.evaluation import Judge
 from cifarx_train.loop import Loop
-from cifarx_train.models.registry import Network, Stem, network
+from cifarx_train.models.network import Network, Stem
+from cifarx_train.models.registry import network
 from cifarx_train.observers import Observer, Observers
 from cifarx_train.ranks import Ranks, joined_ranks
 from cifarx_train.recipes import Recipe, recipe

@@ -21,7 +21,7 @@ from cifarx_train.evaluation import Evaluation, Judge
 from cifarx_train.interruption import Interruption, noted_signals
 from cifarx_train.loop import EpochEnd, Loop, require_finite
 from cifarx_train.memory import peak_memory
-from cifarx_train.models.registry import Network
+from cifarx_train.models.network import Network
 from cifarx_train.observers import EpochReport, Observer, RunStart
 from cifarx_train.ranks import Ranks
 from cifarx_train.recipes import Recipe

@@ -11,7 +11,7 @@ from torch import nn
 
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import InputSpec
-from cifarx_train.models.registry import Network, Stem, no_small_stem
+from cifarx_train.models.network import Network, Stem, no_small_stem
 from cifarx_train.models.sizes import size_text
 
 _SMALLEST = 32  # the size of CIFAR-10's images: every network takes it that works on it

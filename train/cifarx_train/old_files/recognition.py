@@ -9,7 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cifarx_serve.errors import ModelFileError, UsageError
-from cifarx_train.models.registry import Stem, model_names, network
+from cifarx_train.models.network import Stem
+from cifarx_train.models.registry import model_names, network
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = dict[str, Shape]
