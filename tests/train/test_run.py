@@ -342,6 +342,8 @@ def left_behind(folder: Path) -> list[str]:
         ({"nesterov": True}, "nesterov needs a momentum"),
         ({"keep": 0}, "--keep 0 keeps nothing"),
         ({"image_size": 0}, "--image-size 0 is no size"),
+        ({"image_size": 64}, "lzh takes 32x32 images, not 64x64: leave out --image-size"),
+        ({"model": "alexnet", "image_size": 32}, "alexnet takes 224x224 images, not 32x32: use --image-size 64"),
         ({"stem": "small"}, "lzh has no small stem"),
         ({"resume": "absent.pth"}, "absent.pth"),
         ({"device": "gpu"}, "unknown device 'gpu'"),

@@ -81,7 +81,8 @@ def train(
         raise UsageError(f"--keep {keep} keeps nothing", "keep at least 1")
     logs = logdir or out / "logs"
     with joined_ranks() as ranks:
-        chosen = _sized(network(model, stem=stem), image_size)
+        chosen = network(model, stem=stem)
+        wanted = _wanted_input(chosen, image_size)
         fresh = None if resume else recipe(recipe_name or "notes", model, settings)  # told before anything is read
         place = _device(device, ranks)
         with _places(out, logs):
@@ -94,10 +95,10 @@ def train(
                 chosen_recipe = fresh or recipe(recipe_name or "notes", model, settings)
             data_set = select_data_like(point.record.data, data, broken) if point else select_data(data, broken)
             with ranks.leader_first():
-                splits = _Splits.read(data_set, chosen.input)
-            input_spec = _input(chosen, chosen_recipe, splits.train, point)
+                splits = _Splits.read(data_set, wanted)
+            input_spec = _input(wanted, chosen_recipe, splits.train, point)
             if point:
-                _require_same_run(point, chosen, splits.record, seed)
+                _require_same_run(point, chosen, wanted, splits.record, seed)
         module = _initial(chosen, input_spec, splits.train, len(data_set.class_names), seed, place)
         plan = Plan(chosen, input_spec, chosen_recipe, data_set.class_names, splits.record, seed, place, ranks)
         test = Judge(place_images(splits.test, place), input_spec, len(data_set.class_names), place, ranks)
@@ -109,12 +110,16 @@ def train(
         return session.run(splits.test, point)
 
 
-def _sized(chosen: Network, image_size: int | None) -> Network:
+def _wanted_input(chosen: Network, image_size: int | None) -> InputSpec:
+    """The network's own input at the size asked for, found out to work before anything is read."""
     if image_size is None:
-        return chosen
+        return chosen.input
     if image_size < 1:
         raise UsageError(f"--image-size {image_size} is no size", "give pixels, as --image-size 224")
-    return chosen._replace(input=msgspec.structs.replace(chosen.input, height=image_size, width=image_size))
+    wanted = msgspec.structs.replace(chosen.input, height=image_size, width=image_size)
+    with torch.device("meta"):  # shapes alone, no memory
+        chosen.build(2, wanted)
+    return wanted
 
 
 def _device(name: str, ranks: Ranks) -> torch.device:
@@ -166,14 +171,14 @@ class _Splits(NamedTuple):
         return _Splits(train, test, record)
 
 
-def _input(chosen: Network, recipe_: Recipe, train_images: LabelledImages, point: ResumePoint | None) -> InputSpec:
+def _input(wanted: InputSpec, recipe_: Recipe, train_images: LabelledImages, point: ResumePoint | None) -> InputSpec:
     if point:
         return point.checkpoint.spec.input
-    return normalised(chosen.input, train_images.images) if recipe_.normalise else chosen.input
+    return normalised(wanted, train_images.images) if recipe_.normalise else wanted
 
 
-def _require_same_run(point: ResumePoint, chosen: Network, data: DataRecord, seed: int) -> None:
-    spec, now = point.checkpoint.spec, chosen.input
+def _require_same_run(point: ResumePoint, chosen: Network, now: InputSpec, data: DataRecord, seed: int) -> None:
+    spec = point.checkpoint.spec
     require_same(point, "the model", spec.model, chosen.name)
     require_same(point, "the stem", spec.stem, chosen.stem)
     require_same(point, "images of", f"{spec.input.height}x{spec.input.width}", f"{now.height}x{now.width}")

@@ -67,4 +67,5 @@ def require_file(path: Path) -> None:
     if path.is_dir():
         raise ModelFileError(f"{path} is a folder", "name a model file")
     if not path.exists():
-        raise ModelFileError(f"no such file {path}", "check the path, or make it with `cifarx export`")
+        maker = "train" if path.suffix == ".pth" else "export"
+        raise ModelFileError(f"no such file {path}", f"check the path, or make it with `cifarx {maker}`")
