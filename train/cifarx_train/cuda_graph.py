@@ -60,7 +60,7 @@ class GraphedStep:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._step(self._images, self._labels)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"training without a CUDA graph, which is slower: {reason}", FallbackWarning, stacklevel=2)
         else:
             self._graph = graph

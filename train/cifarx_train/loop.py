@@ -16,6 +16,7 @@ from cifarx_train.data.augmentation import Augmentation
 from cifarx_train.data.on_device import DeviceImages, ToInput
 from cifarx_train.data.streamed import StreamedImages
 from cifarx_train.ema import Ema
+from cifarx_train.norms import settle_norms
 from cifarx_train.observers import LOG_EVERY, Observer, StepReport
 from cifarx_train.one_pixel import skip_padding
 from cifarx_train.optimizers import Optimizers
@@ -75,6 +76,7 @@ class Loop:
         self.seconds = 0.0
         self.good = ""
         self._images, self._recipe, self._ranks, self._device = images, recipe, ranks, device
+        settle_norms(module, self.steps)
         self._augment = Augmentation(recipe, spec, device)
         self._to_input = ToInput(spec, device, channels_last=recipe.channels_last or on_cpu)
         self._optimizers = Optimizers(module, recipe)

@@ -118,7 +118,7 @@ def joined_ranks() -> Iterator[Ranks]:
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or _OF_A_PEER.search(str(error)):
             raise PeerLost(
-                f"process {ranks.rank} of {ranks.size} lost another ({str(error).splitlines()[0][-200:]})",
+                f"process {ranks.rank} of {ranks.size} lost another ({str(error).partition(chr(10))[0][-200:]})",
                 "see what that one said; --resume auto goes on from the last checkpoint",
             ) from error
         raise

@@ -136,6 +136,6 @@ def _session(
         # enable_fallback=0: the library would print to standard output and go on with the CPU.
         return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # the library's errors have no common base
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__  # some say nothing
         path = model if isinstance(model, Path) else "the probe"
         raise ModelFileError(f"{path} is not an ONNX model that can be run ({reason})", "export it again") from error
