@@ -51,6 +51,7 @@ class Loop:
         epoch: the epoch that is trained or comes next, from 0.
         done: the steps of it that are done.
         step: the steps of the run that are done.
+        epoch_steps, steps: of an epoch, and of the whole run.
         seconds: of training, over all the processes that took part in the run one after another.
         good: what to call the last checkpoint that was saved, for the error that ends a run.
     """
@@ -76,6 +77,8 @@ class Loop:
         self.seconds = 0.0
         self.good = ""
         self._images, self._recipe, self._ranks, self._device = images, recipe, ranks, device
+        self.epoch_steps = len(epoch_batches(torch.empty(len(images)), recipe.batch_size))
+        self.steps = recipe.epochs * self.epoch_steps
         settle_norms(module, self.steps)
         self._augment = Augmentation(recipe, spec, device)
         self._to_input = ToInput(spec, device, channels_last=recipe.channels_last or on_cpu)
@@ -97,16 +100,6 @@ class Loop:
     def judged(self) -> nn.Module:
         """The network that counts: the average of the weights where the recipe has one."""
         return self._ema.module if self._ema else self.module
-
-    @property
-    def epoch_steps(self) -> int:
-        """Steps of an epoch."""
-        return len(epoch_batches(torch.empty(len(self._images)), self._recipe.batch_size))
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        return self._recipe.epochs * self.epoch_steps
 
     def epochs(self, observer: Observer, stop: Callable[[], bool] = lambda: False) -> Iterator[EpochEnd]:
         """Train, and pause after each epoch to let it be judged and saved.
@@ -199,7 +192,7 @@ class Loop:
         return require_finite(loss, self.step, self.good), norm
 
     def state(self) -> State:
-        """What a bit-exact continuation needs beside the judged weights, as plain types and CPU tensors."""
+        """What a bit-exact continuation needs beside the judged weights, as plain types and tensors."""
         return {
             "epoch": self.epoch,
             "done": self.done,
