@@ -327,7 +327,6 @@ def test_a_damaged_newest_is_passed_over(drawn_once: Path, whole: Path, copied: 
     [
         ({"seed": 4}, ("seed 0", "not 4")),
         ({"model": "fastnet"}, ("lzh", "not fastnet")),
-        ({"image_size": 48}, ("32x32", "not 48x48")),
         ({"learning_rate": 0.25}, ("learning_rate 0.05", "not 0.25")),
         ({"batch_size": 20, "flip": False}, ("batch_size 16 and not 20", "flip True and not False")),
         ({"recipe_name": "fast"}, ("schedule 'constant'", "not 'linear'")),
