@@ -1,6 +1,7 @@
 """Training: against the notes' own loop, several processes against one, and what a checkpoint costs."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from cifarx_serve.backends.torch_device import torch_device
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import DeviceError
 from cifarx_train.data.dataset import LabelledImages
-from cifarx_train.data.selection import select_data
+from cifarx_train.data.selection import ENVIRONMENT, select_data
 from cifarx_train.models.network import Network
 from cifarx_train.models.registry import network
 from cifarx_train.observers import EpochReport, Observer, RunStart
@@ -36,7 +37,7 @@ MOST_FOR_A_CHECKPOINT = 0.05
 @pytest.fixture(scope="module")
 def data() -> LabelledImages:
     """The training images of `$CIFARX_DATA`, or the built-in drawings."""
-    return select_data("auto").load("train", network("lzh").input)
+    return select_data("auto" if ENVIRONMENT in os.environ else "builtin").load("train", network("lzh").input)
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
