@@ -1,9 +1,6 @@
 """Every error a user can meet: what was wrong, with the value, and how to mend it."""
 
 from collections.abc import Iterable
-from typing import Final
-
-_MOST_LISTED: Final = 30  # names beside a likely one; where none is likely, all are listed
 
 
 class CifarxError(Exception):
@@ -78,7 +75,5 @@ def unknown(kind: str, value: str, choices: Iterable[str]) -> UsageError:
 
     known = sorted(choices)
     near = get_close_matches(value.lower(), known, n=1, cutoff=0.5)
-    if near and len(known) > _MOST_LISTED:
-        return UsageError(f"unknown {kind} {value!r}", f"did you mean {near[0]!r}? there are {len(known)}")
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(f"unknown {kind} {value!r}", f"{hint}known are {', '.join(known)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cifarx_serve.atomic import atomic_path, remove_leftovers
 from cifarx_serve.errors import FallbackWarning, ModelFileError, SpecError
-from cifarx_train.checkpoint import SUFFIX, Checkpoint, load_checkpoint, save_checkpoint
+from cifarx_train.checkpoint import SUFFIX, Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 
 
 class CheckpointFolder:
@@ -29,7 +29,7 @@ class CheckpointFolder:
 
     def path(self, epoch: int) -> Path:
         """The file of an epoch."""
-        return self.folder / f"{self._model}_{epoch}{SUFFIX}"
+        return checkpoint_path(self.folder, self._model, epoch)
 
     def save(self, epoch: int, checkpoint: Checkpoint, *, is_best: bool) -> Path:
         """Write an epoch's checkpoint; only then remove what it makes superfluous.

@@ -1,7 +1,6 @@
 """The memory that a run takes."""
 
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -19,4 +18,6 @@ def _peak_of_process() -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         if high := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
             return int(high[1]) * 1024
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -83,16 +83,15 @@ def train(
     with joined_ranks() as ranks:
         chosen = network(model, stem=stem)
         wanted = _wanted_input(chosen, image_size)
-        fresh = None if resume else recipe(recipe_name or "notes", model, settings)  # told before anything is read
+        folder = CheckpointFolder(out, model, keep)
+        point = resume_point(resume, folder) if resume else None
+        require_agreement(point, ranks)
+        if point:
+            chosen_recipe = continued_recipe(point, recipe_name, settings, model)
+        else:
+            chosen_recipe = recipe(recipe_name or "notes", model, settings)
         place = _device(device, ranks)
         with _places(out, logs):
-            folder = CheckpointFolder(out, model, keep)
-            point = resume_point(resume, folder) if resume else None
-            require_agreement(point, ranks)
-            if point:
-                chosen_recipe = continued_recipe(point, recipe_name, settings, model)
-            else:
-                chosen_recipe = fresh or recipe(recipe_name or "notes", model, settings)
             data_set = select_data_like(point.record.data, data, broken) if point else select_data(data, broken)
             with ranks.leader_first():
                 splits = _Splits.read(data_set, wanted)

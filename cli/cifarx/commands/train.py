@@ -1,5 +1,6 @@
 """`cifarx train`"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,7 +107,7 @@ def command(
     note(f"next: cifarx export --ckpt {last} --format onnx")
 
 
-def _assignments(texts: "tuple[str, ...] | list[str]") -> dict[str, Any]:
+def _assignments(texts: Sequence[str]) -> dict[str, Any]:
     """FIELD=VALUE as fields and texts; the recipe says what each must be."""
     pairs = [text.partition("=") for text in texts]
     for field, equals, value in pairs:

@@ -14,6 +14,9 @@ Builder: TypeAlias = Callable[[int], nn.Module]
 SizedBuilder: TypeAlias = Callable[[int, InputSpec], nn.Module]
 Initialise: TypeAlias = Callable[[nn.Module, Tensor], None]
 
+RESNETS = ("resnet", "resnext", "wide_resnet")
+"""How the names begin of torchvision's networks that have a small stem."""
+
 
 class Network(NamedTuple):
     """How to build a network, and what it takes.

@@ -11,11 +11,10 @@ from torch import nn
 
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import InputSpec
-from cifarx_train.models.network import Network, Stem, no_small_stem
+from cifarx_train.models.network import RESNETS, Network, Stem, no_small_stem
 from cifarx_train.models.sizes import size_text
 
 _SMALLEST = 32  # the size of CIFAR-10's images: every network takes it that works on it
-_RESNETS = ("resnet", "resnext", "wide_resnet")
 # These do not work on 32x32 images, or on no other size than they were built for. Tests hold this to torchvision.
 _AT_PUBLISHED_SIZE = ("alexnet", "inception_v3", "maxvit", "vit_")
 # Their auxiliary heads would make the output of training a tuple; unsaid, `init_weights` warns that it will change.
@@ -37,7 +36,7 @@ def classifier(name: str, stem: Stem) -> Network:
     Raises:
         UsageError: a small stem was asked of a network that is no ResNet.
     """
-    if stem == "small" and not name.startswith(_RESNETS):
+    if stem == "small" and not name.startswith(RESNETS):
         raise no_small_stem(name)
 
     def build(classes: int, size: InputSpec) -> nn.Module:

@@ -9,14 +9,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cifarx_serve.errors import ModelFileError, UsageError
-from cifarx_train.models.network import Stem
+from cifarx_train.models.network import RESNETS, Stem
 from cifarx_train.models.registry import model_names, network
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = dict[str, Shape]
 
 _CLASSES: Final = 9973  # in a sketch's shapes this stands for the number of classes; no layer has as many rows
-_SMALL_STEMS: Final = ("resnet", "resnext", "wide_resnet")
 _TRAINING_ONLY: Final = ("aux1.", "aux2.", "AuxLogits.")  # further outputs of torchvision's Inceptions, for training
 _COUNTER: Final = "num_batches_tracked"  # PyTorch before 0.4.1 saved none, and it is not used to answer
 
@@ -77,7 +76,7 @@ def recognise(shapes: Shapes, path: object, model: str | None = None) -> Match:
 
 
 def _stems(name: str) -> tuple[Stem, ...]:
-    return ("own", "small") if name.startswith(_SMALL_STEMS) else ("own",)
+    return ("own", "small") if name.startswith(RESNETS) else ("own",)
 
 
 # --- which networks are worth a closer look
