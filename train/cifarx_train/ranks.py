@@ -1,5 +1,6 @@
 """The processes that train together. PyTorch's own engine starts and joins them: torchrun, DDP, NCCL or Gloo."""
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -123,4 +124,7 @@ def joined_ranks() -> Iterator[Ranks]:
             ) from error
         raise
     finally:
+        # A DistributedDataParallel that still lives keeps the group's threads past the end of Python, where PyTorch
+        # 2.15 sometimes aborts ("terminate called without an active exception").
+        gc.collect()
         distributed.destroy_process_group()

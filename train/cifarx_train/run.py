@@ -80,7 +80,8 @@ def train(
     if keep is not None and keep < 1:
         raise UsageError(f"--keep {keep} keeps nothing", "keep at least 1")
     logs = logdir or out / "logs"
-    with joined_ranks() as ranks:
+
+    def run(ranks: Ranks) -> TrainResult:
         chosen = network(model, stem=stem)
         wanted = _wanted_input(chosen, image_size)
         folder = CheckpointFolder(out, model, keep)
@@ -107,6 +108,9 @@ def train(
         watching = Observers([TensorBoard(logs), *observers] if ranks.leads else [])
         session = Session(plan, loop, test, folder, watching)
         return session.run(splits.test, point)
+
+    with joined_ranks() as ranks:
+        return run(ranks)  # what it made is gone by the time the ranks part: see there
 
 
 def _wanted_input(chosen: Network, image_size: int | None) -> InputSpec:
