@@ -1,5 +1,6 @@
 """Options that several commands share, so that they read and mean the same everywhere."""
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
@@ -29,6 +30,10 @@ Checkpoint: TypeAlias = Annotated[
 ModelName: TypeAlias = Annotated[
     str | None,
     typer.Option("--model", metavar="NAME", help="Architecture of a .pth file that does not say it itself."),
+]
+ReportPage: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Write the proof as a page: errors, classes, the worst images."),
 ]
 AbsoluteTolerance: TypeAlias = Annotated[
     float | None, typer.Option("--atol", help="Absolute tolerance of a logit. [default: by precision]")

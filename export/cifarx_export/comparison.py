@@ -43,7 +43,7 @@ def compare(reference: Logits, artifact: Logits, gate: Gate) -> Errors:
         mean_abs=float(error.mean()),
         p999_abs=float(np.percentile(error, 99.9)),
         required_tolerance=float((error / (1 + np.abs(expected))).max()),
-        outside=int((error > gate.atol + gate.rtol * np.abs(expected)).sum()),
+        outside=int((error > gate.allowed(expected)).sum()),
         nonfinite=int((~finite).sum()),
     )
 
@@ -52,7 +52,7 @@ def find_flips(reference: Logits, artifact: Logits, gate: Gate) -> Flips:
     """Where the argmax of the two differs, both (N, classes).
 
     Forgiven where the reference's best logit and its logit of the artifact's answer lie closer together than the
-    tolerance of the best: either answer is then the reference's own.
+    tolerance of the best: either answer is then the reference's own. Without a tolerance nothing is forgiven.
     """
     positions = np.flatnonzero(reference.argmax(1) != artifact.argmax(1))
     finite = np.isfinite(reference[positions]) & np.isfinite(artifact[positions])
@@ -61,5 +61,5 @@ def find_flips(reference: Logits, artifact: Logits, gate: Gate) -> Flips:
     expected = reference[rows].astype(np.float64)
     best = expected.max(axis=1)
     margin = best - expected[np.arange(len(rows)), artifact[rows].argmax(1)]
-    forgiven[forgiven] = margin <= gate.atol + gate.rtol * np.abs(best)
+    forgiven[forgiven] = gate.has_tolerance & (margin <= gate.allowed(best))
     return Flips(positions, forgiven)

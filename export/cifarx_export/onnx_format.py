@@ -3,16 +3,18 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import onnx
 import torch
 from torch import nn
 
-from cifarx_export.formats import ExportOptions, require_opset
+from cifarx_export.formats import Source
+from cifarx_serve.backends.onnx_file import minimum_onnxruntime
 from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY
 from cifarx_serve.spec import InputSpec, ModelSpec
 
@@ -21,10 +23,19 @@ DEFAULT_OPSET: Final = 18
 
 
 class OnnxArtifact:
-    """A model proto that says nothing of the machine it was made on."""
+    """A model proto that says nothing of the machine it was made on, and what to say of how it was made."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, facts: Mapping[str, str]) -> None:
         self._model = model
+        self._facts = facts
+
+    def describe(self, spec: ModelSpec) -> ModelSpec:
+        opset = next(entry.version for entry in self._model.opset_import if not entry.domain)
+        return msgspec.structs.replace(
+            spec,
+            exporter={**(spec.exporter or {}), **self._facts},
+            minimum_onnxruntime=minimum_onnxruntime(self._model.ir_version, opset),
+        )
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write one file; the same model, versions and spec give the same bytes."""
@@ -34,18 +45,39 @@ class OnnxArtifact:
         path.write_bytes(self._model.SerializeToString(deterministic=True))
 
 
-def convert_to_onnx(module: nn.Module, spec: ModelSpec, options: ExportOptions) -> OnnxArtifact:
+def convert_to_onnx(source: Source) -> OnnxArtifact:
     """Input `input`, float32 (batch, 3, height, width); output `logits`, float32 (batch, classes).
 
-    Raises:
-        UsageError: an opset that is not supported.
+    With the preprocessing embedded the input is uint8 (batch, height, width, 3), of any height and width.
     """
-    opset = DEFAULT_OPSET if options.opset is None else options.opset
-    require_opset(opset)
+    opset = DEFAULT_OPSET if source.options.opset is None else source.options.opset
+    model = _exported(source.module, source.spec.input, opset)
+    facts = {"opset": str(opset)}
+    if source.spec.precision == "fp16":
+        from cifarx_export.onnx_fp16 import to_half_precision
+
+        model, found = to_half_precision(model)
+        facts |= found
+    if source.spec.precision == "int8":
+        from cifarx_export.onnx_int8 import quantize
+
+        model, found = quantize(model, source)
+        facts |= found
+    if source.options.embed_preprocessing:
+        from cifarx_export.onnx_preprocessing import embed_preprocessing
+
+        model = embed_preprocessing(model, source.spec.input)
+    _strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    return OnnxArtifact(model, facts)
+
+
+def _exported(module: nn.Module, spec: InputSpec, opset: int) -> Any:
+    """The network as an fp32 model proto."""
     with _quiet():
         program = torch.onnx.export(
             module,
-            (example_input(spec.input),),
+            (example_input(spec),),
             dynamo=True,
             external_data=False,
             dynamic_shapes=({0: "batch"},),
@@ -55,10 +87,7 @@ def convert_to_onnx(module: nn.Module, spec: ModelSpec, options: ExportOptions) 
             verify=False,  # it would only log; the proof is ours
         )
     assert program is not None
-    model = program.model_proto
-    _strip(model)
-    onnx.checker.check_model(model, full_check=True)
-    return OnnxArtifact(model)
+    return program.model_proto
 
 
 def example_input(spec: InputSpec) -> torch.Tensor:

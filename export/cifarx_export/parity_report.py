@@ -4,7 +4,8 @@ from pathlib import Path
 
 import msgspec
 
-from cifarx_export.proof import Check, Worst
+from cifarx_export.evidence import Evidence
+from cifarx_export.judging import Check
 from cifarx_serve.atomic import atomic_path
 from cifarx_serve.environment import Environment, environment
 from cifarx_serve.spec import ParitySummary
@@ -46,7 +47,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     precision: str
     checks: tuple[Check, ...]
     summary: ParitySummary
-    worst: Worst | None
+    evidence: Evidence | None
     environment: Environment = msgspec.field(default_factory=environment)
 
     def row(self) -> ParityRow:

@@ -1,28 +1,36 @@
 """The proof: an artifact and its reference answer for the same images, through the runtime that will serve it."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.comparison import Errors, Flips, Logits, compare, find_flips
+from cifarx_export.comparison import Logits
+from cifarx_export.evidence import Evidence, find_evidence
 from cifarx_export.gates import Gate
-from cifarx_serve.backends.base import Backend
-from cifarx_serve.errors import DataError
-from cifarx_serve.preprocess import scale
+from cifarx_export.judging import Answers, Check, Figures, judge, measure, worst_of_each
+from cifarx_export.resize_check import check_resize
+from cifarx_serve.backends.base import Backend, Port
+from cifarx_serve.errors import DataError, UsageError
+from cifarx_serve.preprocess import model_input
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import InputSpec, ModelSpec, ParitySummary
 
-BATCH_SIZES: Final = (1, 3, 64)
-"""One image, an odd number, and many; every image goes through the largest."""
+WHOLE_BATCH: Final = 64
+"""The batch size that every image goes through."""
 
-SMALL_BATCH_IMAGES: Final = 1000
-"""Images, spread over the split, that go through each of the smaller batch sizes too."""
+BATCH_SIZES: Final = (1, 3, WHOLE_BATCH)
+"""One image, an odd number, and many."""
+
+SPREAD_IMAGES: Final = 1000
+"""Images, spread over the split, that go through each of the other batch sizes too."""
 
 MIN_IMAGES: Final = 1000
 """Fewer real images than this prove too little of an argmax."""
+
+_NAMES_SHOWN: Final = 12
 
 
 class ProofData(NamedTuple):
@@ -37,28 +45,12 @@ class ProofData(NamedTuple):
     fingerprint: str
 
 
-class Check(msgspec.Struct, frozen=True):
-    """One thing that was checked, and what was found."""
-
-    name: str
-    passed: bool
-    found: str
-
-
-class Worst(msgspec.Struct, frozen=True):
-    """The image with the largest error of a logit, by its position in the data."""
-
-    image: int
-    reference: tuple[float, ...]
-    artifact: tuple[float, ...]
-
-
 class Proof(msgspec.Struct, frozen=True):
-    """What was found; `summary` travels inside the artifact."""
+    """What was found; `summary` travels inside the artifact. No evidence where the artifact gave no answer."""
 
     checks: tuple[Check, ...]
     summary: ParitySummary
-    worst: Worst | None
+    evidence: Evidence | None
 
     @property
     def passed(self) -> bool:
@@ -79,14 +71,6 @@ class Reference(NamedTuple):
     edge_logits: Logits
 
 
-class _Answers(NamedTuple):
-    """Logits of both for the images of one batch size; `positions` says which images, empty for edge inputs."""
-
-    positions: NDArray[np.int64]
-    reference: Logits
-    artifact: Logits
-
-
 def ask_reference(backend: Backend, data: ProofData, progress: Progress = silent) -> Reference:
     """Run the reference on every image.
 
@@ -96,33 +80,87 @@ def ask_reference(backend: Backend, data: ProofData, progress: Progress = silent
     if len(data.images) < MIN_IMAGES:
         raise DataError(f"{data.name} has {len(data.images)} test images", f"a proof needs at least {MIN_IMAGES}")
     progress(f"reference: {len(data.images)} images of {data.name} through {backend.name} ({backend.provider})")
-    logits = _logits(backend, data.images, BATCH_SIZES[-1])
-    return Reference(backend.name, backend.spec, data, logits, backend.run(_edge_inputs(backend.spec.input)))
+    logits = _logits(backend, data.images, np.arange(len(data.images)), WHOLE_BATCH)
+    edge_logits = backend.run(model_input(_edge_images(backend.spec.input), backend.spec))
+    return Reference(backend.name, backend.spec, data, logits, edge_logits)
 
 
-def prove(reference: Reference, artifact: Backend, gate: Gate, progress: Progress = silent) -> Proof:
-    """Compare an artifact with its reference on every image."""
+def proved_batch_sizes(largest: int | None, images: int) -> tuple[int, ...]:
+    """The batch sizes of a proof, with the largest that the user names.
+
+    Raises:
+        UsageError: it is below 1, or there are fewer images.
+    """
+    if largest is None:
+        return BATCH_SIZES
+    if not 1 <= largest <= images:
+        raise UsageError(f"batch size {largest}", f"give 1 to {images}, the number of images of the proof")
+    return tuple(sorted({*BATCH_SIZES, largest}))
+
+
+def prove(
+    reference: Reference,
+    artifact: Backend,
+    gate: Gate,
+    progress: Progress = silent,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Proof:
+    """Compare an artifact with its reference on every image: what the file promises, that it runs, then its values."""
     data, expected = reference.data, reference.logits
-    checks = _check_specs(reference.spec, artifact.spec)
-    answers: list[_Answers] = []
-    for batch_size in BATCH_SIZES:
+    checks = [*_check_specs(reference.spec, artifact.spec), *_check_ports(artifact)]
+    answers: list[Answers] = []
+    for batch_size in batch_sizes:
         positions = _positions(len(data.images), batch_size)
         progress(f"artifact: {len(positions)} images at batch {batch_size} through {artifact.name}")
-        check, found = _run_batches(artifact, data.images[positions], batch_size, expected.shape[1])
+        check, found = _run_batches(artifact, data.images, positions, batch_size, expected.shape[1])
         checks.append(check)
         if found is not None:
-            answers.append(_Answers(positions, expected[positions], found))
+            answers.append(Answers(positions, expected[positions], found))
     edge_check, edge = _run_edges(reference, artifact)
-    checks.append(edge_check)
-    return _judge(checks, answers, edge, reference, artifact.provider, gate)
+    resized = check_resize(artifact, data.images[_positions(len(data.images), 1)])
+    figures = measure(answers, edge, expected, data.labels, gate)
+    checks += [edge_check, *resized, *judge(figures, gate)]
+    passed = all(check.passed for check in checks)
+    summary = _summary(figures, passed, data, artifact.provider, gate, batch_sizes)
+    return Proof(tuple(checks), summary, _evidence(answers, reference))
 
 
 def _check_specs(ours: ModelSpec, theirs: ModelSpec) -> list[Check]:
     """The artifact must promise what the reference does: numbers alone cannot tell a wrong name of a class."""
     return [
-        Check("class names", theirs.class_names == ours.class_names, ", ".join(theirs.class_names)),
+        Check(
+            "class names", theirs.class_names == ours.class_names, _compare_names(ours.class_names, theirs.class_names)
+        ),
         Check("preprocessing", theirs.input == ours.input, _describe(theirs.input)),
     ]
+
+
+def _compare_names(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    """The first name that differs, or the names: of a thousand, the first ones."""
+    if len(theirs) != len(ours):
+        return f"{len(theirs)} instead of {len(ours)}"
+    for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        if our != their:
+            return f"class {index} is {their} instead of {our}"
+    rest = len(theirs) - _NAMES_SHOWN
+    return ", ".join(theirs[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_ports(artifact: Backend) -> list[Check]:
+    """Names, types and axes; a file that does not state them is told by its answers alone."""
+    ports = artifact.ports()
+    if not ports:
+        return []
+    spec = artifact.spec
+    taken, pixels = spec.input, spec.embedded_preprocessing
+    wanted = (
+        Port("input", "uint8", ("batch", "height", "width", 3))
+        if pixels
+        else Port("input", "float32", ("batch", taken.channels, taken.height, taken.width)),
+        Port("logits", "float32", ("batch", len(spec.class_names))),
+    )
+    found = ", ".join(f"{port.name} {port.dtype} ({', '.join(map(str, port.shape))})" for port in ports)
+    return [Check("interface", ports == wanted, found)]
 
 
 def _describe(spec: InputSpec) -> str:
@@ -133,131 +171,76 @@ def _describe(spec: InputSpec) -> str:
 
 
 def _positions(images: int, batch_size: int) -> NDArray[np.int64]:
-    if batch_size == BATCH_SIZES[-1]:
+    if batch_size == WHOLE_BATCH:
         return np.arange(images)
-    return np.linspace(0, images - 1, min(images, SMALL_BATCH_IMAGES)).round().astype(np.int64)
+    return np.linspace(0, images - 1, min(images, max(SPREAD_IMAGES, batch_size))).round().astype(np.int64)
 
 
-def _logits(backend: Backend, images: NDArray[np.uint8], batch_size: int) -> Logits:
-    return np.concatenate([backend.run(inputs) for inputs in _inputs(backend.spec.input, images, batch_size)])
-
-
-def _inputs(spec: InputSpec, images: NDArray[np.uint8], batch_size: int) -> Iterator[NDArray[np.float32]]:
-    for start in range(0, len(images), batch_size):
-        yield scale(images[start : start + batch_size], spec)
+def _logits(backend: Backend, images: NDArray[np.uint8], positions: NDArray[np.int64], batch_size: int) -> Logits:
+    """Of the images at these positions, a batch in memory at a time: those of ImageNet fill gigabytes."""
+    batches = (positions[start : start + batch_size] for start in range(0, len(positions), batch_size))
+    return np.concatenate([backend.run(model_input(images[batch], backend.spec)) for batch in batches])
 
 
 def _run_batches(
-    artifact: Backend, images: NDArray[np.uint8], batch_size: int, classes: int
+    artifact: Backend, images: NDArray[np.uint8], positions: NDArray[np.int64], batch_size: int, classes: int
 ) -> tuple[Check, Logits | None]:
-    name = f"batch {batch_size}"
+    name, shape = f"batch {batch_size}", (len(positions), classes)
     try:
-        logits = _logits(artifact, images, batch_size)
+        logits = _logits(artifact, images, positions, batch_size)
     except Exception as error:  # a runtime's own errors have no common base; whatever it is, it does not run
         return Check(name, False, f"does not run: {_first_line(error)}"), None
-    if logits.shape != (len(images), classes) or logits.dtype != np.float32:
-        found = f"{logits.dtype} {logits.shape} instead of float32 {(len(images), classes)}"
-        return Check(name, False, found), None
+    if logits.shape != shape or logits.dtype != np.float32:
+        return Check(name, False, f"{logits.dtype} {logits.shape} instead of float32 {shape}"), None
     return Check(name, True, f"float32 (N, {classes})"), logits
 
 
-def _edge_inputs(spec: InputSpec) -> NDArray[np.float32]:
-    """Zeros, ones and noise: inputs that no photograph gives."""
-    shape = (1, spec.channels, spec.height, spec.width)
-    noise = np.random.default_rng(0).random(shape, dtype=np.float32)
-    return np.concatenate([np.zeros(shape, np.float32), np.ones(shape, np.float32), noise])
+def _edge_images(spec: InputSpec) -> NDArray[np.uint8]:
+    """Black, white and noise: what no photograph gives."""
+    shape = (1, spec.height, spec.width, spec.channels)
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return np.concatenate([np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), noise])
 
 
-def _run_edges(reference: Reference, artifact: Backend) -> tuple[Check, _Answers | None]:
-    inputs = _edge_inputs(reference.spec.input)
+def _run_edges(reference: Reference, artifact: Backend) -> tuple[Check, Answers | None]:
+    images = _edge_images(reference.spec.input)
     try:
-        logits = np.asarray(artifact.run(inputs))
+        logits = np.asarray(artifact.run(model_input(images, artifact.spec)))
     except Exception as error:
         return Check("edge inputs", False, f"does not run: {_first_line(error)}"), None
     if logits.shape != reference.edge_logits.shape:
-        return Check("edge inputs", False, f"gives {logits.shape} for {len(inputs)} inputs"), None
-    answers = _Answers(np.empty(0, np.int64), reference.edge_logits, logits)
-    return Check("edge inputs", True, "zeros, ones, noise"), answers
+        return Check("edge inputs", False, f"gives {logits.shape} for {len(images)} images"), None
+    answers = Answers(np.empty(0, np.int64), reference.edge_logits, logits)
+    return Check("edge inputs", True, "black, white, noise"), answers
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _judge(
-    checks: list[Check],
-    answers: list[_Answers],
-    edge: _Answers | None,
-    reference: Reference,
-    provider: str,
-    gate: Gate,
-) -> Proof:
-    data = reference.data
-    every = answers if edge is None else [*answers, edge]
-    errors: Errors | None = None
-    agreement, forgiven = 0.0, 0
-    if answers:
-        errors = compare(
-            np.concatenate([part.reference for part in every]), np.concatenate([part.artifact for part in every]), gate
-        )
-        agreement, forgiven = _agreement(answers, len(data.images), gate)
-        checks += _check_numbers(errors, agreement, forgiven, len(data.images), gate)
-    summary = ParitySummary(
-        passed=all(check.passed for check in checks),
-        images=len(data.images),
-        batch_sizes=BATCH_SIZES,
+def _summary(
+    figures: Figures, passed: bool, data: ProofData, provider: str, gate: Gate, batch_sizes: Sequence[int]
+) -> ParitySummary:
+    errors = figures.errors
+    return ParitySummary(
+        passed=passed,
+        images=figures.images,
+        batch_sizes=tuple(batch_sizes),
         max_abs_error=_number(errors and errors.max_abs),
         mean_abs_error=_number(errors and errors.mean_abs),
         p999_abs_error=_number(errors and errors.p999_abs),
         required_tolerance=_number(errors and errors.required_tolerance),
         atol=gate.atol,
         rtol=gate.rtol,
-        agreement=agreement,
-        forgiven=forgiven,
-        reference_accuracy=_accuracy(reference.logits, data.labels),
-        accuracy=_accuracy(answers[-1].artifact, data.labels) if _is_whole(answers, data) else None,
+        agreement=figures.agreement,
+        forgiven=figures.forgiven,
+        reference_accuracy=figures.reference_accuracy,
+        accuracy=figures.accuracy,
         nonfinite=errors.nonfinite if errors else 0,
         provider=provider,
         data=data.name,
         data_fingerprint=data.fingerprint,
     )
-    return Proof(tuple(checks), summary, _worst(answers))
-
-
-def _agreement(answers: list[_Answers], images: int, gate: Gate) -> tuple[float, int]:
-    """The share of the images that have the reference's argmax at every batch size, and how many flips are forgiven."""
-    flipped = np.zeros(images, np.bool_)
-    unforgiven = np.zeros(images, np.bool_)
-    for part in answers:
-        flips: Flips = find_flips(part.reference, part.artifact, gate)
-        flipped[part.positions[flips.positions]] = True
-        unforgiven[part.positions[flips.positions[~flips.forgiven]]] = True
-    return 1 - float(flipped.mean()), int((flipped & ~unforgiven).sum())
-
-
-def _check_numbers(errors: Errors, agreement: float, forgiven: int, images: int, gate: Gate) -> list[Check]:
-    excused = f", {forgiven} forgiven" if forgiven else ""
-    return [
-        Check("finite", errors.nonfinite == 0, f"{errors.nonfinite} NaN or Inf"),
-        Check(
-            "tolerance",
-            errors.outside == 0,
-            f"max |Δ| {errors.max_abs:.2e}, {errors.outside} outside {gate.atol:g} + {gate.rtol:g}·|ref|",
-        ),
-        Check(
-            "agreement",
-            agreement + forgiven / images >= gate.agreement - 1e-12,
-            f"{agreement:.4%} of {images} images{excused} (at least {gate.agreement:.4g})",
-        ),
-    ]
-
-
-def _is_whole(answers: list[_Answers], data: ProofData) -> bool:
-    return bool(answers) and len(answers[-1].positions) == len(data.images)
-
-
-def _accuracy(logits: Logits, labels: NDArray[np.int64] | None) -> float | None:
-    return None if labels is None else float((logits.argmax(1) == labels).mean())
 
 
 def _number(value: float | None) -> float | None:
@@ -265,21 +248,11 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
 
 
-def _worst(answers: list[_Answers]) -> Worst | None:
-    """At any batch size."""
+def _evidence(answers: Sequence[Answers], reference: Reference) -> Evidence | None:
     if not answers:
         return None
-    errors = [_row_errors(part) for part in answers]
-    part, error = max(zip(answers, errors, strict=True), key=lambda pair: float(pair[1].max()))
-    row = int(error.argmax())
-    return Worst(
-        int(part.positions[row]), tuple(map(float, part.reference[row])), tuple(map(float, part.artifact[row]))
+    positions, expected, found = worst_of_each(answers)
+    labels = reference.data.labels
+    return find_evidence(
+        reference.spec.class_names, positions, None if labels is None else labels[positions], expected, found
     )
-
-
-def _row_errors(part: _Answers) -> NDArray[np.float64]:
-    """The largest error of each image, (N,); Inf where a logit is not finite."""
-    with np.errstate(invalid="ignore"):  # Inf of both gives NaN, which is as bad
-        error = np.abs(part.artifact.astype(np.float64) - part.reference)
-    largest: NDArray[np.float64] = np.where(np.isfinite(error), error, np.inf).max(axis=1)
-    return largest

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from cifarx_export.formats import ExportOptions
+from cifarx_export.formats import Source
+from cifarx_export.half_precision import half_precision
 from cifarx_export.onnx_format import example_input
 from cifarx_serve.backends.torchscript_backend import SPEC_FILE
 from cifarx_serve.errors import UsageError
@@ -23,6 +23,9 @@ class TorchScriptArtifact:
     def __init__(self, module: Any) -> None:
         self._module = module
 
+    def describe(self, spec: ModelSpec) -> ModelSpec:
+        return spec
+
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write the archive with the spec among its extra files."""
         # To memory: given a path, PyTorch writes the path's name into the archive.
@@ -34,18 +37,19 @@ class TorchScriptArtifact:
         _strip(archive, path)
 
 
-def convert_to_torchscript(module: nn.Module, spec: ModelSpec, options: ExportOptions) -> TorchScriptArtifact:  # noqa: ARG001
+def convert_to_torchscript(source: Source) -> TorchScriptArtifact:
     """Trace with a batch of two and freeze the weights in.
 
     Raises:
-        UsageError: a Python that PyTorch no longer supports TorchScript on.
+        UsageError: a Python that PyTorch no longer supports TorchScript on, or a weight that float16 cannot hold.
     """
     if sys.version_info >= (3, 14):
         raise UsageError("TorchScript is not supported on Python 3.14 and later", "use --format onnx")
+    module = half_precision(source.module) if source.spec.precision == "fp16" else source.module
     with warnings.catch_warnings(), torch.no_grad():
         # The command has told of the deprecation, and what the tracer suspects the proof finds out.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(module, example_input(spec.input), check_trace=False)
+        traced = torch.jit.trace(module, example_input(source.spec.input), check_trace=False)
         return TorchScriptArtifact(torch.jit.freeze(traced.eval()))
 
 

@@ -39,6 +39,39 @@ def atomic_path(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well, and is removed when not.
+
+    A folder cannot be renamed over another that has content: the old one steps aside first and comes back where
+    the new one cannot take its place.
+
+    Raises:
+        OutputError: the place cannot be made or written, or the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_file():
+            raise NotADirectoryError(None, "Is a file", str(target))
+        with tempfile.TemporaryDirectory(prefix=".", suffix=f".partial{target.suffix}", dir=target.parent) as place:
+            new, old = Path(place) / "new", Path(place) / "old"
+            new.mkdir()
+            yield new
+            for path in (*new.rglob("*"), new):
+                _flush(path)
+            try:
+                if target.exists():
+                    target.rename(old)
+                new.rename(target)
+            except BaseException:  # an interrupt too: the old folder would go with the temporary one
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                raise
+            _flush(target.parent)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
 def remove_leftovers(folder: Path, suffix: str) -> None:
     """Remove what killed writers of files with that suffix left half written; nobody else may be writing there."""
     for leftover in folder.glob(f".*.partial{suffix}"):

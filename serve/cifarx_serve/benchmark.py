@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.backends.base import Backend
-from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.backends.registry import model_file, open_backend
 from cifarx_serve.environment import Environment, environment
 from cifarx_serve.errors import UsageError
 from cifarx_serve.measuring import Latency, Runner, measure
-from cifarx_serve.preprocess import scale
+from cifarx_serve.preprocess import model_input
 from cifarx_serve.progress import Progress, silent
 
 
@@ -91,9 +91,8 @@ def benchmark(
 
 def predicted_labels(backend: Backend, images: NDArray[np.uint8], batch: int = 64) -> NDArray[np.int64]:
     """The argmax of each image, (N,)."""
-    spec = backend.spec.input
-    starts = range(0, len(images), batch)
-    return np.concatenate([backend.run(scale(images[start : start + batch], spec)).argmax(1) for start in starts])
+    parts = (model_input(images[start : start + batch], backend.spec) for start in range(0, len(images), batch))
+    return np.concatenate([backend.run(part).argmax(1) for part in parts])
 
 
 def _open(path: Path, device: str, images: NDArray[np.uint8], stack: ExitStack, progress: Progress) -> _Opened:
@@ -123,7 +122,7 @@ def _rows(
 
 
 def _runner(backend: Backend, images: NDArray[np.uint8]) -> Runner:
-    inputs = scale(images, backend.spec.input)
+    inputs = model_input(images, backend.spec)
     return Runner(backend.name, lambda: backend.run(inputs))
 
 
@@ -141,5 +140,5 @@ def _row(model: _Opened, expected: NDArray[np.int64], batch: int, latency: Laten
         images_per_s=batch / latency.p50_us * 1e6,
         agreement=float((model.labels == expected).mean()),
         load_ms=model.load_ms,
-        size_bytes=model.path.stat().st_size,
+        size_bytes=model_file(model.path).stat().st_size,
     )

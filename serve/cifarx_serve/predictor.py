@@ -8,6 +8,7 @@ from typing import Self
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import open_backend
@@ -69,15 +70,26 @@ class Predictor:
         return self.predict_batch([image], top_k)[0]
 
     def predict_batch(self, images: Sequence[ImageSource], top_k: int = 1) -> list[Prediction]:
-        """Classify images as one batch, in the order given; raises as `predict` does."""
+        """Classify images together, in the order given; raises as `predict` does."""
         classes = len(self.spec.class_names)
         if not 1 <= top_k <= classes:
             raise UsageError(f"top-k is {top_k}", f"the model has {classes} classes: give 1 to {classes}")
         if not images:
             return []
-        batch = preprocess([read_image(image) for image in images], self.spec.input)
-        logits = self._backend.run(batch)
+        logits = self._logits([read_image(image) for image in images])
         return [self._prediction(*row, top_k) for row in zip(logits, softmax(logits), strict=True)]
+
+    def _logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Of RGB pictures; a file that does its own preprocessing gets them as they are, those of one size together."""
+        if not self.spec.embedded_preprocessing:
+            return self._backend.run(preprocess(images, self.spec))
+        positions: dict[tuple[int, int], list[int]] = {}
+        for position, image in enumerate(images):
+            positions.setdefault(image.size, []).append(position)
+        logits = np.empty((len(images), len(self.spec.class_names)), np.float32)
+        for same_size in positions.values():
+            logits[same_size] = self._backend.run(np.stack([np.asarray(images[position]) for position in same_size]))
+        return logits
 
     def _prediction(self, logits: NDArray[np.float32], scores: NDArray[np.float64], top_k: int) -> Prediction:
         # By the logits, which softmax may round to equals; stable: of equals the first, as argmax has it.

@@ -1,13 +1,13 @@
 """From an RGB picture to the network's input: the one implementation, for training, proof and serving."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_serve.spec import InputSpec
+from cifarx_serve.spec import InputSpec, ModelSpec
 
 _FILTERS: Final = {
     "nearest": Image.Resampling.NEAREST,
@@ -45,6 +45,14 @@ def scale(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
     return batch
 
 
-def preprocess(images: Sequence[Image.Image], spec: InputSpec) -> NDArray[np.float32]:
-    """RGB pictures of any size as one batch: float32, (len(images), 3, height, width)."""
-    return scale(np.stack([resize(image, spec) for image in images]), spec)
+def model_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
+    """What a model's backend takes for RGB pixels, uint8 (N, H, W, 3) at the network's size.
+
+    The pixels themselves where the file does its preprocessing, else float32 (N, 3, H, W).
+    """
+    return pixels if spec.embedded_preprocessing else scale(pixels, spec.input)
+
+
+def preprocess(images: Sequence[Image.Image], spec: ModelSpec) -> NDArray[Any]:
+    """RGB pictures of any size as one batch; see `model_input`."""
+    return model_input(np.stack([resize(image, spec.input) for image in images]), spec)

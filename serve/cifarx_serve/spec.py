@@ -4,7 +4,7 @@ The document travels inside the file, so the file alone is enough to run it. Old
 schema instead of guessing; fields they do not know within their own schema are ignored.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -72,8 +72,8 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
 class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     """What was proved of an artifact before it got its name.
 
-    Errors are absolute, of logits, and None where the artifact gave no finite one; accuracies are None where the
-    images' classes are not the model's.
+    Errors are absolute, of logits, and None where the artifact gave no finite one; tolerances are None where the
+    precision has none; accuracies are None where the images' classes are not the model's.
     """
 
     passed: bool
@@ -83,8 +83,8 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     mean_abs_error: float | None
     p999_abs_error: float | None
     required_tolerance: float | None
-    atol: float
-    rtol: float
+    atol: float | None
+    rtol: float | None
     agreement: float
     forgiven: int
     reference_accuracy: float | None
@@ -95,10 +95,18 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     data_fingerprint: str
 
 
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The document itself. `class_names` are in label order; the output is a (N, classes) array of logits.
 
-    `stem` is "small" for a torchvision ResNet whose first layers were made for small images.
+    Attributes:
+        stem: "small" for a torchvision ResNet whose first layers were made for small images.
+        embedded_preprocessing: whether the file itself does what `input` says: it then takes RGB pixels,
+            uint8 (N, H, W, 3) of any size, in place of float32 (N, 3, height, width).
+        minimum_onnxruntime: the oldest ONNX Runtime that runs the file, as "1.18"; None for other formats.
+        weights_sha256: of the weights it was made from; see `cifarx_train.checkpoint.weights_sha256`.
     """
 
     schema_version: Positive = SCHEMA_VERSION
@@ -107,9 +115,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     class_names: Annotated[tuple[str, ...], Meta(min_length=2)]
     input: InputSpec
     output: Literal["logits"] = "logits"
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: Precision = "fp32"
+    embedded_preprocessing: bool = False
+    minimum_onnxruntime: str | None = None
     training: TrainingRecord | None = None
     checkpoint_sha256: Sha256 | None = None
+    weights_sha256: Sha256 | None = None
     exporter: dict[str, str] | None = None
     parity: ParitySummary | None = None
 

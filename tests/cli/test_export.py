@@ -1,9 +1,13 @@
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from command_line import Cli
 from trained_model import Trained
+
+from cifarx_export.formats import FORMATS, PRECISIONS
 
 ROW = [
     "artifact", "format", "precision", "passed", "images", "batch_sizes", "max_abs_error", "mean_abs_error",
@@ -51,7 +55,11 @@ def test_failed_proof(cli: Cli, checkpoint: Path) -> None:
     [
         (["--format", "onx"], "did you mean 'onnx'"),
         (["--format", "onnx", "--opset", "3"], "opset 3"),
-        (["--format", "torchscript", "--opset", "18"], "no opset"),
+        (["--format", "torchscript", "--opset", "18"], "format torchscript has no --opset: leave it out"),
+        (["--format", "onnx", "--precision", "fp61"], "unknown precision 'fp61'"),
+        (["--format", "torchscript", "--precision", "int8"], "format torchscript has no int8: it has fp32"),
+        (["--format", "onnx", "--calibration-images", "9"], "leave --calibration-images out"),
+        (["--format", "onnx", "--batch", "0"], "batch size 0"),
         (["--format", "onnx", "--atol", "-1"], "atol"),
         (["--format", "onnx", "--data", "nowhere"], "no such data set"),
         (["--format", "onnx", "--out", "lzh_0.pth/below"], "cannot write"),
@@ -86,3 +94,24 @@ def test_newer_schema(cli: Cli, checkpoint: Path) -> None:
     assert ran.status == 2
     assert "99" in ran.error
     assert "newer cifarx" in ran.error
+
+
+def test_help_lists_the_formats_and_the_precisions(cli: Cli) -> None:
+    ran = cli("export", "--help")
+    assert ran.status == 0
+    said = " ".join(ran.out.replace("│", " ").split())
+    assert ", ".join(FORMATS) in said
+    assert ", ".join(PRECISIONS) in said
+
+
+def test_the_help_needs_no_pytorch() -> None:
+    script = "import sys; from cifarx.__main__ import main; sys.argv = ['cifarx', 'export', '--help']\n"
+    script += "try: main()\nexcept SystemExit: pass\nsys.exit(any(name in sys.modules for name in ('torch', 'onnx')))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_batch_size_that_is_named_is_proved_too(cli: Cli, checkpoint: Path) -> None:
+    ran = cli("export", "--ckpt", checkpoint, "--format", "onnx", "--batch", 17, "--json")
+    assert ran.status == 0, ran.err
+    assert ran.json[0]["batch_sizes"] == [1, 3, 17, 64]

@@ -1,12 +1,14 @@
 """The files that the tests of this room start from; tests must not write beside them."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Cli, Ran
 from PIL import Image
 
 IMAGES_A_CLASS = 101
@@ -52,6 +54,63 @@ def stale(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stale") / checkpoint.name
     save_checkpoint(path, loaded._replace(model=other.state_dict()))
     return path
+
+
+@pytest.fixture(scope="session")
+def proof_images(checkpoint: Path) -> Any:
+    """Images of the built-in data: more than go through the small batches, and no multiple of any batch size."""
+    from cifarx_export.proof import MIN_IMAGES
+    from cifarx_export.proof_data import proof_data
+    from cifarx_train.checkpoint import load_checkpoint
+
+    whole = proof_data(load_checkpoint(checkpoint).spec, "builtin")
+    assert whole.labels is not None
+    images = MIN_IMAGES + 3
+    return whole._replace(images=whole.images[:images], labels=whole.labels[:images])
+
+
+@pytest.fixture(scope="session")
+def decided(checkpoint: Path, proof_images: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with every class's logits spread alike over the images, its ONNX file beside it.
+
+    However little it has learned: each class is some images' answer, and few answers are close.
+    """
+    import torch
+    from converted import converted
+
+    from cifarx_export.proof import ask_reference
+    from cifarx_serve.devices import Device
+    from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
+    from cifarx_train.pytorch_backend import PyTorchBackend
+
+    with PyTorchBackend(checkpoint, Device("cpu")) as backend:
+        logits = torch.from_numpy(ask_reference(backend, proof_images).logits)
+    mean, spread = logits.mean(dim=0), logits.std(dim=0) / 2
+    loaded = load_checkpoint(checkpoint)
+    weights = {key: value.clone() for key, value in loaded.model.items()}
+    weights["model.8.weight"] /= spread[:, None]
+    weights["model.8.bias"] = (weights["model.8.bias"] - mean) / spread
+    path = tmp_path_factory.mktemp("decided") / "lzh_0.pth"
+    save_checkpoint(path, loaded._replace(model=weights))
+    converted(path, "onnx", path.with_suffix(".onnx"))
+    return path
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`cli("verify", path, "--json")` as `cifarx verify PATH --json`, in this process."""
+    from cifarx.__main__ import main
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["cifarx", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        status = ended.value.code
+        assert isinstance(status, int)
+        return Ran(status, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The numbers of a proof against the same numbers from plain loops over Python's own floats."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,53 @@ def test_a_flip_beside_nan_or_inf_is_never_forgiven(side: int, value: float) -> 
     for array in both:
         array[0, 2] = value
     assert not find_flips(both[0], both[1], FP32).forgiven.any()
+
+
+@exhaustive
+@given(pairs(LOGIT))
+def test_without_a_tolerance_nothing_is_outside_and_nothing_forgiven(pair: Pair) -> None:
+    none = Gate(None, None, 0.99)
+    assert compare(*pair, none).outside == 0
+    assert not find_flips(*pair, none).forgiven.any()
+
+
+# Other tools on the same files.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0.0, 1e-5, 1e-3, 0.25])
+def test_polygraphy_and_numpy_find_the_same_errors(step: float, good_onnx: Path) -> None:
+    """NVIDIA's comparator runs both files itself, and has the same errors to the rounding of its own float32."""
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install polygraphy")
+    from onnx_faults import edited, entry_with
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.comparator import IterationResult, SimpleCompareFunc
+
+    pixels = np.random.default_rng(0).random((256, 3, 32, 32), dtype=np.float32)
+
+    def answers(path: Path) -> NDArray[np.float32]:
+        with OnnxrtRunner(SessionFromOnnx(str(path))) as runner:
+            return np.array(runner.infer({"input": pixels})["logits"])
+
+    reference = answers(good_onnx)
+    artifact = answers(edited(good_onnx, [entry_with((4,), lambda value: value + step, "model.8.bias")]))
+    ours = compare(reference, artifact, FP32)
+
+    def theirs(statistic: str, tolerance: float, quantile: float | None = None) -> Any:
+        judge = SimpleCompareFunc(atol=tolerance, rtol=tolerance, check_error_stat=statistic, error_quantile=quantile)
+        return judge(*(IterationResult({"logits": side}, runner_name="x") for side in (artifact, reference)))["logits"]
+
+    found = theirs("quantile", 1e-4, 0.999)
+    assert float(found.max_absdiff) == pytest.approx(ours.max_abs, rel=1e-6, abs=1e-12)
+    assert float(found.mean_absdiff) == pytest.approx(ours.mean_abs, rel=1e-5, abs=1e-12)
+    assert float(found.quantile_absdiff) == pytest.approx(ours.p999_abs, rel=1e-5, abs=1e-12)
+    assert np.isclose(artifact.astype(float), reference.astype(float), 1e-4, 1e-4).all() == (ours.outside == 0)
+    if not step:
+        assert ours == (0, 0, 0, 0, 0, 0)
+        return
+    # Its elementwise check wants the absolute or the relative error inside, numpy's and ours their sum.
+    assert not bool(theirs("elemwise", ours.required_tolerance * (1 - 1e-4)))
+    assert bool(theirs("elemwise", 2 * ours.required_tolerance * (1 + 1e-4)))
+    for factor, inside in ((1 - 1e-9, False), (1 + 1e-9, True)):
+        tolerance = ours.required_tolerance * factor
+        assert np.isclose(artifact.astype(float), reference.astype(float), tolerance, tolerance).all() == inside

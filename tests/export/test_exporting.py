@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from conversion_source import source_of
 
 from cifarx_export.exporting import Exported, export
 from cifarx_export.formats import ExportOptions, export_format
@@ -24,7 +25,7 @@ from cifarx_export.parity_report import ParityReport
 from cifarx_serve.backends.registry import find_model, open_backend, read_spec
 from cifarx_serve.errors import CifarxError, DataError, ModelFileError, OutputError, UsageError
 from cifarx_serve.spec import ParitySummary
-from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
+from cifarx_train.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 
 FORMATS = ["onnx", "torchscript"]
 
@@ -106,8 +107,10 @@ def test_the_artifact_says_the_same_of_itself(made: list[Exported], kind: str) -
     assert spec.exporter is not None
     assert spec.exporter["format"] == kind
     assert spec.exporter["torch"]
-    trained = msgspec.structs.replace(spec, checkpoint_sha256=None, exporter=None, parity=None)
-    assert trained == read_spec(checkpoint)
+    trained = load_checkpoint(checkpoint)
+    assert spec.weights_sha256 == weights_sha256(trained.model)
+    told = {"checkpoint_sha256", "weights_sha256", "exporter", "parity", "minimum_onnxruntime"}
+    assert msgspec.structs.replace(spec, **dict.fromkeys(told)) == trained.spec
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -115,7 +118,7 @@ def test_the_sealed_artifact_answers_as_the_proved_one(made: list[Exported], kin
     artifact = made[FORMATS.index(kind)]
     loaded = load_checkpoint(artifact.path.with_name("lzh_9.pth"))
     unsealed = Path(f"unsealed{export_format(kind).suffix}")
-    export_format(kind).convert(loaded.build(), loaded.spec, ExportOptions()).save(unsealed, loaded.spec)
+    export_format(kind).convert(source_of(loaded)).save(unsealed, loaded.spec)
     inputs = np.random.default_rng(0).random((64, 3, 32, 32), dtype=np.float32)
     answers = []
     for path in (artifact.path, unsealed):
@@ -158,7 +161,7 @@ def test_a_failed_proof_keeps_the_last_good_artifact_and_its_report(copied: Path
 def test_a_success_takes_the_failed_report_away_and_replaces_the_old_artifact(copied: Path, pictures: Path) -> None:
     before = contents(copied)
     (copied / "lzh_0.onnx.failed.parity.json").write_text("{}")
-    artifact = export(copied / "lzh_0.pth", data=str(pictures), opset=20)[0]
+    artifact = export(copied / "lzh_0.pth", data=str(pictures), options=ExportOptions(opset=20))[0]
     assert contents(copied).keys() == before.keys()
     assert artifact.path.read_bytes() != before["lzh_0.onnx"]
     assert [entry.version for entry in onnx.load(artifact.path).opset_import] == [20]
@@ -189,9 +192,20 @@ REFUSED = {
     "a misspelt format": Refused(UsageError, "unknown format 'onxx': did you mean 'onnx'", {"formats": ["onxx"]}),
     "one misspelt format of two": Refused(UsageError, "did you mean 'torchscript'", {"formats": ["onnx", "torscript"]}),
     "an option of another format": Refused(
-        UsageError, "torchscript has no opset: leave --opset out", {"formats": FORMATS, "opset": 18}
+        UsageError, "torchscript has no --opset: leave it out", {"formats": FORMATS, "options": ExportOptions(opset=18)}
     ),
-    "an opset that is not supported": Refused(UsageError, "opset 99 is not supported: give 18 to 23", {"opset": 99}),
+    "an opset that is not supported": Refused(
+        UsageError, "opset 99 is not supported: give 18 to 23", {"options": ExportOptions(opset=99)}
+    ),
+    "a misspelt precision": Refused(UsageError, "unknown precision 'fp61'", {"precisions": ["fp61"]}),
+    "a precision of another format": Refused(
+        UsageError, "format torchscript has no int8", {"formats": FORMATS, "precisions": ["fp32", "int8"]}
+    ),
+    "calibration of what is not calibrated": Refused(
+        UsageError, "fp32 is not calibrated", {"options": ExportOptions(calibration_images=9)}
+    ),
+    "a batch of none": Refused(UsageError, "batch size 0", {"batch": 0}),
+    "a batch larger than the data": Refused(UsageError, "batch size 1011: give 1 to 1010", {"batch": 1011}),
     "a negative tolerance": Refused(UsageError, "rtol is -0.1", {"rtol": -0.1}),
     "a tolerance that is no number": Refused(UsageError, "atol is nan", {"atol": float("nan")}),
     "data that is not there": Refused(DataError, "no such data set nowhere", {"data": "nowhere"}),

@@ -4,6 +4,7 @@ import getpass
 import os
 import re
 import socket
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -15,12 +16,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conversion_source import source_of
 from numpy.typing import NDArray
 
-from cifarx_export.formats import OPSETS, ExportOptions
+from cifarx_export.formats import PRECISIONS, ExportOptions
 from cifarx_export.onnx_format import DEFAULT_OPSET, OnnxArtifact, convert_to_onnx
 from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY
-from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoint import Checkpoint, load_checkpoint
 
@@ -37,7 +38,7 @@ def opset(request: pytest.FixtureRequest) -> int | None:
 
 @pytest.fixture(scope="module")
 def artifact(loaded: Checkpoint, opset: int | None) -> OnnxArtifact:
-    return convert_to_onnx(loaded.build(), loaded.spec, ExportOptions(opset))
+    return convert_to_onnx(source_of(loaded, options=ExportOptions(opset=opset)))
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
 ) -> None:
     module = loaded.build()
     generator = torch.get_rng_state()
-    convert_to_onnx(module, loaded.spec, ExportOptions())
+    convert_to_onnx(source_of(loaded, module=module))
     assert tuple(capfd.readouterr()) == ("", "")
     assert not module.training
     assert torch.equal(torch.get_rng_state(), generator)
@@ -156,11 +157,43 @@ def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
         assert torch.equal(value, loaded.model[name])
 
 
-@pytest.mark.parametrize("version", [-1, 0, 17, 24, 99])
-def test_an_opset_that_is_not_supported_is_refused(loaded: Checkpoint, version: int) -> None:
-    with pytest.raises(UsageError, match=rf"opset {version} is not supported: give 18 to {OPSETS[-1]}"):
-        convert_to_onnx(loaded.build(), loaded.spec, ExportOptions(version))
+def test_it_adds_its_opset_to_what_the_spec_says(artifact: OnnxArtifact, loaded: Checkpoint, opset: int | None) -> None:
+    exported = msgspec.structs.replace(loaded.spec, exporter={"format": "onnx"})
+    assert artifact.describe(exported).exporter == {"format": "onnx", "opset": str(opset or DEFAULT_OPSET)}
+    told = msgspec.structs.replace(artifact.describe(exported), exporter=None, minimum_onnxruntime=None)
+    assert told == loaded.spec
 
 
 def test_the_default_opset_is_18() -> None:
     assert DEFAULT_OPSET == 18
+
+
+_CONVERT = """
+import sys
+from pathlib import Path
+from converted import converted
+from cifarx_export.formats import PRECISIONS, ExportOptions
+checkpoint, out, precision, embed = sys.argv[1:]
+options = ExportOptions(embed_preprocessing=embed == "embedded" or None)
+converted(Path(checkpoint), "onnx", Path(out), precision=precision, options=options)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "embedded"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_processes_write_the_same_bytes(precision: str, kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Sets and dicts of strings are in another order in each."""
+    written = []
+    for seed in ("1", "4321"):
+        out = tmp_path / seed / "lzh_9.onnx"
+        out.parent.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-c", _CONVERT, str(checkpoint), str(out), precision, kind]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent, env=environment)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        written.append(out.read_bytes())
+        assert os.fsencode(tmp_path) not in written[-1]
+        for mark in (b"stack_trace", b"site-packages", b".py", b"Traceback"):
+            assert mark not in written[-1]
+    assert written[0] == written[1]

@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
+from cifarx_export.evidence import Evidence, find_evidence
 from cifarx_export.parity_report import ParityReport, ParityRow
-from cifarx_export.proof import Check, Worst
+from cifarx_export.proof import Check
 from cifarx_serve.environment import environment
 from cifarx_serve.errors import OutputError
 from cifarx_serve.spec import ParitySummary
@@ -54,7 +56,7 @@ SUMMARY = ParitySummary(
 )
 
 
-def report(summary: ParitySummary = SUMMARY, worst: Worst | None = None) -> ParityReport:
+def report(summary: ParitySummary = SUMMARY, evidence: Evidence | None = None) -> ParityReport:
     return ParityReport(
         artifact="lzh_9.onnx",
         artifact_sha256="1" * 64,
@@ -64,8 +66,14 @@ def report(summary: ParitySummary = SUMMARY, worst: Worst | None = None) -> Pari
         precision="fp32",
         checks=(Check("tolerance", True, "max |Δ| 2e-06"),),
         summary=summary,
-        worst=worst,
+        evidence=evidence,
     )
+
+
+def evidence(images: int = 1, value: float = 1.5) -> Evidence:
+    """Of two classes, where the artifact's first logit is `value` in place of 1."""
+    reference, artifact = np.array([[[1, 2]], [[value, 2]]], np.float32).repeat(images, axis=1)
+    return find_evidence(("cat", "dog"), np.arange(images), None, reference, artifact)
 
 
 def refuse(constant: str) -> None:
@@ -104,7 +112,7 @@ def test_what_is_not_known_is_null() -> None:
 
 
 def test_the_document_is_read_back_as_it_was_written() -> None:
-    whole = report(worst=Worst(7, (1.0, 2.0), (1.5, 2.0)))
+    whole = report(evidence=evidence())
     whole.write(Path("a.parity.json"))
     content = Path("a.parity.json").read_bytes()
     assert msgspec.json.decode(content, type=ParityReport) == whole
@@ -124,13 +132,15 @@ def test_the_document_carries_version_tolerances_data_and_environment() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_still_json(value: float) -> None:
-    report(worst=Worst(0, (1.0, 2.0), (value, 2.0))).write(Path("a.parity.json"))
+    whole = report(evidence=evidence(value=value))
+    whole.write(Path("a.parity.json"))
     document = json.loads(Path("a.parity.json").read_text(), parse_constant=refuse)
-    assert document["worst"]["artifact"] == [None, 2.0]
+    assert document["evidence"]["worst"][0]["artifact"] == [None, 2.0]
+    assert msgspec.convert(document, ParityReport) == whole
 
 
 def test_writing_replaces_the_document_and_leaves_nothing_beside_it() -> None:
-    report(worst=Worst(0, (1.0,) * 500, (1.0,) * 500)).write(Path("a.parity.json"))
+    report(evidence=evidence(images=9)).write(Path("a.parity.json"))
     report().write(Path("a.parity.json"))
     assert msgspec.json.decode(Path("a.parity.json").read_bytes(), type=ParityReport) == report()
     assert [path.name for path in Path.cwd().iterdir()] == ["a.parity.json"]

@@ -6,10 +6,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from cifarx_export.proof_data import proof_data
+from cifarx_export.proof_data import proof_data, training_images
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoint import load_checkpoint
+from cifarx_train.data.selection import select_data
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,29 @@ def test_auto_falls_back_aloud_where_the_folder_of_the_training_is_not_named(spe
     with pytest.warns(FallbackWarning, match="my photographs"):
         data = proof_data(trained_on(spec, kind="folder", name="my photographs"), "auto")
     assert data.name == "builtin drawings"
+
+
+# The images that int8 is calibrated on: of the training split, never of the one it is proved on.
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_training_images_are_spread_over_the_training_split(spec: ModelSpec, count: int) -> None:
+    whole = select_data("builtin").load("train", spec.input).images
+    taken = training_images(spec, "builtin", count)
+    assert (taken.shape, taken.dtype) == ((count, 32, 32, 3), np.uint8)
+    assert np.array_equal(taken[0], whole[0])
+    if count > 1:
+        assert np.array_equal(taken[-1], whole[-1])
+        assert np.array_equal(taken[1], whole[round((len(whole) - 1) / (count - 1))])
+
+
+def test_no_more_training_images_than_there_are(spec: ModelSpec, pictures: Path) -> None:
+    taken = training_images(spec, str(pictures), 100)
+    files = sorted(pictures.glob("train/*/*"))
+    assert len(taken) == len(files) < 100
+    assert np.array_equal(taken, select_data(str(pictures)).load("train", spec.input).images)
+
+
+def test_training_images_are_none_of_the_proofs(spec: ModelSpec) -> None:
+    proved = {image.tobytes() for image in proof_data(spec, "builtin").images}
+    assert not any(image.tobytes() in proved for image in training_images(spec, "builtin", 512))

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from conversion_source import source_of
 
-from cifarx_export.formats import ExportOptions
 from cifarx_export.torchscript_format import TorchScriptArtifact, convert_to_torchscript
 from cifarx_serve.backends.torchscript_backend import SPEC_FILE
 from cifarx_serve.errors import UsageError
@@ -33,7 +33,7 @@ def loaded(checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def artifact(loaded: Checkpoint) -> TorchScriptArtifact:
-    return convert_to_torchscript(loaded.build(), loaded.spec, ExportOptions())
+    return convert_to_torchscript(source_of(loaded))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,30 @@ def test_it_answers_as_the_network_at_any_batch(path: Path, loaded: Checkpoint, 
         logits, expected = module(inputs), loaded.build()(inputs)
     assert (logits.dtype, tuple(logits.shape)) == (torch.float32, (size, 10))
     np.testing.assert_allclose(logits.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@needs_torchscript
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_in_half_precision_it_nearly_answers_as_the_network(loaded: Checkpoint, tmp_path: Path, size: int) -> None:
+    source = source_of(loaded, "fp16")
+    path = tmp_path / "half.torchscript.pt"
+    convert_to_torchscript(source).save(path, source.spec)
+    inputs = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(size))
+    module = load(path)
+    with torch.inference_mode():
+        logits, expected = module(inputs), loaded.build()(inputs)
+    assert (logits.dtype, tuple(logits.shape)) == (torch.float32, (size, 10))
+    assert not torch.equal(logits, expected)
+    np.testing.assert_allclose(logits.numpy(), expected.numpy(), rtol=1e-2, atol=1e-2)
+
+
+@needs_torchscript
+def test_half_precision_halves_the_file(path: Path, loaded: Checkpoint, tmp_path: Path) -> None:
+    source = source_of(loaded, "fp16")
+    convert_to_torchscript(source).save(tmp_path / "half.torchscript.pt", source.spec)
+    weights = sum(value.nbytes for value in loaded.model.values())
+    saved = path.stat().st_size - (tmp_path / "half.torchscript.pt").stat().st_size
+    assert saved == pytest.approx(weights / 2, rel=0.02)
 
 
 @needs_torchscript
@@ -150,7 +174,7 @@ def test_saving_again_with_another_spec_changes_nothing_but_the_spec(
 def test_converting_again_writes_the_same_but_for_a_counter(path: Path, loaded: Checkpoint, tmp_path: Path) -> None:
     """PyTorch numbers the classes that a process has traced: so two exports of one process differ in that."""
     again = tmp_path / "again.torchscript.pt"
-    convert_to_torchscript(loaded.build(), loaded.spec, ExportOptions()).save(again, loaded.spec)
+    convert_to_torchscript(source_of(loaded)).save(again, loaded.spec)
     ours, theirs = entries(path), entries(again)
     for archive in (ours, theirs):
         assert archive.pop("data.pkl")  # writes the length of the name before the name
@@ -166,7 +190,7 @@ def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
 ) -> None:
     module = loaded.build()
     generator = torch.get_rng_state()
-    convert_to_torchscript(module, loaded.spec, ExportOptions())
+    convert_to_torchscript(source_of(loaded, module=module))
     assert tuple(capfd.readouterr()) == ("", "")
     assert not module.training
     assert torch.equal(torch.get_rng_state(), generator)
@@ -182,4 +206,4 @@ def test_a_python_without_torchscript_is_refused(
     module = loaded.build()
     with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"3\.14.*--format onnx"):
         patch.setattr(sys, "version_info", version)
-        convert_to_torchscript(module, loaded.spec, ExportOptions())
+        convert_to_torchscript(source_of(loaded, module=module))

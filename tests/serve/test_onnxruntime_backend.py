@@ -2,6 +2,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -160,7 +161,49 @@ def test_half_a_file(tmp_path: Path, trained: Trained) -> None:
 
 
 def test_operators_newer_than_the_runtime(tmp_path: Path) -> None:
-    assert "opset" in refused(write_onnx(tmp_path / "new.onnx", opset=999)).lower()
+    path = write_onnx(tmp_path / "new.onnx", opset=999)
+    error = opening_error(path)
+    assert isinstance(error, ModelFileError)
+    assert "opset" in error.problem.lower()
+    assert OnnxRuntimeBackend.read_spec(path) == SPEC
+
+
+@pytest.mark.parametrize("needed", ["999.0", "999.1.2", f"{onnxruntime.__version__.partition('.')[0]}.999"])
+def test_a_file_that_needs_a_newer_runtime_says_so_before_a_session_is_made(
+    tmp_path: Path, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = needing(tmp_path, needed)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+    error = opening_error(path)
+    assert isinstance(error, ModelFileError)
+    assert error.problem == f"{path} needs ONNX Runtime >= {needed}, and {onnxruntime.__version__} is installed"
+    assert f'pip install "onnxruntime>={needed}"' in error.remedy
+    assert OnnxRuntimeBackend.read_spec(path).minimum_onnxruntime == needed
+
+
+@pytest.mark.parametrize("needed", ["0.1", "1.18", "1.2.3", onnxruntime.__version__])
+def test_a_file_that_needs_no_newer_runtime(tmp_path: Path, needed: str) -> None:
+    OnnxRuntimeBackend(needing(tmp_path, needed), CPU).close()
+
+
+@pytest.mark.parametrize("needed", ["", "new", "1", "1.18.0.0", "1.-5", "9" * 100 + ".0", "1.18\n"])
+def test_a_runtime_that_is_no_version(tmp_path: Path, needed: str) -> None:
+    error = opening_error(needing(tmp_path, needed))
+    assert isinstance(error, ModelFileError)
+    assert "which is no version" in error.problem
+    assert "\n" not in str(error)
+
+
+def needing(folder: Path, version: str) -> Path:
+    spec = msgspec.structs.replace(SPEC, minimum_onnxruntime=version)
+    return write_onnx(folder / "needing.onnx", spec.to_json())
+
+
+def test_a_batch_that_the_model_cannot_take(colours: Path) -> None:
+    with OnnxRuntimeBackend(colours, CPU) as backend, pytest.raises(ModelFileError) as raised:
+        backend.run(np.zeros((1, 4, 4, 6), np.float32))
+    assert raised.value.problem.startswith(f"{colours} does not run on float32 (1, 4, 4, 6) (")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_model_of_somebody_elses(tmp_path: Path) -> None:
@@ -171,7 +214,9 @@ def test_a_model_of_somebody_elses(tmp_path: Path) -> None:
 def test_a_spec_that_is_no_text(tmp_path: Path, colours: Path) -> None:
     path = tmp_path / "damaged.onnx"
     path.write_bytes(colours.read_bytes().replace(b'"green"', b'"gr\xff\xffn"'))
-    assert "damaged metadata" in refused(path)
+    for error in (opening_error(path), reading_error(path)):
+        assert isinstance(error, SpecError)
+        assert "malformed model spec" in error.problem
 
 
 @pytest.mark.parametrize("document", ["", "{}", SPEC.to_json()[:-5], SPEC.to_json().replace(":1,", ":2,", 1)])

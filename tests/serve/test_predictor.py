@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from colour_model import SPEC, write_onnx
@@ -127,6 +128,39 @@ def test_a_batch_of_many_sizes_keeps_its_order(predictor: Predictor) -> None:
         image.resize(size) for image, size in [(BLUE, (1, 1)), (RED, (300, 2)), (GREEN, (6, 4)), (BLUE, (64, 64))]
     ]
     assert [prediction.label for prediction in predictor.predict_batch(images)] == ["blue", "red", "green", "blue"]
+
+
+class Embedded(Still):
+    """Its file does its own preprocessing: the logits are the mean colour of the pixels that it is fed."""
+
+    def __init__(self, path: Path, device: Device) -> None:
+        super().__init__(path, device)
+        self.spec = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
+        self.fed: list[NDArray[np.uint8]] = []
+
+    def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        self.fed.append(batch)
+        return batch.mean((1, 2), np.float32)
+
+
+def test_a_file_that_does_its_preprocessing_gets_the_pixels_as_they_are() -> None:
+    backend = Embedded(Path("x.still"), Device("cpu"))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    Predictor(backend).predict(pixels)
+    [batch] = backend.fed
+    assert batch.dtype == np.uint8
+    assert np.array_equal(batch, pixels[None])
+
+
+def test_pictures_of_one_size_go_together_and_answers_keep_their_order() -> None:
+    backend = Embedded(Path("x.still"), Device("cpu"))
+    sizes = [(9, 5), (5, 9), (9, 5), (1, 1), (5, 9), (9, 5)]
+    names = ["blue", "red", "green", "blue", "red", "red"]
+    images = [
+        Image.new("RGB", size, {"green": "lime"}.get(name, name)) for size, name in zip(sizes, names, strict=True)
+    ]
+    assert [prediction.label for prediction in Predictor(backend).predict_batch(images)] == names
+    assert [batch.shape for batch in backend.fed] == [(3, 5, 9, 3), (2, 9, 5, 3), (1, 1, 1, 3)]
 
 
 def test_no_images(predictor: Predictor) -> None:

@@ -14,11 +14,16 @@ from PIL import Image
 
 from cifarx_serve.images import read_image
 from cifarx_serve.preprocess import preprocess, resize, scale
-from cifarx_serve.spec import InputSpec
+from cifarx_serve.spec import InputSpec, ModelSpec
 
 PLAIN = InputSpec(height=32, width=32)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 SIZES = [(1, 1), (1, 700), (700, 1), (2, 499), (32, 32), (31, 33), (32, 500), (500, 32), (64, 64), (700, 500)]
+
+
+def model(spec: InputSpec) -> ModelSpec:
+    return ModelSpec(model="any", class_names=("a", "b"), input=spec)
+
 
 Drawing = Callable[[np.random.Generator, int, int], NDArray[Any]]
 
@@ -84,14 +89,15 @@ def test_the_bits_of_torchvision(torchvision_batch: Reference, drawing: Drawing)
     sizes = SIZES + [random_size(seed) for seed in range(50)]
     for seed, size in enumerate(sizes):
         images = [drawn(drawing, seed, size)]
-        assert same_bits(preprocess(images, PLAIN), torchvision_batch(images, PLAIN)), f"seed {seed}, size {size}"
+        ours = preprocess(images, model(PLAIN))
+        assert same_bits(ours, torchvision_batch(images, PLAIN)), f"seed {seed}, size {size}"
 
 
 @pytest.mark.parametrize("filter_name", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_the_bits_of_torchvision_with_every_filter(torchvision_batch: Reference, filter_name: Any) -> None:
     spec = InputSpec(height=24, width=40, resize=filter_name)
     images = [drawn(drawing, 1, size) for drawing in (extremes, photographic) for size in SIZES]
-    assert same_bits(preprocess(images, spec), torchvision_batch(images, spec))
+    assert same_bits(preprocess(images, model(spec)), torchvision_batch(images, spec))
 
 
 @pytest.mark.parametrize(
@@ -103,26 +109,26 @@ def test_the_bits_of_torchvision_when_normalised(
 ) -> None:
     spec = InputSpec(height=32, width=32, mean=mean, std=std)
     images = [drawn(photographic, seed, random_size(seed)) for seed in range(20)]
-    assert same_bits(preprocess(images, spec), torchvision_batch(images, spec))
+    assert same_bits(preprocess(images, model(spec)), torchvision_batch(images, spec))
 
 
 def test_the_bits_of_torchvision_on_a_photograph(torchvision_batch: Reference, dog: Path) -> None:
     with Image.open(dog) as photograph:
         expected = torchvision_batch([photograph.convert("RGB")], PLAIN)
-    assert same_bits(preprocess([read_image(dog)], PLAIN), expected)
+    assert same_bits(preprocess([read_image(dog)], model(PLAIN)), expected)
 
 
 def test_every_level_has_the_bits_of_torchvision(torchvision_batch: Reference) -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([levels, levels[::-1], levels.T], axis=2))
     spec = InputSpec(height=16, width=16)
-    assert same_bits(preprocess([image], spec), torchvision_batch([image], spec))
+    assert same_bits(preprocess([image], model(spec)), torchvision_batch([image], spec))
 
 
 def test_height_comes_before_width() -> None:
     spec = InputSpec(height=2, width=5)
     assert resize(Image.new("RGB", (40, 30)), spec).shape == (2, 5, 3)
-    assert preprocess([Image.new("RGB", (40, 30))] * 3, spec).shape == (3, 3, 2, 5)
+    assert preprocess([Image.new("RGB", (40, 30))] * 3, model(spec)).shape == (3, 3, 2, 5)
 
 
 def test_a_picture_of_the_right_size_is_not_touched() -> None:

@@ -13,6 +13,7 @@ from cifarx_serve.backends.registry import (
     backend_for,
     backend_names,
     find_model,
+    model_file,
     open_backend,
     read_spec,
 )
@@ -169,6 +170,25 @@ def test_opens_by_suffix_and_by_name(tmp_path: Path) -> None:
                 assert isinstance(opened, OnnxRuntimeBackend)
                 assert opened.spec == SPEC
     assert read_spec(path) == read_spec(str(path)) == SPEC
+
+
+def test_a_model_repository_is_opened_as_its_model(tmp_path: Path) -> None:
+    repository = tmp_path / "a.triton"
+    (repository / "a" / "1").mkdir(parents=True)
+    assert model_file(repository) == repository
+    path = write_onnx(repository / "a" / "1" / "model.onnx")
+    assert model_file(repository) == path
+    assert model_file(path) == path
+    with open_backend(repository, device="cpu") as opened:
+        assert opened.spec == read_spec(repository) == SPEC
+
+
+def test_a_model_repository_of_several_models_is_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "1").mkdir(parents=True)
+        write_onnx(tmp_path / name / "1" / "model.onnx")
+    with pytest.raises(ModelFileError, match="is a folder"):
+        open_backend(tmp_path)
 
 
 def test_a_backend_that_does_not_open_such_files(tmp_path: Path) -> None:

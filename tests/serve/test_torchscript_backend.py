@@ -15,6 +15,7 @@ from cifarx_serve.backends.torchscript_backend import SPEC_FILE, TorchScriptBack
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
 from cifarx_serve.preprocess import scale
+from cifarx_serve.seal import seal
 from cifarx_serve.spec import ModelSpec
 
 CPU = Device("cpu")
@@ -112,7 +113,7 @@ def test_what_is_not_torchscript(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     for error in (refused(path), unreadable(path)):
         assert isinstance(error, ModelFileError)
-        assert error.problem.startswith(f"{path} is not a TorchScript file")
+        assert error.problem.startswith(f"{path} is not an archive")
 
 
 def test_half_a_file(tmp_path: Path, made_once: Path) -> None:
@@ -136,6 +137,75 @@ def test_a_checkpoint_under_the_wrong_name(tmp_path: Path) -> None:
     path = tmp_path / "x.torchscript.pt"
     torch.save({"weight": torch.zeros(3)}, path)
     assert isinstance(refused(path), ModelFileError)
+
+
+class Writing(torch.nn.Module):
+    """TorchScript can write files: `torch.save` is one of its operators."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch.save(images, "written")
+        return images.mean((2, 3))
+
+
+class Mapping(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) + torch.from_file("written", shared=True, size=3).fill_(1.0)
+
+
+class WritingWhenRead(torch.nn.Module):
+    """`__setstate__` is called while the file is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.state, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        self.state = state[0]
+        self.training = state[1]
+        torch.save(state[0], "written")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("network", "word"), [(Writing, "save"), (Mapping, "from_file"), (WritingWhenRead, "__setstate__")]
+)
+def test_code_that_would_write_a_file(tmp_path: Path, network: type[torch.nn.Module], word: str) -> None:
+    path = tmp_path / "x.torchscript.pt"
+    torch.jit.save(torch.jit.script(network()), str(path), _extra_files={SPEC_FILE: SPEC.to_json()})
+    Path("written").unlink(missing_ok=True)
+    error = refused(path)
+    assert isinstance(error, ModelFileError)
+    assert "reaches beyond its tensors" in error.problem
+    assert word in error.problem or "save" in error.problem
+    assert not Path("written").exists()
+
+
+def test_a_pickle_that_would_run_a_command(tmp_path: Path, made_once: Path) -> None:
+    """PyTorch reads these pickles in C++, which makes no Python objects."""
+    path = tmp_path / "x.torchscript.pt"
+    pickle = b"\x80\x02cposix\nsystem\nX\x0d\x00\x00\x00touch written\x85R."
+    with zipfile.ZipFile(made_once) as whole, zipfile.ZipFile(path, "w") as changed:
+        for member in whole.infolist():
+            changed.writestr(member, pickle if member.filename.endswith("/data.pkl") else whole.read(member))
+    assert isinstance(refused(path), ModelFileError)
+    assert not Path("written").exists()
+
+
+def test_a_sealed_file_answers_as_before(tmp_path: Path, made_once: Path) -> None:
+    path = tmp_path / "sealed.torchscript.pt"
+    path.write_bytes(made_once.read_bytes())
+    seal(path)
+    with TorchScriptBackend(path, CPU) as backend:
+        assert backend.spec == SPEC
+        assert backend.run(np.ones((1, 3, 4, 6), np.float32)).tolist() == [[10, 10, 10]]
 
 
 def test_a_model_of_somebody_elses(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from cifarx_serve.atomic import atomic_path
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.errors import ModelFileError, UsageError
+from cifarx_serve.seal import seal
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.models.registry import network
 from cifarx_train.old_files.notes_files import read_notes_file
@@ -66,6 +67,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     torch.save(content, buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+        seal(temporary)
 
 
 def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
@@ -92,6 +94,16 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     if model is not None and model != spec.model:
         raise UsageError(f"{path} is a checkpoint of {spec.model}, not of {model}", "leave --model out")
     return Checkpoint(spec, held["model"], held["training"])
+
+
+def weights_sha256(weights: State) -> str:
+    """sha256 over a state dict: each name, type and shape, and the little-endian bytes of each tensor, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

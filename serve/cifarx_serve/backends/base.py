@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,14 @@ from numpy.typing import NDArray
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ModelFileError
 from cifarx_serve.spec import ModelSpec
+
+
+class Port(NamedTuple):
+    """A model's input or output: a name, a numpy type, and a shape in which an axis that may vary is a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
 
 
 class Backend(ABC):
@@ -46,8 +54,12 @@ class Backend(ABC):
         """What the file says about itself, without the cost of making it ready to run; raises as opening does."""
 
     @abstractmethod
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits, (N, classes), of a batch of inputs, (N, 3, height, width)."""
+    def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits, (N, classes), of a batch as `preprocess.model_input` makes it."""
+
+    def ports(self) -> tuple[Port, ...]:
+        """The inputs, then the outputs, where the file states them; none where it does not."""
+        return ()
 
     @abstractmethod
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """ONNX Runtime: `.onnx` files, on the CPU or an NVIDIA GPU. Needs no PyTorch."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -9,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.backends import cuda_libraries
-from cifarx_serve.backends.base import Backend, require_file
+from cifarx_serve.backends.base import Backend, Port, require_file
+from cifarx_serve.backends.onnx_file import read_onnx
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError
 from cifarx_serve.spec import ModelSpec
@@ -27,30 +29,53 @@ _PROBE: Final = bytes.fromhex(
     "62100a0179120b0a09080112050a0312016e42040a00100d"
 )
 
+_DTYPES: Final = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+
+# At the opening, nodes of constants are run and replaced by what they give; a few bytes of shape can ask for any size.
+_FOLDED_SIZE: Final = "optimization.constant_folding_max_output_size_in_bytes"
+
 # Errors come back as exceptions, where they are told in one line; the library's own log would say them again.
 _LOG_FATAL: Final = 4
 
 
 class OnnxRuntimeBackend(Backend):
-    """One ONNX Runtime session; `provider` is the first of those that the session reports after it is made."""
+    """One ONNX Runtime session; `provider` is the first of those that the session reports after it is made.
+
+    Nothing of a file runs before its bytes were looked at; see `onnx_file`.
+    """
 
     name = "onnxruntime"
     suffixes = (".onnx",)
 
     def __init__(self, path: Path, device: Device) -> None:
-        require_file(path)
+        self.spec = self.read_spec(path)
+        _require_runtime(self.spec, path)
+        self._path = path
         self._session: Any = _open_session(path, device)
         self.provider = self._session.get_providers()[0]
-        self.spec = _spec(self._session, path)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
+        """Makes no session: memory and time do not grow with the weights."""
         require_file(path)
-        return _spec(_session(path, [("CPUExecutionProvider", {})], optimize=False), path)
+        document = read_onnx(path).metadata.get(SPEC_KEY.encode())
+        if document is None:
+            raise ModelFileError(f"{path} carries no model spec", "make it with `cifarx export`")
+        return ModelSpec.from_json(document, str(path))
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch})[0]
+    def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        try:
+            logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch})[0]
+        except Exception as error:  # the library's errors have no common base
+            problem = f"{self._path} does not run on {batch.dtype} {batch.shape} ({_reason(error)})"
+            raise ModelFileError(problem, "export it again") from error
         return logits
+
+    def ports(self) -> tuple[Port, ...]:
+        return tuple(
+            Port(port.name, _DTYPES.get(port.type, port.type), tuple(port.shape))
+            for port in [*self._session.get_inputs(), *self._session.get_outputs()]
+        )
 
     def close(self) -> None:
         self._session = None
@@ -66,14 +91,24 @@ def provider_problem(device: Device) -> DeviceError | None:
     return None
 
 
-def _spec(session: "onnxruntime.InferenceSession", path: Path) -> ModelSpec:
-    try:
-        metadata = session.get_modelmeta().custom_metadata_map
-    except UnicodeDecodeError as error:
-        raise ModelFileError(f"{path} has damaged metadata ({error})", "export it again") from error
-    if SPEC_KEY not in metadata:
-        raise ModelFileError(f"{path} carries no model spec", "make it with `cifarx export`")
-    return ModelSpec.from_json(metadata[SPEC_KEY], str(path))
+def _require_runtime(spec: ModelSpec, path: Path) -> None:
+    """Raises ModelFileError where the file asks for a newer ONNX Runtime than the one that is here."""
+    import onnxruntime
+
+    needed, here = spec.minimum_onnxruntime, onnxruntime.__version__
+    if needed is None:
+        return
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6}){1,2}", needed):
+        raise ModelFileError(f"{path} needs ONNX Runtime {needed[:60]!r}, which is no version", "export it again")
+    if _release(needed) > _release(here):
+        raise ModelFileError(
+            f"{path} needs ONNX Runtime >= {needed}, and {here} is installed", f'pip install "onnxruntime>={needed}"'
+        )
+
+
+def _release(version: str) -> list[int]:
+    """The numbers of "1.31.1" or "1.32.0.dev3", to be compared."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _open_session(path: Path | bytes, device: Device) -> "onnxruntime.InferenceSession":
@@ -120,22 +155,28 @@ def _session(
     model: Path | bytes,
     providers: list[tuple[str, dict[str, str]]],
     config: dict[str, str] | None = None,
-    optimize: bool = True,
 ) -> "onnxruntime.InferenceSession":
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_FATAL
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if (cpus := available_cpus()) != os.cpu_count():
         options.intra_op_num_threads = cpus  # explicit counts cost the pinning to cores, so only where needed
-    for key, value in (config or {}).items():
+    for key, value in {_FOLDED_SIZE: str(_folded_size(model)), **(config or {})}.items():
         options.add_session_config_entry(key, value)
     try:
         # enable_fallback=0: the library would print to standard output and go on with the CPU.
         return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # the library's errors have no common base
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__  # some say nothing
         path = model if isinstance(model, Path) else "the probe"
-        raise ModelFileError(f"{path} is not an ONNX model that can be run ({reason})", "export it again") from error
+        problem = f"{path} is not an ONNX model that can be run ({_reason(error)})"
+        raise ModelFileError(problem, "export it again") from error
+
+
+def _folded_size(model: Path | bytes) -> int:
+    """The most bytes that a node may be replaced by: all weights of the file from 8 bits to 32, and some."""
+    return (1 << 20) + 4 * (model.stat().st_size if isinstance(model, Path) else len(model))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__  # some say nothing

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from cifarx_serve.backends.base import Backend, require_file
 from cifarx_serve.devices import parse_device
@@ -17,16 +17,29 @@ from cifarx_serve.spec import ModelSpec
 
 GROUP: Final = "cifarx.backends"
 
-# Known without reading every installed package's metadata (30 ms), and without an install at all.
-_targets: dict[str, str] = {
-    "onnxruntime": "cifarx_serve.backends.onnxruntime_backend:OnnxRuntimeBackend",
-    "torchscript": "cifarx_serve.backends.torchscript_backend:TorchScriptBackend",
+
+class _Target(NamedTuple):
+    """Where a backend is, and the suffixes of its files where they are known without importing it."""
+
+    path: str
+    suffixes: tuple[str, ...] | None = None
+
+
+# Known without reading every installed package's metadata (30 ms), without an install, and without an import.
+_targets: dict[str, _Target] = {
+    "onnxruntime": _Target("cifarx_serve.backends.onnxruntime_backend:OnnxRuntimeBackend", (".onnx",)),
+    "torchscript": _Target("cifarx_serve.backends.torchscript_backend:TorchScriptBackend", (".torchscript.pt",)),
+    "exported_program": _Target("cifarx_serve.backends.exported_program_backend:ExportedProgramBackend", (".pt2",)),
+    "aot_inductor": _Target("cifarx_serve.backends.aot_inductor_backend:AotInductorBackend", (".aoti.pt2",)),
 }
 
 
-def register_backend(name: str, target: str) -> None:
-    """Add a backend for this process; `target` is `module:Class`, imported when it is first asked for."""
-    _targets[name] = target
+def register_backend(name: str, target: str, suffixes: tuple[str, ...] | None = None) -> None:
+    """Add a backend for this process; `target` is `module:Class`, imported when it is first asked for.
+
+    With `suffixes`, those of the class, it is not imported for other backends' files.
+    """
+    _targets[name] = _Target(target, suffixes)
 
 
 def backend_names() -> list[str]:
@@ -40,10 +53,11 @@ def backend_class(name: str) -> type[Backend]:
     Raises:
         UsageError: there is none.
     """
-    target = _targets.get(name) or _entry_points().get(name)
-    if target is None:
-        raise unknown("backend", name, backend_names())
-    return _load(name, target)
+    if own := _targets.get(name):
+        return _load(name, own.path)
+    if target := _entry_points().get(name):
+        return _load(name, target)
+    raise unknown("backend", name, backend_names())
 
 
 def backend_for(path: Path) -> type[Backend]:
@@ -54,14 +68,26 @@ def backend_for(path: Path) -> type[Backend]:
     """
     # This process's own first: other packages' cost the reading of every installed package's metadata.
     for names in (_targets.keys, backend_names):
-        if fitting := [(suffix, backend) for suffix, backend in _suffixes(names()) if path.name.endswith(suffix)]:
-            return max(fitting, key=lambda pair: len(pair[0]))[1]
+        if fitting := [pair for pair in _suffixes(names()) if path.name.endswith(pair[0])]:
+            return backend_class(max(fitting, key=lambda pair: len(pair[0]))[1])
     known = ", ".join(sorted({suffix for suffix, _ in _suffixes(backend_names())}))
     raise UsageError(f"no backend opens {path}", f"give a file that ends in {known}")
 
 
-def _suffixes(names: Iterable[str]) -> list[tuple[str, type[Backend]]]:
-    return [(suffix, backend) for backend in map(backend_class, names) for suffix in backend.suffixes]
+def _suffixes(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Each suffix with its backend's name."""
+    return [(suffix, name) for name in names for suffix in _suffixes_of(name)]
+
+
+def _suffixes_of(name: str) -> tuple[str, ...]:
+    own = _targets.get(name)
+    return own.suffixes if own and own.suffixes else backend_class(name).suffixes
+
+
+def _opens(backend: type[Backend], path: Path) -> bool:
+    """Whether the file's name is of this backend's kind, and not more closely of another's: x.aoti.pt2 is no x.pt2."""
+    longest = max((len(suffix) for suffix, _ in _suffixes(_targets) if path.name.endswith(suffix)), default=0)
+    return any(path.name.endswith(suffix) and len(suffix) >= longest for suffix in backend.suffixes)
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -71,7 +97,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         UsageError: no backend knows its suffix.
         ModelFileError, SpecError: it is absent, damaged or says nothing.
     """
-    path = Path(path)
+    path = model_file(Path(path))
     require_file(path)
     return backend_for(path).read_spec(path)
 
@@ -84,16 +110,22 @@ def open_backend(path: str | Path, backend: str | None = None, device: str = "au
         ModelFileError: the file is absent or not what its name says.
         DeviceError: the device cannot be had.
     """
-    path, parsed = Path(path), parse_device(device)
+    path, parsed = model_file(Path(path)), parse_device(device)
     kind = backend_class(backend) if backend else None
     require_file(path)
     if kind is None:
         kind = backend_for(path)
-    elif not path.name.endswith(kind.suffixes):
+    elif not _opens(kind, path):
         raise UsageError(
             f"backend {kind.name} does not open {path}", f"give a file that ends in {', '.join(kind.suffixes)}"
         )
     return kind(path, parsed)
+
+
+def model_file(path: Path) -> Path:
+    """The model in a folder that is a model repository of NVIDIA Triton with one model; else the path itself."""
+    models = list(path.glob("*/1/model.onnx")) if path.is_dir() else []
+    return models[0] if len(models) == 1 else path
 
 
 def find_model(folder: Path, backend: str) -> Path:
@@ -102,13 +134,11 @@ def find_model(folder: Path, backend: str) -> Path:
     Raises:
         ModelFileError: there is none.
     """
-    suffixes = backend_class(backend).suffixes
-    fitting = [
-        path for path in folder.iterdir() if path.name.endswith(suffixes) and path.name[0] != "." and path.is_file()
-    ]
+    kind = backend_class(backend)
+    fitting = [path for path in folder.iterdir() if path.name[0] != "." and _opens(kind, path) and path.is_file()]
     if not fitting:
         raise ModelFileError(
-            f"no file for backend {backend} (*{', *'.join(suffixes)}) in {folder.resolve()}",
+            f"no file for backend {backend} (*{', *'.join(kind.suffixes)}) in {folder.resolve()}",
             "name one with --model, or make one with `cifarx train` and `cifarx export`",
         )
     return max(fitting, key=lambda path: (path.stat().st_mtime_ns, path.name))

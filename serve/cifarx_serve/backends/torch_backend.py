@@ -22,7 +22,7 @@ class TorchBackend(Backend):
         self._device = device
         self.provider = str(device)
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         with self._torch.inference_mode():
             logits = self._module(self._torch.from_numpy(batch).to(self._device))
         array: NDArray[np.float32] = logits.cpu().numpy()

@@ -19,7 +19,9 @@ from typing import IO, Any, ClassVar, Final, Self
 
 import torch
 
+from cifarx_serve.backends.archive_file import archive_problem
 from cifarx_serve.errors import ModelFileError
+from cifarx_serve.seal import SealState, read_seal
 from cifarx_train.old_files.pickle_scan import Asked, scan_pickle
 
 REMEDY: Final = "give a .pth file that `cifarx train` wrote, or one with a network's state_dict()"
@@ -113,6 +115,10 @@ def _check_archive(path: Path) -> None:
     """PyTorch reads the weights without a look at their checksums."""
     if not _is_zip(path):
         return
+    if problem := archive_problem(path):
+        raise zipfile.BadZipFile(problem)
+    if read_seal(path).state is SealState.CHANGED:
+        raise zipfile.BadZipFile("a byte of it was changed after it was written")
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise zipfile.BadZipFile("a TorchScript archive")

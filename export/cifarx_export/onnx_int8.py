@@ -1,0 +1,264 @@
+"""An ONNX network in 8 bits: quantized, compared with itself in fp32, and layers left alone until the two agree.
+
+Activations are uint8, a scale a tensor; weights int8, a scale an output channel, of 7 bits. With 7 the product sums of
+a CPU without dot-product instructions (x86 before VNNI) cannot overflow, so the file answers the same on every CPU, and
+its proof holds there; rounding the weights well wins back more than the bit (`onnx_int8_rounding`).
+"""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from cifarx_export.formats import Source
+from cifarx_export.onnx_int8_calibration import METHODS, Ranges, calibrate
+from cifarx_export.onnx_int8_layers import Layer, find_layers, macs_per_image, quiet, run_in_batches, session
+from cifarx_export.onnx_int8_rounding import round_weights
+from cifarx_serve.errors import DataError, UsageError
+from cifarx_serve.preprocess import scale
+from cifarx_serve.progress import Progress
+
+CALIBRATION_IMAGES: Final = 512
+
+TARGETS: Final = (0.99, 0.992, 0.994, 0.998)
+"""Agreement on held-out training images that ends the search, by attempt: the gate's, and more after a failed proof."""
+
+_HELD_OUT: Final = (128, 8192)
+_SENSITIVITY: Final = (16, 256)
+_MACS: Final = 10**12
+"""What one comparison may cost, in multiplications: large networks are compared on fewer inputs, within the bounds."""
+
+_OPERATIONS: Final = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Flatten")
+"""What ONNX Runtime's CPU kernels run in int8, and what integers pass through unchanged. Softmax, normalisation and
+gates (HardSwish, Mul) stay in fp32: they are a small part of the work and a large part of the error."""
+
+_PROTOBUF_LIMIT: Final = 2**31 - 1
+
+
+class Score(NamedTuple):
+    """Orders candidates: the share of the inputs with the fp32 network's argmax, then minus the relative error."""
+
+    agreement: float
+    closeness: float
+
+
+class _Candidate(NamedTuple):
+    """A choice of ranges and of layers left in fp32."""
+
+    method: str
+    left: tuple[Layer, ...]
+
+
+class _Found(NamedTuple):
+    score: Score
+    candidate: _Candidate
+
+
+def quantize(model: Any, source: Source) -> tuple[Any, dict[str, str]]:
+    """Quantize an fp32 network with `source.training_images`, and say what was chosen.
+
+    Args:
+        model: an `onnx.ModelProto` from `input`, float32 (batch, 3, height, width), to `logits`. Not changed.
+        source: its images, and how many of them to calibrate on.
+
+    Raises:
+        UsageError: fewer than one calibration image, more than there are, or a network above protobuf's 2 GB.
+        DataError: fewer than two training images.
+    """
+    wanted = source.options.calibration_images
+    if wanted is not None and wanted < 1:
+        raise UsageError(f"{wanted} calibration images", f"give 1 or more; {CALIBRATION_IMAGES} is the default")
+    if (size := model.ByteSize()) > _PROTOBUF_LIMIT:
+        raise UsageError(f"the network takes {size / 2**30:.1f} GB", "int8 needs it in one file, at most 2 GB")
+    prepared = _prepare(model)
+    macs = macs_per_image(prepared)
+    calibration, held_out = _split_images(source, wanted, _affordable(macs, _HELD_OUT))
+    source.progress(f"int8: calibrating on {len(calibration)} training images")
+    ranges = calibrate(prepared, _OPERATIONS, scale(calibration, source.spec.input))
+    source.progress("int8: rounding the weights")
+    weights = round_weights(prepared, _quantized(prepared, ranges["minmax"]), scale(calibration, source.spec.input))
+    search = _Search(prepared, ranges, weights, scale(held_out, source.spec.input), macs, source.progress)
+    target = TARGETS[min(source.attempt, len(TARGETS) - 1)]
+    score, candidate = search.run(target)
+    if score.agreement < target:
+        source.progress(f"int8: {score.agreement:.2%} is the best that was found; the proof decides")
+    facts = {
+        "calibration": f"{candidate.method}, {len(calibration)} training images",
+        "weights": "7 bits, per channel, rounded by GPTQ",
+        "fp32 layers": ", ".join(layer.name for layer in candidate.left) or "none",
+        "held-out agreement": f"{score.agreement:.2%} of {len(held_out):,} training images",
+    }
+    return search.build(candidate), facts
+
+
+class _Search:
+    """Finds the candidate that leaves little in fp32 and reaches a target agreement, or the best one."""
+
+    def __init__(
+        self,
+        model: Any,
+        ranges: dict[str, Ranges],
+        weights: dict[str, NDArray[np.int8]],
+        inputs: NDArray[np.float32],
+        macs: int,
+        progress: Progress,
+    ) -> None:
+        self._model = model
+        self._ranges = ranges
+        self._weights = weights
+        self._inputs = inputs
+        self._expected = run_in_batches(session(model), inputs)
+        self._macs = macs
+        self._progress = progress
+
+    def run(self, target: float) -> _Found:
+        """Methods first, then layers: those that cost most of the agreement for the speed they give go first."""
+        best = max((self._try(_Candidate(method, ())) for method in METHODS), key=_rank)
+        layers = find_layers(self._model)
+        if best.score.agreement >= target or len(layers) < 2:
+            return best
+        method = best.candidate.method
+        order = self._by_harm(method, layers)
+        kept = next(layer for layer in reversed(order) if layer.weighted)  # without one it would not be int8
+        return self._fewest(method, [layer for layer in order if layer != kept], best, target)
+
+    def build(self, candidate: _Candidate) -> Any:
+        """The quantized model proto."""
+        left = [node for layer in candidate.left for node in layer.nodes]
+        model = _quantized(self._model, self._ranges[candidate.method], left)
+        for tensor in model.graph.initializer:
+            if tensor.name in self._weights:
+                tensor.CopyFrom(numpy_helper.from_array(self._weights[tensor.name], tensor.name))
+        return model
+
+    def _try(self, candidate: _Candidate) -> _Found:
+        score = self._score(candidate, len(self._inputs))
+        left = f" with {len(candidate.left)} layers in fp32" if candidate.left else ""
+        self._progress(f"int8: {candidate.method}{left} {score.agreement:.2%}")
+        return _Found(score, candidate)
+
+    def _score(self, candidate: _Candidate, count: int) -> Score:
+        """On so many inputs, spread over all."""
+        rows = np.linspace(0, len(self._inputs) - 1, count).round().astype(np.int64)
+        found, expected = run_in_batches(session(self.build(candidate)), self._inputs[rows]), self._expected[rows]
+        error = np.square(found.astype(np.float64) - expected).mean() / max(np.square(expected).mean(), 1e-12)
+        return Score(float((found.argmax(1) == expected.argmax(1)).mean()), -float(np.nan_to_num(error, nan=np.inf)))
+
+    def _by_harm(self, method: str, layers: Sequence[Layer]) -> list[Layer]:
+        """By the error with only that layer quantized, for the share of the work that it is.
+
+        Errors of layers nearly add up (their rounding is independent), so one run a layer tells the order. To leave
+        out one at a time would tell less: of two bad layers each would hide the other.
+        """
+        count = min(_affordable(self._macs * len(layers), _SENSITIVITY), len(self._inputs))
+
+        def harm(layer: Layer) -> float:
+            others = tuple(other for other in layers if other != layer)
+            return -self._score(_Candidate(method, others), count).closeness / layer.cost
+
+        self._progress(f"int8: how much each of {len(layers)} layers harms, on {count} inputs")
+        harms = {layer.name: harm(layer) for layer in layers}
+        return sorted(layers, key=lambda layer: -harms[layer.name])
+
+    def _fewest(self, method: str, order: Sequence[Layer], best: _Found, target: float) -> _Found:
+        """1, 2, 4 ... layers left until the target holds, then by halves the fewest; about 2 log2(layers) runs."""
+        low, high = 0, 1
+        while True:
+            found = self._try(_Candidate(method, tuple(order[:high])))
+            best = max(best, found, key=_rank)
+            if found.score.agreement >= target:
+                break
+            if high == len(order):
+                return best
+            low, high = high, min(2 * high, len(order))
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = self._try(_Candidate(method, tuple(order[:middle])))
+            if tried.score.agreement >= target:
+                found, high = tried, middle
+            else:
+                low = middle
+        return found
+
+
+def _rank(found: _Found) -> Score:
+    return found.score
+
+
+def _affordable(macs: int, bounds: tuple[int, int]) -> int:
+    """How many inputs `_MACS` pays for."""
+    low, high = bounds
+    return max(low, min(high, _MACS // max(1, macs)))
+
+
+def _split_images(source: Source, wanted: int | None, held_out: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images to calibrate on, and others to compare on, both spread over the training split."""
+    count = CALIBRATION_IMAGES if wanted is None else wanted
+    images = source.training_images(count + held_out)
+    if len(images) < 2:
+        raise DataError(f"{len(images)} training images", "int8 needs two or more: to calibrate on, and to compare on")
+    if wanted is None:
+        count = min(count, len(images) // 2)
+    elif count >= len(images):
+        raise UsageError(
+            f"{count} calibration images of {len(images)}", "give fewer: the quantized network is tried on the others"
+        )
+    calibrated = np.zeros(len(images), np.bool_)
+    calibrated[np.linspace(0, len(images) - 1, count).round().astype(np.int64)] = True
+    return images[calibrated], images[~calibrated]
+
+
+def _prepare(model: Any) -> Any:
+    """Constants folded, shapes known; by way of files, as the library will have it."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        given, prepared = Path(folder) / "given.onnx", Path(folder) / "prepared.onnx"
+        onnx.save(model, given)
+        quant_pre_process(given, prepared, skip_symbolic_shape=True)  # ONNX's own inference knows these networks
+        found = onnx.load(prepared)
+    found.ir_version = model.ir_version
+    return found
+
+
+def _quantized(model: Any, ranges: Ranges, left: Sequence[str] = ()) -> Any:
+    """With QuantizeLinear and DequantizeLinear around all but the nodes `left`; a layer's matrix product may end in
+    fp32, where nothing follows that takes integers."""
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    with quiet():
+        quantizer = QDQQuantizer(
+            copy.deepcopy(model),
+            per_channel=True,
+            reduce_range=True,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, dict(ranges)),
+            nodes_to_quantize=[],
+            nodes_to_exclude=list(left),
+            op_types_to_quantize=list(_OPERATIONS),
+            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+    return _cleaned(quantizer.model.model, model)
+
+
+def _cleaned(model: Any, original: Any) -> Any:
+    """Without the library's notes, and without the domains it names and does not use."""
+    used = {node.domain for node in model.graph.node}
+    domains = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(domains)
+    model.producer_name, model.producer_version = original.producer_name, original.producer_version
+    del model.metadata_props[:]
+    del model.graph.value_info[:]
+    return model

@@ -1,0 +1,443 @@
+"""Planted faults: each in a real file through the real runtime, each caught by the check that one expects."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from command_line import Cli
+from converted import converted
+from onnx import TensorProto
+from onnx_faults import (
+    Plant,
+    channels_swapped,
+    dropout,
+    edited,
+    entry_with,
+    fields_with,
+    first_for_all,
+    frozen_batch,
+    input_renamed,
+    input_type,
+    input_with,
+    mean_baked,
+    nan_for_black,
+    neighbours_seen,
+    node,
+    output_renamed,
+    output_sequence,
+    output_through,
+    output_type,
+    permuted_classes,
+    quantized,
+    rounded_to_float16,
+    rows_shifted,
+    softmaxed,
+    spec_with,
+    tf32,
+    weights_with,
+    wrong_at_batch,
+)
+from torch import nn
+
+from cifarx_export.gates import gate
+from cifarx_export.proof import WHOLE_BATCH, ProofData, Reference, ask_reference, prove
+from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.devices import Device
+from cifarx_serve.spec import ModelSpec
+from cifarx_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cifarx_train.models.registry import network
+from cifarx_train.pytorch_backend import PyTorchBackend
+
+FEW = WHOLE_BATCH + 3
+"""Images that are enough to catch a fault, and quick."""
+
+RUNS = {"batch 1", "batch 3", "batch 64", "edge inputs"}
+PORTS = {"interface"}
+VALUES = {"tolerance", "agreement"}
+
+Make = Callable[[Path], Path]
+
+
+class Fault(NamedTuple):
+    """`make` gives a faulty artifact of a checkpoint; `caught_by` must fail, `spared` may, all else must pass."""
+
+    make: Make
+    caught_by: set[str]
+    spared: set[str] = frozenset()  # type: ignore[assignment]
+    model: str = "lzh"
+
+
+def onnx_with(*plants: Plant) -> Make:
+    return lambda checkpoint: edited(checkpoint.with_suffix(".onnx"), plants)
+
+
+def torchscript_of(change: Callable[[nn.Module], nn.Module]) -> Make:
+    return lambda checkpoint: converted(checkpoint, "torchscript", Path("edited.torchscript.pt"), change)
+
+
+def onnx_of(change: Callable[[nn.Module], nn.Module]) -> Make:
+    return lambda checkpoint: converted(checkpoint, "onnx", Path("edited.onnx"), change)
+
+
+# Faults of the network that is converted.
+
+
+def in_training(module: nn.Module) -> nn.Module:
+    return module.train()
+
+
+def with_batch_statistics(module: nn.Module) -> nn.Module:
+    """In eval mode, and yet each batch is normalised by itself."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.track_running_stats, part.running_mean, part.running_var = False, None, None
+    return module
+
+
+def without_statistics(module: nn.Module) -> nn.Module:
+    """As at the start of training."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+    return module
+
+
+def with_dropout(module: nn.Module) -> nn.Module:
+    return nn.Sequential(module, nn.Dropout(0.1).train())
+
+
+def of_another_seed(module: nn.Module) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.reset_parameters()
+    return module
+
+
+def kernels_transposed(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                part.weight.copy_(part.weight.transpose(2, 3).clone())
+    return module
+
+
+class Wrapped(nn.Module):
+    """A network with something around it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class FirstImageOnly(Wrapped):
+    """As if traced with one image: whatever comes after it gets its answer."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(images[:1]).expand(images.shape[0], -1)
+
+
+class InHalf(Wrapped):
+    """float16 inside, float32 outside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner.half())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.inner(images.half()).float()
+        return answer
+
+
+class Leaking(Wrapped):
+    """Adds something of the last call's answer to this one's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.inner(images)
+        leaked = answer + 0.01 * self.last
+        self.last.copy_(answer[0, :1])
+        return leaked
+
+
+class PairOut(Wrapped):
+    """Gives two tensors."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner(images), images
+
+
+class InTf32(Wrapped):
+    """Weights and what flows between the layers as a tensor core takes them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        with torch.no_grad():
+            for part in inner.modules():
+                if isinstance(part, nn.Conv2d | nn.Linear):
+                    part.weight.copy_(_tf32(part.weight))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        for part in self.inner.model:  # type: ignore[union-attr]
+            images = part(_tf32(images) if isinstance(part, nn.Conv2d | nn.Linear) else images)
+        return images
+
+
+def _tf32(values: torch.Tensor) -> torch.Tensor:
+    """The upper 11 of a float32's 24 bits, rounded (Dekker's split, doi:10.1007/BF01397083)."""
+    shifted = values * (2**13 + 1)
+    return shifted - (shifted - values)
+
+
+def rolled(values: np.ndarray) -> np.ndarray:
+    return np.roll(values, 1, axis=0)
+
+
+LAST = ("model.8.weight", "model.8.bias")
+
+FAULTS = {
+    # What the file says of itself.
+    "mean of the spec": Fault(onnx_with(input_with(mean=(0.49, 0.48, 0.45))), {"preprocessing", "tolerance"}, VALUES),
+    "std of the spec": Fault(onnx_with(input_with(std=(0.25, 0.25, 0.25))), {"preprocessing", "tolerance"}, VALUES),
+    "range of the spec": Fault(onnx_with(input_with(value_range=(-1.0, 1.0))), {"preprocessing", "tolerance"}, VALUES),
+    "resize filter of the spec": Fault(onnx_with(input_with(resize="nearest")), {"preprocessing"}),
+    "image size of the spec": Fault(onnx_with(input_with(height=48, width=48)), {"preprocessing"} | PORTS),
+    "class names permuted": Fault(onnx_with(spec_with(permuted_classes)), {"class names"}),
+    "said to take pixels": Fault(onnx_with(fields_with(embedded_preprocessing=True)), PORTS | RUNS | {"resize"}),
+    # Pictures on their way in.
+    "mean in the graph": Fault(onnx_with(mean_baked(0.05)), {"tolerance"}, VALUES),
+    "channels swapped in the graph": Fault(onnx_with(channels_swapped()), {"tolerance"}, VALUES),
+    "channels swapped in the weights": Fault(
+        onnx_with(weights_with("model.0.weight", lambda values: values[:, ::-1])), {"tolerance"}, VALUES
+    ),
+    # Weights.
+    "stale weights in ONNX": Fault(onnx_of(of_another_seed), VALUES),
+    "stale weights in TorchScript": Fault(torchscript_of(of_another_seed), VALUES),
+    "first weight off by a hundredth": Fault(
+        onnx_with(entry_with((0, 0, 2, 2), lambda value: value + 1e-2, "model.0.weight")), {"tolerance"}, VALUES
+    ),
+    "last weight off by a hundredth": Fault(
+        onnx_with(entry_with((9, 63), lambda value: value + 1e-2, "model.8.weight")), {"tolerance"}, VALUES
+    ),
+    "one bias off by three tolerances": Fault(
+        onnx_with(entry_with((4,), lambda value: value + 3e-4, "model.8.bias")), {"tolerance"}, VALUES
+    ),
+    "NaN in one class": Fault(
+        onnx_with(entry_with((3,), lambda _: float("nan"), "model.8.bias")), {"finite", "agreement"}
+    ),
+    "Inf in one class": Fault(
+        onnx_with(entry_with((3,), lambda _: float("inf"), "model.8.bias")), {"finite", "agreement"}
+    ),
+    "-Inf in one class": Fault(
+        onnx_with(entry_with((3,), lambda _: float("-inf"), "model.8.bias")), {"finite", "agreement"}
+    ),
+    "NaN for a black image": Fault(onnx_with(nan_for_black()), {"finite"}),
+    "last layer transposed": Fault(
+        onnx_with(weights_with("model.8.weight", lambda values: values.T.reshape(values.shape))), VALUES
+    ),
+    "kernels transposed": Fault(torchscript_of(kernels_transposed), {"tolerance"}, VALUES),
+    "rows of the last layer in another order": Fault(onnx_with(*(weights_with(name, rolled) for name in LAST)), VALUES),
+    # Modes of training.
+    # PyTorch's ONNX exporter folds a batch norm in training as if it were not.
+    "batch norm in training": Fault(torchscript_of(in_training), VALUES, model="resnet18"),
+    "batch norm of the batch, ONNX": Fault(onnx_of(with_batch_statistics), VALUES, model="resnet18"),
+    "batch norm of the batch, TorchScript": Fault(torchscript_of(with_batch_statistics), VALUES, model="resnet18"),
+    "batch norm that learned nothing": Fault(torchscript_of(without_statistics), VALUES, model="resnet18"),
+    "dropout left on, ONNX": Fault(onnx_with(dropout()), VALUES),
+    "dropout left on, TorchScript": Fault(torchscript_of(with_dropout), VALUES),
+    # Precision.
+    "weights in TF32": Fault(onnx_with(weights_with("", tf32)), {"tolerance"}, VALUES),
+    "weights and activations in TF32": Fault(torchscript_of(InTf32), {"tolerance"}, VALUES),
+    "logits in float16": Fault(onnx_with(rounded_to_float16()), {"tolerance"}, VALUES),
+    "float16 inside": Fault(torchscript_of(InHalf), {"tolerance"}, VALUES),
+    "int8 that clips": Fault(onnx_with(quantized(1e-3), fields_with(precision="int8")), {"agreement"}, {"accuracy"}),
+    "int8 of one level": Fault(onnx_with(quantized(100), fields_with(precision="int8")), {"agreement", "accuracy"}),
+    "float16 of one level": Fault(onnx_with(quantized(100), fields_with(precision="fp16")), {"agreement"}),
+    # What depends on the batch, or on the call before.
+    "neighbours seen": Fault(onnx_with(neighbours_seen()), VALUES),
+    "wrong at batch 1 alone": Fault(onnx_with(wrong_at_batch(1)), {"tolerance"}, VALUES),
+    "wrong at batch 3 alone": Fault(onnx_with(wrong_at_batch(3)), {"tolerance"}, VALUES),
+    "wrong at batch 64 alone": Fault(onnx_with(wrong_at_batch(64)), {"tolerance"}, VALUES),
+    "batch frozen at 1": Fault(onnx_with(frozen_batch(1)), (RUNS - {"batch 1"}) | PORTS),
+    "batch frozen at 2": Fault(onnx_with(frozen_batch(2)), RUNS | PORTS),
+    "batch frozen at 64": Fault(onnx_with(frozen_batch(64)), RUNS | PORTS),
+    "batch of one broadcast, ONNX": Fault(onnx_with(first_for_all()), VALUES),
+    "batch of one broadcast, TorchScript": Fault(torchscript_of(FirstImageOnly), VALUES),
+    "answers shifted by one": Fault(onnx_with(rows_shifted()), VALUES),
+    "state between calls": Fault(torchscript_of(Leaking), {"tolerance"}, VALUES),
+    # What comes out, and what goes in.
+    "softmax": Fault(onnx_with(softmaxed()), {"tolerance"}),
+    "nine classes": Fault(
+        onnx_with(
+            *(weights_with(name, lambda values: values[:9]) for name in LAST),
+            output_through(lambda: [node("Identity", "raw", "logits")], shape=("batch", 9)),
+        ),
+        RUNS | PORTS,
+    ),
+    "output transposed": Fault(
+        onnx_with(output_through(lambda: [node("Transpose", "raw", "logits")], shape=(10, "batch"))), RUNS | PORTS
+    ),
+    "output of one rank more": Fault(
+        onnx_with(
+            output_through(
+                lambda: [node("Unsqueeze", "raw last", "logits")], {"last": np.array([2], np.int64)}, ("batch", 10, 1)
+            )
+        ),
+        RUNS | PORTS,
+    ),
+    "output in float16": Fault(onnx_with(output_type(TensorProto.FLOAT16)), (RUNS - {"edge inputs"}) | PORTS),
+    "output in float64": Fault(onnx_with(output_type(TensorProto.DOUBLE)), (RUNS - {"edge inputs"}) | PORTS),
+    "output under another name": Fault(onnx_with(output_renamed), RUNS | PORTS),
+    "output a sequence": Fault(onnx_with(output_sequence), RUNS | PORTS),
+    "output a pair": Fault(torchscript_of(PairOut), RUNS),
+    "input under another name": Fault(onnx_with(input_renamed), RUNS | PORTS),
+    "input in float16": Fault(onnx_with(input_type(TensorProto.FLOAT16)), RUNS | PORTS),
+    "input in float64": Fault(onnx_with(input_type(TensorProto.DOUBLE)), RUNS | PORTS),
+}
+
+
+@pytest.fixture(scope="module")
+def normalised(decided: Path, proof_images: ProofData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ResNet whose batch norms have seen pictures; the classes of `decided`."""
+    spec = msgspec.structs.replace(load_checkpoint(decided).spec, model="resnet18", training=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = network("resnet18").build(len(spec.class_names), spec.input)
+    pictures = torch.from_numpy(proof_images.images[:128]).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.momentum = None  # the plain mean
+        module(pictures)
+        # Each class is some pictures' answer.
+        logits = module.eval()(pictures)
+        fc = module.get_submodule("fc")
+        fc.weight /= logits.std(dim=0)[:, None]  # type: ignore[operator,union-attr]
+        fc.bias.copy_((fc.bias - logits.mean(dim=0)) / logits.std(dim=0))  # type: ignore[operator,union-attr]
+    path = tmp_path_factory.mktemp("normalised") / "resnet18_0.pth"
+    save_checkpoint(path, Checkpoint(spec, module.state_dict(), {}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(decided: Path, normalised: Path) -> dict[str, Path]:
+    return {"lzh": decided, "resnet18": normalised}
+
+
+@pytest.fixture(scope="module")
+def references(checkpoints: dict[str, Path], proof_images: ProofData) -> dict[str, Reference]:
+    """Of the first images alone."""
+    return {name: briefly(ask(path, proof_images)) for name, path in checkpoints.items()}
+
+
+def ask(checkpoint: Path, data: ProofData) -> Reference:
+    with PyTorchBackend(checkpoint, Device("cpu")) as backend:
+        return ask_reference(backend, data)
+
+
+def briefly(reference: Reference) -> Reference:
+    data = reference.data
+    assert data.labels is not None
+    # What the network answers is what is right: else what is lost could not be told from what it never knew.
+    labels = reference.logits[:FEW].argmax(1)
+    return reference._replace(
+        data=data._replace(images=data.images[:FEW], labels=labels), logits=reference.logits[:FEW]
+    )
+
+
+def failed_checks(path: Path, reference: Reference) -> tuple[set[str], str]:
+    """The names of the checks that fail, and all of them as text."""
+    with open_backend(path, device="cpu") as backend:
+        proof = prove(reference, backend, gate(backend.spec.precision))
+    names = {check.name for check in proof.checks if not check.passed}
+    assert proof.passed == proof.summary.passed == (not names)
+    assert all(check.found for check in proof.checks)
+    return names, str(proof.checks)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name: str, checkpoints: dict[str, Path], references: dict[str, Reference]) -> None:
+    fault = FAULTS[name]
+    failed, text = failed_checks(fault.make(checkpoints[fault.model]), references[fault.model])
+    assert fault.caught_by <= failed <= fault.caught_by | fault.spared, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_command_line_ends_with_1_and_says_which_check(name: str, checkpoints: dict[str, Path], cli: Cli) -> None:
+    fault = FAULTS[name]
+    path, checkpoint = fault.make(checkpoints[fault.model]), checkpoints[fault.model]
+    ran = cli("verify", path, "--ckpt", checkpoint, "--data", "builtin")
+    assert ran.status == 1
+    assert "NOT proved" in ran.out
+    crossed = {line.split("✗ ")[1][:14].strip() for line in ran.out.splitlines()[1:] if "✗ " in line}
+    assert fault.caught_by - {"accuracy"} <= crossed, ran.out
+    named = ran.error.rpartition("(")[2].partition(")")[0].split(", ")
+    assert set(named) == crossed
+
+
+# What no fault is, else the faults above might be caught for the way they are made.
+
+GOOD = {
+    "edited": Fault(onnx_with(output_through(lambda: [node("Identity", "raw", "logits")])), set()),
+    "edited before the input": Fault(onnx_with(mean_baked(0.0)), set()),
+    "quantized with the right scale, as int8": Fault(
+        onnx_with(quantized(1 / 255), fields_with(precision="int8")), set()
+    ),
+    "converted, ONNX": Fault(onnx_of(lambda module: module), set()),
+    "converted, TorchScript": Fault(torchscript_of(lambda module: module), set()),
+    "a ResNet, ONNX": Fault(onnx_of(lambda module: module), set(), model="resnet18"),
+    "a ResNet, TorchScript": Fault(torchscript_of(lambda module: module), set(), model="resnet18"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "a ResNet, ONNX")) for name in GOOD]
+)
+def test_what_is_good_passes_every_check(
+    name: str, checkpoints: dict[str, Path], references: dict[str, Reference]
+) -> None:
+    good = GOOD[name]
+    failed, text = failed_checks(good.make(checkpoints[good.model]), references[good.model])
+    assert not failed, text
+
+
+def test_an_answer_too_many_lost_fails_the_accuracy_alone(decided: Path, proof_images: ProofData) -> None:
+    """Between five and ten flips in a thousand: the agreement holds, and every one of them was right."""
+    reference = ask(decided, proof_images)
+    count = len(proof_images.images)
+    logits = reference.logits.astype(np.float64)
+    # How much more of class 4 each image needs to flip; those that are class 4 already never do.
+    needed = np.sort((logits.max(axis=1) - logits[:, 4])[logits.argmax(1) != 4])
+    step = float(needed[7] + needed[8]) / 2
+    path = onnx_with(entry_with((4,), lambda value: value + step, "model.8.bias"), fields_with(precision="int8"))(
+        decided
+    )
+    right = reference._replace(data=proof_images._replace(labels=logits.argmax(1)))
+    failed, text = failed_checks(path, right)
+    assert failed == {"accuracy"}, text
+    assert 0.005 < 8 / count < 0.01
+    # Where the reference was wrong, nothing is lost.
+    wrong = reference._replace(data=proof_images._replace(labels=(logits.argmax(1) + 1) % 10))
+    assert failed_checks(path, wrong)[0] == set()
+
+
+def test_specs_are_compared_whole(decided: Path, references: dict[str, Reference]) -> None:
+    """Any field of the input that differs is a fault, also one that is added to the spec some day."""
+    spec: ModelSpec = references["lzh"].spec
+    changes = {
+        "height": 48, "width": 48, "mean": (0.1, 0.0, 0.0), "std": (1.0, 2.0, 1.0), "value_range": (0.0, 2.0),
+        "resize": "bicubic",
+    }  # fmt: skip
+    fixed = {"channels", "layout", "dtype", "colour"}  # of one value each
+    assert set(changes) | fixed == set(spec.input.__struct_fields__)
+    for field, value in changes.items():
+        path = onnx_with(input_with(**{field: value}))(decided)
+        assert "preprocessing" in failed_checks(path, references["lzh"])[0], field
