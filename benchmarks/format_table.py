@@ -1,0 +1,105 @@
+"""Every format in every precision of given checkpoints, as docs/formats.md shows it.
+
+    python benchmarks/format_table.py lzh_9.pth resnet18_4.pth --out docs/formats.md
+
+Each artifact is exported and proved as `cifarx export` does it; a row says what was found, or why there is no file.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from cifarx.console import note
+from cifarx_export.exporting import Exported, export
+from cifarx_export.formats import FORMATS, PRECISIONS
+from cifarx_serve.environment import environment
+from cifarx_serve.errors import CifarxError
+from cifarx_serve.spec import ParitySummary
+from cifarx_train.checkpoint import load_checkpoint
+
+HEADINGS = ("format", "precision", "MB", "max abs error", "agreement", "accuracy", "seconds", "")
+
+
+class Row(NamedTuple):
+    """One artifact, or the reason why there is none."""
+
+    format: str
+    precision: str
+    made: Exported | None
+    refusal: str
+    megabytes: float
+    seconds: float
+
+    def cells(self) -> tuple[str, ...]:
+        if self.made is None:
+            return (self.format, self.precision, "", "", "", "", "", f"refused: {self.refusal}")
+        summary = self.made.report.summary
+        failed = ", ".join(f"{check.name} {check.found}" for check in self.made.report.checks if not check.passed)
+        return (
+            self.format,
+            self.precision,
+            f"{self.megabytes:.1f}" if summary.passed else "",
+            "" if summary.max_abs_error is None else f"{summary.max_abs_error:.1e}",
+            f"{summary.agreement:.2%}",
+            _accuracy(summary),
+            f"{self.seconds:.0f}",
+            "proved" if summary.passed else f"refused: {failed}",
+        )
+
+
+def _accuracy(summary: ParitySummary) -> str:
+    if summary.accuracy is None or summary.reference_accuracy is None:
+        return ""
+    return f"{summary.accuracy:.2%} ({(summary.accuracy - summary.reference_accuracy) * 100:+.2f})"
+
+
+def _rows(checkpoint: Path, data: str, folder: Path) -> Iterator[Row]:
+    for name, kind in FORMATS.items():
+        for precision in PRECISIONS:
+            note(f"{checkpoint.name}: {name} {precision}")
+            started = time.perf_counter()
+            try:
+                (made,) = export(checkpoint, [name], [precision], data=data, out=folder)
+            except CifarxError as error:
+                yield Row(name, precision, None, error.problem, 0.0, 0.0)
+                continue
+            seconds = time.perf_counter() - started
+            model = kind.model_file(made.path) if made.report.summary.passed else None
+            yield Row(name, precision, made, "", model.stat().st_size / 1e6 if model else 0.0, seconds)
+
+
+def _section(checkpoint: Path, data: str) -> str:
+    spec = load_checkpoint(checkpoint).spec
+    taken, training = spec.input, spec.training
+    trained = f"{training.accuracy_text} on {training.data.name}" if training else "no training record"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row.cells() for row in _rows(checkpoint, data, Path(folder))]
+    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * 5 + " --- |"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return f"## {spec.model}, {taken.height}x{taken.width}, {trained}\n\n" + "\n".join(lines)
+
+
+def main(
+    checkpoints: list[Path],
+    out: Annotated[Path, typer.Option(help="The Markdown file.")],
+    data: Annotated[str, typer.Option(help="The images of the proofs.")] = "auto",
+) -> None:
+    """Write the table."""
+    here = environment()
+    sections = [_section(checkpoint, data) for checkpoint in checkpoints]
+    versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    head = (
+        "# Formats and precisions\n\n"
+        "Made by `python benchmarks/format_table.py CHECKPOINT… --out docs/formats.md`: each line is\n"
+        "one `cifarx export`, proved on the whole test split. The error is of a logit; accuracy is the artifact's,\n"
+        f"with its difference from the checkpoint's in points.\n\n{here.cpu}, {here.cpus} CPUs; {versions}."
+    )
+    out.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,118 @@
+"""Export: what the proof adds to the bare exporter, and the memory of a large network."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from measured_models import Models
+
+from cifarx_export.exporting import export
+from cifarx_export.onnx_format import DEFAULT_OPSET
+from cifarx_serve.preprocess import scale
+from cifarx_serve.spec import ModelSpec
+from cifarx_serve.threads import available_cpus
+from cifarx_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cifarx_train.data.selection import ENVIRONMENT, select_data
+from cifarx_train.models.registry import network
+
+ROUNDS = 5
+MAX_RATIO = 2.0
+MAX_BYTES = 4e9
+BATCH = 64
+
+
+def test_export_and_proof_cost_at_most_twice_the_bare_exporter(
+    models: Models, tmp_path: Path, notes: list[str], benchmark: Any
+) -> None:
+    """Both in one process with everything loaded, in turns; both read the checkpoint and write a file."""
+    data = "auto" if ENVIRONMENT in os.environ else "builtin"
+    checkpoint = models.files["pytorch"]
+    images = select_data(data).load("test", load_checkpoint(checkpoint).spec.input).images
+
+    def ours() -> None:
+        made = export(checkpoint, ["onnx"], data=data, out=tmp_path)[0]
+        assert made.report.summary.passed
+        assert made.report.summary.images == len(images)
+
+    def bare() -> None:
+        _bare_export(checkpoint, images, tmp_path / "bare.onnx")
+
+    turns = [(_seconds(ours), _seconds(bare)) for _ in range(ROUNDS + 1)][1:]
+    ratio = statistics.median(our / their for our, their in turns)
+    our, their = (statistics.median(column) for column in zip(*turns, strict=True))
+    notes.append(
+        f"export to ONNX with its proof on {len(images):,} images: {our:.1f} s; the bare exporter and one pass of both "
+        f"models {their:.1f} s; ratio {ratio:.2f} (at most {MAX_RATIO:g}), median of {ROUNDS} turns"
+    )
+    benchmark.extra_info.update(ours_s=our, bare_s=their, ratio=ratio, images=len(images))
+    benchmark.pedantic(ours, rounds=1)
+    assert ratio <= MAX_RATIO
+
+
+def _seconds(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _bare_export(checkpoint: Path, images: np.ndarray, path: Path) -> None:
+    """`torch.onnx.export`, then every image through PyTorch and through ONNX Runtime, a batch of 64 at a time."""
+    loaded = load_checkpoint(checkpoint)
+    module, spec = loaded.build(), loaded.spec.input
+    torch.onnx.export(
+        module,
+        (torch.rand(2, spec.channels, spec.height, spec.width),),
+        path,
+        dynamo=True,
+        external_data=False,
+        dynamic_shapes=({0: "batch"},),
+        input_names=["input"],
+        output_names=["logits"],
+        opset_version=DEFAULT_OPSET,
+        verbose=False,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_cpus()  # its default counts CPUs that this process may not use
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        for start in range(0, len(images), BATCH):
+            batch = scale(images[start : start + BATCH], spec)
+            module(torch.from_numpy(batch))
+            session.run(None, {"input": batch})
+
+
+@pytest.mark.timeout(900)
+def test_vgg16_is_exported_in_4_gb(tmp_path: Path, notes: list[str]) -> None:
+    """134 million parameters, and in the checkpoint a momentum of each."""
+    spec = ModelSpec(model="vgg16", class_names=tuple(select_data("builtin").class_names), input=network("vgg16").input)
+    module = network("vgg16").build(len(spec.class_names))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    save_checkpoint(
+        tmp_path / "vgg16_0.pth", Checkpoint(spec, module.state_dict(), {"optimizer": optimizer.state_dict()})
+    )
+    del module, optimizer
+    command = [sys.executable, "-m", "cifarx", "export", "--ckpt", str(tmp_path / "vgg16_0.pth"), "--format", "onnx"]
+    meter = [sys.executable, str(Path(__file__).with_name("process_cost.py")), "1"]
+    measured = subprocess.run(
+        [*meter, json.dumps([*command, "--data", "builtin", "--json"])], stdout=subprocess.PIPE, check=True
+    )
+    cost = json.loads(measured.stdout)[0]
+    peak = cost["peak_kb"] * 1024
+    assert json.loads(cost["output"])[0]["passed"]
+    notes.append(
+        f"export of vgg16 to ONNX with its proof: {peak / 1e9:.2f} GB at most, {cost['wall_s']:.0f} s "
+        f"(at most {MAX_BYTES / 1e9:g} GB)"
+    )
+    assert peak <= MAX_BYTES
