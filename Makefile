@@ -32,7 +32,7 @@ test: $(READY)
 
 test-slow: $(READY)
 	@echo "== the slow tests"
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n logical --dist loadfile -p no:benchmark
 
 bench: $(READY)
 	@echo "== the benchmarks"

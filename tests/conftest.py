@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from command_line import Cli, Ran
 from trained_model import Trained
 
 _SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -57,3 +59,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     assert onnx.report.summary.passed
     assert torchscript.report.summary.passed
     return Trained(folder, done.checkpoints[0], onnx.path, torchscript.path)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`cli("verify", path, "--json")` as `cifarx verify PATH --json`, in this process:
+    PyTorch takes seconds to load, and once is enough."""
+    from cifarx.__main__ import main
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["cifarx", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        status = ended.value.code
+        assert isinstance(status, int)
+        return Ran(status, *capfd.readouterr())
+
+    return run

@@ -25,6 +25,7 @@ from cifarx_export.formats import Source
 from cifarx_export.onnx_format import example_input
 from cifarx_serve.backends.aot_inductor_backend import CPU_KEY, SPEC_FILE, target_machine, trust
 from cifarx_serve.errors import UsageError
+from cifarx_serve.seal import seal
 from cifarx_serve.spec import InputSpec, ModelSpec
 
 _ROOT: Final = "model"
@@ -63,6 +64,7 @@ class AotInductorArtifact:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for name, content in entries.items():
                 archive.writestr(zipfile.ZipInfo(f"{_ROOT}/{name}", _EPOCH), content)
+        seal(path)  # now, not after: it changes the bytes that are trusted
         trust(path)
 
 

@@ -6,21 +6,19 @@ BatchNorm that an optimizer folded into the convolution before it is compared wh
 between two layers has no weight, and is told by what it feeds to the next one.
 """
 
-from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.formats import PRECISIONS
-from cifarx_serve.backends.registry import backend_for, read_spec
-from cifarx_serve.errors import ModelFileError, UsageError
-from cifarx_serve.preprocess import model_input
-from cifarx_serve.spec import ModelSpec
-from cifarx_serve.threads import available_cpus
+from cifarx_export.network_layers import Key, Layer, Network
+from cifarx_export.onnx_layers import OnnxNetwork
+from cifarx_export.torch_layers import TorchNetwork
+from cifarx_serve.backends.registry import backend_for
+from cifarx_serve.errors import UsageError
 
 TOLERANCE: Final = 2e-5
 """Of a value in fp32, absolute as a share of the layer's largest value, and relative to the value itself.
@@ -33,11 +31,6 @@ FLOORS: Final = {"fp32": 0.0, "fp16": 2.0**-9, "int8": 2.0**-5}
 
 _LAYERS_AT_ONCE: Final = 16
 """The values of so many layers of both networks are in memory."""
-
-Key: TypeAlias = tuple[str, int, bool] | str
-"""A value inside a network: a tensor's name, or a module's name, which of its calls, and whether its output."""
-
-Values: TypeAlias = dict[Key, NDArray[Any]]
 
 
 class Located(NamedTuple):
@@ -125,256 +118,8 @@ def _is_checkpoint(path: Path) -> bool:
         return True
 
 
-def _open(path: Path, model: str | None) -> "_Network":
-    return _OnnxNetwork(path) if _is_onnx(path) else _TorchNetwork(path, model)
-
-
-class _Layer(NamedTuple):
-    """An operation with a weight.
-
-    Attributes:
-        name: of the module that has the weight, as far as the file says it.
-        call: how many layers before it have that name.
-        label: what it is, for the report.
-        weight: the weight's shape, its axes in ascending order: some formats transpose.
-        is_norm: whether it is a BatchNorm.
-        fed: what it takes.
-        feeder: what made that, for the report.
-        result: what it gives.
-    """
-
-    name: str
-    call: int
-    label: str
-    weight: tuple[int, ...]
-    is_norm: bool
-    fed: Key
-    feeder: str
-    result: Key
-
-
-class _Network(ABC):
-    """A network whose insides can be looked into.
-
-    Attributes:
-        layers: in the order of execution.
-        output: the logits.
-        output_label: what makes them, for the report.
-    """
-
-    spec: ModelSpec
-    layers: list[_Layer]
-    output: Key
-    output_label: str
-
-    @abstractmethod
-    def values(self, keys: set[Key], images: NDArray[np.uint8]) -> Values:
-        """These values for the images, run on the CPU."""
-
-    def norm_after(self, layer: _Layer) -> _Layer | None:
-        """The BatchNorm that takes the layer's result as it is."""
-        return next((other for other in self.layers if other.is_norm and other.fed == layer.result), None)
-
-
-_WEIGHTED: Final = frozenset(
-    {
-        "Conv",
-        "ConvTranspose",
-        "Gemm",
-        "MatMul",
-        "BatchNormalization",
-        "LayerNormalization",
-        "InstanceNormalization",
-        "GroupNormalization",
-    }
-)
-"""ONNX operators whose second input is the weight."""
-
-_SAME_WEIGHT: Final = frozenset({"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape"})
-"""ONNX operators between a stored weight and the layer that has it."""
-
-
-class _OnnxNetwork(_Network):
-    """An ONNX file; inside values are made outputs of the graph, for ONNX Runtime to give."""
-
-    def __init__(self, path: Path) -> None:
-        import onnx
-        from onnx import inliner
-
-        self.spec = read_spec(path)
-        self._path = path
-        try:
-            model = onnx.load(path)
-        except Exception as error:  # what its parsers raise has no common base
-            raise ModelFileError(f"{path} is not an ONNX model ({error})", "export it again") from error
-        self._model = inliner.inline_local_functions(model) if model.functions else model
-        graph = self._model.graph
-        stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-        self._input = next(port.name for port in graph.input if port.name not in stored)
-        self._producers = {name: node for node in graph.node for name in node.output}
-        self._constants = stored | {
-            node.output[0]: tuple(attribute.t.dims)
-            for node in graph.node
-            if node.op_type == "Constant"
-            for attribute in node.attribute
-            if attribute.name == "value"
-        }
-        self.layers = list(self._find_layers())
-        self.output = graph.output[0].name
-        self.output_label = self._maker(graph.output[0].name)
-
-    def _find_layers(self) -> Iterator[_Layer]:
-        calls: Counter[str] = Counter()
-        for node in self._model.graph.node:
-            weight = self._stored_weight(node.input[1]) if node.op_type in _WEIGHTED else None
-            if weight is None:
-                continue
-            name = weight.partition(".weight")[0]
-            yield _Layer(
-                name,
-                calls[name],
-                _describe(node),
-                tuple(sorted(self._constants[weight])),
-                node.op_type == "BatchNormalization",
-                node.input[0],
-                self._maker(node.input[0]),
-                self._with_bias(node),
-            )
-            calls[name] += 1
-
-    def _stored_weight(self, name: str) -> str | None:
-        """The initializer or constant that an input comes from, or None where it is computed from the image."""
-        while name not in self._constants:
-            producer = self._producers.get(name)
-            if producer is None or producer.op_type not in _SAME_WEIGHT:
-                return None
-            name = producer.input[0]
-        return name
-
-    def _with_bias(self, node: Any) -> str:
-        """A layer's result; a MatMul's is that of the Add of its bias, where one follows."""
-        result: str = node.output[0]
-        if node.op_type == "MatMul":
-            takers = [other for other in self._model.graph.node if result in other.input]
-            if len(takers) == 1 and takers[0].op_type == "Add":
-                other = next((name for name in takers[0].input if name != result), "")
-                if len(self._constants.get(other, ())) == 1:
-                    return str(takers[0].output[0])
-        return result
-
-    def _maker(self, name: str) -> str:
-        return _describe(self._producers[name]) if name in self._producers else "the network's input"
-
-    def values(self, keys: set[Key], images: NDArray[np.uint8]) -> Values:
-        feed = model_input(images, self.spec)
-        names = [str(key) for key in keys if key != self._input]
-        try:
-            found = self._session(names).run(names, {self._input: feed})
-        except Exception as error:  # the library's errors have no common base
-            reason = str(error).strip().partition("\n")[0]
-            raise ModelFileError(
-                f"{self._path} does not run layer by layer ({reason})", "leave --locate out"
-            ) from error
-        return dict(zip([*names, self._input], [*found, feed], strict=True))
-
-    def _session(self, names: Sequence[str]) -> Any:
-        import onnx
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised too
-        options.intra_op_num_threads = available_cpus()
-        outputs = self._model.graph.output
-        own = len(outputs)
-        outputs.extend(onnx.ValueInfoProto(name=name) for name in names if name != self.output)
-        try:
-            return onnxruntime.InferenceSession(
-                self._model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
-        finally:
-            del outputs[own:]
-
-
-def _describe(node: Any) -> str:
-    return f"{node.op_type} node '{node.name}'" if node.name else f"{node.op_type} node of '{node.output[0]}'"
-
-
-class _TorchNetwork(_Network):
-    """A checkpoint's network; inside values are seen by hooks."""
-
-    def __init__(self, path: Path, model: str | None) -> None:
-        from cifarx_train.checkpoint import load_checkpoint
-
-        loaded = load_checkpoint(path, model)
-        self.spec = loaded.spec
-        self._module = loaded.build()
-        self.output = ("", 0, True)
-        self.output_label = ""
-        self.layers = self._find_layers()
-
-    def _find_layers(self) -> list[_Layer]:
-        """By running it once; a module that is called several times is several layers."""
-        from torch.nn.modules.batchnorm import _BatchNorm
-
-        taken = self.spec.input
-        layers: list[_Layer] = []
-        last: tuple[Any, int, Key] = (None, 0, "")
-
-        def see(key: tuple[str, int, bool], module: Any, tensor: Any) -> None:
-            nonlocal last
-            name, call, is_output = key
-            if not name:
-                return
-            if not is_output:
-                # The very tensor that the last layer gave, and nothing wrote into it since.
-                straight = tensor is last[0] and tensor._version == last[1]
-                is_norm = isinstance(module, _BatchNorm)
-                weight = tuple(sorted(module.weight.shape))
-                fed = last[2] if straight else key
-                label = type(module).__name__
-                layers.append(_Layer(name, call, label, weight, is_norm, fed, "", (name, call, True)))
-            else:
-                last = (tensor, tensor._version, key)
-
-        self._run(np.zeros((1, taken.height, taken.width, taken.channels), np.uint8), see)
-        return layers
-
-    def values(self, keys: set[Key], images: NDArray[np.uint8]) -> Values:
-        found: Values = {}
-
-        def see(key: tuple[str, int, bool], _module: Any, tensor: Any) -> None:
-            if key in keys:
-                found[key] = tensor.clone().numpy()  # a layer that works in place would change it
-
-        self._run(images, see)
-        return found
-
-    def _run(self, images: NDArray[np.uint8], see: Callable[[tuple[str, int, bool], Any, Any], None]) -> None:
-        """Run the network and show what each module with a weight takes and gives, and the logits."""
-        import torch
-
-        calls: Counter[str] = Counter()
-        handles = []
-
-        def watch(name: str, module: Any) -> None:
-            def before(_module: Any, taken: tuple[Any, ...]) -> None:
-                see((name, calls[name], False), module, taken[0])
-
-            def after(_module: Any, _taken: Any, given: Any) -> None:
-                see((name, calls[name], True), module, given)
-                calls[name] += 1
-
-            handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
-
-        try:
-            for name, module in self._module.named_modules():
-                if not name or isinstance(getattr(module, "weight", None), torch.Tensor):
-                    watch(name, module)
-            with torch.no_grad():
-                self._module(torch.from_numpy(model_input(images, self.spec)))
-        finally:
-            for handle in handles:
-                handle.remove()
+def _open(path: Path, model: str | None) -> Network:
+    return OnnxNetwork(path) if _is_onnx(path) else TorchNetwork(path, model)
 
 
 class _Pair(NamedTuple):
@@ -405,7 +150,7 @@ class _Point(NamedTuple):
         return Located(rule, self.pair.name, self.pair.node, *self[1:6], layers, max(errors, default=0.0))
 
 
-def _points(ours: _Network, theirs: _Network, images: NDArray[np.uint8]) -> Iterator[_Point]:
+def _points(ours: Network, theirs: Network, images: NDArray[np.uint8]) -> Iterator[_Point]:
     """Each place that can be compared, in the order of the artifact's execution; some layers in memory at a time."""
     pairs = _pairs(ours, theirs)
     for start in range(0, len(pairs), 2 * _LAYERS_AT_ONCE):
@@ -418,7 +163,7 @@ def _points(ours: _Network, theirs: _Network, images: NDArray[np.uint8]) -> Iter
                 yield point
 
 
-def _pairs(ours: _Network, theirs: _Network) -> list[_Pair]:
+def _pairs(ours: Network, theirs: Network) -> list[_Pair]:
     """What each layer takes and gives, and the logits."""
     pairs = []
     for mine, other in _matched(ours, theirs):
@@ -433,12 +178,12 @@ def _pairs(ours: _Network, theirs: _Network) -> list[_Pair]:
     return [*pairs, _Pair("the logits", theirs.output_label, ours.output, theirs.output, True)]
 
 
-def _matched(ours: _Network, theirs: _Network) -> list[tuple[_Layer, _Layer]]:
+def _matched(ours: Network, theirs: Network) -> list[tuple[Layer, Layer]]:
     """Layers of both that are the same one, in the order of the artifact's."""
     left = list(ours.layers)
-    found: dict[_Layer, _Layer] = {}
+    found: dict[Layer, Layer] = {}
 
-    def match(other: _Layer, same: Callable[[_Layer], bool]) -> None:
+    def match(other: Layer, same: Callable[[Layer], bool]) -> None:
         mine = next((layer for layer in left if same(layer)), None)
         if mine is not None:
             left.remove(mine)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -68,7 +69,7 @@ def convert_to_onnx(source: Source) -> OnnxArtifact:
 
         model = embed_preprocessing(model, source.spec.input)
     _strip(model)
-    onnx.checker.check_model(model, full_check=True)
+    _check(model)
     return OnnxArtifact(model, facts)
 
 
@@ -106,6 +107,14 @@ def _strip(model: Any) -> None:
     for entry in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
         entry.doc_string = ""
         del entry.metadata_props[:]
+
+
+def _check(model: Any) -> None:
+    """By way of a file: what is in memory would be copied three times, and weights may take much of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(path, full_check=True)
 
 
 @contextmanager

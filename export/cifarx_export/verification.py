@@ -1,11 +1,9 @@
 """Verify: whether a file answers as a checkpoint or another file does, at any time, on any data."""
 
-import shutil
 import tempfile
-import zipfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from cifarx_export.formats import FORMATS, PRECISIONS
 from cifarx_export.gates import gate
+from cifarx_export.given_spec import read_given_spec, with_spec
 from cifarx_export.judging import Check
 from cifarx_export.locating import locate as locate_layer
 from cifarx_export.locating import require_locatable
@@ -21,13 +20,10 @@ from cifarx_export.parity_report import ParityReport
 from cifarx_export.proof import Proof, ProofData, Reference, ask_reference, prove, proved_batch_sizes
 from cifarx_export.proof_data import proof_data
 from cifarx_serve.backends.base import Backend, require_file
-from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY
 from cifarx_serve.backends.registry import backend_for, model_file, open_backend
-from cifarx_serve.backends.torchscript_backend import SPEC_FILE
 from cifarx_serve.devices import parse_device
-from cifarx_serve.errors import CifarxError, DataError, ModelFileError, SpecError, UsageError
+from cifarx_serve.errors import CifarxError, DataError, ModelFileError, UsageError
 from cifarx_serve.progress import Progress, silent
-from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoint import file_sha256, load_checkpoint, weights_sha256
 from cifarx_train.data.dataset import Broken
 from cifarx_train.pytorch_backend import PyTorchBackend
@@ -132,9 +128,9 @@ def _open(sides: _Sides, device: str, spec: str | Path | None, stack: ExitStack)
     """
     files = (model_file(sides.artifact), model_file(sides.reference))
     if spec is not None:
-        given = _read_spec(Path(spec))
+        given = read_given_spec(Path(spec))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        copies = [_with_spec(path, given, folder / str(number)) for number, path in enumerate(files)]
+        copies = [with_spec(path, given, folder / str(number)) for number, path in enumerate(files)]
         if copies == list(files):
             raise UsageError(f"both files carry a spec of their own, and {spec} says nothing", "leave --spec out")
         files = (copies[0], copies[1])
@@ -221,85 +217,3 @@ def _report(sides: _Sides, opened: _Opened, proof: Proof) -> ParityReport:
 def _format_name(path: Path) -> str:
     """The format that has this suffix; a file of another package's backend has none of ours."""
     return next((name for name, kind in FORMATS.items() if path.name.endswith(kind.suffix)), path.suffix)
-
-
-def _read_spec(path: Path) -> ModelSpec:
-    """What the user says of a file; the records of where it came from are of the file that the document is from."""
-    try:
-        spec = ModelSpec.from_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror})", "give a spec as a JSON file") from error
-    except SpecError as error:
-        raise SpecError(error.problem, "write it as `cifarx inspect FILE --json` prints one") from error
-    return msgspec.structs.replace(spec, checkpoint_sha256=None, weights_sha256=None, exporter=None, parity=None)
-
-
-def _with_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
-    """The file itself where it carries a spec or is a checkpoint, else a copy of it in `folder` with this one inside.
-
-    Only ONNX and TorchScript files can be given one; others are opened as they are.
-    """
-    require_file(path)
-    if path.name.endswith(".onnx"):
-        return _onnx_with_spec(path, spec, folder)
-    if path.name.endswith(".torchscript.pt"):
-        return _torchscript_with_spec(path, spec, folder)
-    return path
-
-
-def _onnx_with_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
-    """Its one input and output become `input` and `logits`; weights in files beside it come inside."""
-    import onnx
-
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # what its parsers raise has no common base
-        raise ModelFileError(f"{path} is not an ONNX model ({error})", "check the file") from error
-    if any(entry.key == SPEC_KEY for entry in model.metadata_props):
-        return path
-    model = _with_our_names(model, path)
-    onnx.helper.set_model_props(model, {SPEC_KEY: spec.to_json()})
-    if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
-        raise ModelFileError(f"{path} is over 2 GB", "put the spec into the file that holds its weights apart")
-    folder.mkdir()
-    copy = folder / path.name
-    copy.write_bytes(model.SerializeToString())
-    return copy
-
-
-def _with_our_names(model: Any, path: Path) -> Any:
-    """Identities carry the names to and from the graph: renaming would have to reach into every subgraph."""
-    import onnx
-
-    graph = model.graph
-    stored = {tensor.name for tensor in graph.initializer}
-    ports = [port for port in graph.input if port.name not in stored]  # before IR 4 weights were inputs too
-    for kind, found in (("inputs", ports), ("outputs", graph.output)):
-        if len(found) != 1:
-            names = ", ".join(port.name for port in found)
-            raise ModelFileError(f"{path} has {len(found)} {kind} ({names})", "give a classifier with one of each")
-    if (ports[0].name, graph.output[0].name) == ("input", "logits"):
-        return model
-    model = onnx.compose.add_prefix(model, f"{path.stem}/")  # so that ours are free
-    graph = model.graph
-    stored = {tensor.name for tensor in graph.initializer}
-    port, output = next(port for port in graph.input if port.name not in stored), graph.output[0]
-    graph.node.insert(0, onnx.helper.make_node("Identity", ["input"], [port.name]))
-    graph.node.append(onnx.helper.make_node("Identity", [output.name], ["logits"]))
-    port.name, output.name = "input", "logits"
-    return model
-
-
-def _torchscript_with_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise ModelFileError(f"{path} is not a TorchScript file ({error})", "check the file") from error
-    if not names or any(name.endswith(f"/extra/{SPEC_FILE}") for name in names):
-        return path
-    folder.mkdir()
-    copy = Path(shutil.copy(path, folder))
-    with zipfile.ZipFile(copy, "a") as archive:
-        archive.writestr(f"{names[0].partition('/')[0]}/extra/{SPEC_FILE}", spec.to_json())
-    return copy

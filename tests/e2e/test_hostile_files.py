@@ -103,7 +103,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "traversal.torchscript.pt": (traversal, "name that leads elsewhere"),
     "writing.torchscript.pt": (writing, "reaches beyond its tensors"),
     "noise.torchscript.pt": (random_bytes, "is not an archive"),
-    "noise.pth": (random_bytes, "cannot be read"),
+    "noise.pth": (random_bytes, "is not a checkpoint that can be read"),
 }
 SAYS_ITSELF = {"future.onnx", "writing.torchscript.pt"}
 """Files that are harmless until they are opened: `inspect` shows what they say."""

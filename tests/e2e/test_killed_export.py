@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="a POSIX system's processes and limits"),
 ]
 
-KILLS = 24
+KILLS = 12
 
 # What both programs begin with. One CPU, so that no library starts threads, which a fork would lose.
 _BEGIN = """

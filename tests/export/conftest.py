@@ -1,14 +1,12 @@
 """The files that the tests of this room start from; tests must not write beside them."""
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Cli, Ran
 from PIL import Image
 
 IMAGES_A_CLASS = 101
@@ -94,23 +92,6 @@ def decided(checkpoint: Path, proof_images: Any, tmp_path_factory: pytest.TempPa
     save_checkpoint(path, loaded._replace(model=weights))
     converted(path, "onnx", path.with_suffix(".onnx"))
     return path
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """`cli("verify", path, "--json")` as `cifarx verify PATH --json`, in this process."""
-    from cifarx.__main__ import main
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["cifarx", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        status = ended.value.code
-        assert isinstance(status, int)
-        return Ran(status, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="session")

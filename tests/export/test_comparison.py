@@ -212,7 +212,6 @@ def test_without_a_tolerance_nothing_is_outside_and_nothing_forgiven(pair: Pair)
 @pytest.mark.parametrize("step", [0.0, 1e-5, 1e-3, 0.25])
 def test_polygraphy_and_numpy_find_the_same_errors(step: float, good_onnx: Path) -> None:
     """NVIDIA's comparator runs both files itself, and has the same errors to the rounding of its own float32."""
-    pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install polygraphy")
     from onnx_faults import edited, entry_with
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
