@@ -5,20 +5,17 @@ a CPU without dot-product instructions (x86 before VNNI) cannot overflow, so the
 its proof holds there; rounding the weights well wins back more than the bit (`onnx_int8_rounding`).
 """
 
-import copy
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from cifarx_export.formats import Source
 from cifarx_export.onnx_int8_calibration import METHODS, Ranges, calibrate
-from cifarx_export.onnx_int8_layers import Layer, find_layers, macs_per_image, quiet, run_in_batches, session
+from cifarx_export.onnx_int8_graph import OPERATIONS, prepare, quantized
+from cifarx_export.onnx_int8_layers import Layer, find_layers, macs_per_image, run_in_batches, session
 from cifarx_export.onnx_int8_rounding import round_weights
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.preprocess import scale
@@ -33,10 +30,6 @@ _HELD_OUT: Final = (128, 8192)
 _SENSITIVITY: Final = (16, 256)
 _MACS: Final = 10**12
 """What one comparison may cost, in multiplications: large networks are compared on fewer inputs, within the bounds."""
-
-_OPERATIONS: Final = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Flatten")
-"""What ONNX Runtime's CPU kernels run in int8, and what integers pass through unchanged. Softmax, normalisation and
-gates (HardSwish, Mul) stay in fp32: they are a small part of the work and a large part of the error."""
 
 _PROTOBUF_LIMIT: Final = 2**31 - 1
 
@@ -76,22 +69,25 @@ def quantize(model: Any, source: Source) -> tuple[Any, dict[str, str]]:
         raise UsageError(f"{wanted} calibration images", f"give 1 or more; {CALIBRATION_IMAGES} is the default")
     if (size := model.ByteSize()) > _PROTOBUF_LIMIT:
         raise UsageError(f"the network takes {size / 2**30:.1f} GB", "int8 needs it in one file, at most 2 GB")
-    prepared = _prepare(model)
-    macs = macs_per_image(prepared)
+    prepared = prepare(model)
+    work = macs_per_image(prepared)
+    macs = sum(work.values())
     calibration, held_out = _split_images(source, wanted, _affordable(macs, _HELD_OUT))
     source.progress(f"int8: calibrating on {len(calibration)} training images")
-    ranges = calibrate(prepared, _OPERATIONS, scale(calibration, source.spec.input))
+    ranges = calibrate(prepared, OPERATIONS, scale(calibration, source.spec.input))
     source.progress("int8: rounding the weights")
-    weights = round_weights(prepared, _quantized(prepared, ranges["minmax"]), scale(calibration, source.spec.input))
+    weights = round_weights(prepared, quantized(prepared, ranges["minmax"]), scale(calibration, source.spec.input))
     search = _Search(prepared, ranges, weights, scale(held_out, source.spec.input), macs, source.progress)
     target = TARGETS[min(source.attempt, len(TARGETS) - 1)]
     score, candidate = search.run(target)
     if score.agreement < target:
         source.progress(f"int8: {score.agreement:.2%} is the best that was found; the proof decides")
+    in_fp32 = sum(work.get(node, 0) for layer in candidate.left for node in layer.nodes)
     facts = {
         "calibration": f"{candidate.method}, {len(calibration)} training images",
         "weights": "7 bits, per channel, rounded by GPTQ",
         "fp32 layers": ", ".join(layer.name for layer in candidate.left) or "none",
+        "in int8": f"{1 - in_fp32 / max(1, macs):.0%} of the multiplications",
         "held-out agreement": f"{score.agreement:.2%} of {len(held_out):,} training images",
     }
     return search.build(candidate), facts
@@ -131,7 +127,7 @@ class _Search:
     def build(self, candidate: _Candidate) -> Any:
         """The quantized model proto."""
         left = [node for layer in candidate.left for node in layer.nodes]
-        model = _quantized(self._model, self._ranges[candidate.method], left)
+        model = quantized(self._model, self._ranges[candidate.method], left)
         for tensor in model.graph.initializer:
             if tensor.name in self._weights:
                 tensor.CopyFrom(numpy_helper.from_array(self._weights[tensor.name], tensor.name))
@@ -212,53 +208,3 @@ def _split_images(source: Source, wanted: int | None, held_out: int) -> tuple[ND
     calibrated = np.zeros(len(images), np.bool_)
     calibrated[np.linspace(0, len(images) - 1, count).round().astype(np.int64)] = True
     return images[calibrated], images[~calibrated]
-
-
-def _prepare(model: Any) -> Any:
-    """Constants folded, shapes known; by way of files, as the library will have it."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        given, prepared = Path(folder) / "given.onnx", Path(folder) / "prepared.onnx"
-        onnx.save(model, given)
-        quant_pre_process(given, prepared, skip_symbolic_shape=True)  # ONNX's own inference knows these networks
-        found = onnx.load(prepared)
-    found.ir_version = model.ir_version
-    return found
-
-
-def _quantized(model: Any, ranges: Ranges, left: Sequence[str] = ()) -> Any:
-    """With QuantizeLinear and DequantizeLinear around all but the nodes `left`; a layer's matrix product may end in
-    fp32, where nothing follows that takes integers."""
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-    with quiet():
-        quantizer = QDQQuantizer(
-            copy.deepcopy(model),
-            per_channel=True,
-            reduce_range=True,
-            weight_qType=QuantType.QInt8,
-            activation_qType=QuantType.QUInt8,
-            tensors_range=TensorsData(CalibrationMethod.MinMax, dict(ranges)),
-            nodes_to_quantize=[],
-            nodes_to_exclude=list(left),
-            op_types_to_quantize=list(_OPERATIONS),
-            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
-        )
-        quantizer.quantize_model()
-        quantizer.model.topological_sort()
-    return _cleaned(quantizer.model.model, model)
-
-
-def _cleaned(model: Any, original: Any) -> Any:
-    """Without the library's notes, and without the domains it names and does not use."""
-    used = {node.domain for node in model.graph.node}
-    domains = [entry for entry in model.opset_import if entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(domains)
-    model.producer_name, model.producer_version = original.producer_name, original.producer_version
-    del model.metadata_props[:]
-    del model.graph.value_info[:]
-    return model

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
 
-from cifarx_export import onnx_int8, onnx_int8_layers, onnx_int8_rounding
+from cifarx_export import onnx_int8, onnx_int8_graph, onnx_int8_layers, onnx_int8_rounding
 from cifarx_export.formats import ExportOptions, Source
 from cifarx_export.onnx_format import convert_to_onnx
+from cifarx_export.onnx_int8_calibration import calibrate
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.preprocess import scale
 from cifarx_serve.spec import InputSpec, ModelSpec
@@ -126,7 +127,7 @@ def test_holds_integers_of_seven_bits_and_a_dynamic_batch(plain: Any) -> None:
 def test_says_what_was_chosen(plain: Any) -> None:
     module, lines = small(), []
     _, facts = onnx_int8.quantize(plain, source(module, lines=lines))
-    assert set(facts) == {"calibration", "weights", "fp32 layers", "held-out agreement"}
+    assert set(facts) == {"calibration", "weights", "fp32 layers", "in int8", "held-out agreement"}
     assert facts["calibration"].endswith(", 64 training images")
     assert "% of 512 " in facts["held-out agreement"]
     for method in ("minmax", "entropy", "percentile"):
@@ -223,9 +224,9 @@ def test_no_image_is_both_calibrated_and_compared_on() -> None:
 
 
 def test_macs_are_those_of_the_formula(plain: Any) -> None:
-    prepared = onnx_int8._prepare(plain)
+    prepared = onnx_int8_graph.prepare(plain)
     stem, deep, wide, head = 16 * 16 * 8 * 27, 16 * 16 * 8 * 72, 16 * 16 * 16 * 72, 16 * 10
-    assert onnx_int8_layers.macs_per_image(prepared) == stem + deep + wide + head
+    assert list(onnx_int8_layers.macs_per_image(prepared).values()) == [stem, deep, wide, head]
 
 
 @settings(max_examples=30, deadline=None)
@@ -244,3 +245,37 @@ def test_rounding_for_the_inputs_beats_rounding_to_the_nearest(seed: int, output
         return float(((integers * scales[:, None] - weights) @ rows.T).square().sum())
 
     assert error(found) <= 1.1 * error(nearest) + 1e-6
+
+
+class _Blocks(nn.Module):
+    """Two shortcuts, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 10, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.first(x))
+        x = torch.relu(x + self.first(x))
+        return self.second(x).mean((2, 3))
+
+
+def test_a_shortcut_between_sums_in_fp32_is_not_rounded() -> None:
+    """The first sum is rounded where a convolution takes it, and reaches the second as it is."""
+    torch.manual_seed(0)
+    prepared = onnx_int8_graph.prepare(exported(_Blocks().eval()))
+    [sums] = [layer for layer in onnx_int8_layers.find_layers(prepared) if layer.name == "additions"]
+    ranges = calibrate(prepared, onnx_int8_graph.OPERATIONS, scale(drawings(8), SPEC.input))["minmax"]
+    model = onnx_int8_graph.quantized(prepared, ranges, sums.nodes)
+    onnx.checker.check_model(model, full_check=True)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    first, second = [node for node in model.graph.node if node.op_type == "Add"]
+    assert [makers[name].op_type for name in first.input].count("DequantizeLinear") == 2
+    assert sorted(makers[name].op_type for name in second.input) == ["DequantizeLinear", "Relu"]
+    takers = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert all(makers[node.input[0]].op_type == "DequantizeLinear" for node in takers)
+    taken = {name for node in model.graph.node for name in node.input} | {"logits"}
+    assert all(taken.intersection(node.output) for node in model.graph.node)
