@@ -83,6 +83,17 @@ def _section(checkpoint: Path, data: str) -> str:
     return f"## {spec.model}, {taken.height}x{taken.width}, {trained}\n\n" + "\n".join(lines)
 
 
+def format_rows() -> list[str]:
+    """What `formats.FORMATS` has, as Markdown."""
+    lines = ["| format | file | precisions | devices | options | runs on |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, kind in FORMATS.items():
+        options = ", ".join(f"`--{option.replace('_', '-')}`" for option in kind.options)
+        file = f"`NAME{kind.suffix}{'/' if kind.model else ''}`"
+        cells = (name, file, ", ".join(kind.precisions), ", ".join(kind.devices), options, kind.backend)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def main(
     checkpoints: list[Path],
     out: Annotated[Path, typer.Option(help="The Markdown file.")],
@@ -90,15 +101,17 @@ def main(
 ) -> None:
     """Write the table."""
     here = environment()
-    sections = [_section(checkpoint, data) for checkpoint in checkpoints]
     versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
-    head = (
-        "# Formats and precisions\n\n"
-        "Made by `python benchmarks/format_table.py CHECKPOINT… --out docs/formats.md`: each line is\n"
-        "one `cifarx export`, proved on the whole test split. The error is of a logit; accuracy is the artifact's,\n"
-        f"with its difference from the checkpoint's in points.\n\n{here.cpu}, {here.cpus} CPUs; {versions}."
-    )
-    out.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
+    sections = [
+        "# Formats and precisions",
+        "\n".join(format_rows()),
+        "Below, by `python benchmarks/format_table.py CHECKPOINT… --out docs/formats.md`: each line is one\n"
+        "`cifarx export`, proved on the whole test split. The error is of a logit; accuracy is the artifact's,\n"
+        f"with its difference from the checkpoint's in points.\n\n{here.cpu}, {here.cpus} CPUs; {versions}.",
+    ]
+    for checkpoint in checkpoints:
+        sections.append(_section(checkpoint, data))
+        out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

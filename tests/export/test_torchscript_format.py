@@ -1,11 +1,9 @@
 """TorchScript archives: what is inside, what is not, and as far as PyTorch allows, the same every time."""
 
 import getpass
-import os
 import re
 import socket
 import sys
-import sysconfig
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conversion_source import source_of
+from machine_traces import require_no_folders
 
 from cifarx_export.torchscript_format import TorchScriptArtifact, convert_to_torchscript
 from cifarx_serve.backends.torchscript_backend import SPEC_FILE
@@ -126,15 +125,7 @@ def test_the_spec_is_its_only_extra_file(path: Path, loaded: Checkpoint) -> None
 @needs_torchscript
 def test_nothing_of_this_machine_is_inside(path: Path) -> None:
     content = path.read_bytes()
-    folders = {
-        Path.cwd(),
-        Path.home(),
-        Path(__file__).parents[2],
-        Path(sys.prefix),
-        Path(sysconfig.get_path("purelib")),
-    }
-    for folder in folders - {Path("/")}:
-        assert os.fsencode(folder) not in content
+    require_no_folders(content)
     assert b"a-name-to-look-for" not in content
     assert b"site-packages" not in content
     # Names so short that random weights may spell them are looked for beside the weights.

@@ -12,6 +12,7 @@ from conversion_source import source_of
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from hypothesis import given
 from hypothesis import strategies as st
+from parity_summary import SUMMARY
 
 from cifarx_export.formats import ExportOptions, Source
 from cifarx_export.kserve import LONGEST_NAME, kserve_manifest, resource_name
@@ -19,7 +20,7 @@ from cifarx_export.triton_config import PREFERRED_BATCHES, labels, quoted, trito
 from cifarx_export.triton_format import TritonArtifact, convert_to_triton, repository_name
 from cifarx_serve.backends.onnxruntime_backend import OnnxRuntimeBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.spec import ModelSpec, ParitySummary
+from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoint import Checkpoint, load_checkpoint
 
 CPU = Device("cpu")
@@ -188,7 +189,11 @@ def test_the_rest_of_the_configuration(repository: Path, loaded: Checkpoint) -> 
 
 @pytest.mark.parametrize("largest", [None, 3, 16, 64, 100])
 def test_no_batch_is_larger_than_what_was_proved(loaded: Checkpoint, largest: int | None) -> None:
-    spec = loaded.spec if largest is None else msgspec.structs.replace(loaded.spec, parity=summary((1, largest)))
+    spec = (
+        loaded.spec
+        if largest is None
+        else msgspec.structs.replace(loaded.spec, parity=msgspec.structs.replace(SUMMARY, batch_sizes=(1, largest)))
+    )
     config = parsed(triton_config(spec, "lzh"))
     assert config.max_batch_size == (largest or 64)
     preferred = list(config.dynamic_batching.preferred_batch_size)
@@ -198,28 +203,6 @@ def test_no_batch_is_larger_than_what_was_proved(loaded: Checkpoint, largest: in
     assert config.dynamic_batching.max_queue_delay_microseconds > 0
 
 
-def summary(batch_sizes: tuple[int, ...]) -> ParitySummary:
-    return ParitySummary(
-        passed=True,
-        images=1000,
-        batch_sizes=batch_sizes,
-        max_abs_error=0.0,
-        mean_abs_error=0.0,
-        p999_abs_error=0.0,
-        required_tolerance=0.0,
-        atol=1e-4,
-        rtol=1e-4,
-        agreement=1.0,
-        forgiven=0,
-        reference_accuracy=0.5,
-        accuracy=0.5,
-        nonfinite=0,
-        provider="CPUExecutionProvider",
-        data="builtin",
-        data_fingerprint="0" * 64,
-    )
-
-
 def test_saving_again_replaces_all_of_it(
     artifact: TritonArtifact, loaded: Checkpoint, repository: Path, tmp_path: Path
 ) -> None:
@@ -227,7 +210,7 @@ def test_saving_again_replaces_all_of_it(
     artifact.save(tmp_path / "twice", msgspec.structs.replace(loaded.spec, class_names=("longer " * 100,) * 10))
     artifact.save(tmp_path / "twice", loaded.spec)
     assert content(tmp_path / "twice") == content(repository)
-    proved = msgspec.structs.replace(loaded.spec, parity=summary((1, 3, 64)))
+    proved = msgspec.structs.replace(loaded.spec, parity=msgspec.structs.replace(SUMMARY, batch_sizes=(1, 3, 64)))
     artifact.save(tmp_path / "twice", proved)
     assert files(tmp_path / "twice") == FILES
     assert OnnxRuntimeBackend.read_spec(tmp_path / "twice/lzh/1/model.onnx") == proved
