@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,13 +110,40 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
         return to_rgb(image)
 
 
+class _WithoutPillowsWarnings:
+    """Of large pictures, where the limit is ours, and of damaged metadata, where the pixels are sound.
+
+    The filters are the whole process's: the first of several threads inside changes them, the last puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.__exit__(None, None, None)
+
+
+_without_pillows_warnings: Final = _WithoutPillowsWarnings()
+
+
 @contextmanager
 def _image_errors(name: str) -> Iterator[None]:
     """Whatever Pillow raises inside, as ImageError."""
     try:
-        with warnings.catch_warnings():
-            # Of large pictures, where the limit is ours, and of damaged metadata, where the pixels are sound.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
+        with _without_pillows_warnings:
             yield
     except ImageError:
         raise

@@ -1,21 +1,28 @@
 """From an image to a label: a model file, opened, with its own preprocessing and class names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import ImageError, UsageError
 from cifarx_serve.images import ImageSource, read_image
-from cifarx_serve.preprocess import preprocess
+from cifarx_serve.preprocess import model_input, resize
 from cifarx_serve.spec import ModelSpec
+from cifarx_serve.threads import available_cpus
+
+BATCH: Final = 64
+"""Images of a stream that go through the model together."""
+
+_EMBEDDED_BATCH: Final = 8
+"""The same where a file takes pictures as they are: these may be large."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -71,25 +78,59 @@ class Predictor:
 
     def predict_batch(self, images: Sequence[ImageSource], top_k: int = 1) -> list[Prediction]:
         """Classify images together, in the order given; raises as `predict` does."""
+        self._require_top_k(top_k)
+        return self._predictions([self._pixels(image) for image in images], top_k)
+
+    def predict_stream(self, images: Iterable[ImageSource], top_k: int = 1) -> Iterator[Prediction | ImageError]:
+        """Classify any number of images in bounded memory, decoded ahead in threads; answers in the order given.
+
+        An image that cannot be read gives its error in place of an answer, and does not stop the others.
+
+        Raises:
+            UsageError: `top_k` is out of range.
+        """
+        self._require_top_k(top_k)
+        return self._stream(images, top_k)
+
+    def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[Prediction | ImageError]:
+        from cifarx_serve.ahead import ahead  # threads take 15 ms to import, and one image needs none
+
+        batch = _EMBEDDED_BATCH if self.spec.embedded_preprocessing else BATCH
+        threads = available_cpus()
+        read = ahead(self._pixels_or_error, images, threads, max(1, batch // (2 * threads)))
+        while part := list(islice(read, batch)):
+            good = [pixels for pixels in part if not isinstance(pixels, ImageError)]
+            answers = iter(self._predictions(good, top_k))
+            yield from (entry if isinstance(entry, ImageError) else next(answers) for entry in part)
+
+    def _pixels_or_error(self, image: ImageSource) -> NDArray[np.uint8] | ImageError:
+        try:
+            return self._pixels(image)
+        except ImageError as error:
+            return error
+
+    def _pixels(self, image: ImageSource) -> NDArray[np.uint8]:
+        """RGB, (H, W, 3): at the network's size, or as they are for a file that does its own preprocessing."""
+        picture = read_image(image)
+        return np.asarray(picture) if self.spec.embedded_preprocessing else resize(picture, self.spec.input)
+
+    def _require_top_k(self, top_k: int) -> None:
         classes = len(self.spec.class_names)
         if not 1 <= top_k <= classes:
             raise UsageError(f"top-k is {top_k}", f"the model has {classes} classes: give 1 to {classes}")
+
+    def _predictions(self, images: Sequence[NDArray[np.uint8]], top_k: int) -> list[Prediction]:
+        """Of images as `_pixels` gives them; those of one size go together."""
         if not images:
             return []
-        logits = self._logits([read_image(image) for image in images])
-        return [self._prediction(*row, top_k) for row in zip(logits, softmax(logits), strict=True)]
-
-    def _logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Of RGB pictures; a file that does its own preprocessing gets them as they are, those of one size together."""
-        if not self.spec.embedded_preprocessing:
-            return self._backend.run(preprocess(images, self.spec))
-        positions: dict[tuple[int, int], list[int]] = {}
+        positions: dict[tuple[int, ...], list[int]] = {}
         for position, image in enumerate(images):
-            positions.setdefault(image.size, []).append(position)
+            positions.setdefault(image.shape, []).append(position)
         logits = np.empty((len(images), len(self.spec.class_names)), np.float32)
         for same_size in positions.values():
-            logits[same_size] = self._backend.run(np.stack([np.asarray(images[position]) for position in same_size]))
-        return logits
+            batch = np.stack([images[position] for position in same_size])
+            logits[same_size] = self._backend.run(model_input(batch, self.spec))
+        return [self._prediction(*row, top_k) for row in zip(logits, softmax(logits), strict=True)]
 
     def _prediction(self, logits: NDArray[np.float32], scores: NDArray[np.float64], top_k: int) -> Prediction:
         # By the logits, which softmax may round to equals; stable: of equals the first, as argmax has it.

@@ -1,6 +1,5 @@
 """From an RGB picture to the network's input: the one implementation, for training, proof and serving."""
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -51,8 +50,3 @@ def model_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
     The pixels themselves where the file does its preprocessing, else float32 (N, 3, H, W).
     """
     return pixels if spec.embedded_preprocessing else scale(pixels, spec.input)
-
-
-def preprocess(images: Sequence[Image.Image], spec: ModelSpec) -> NDArray[Any]:
-    """RGB pictures of any size as one batch; see `model_input`."""
-    return model_input(np.stack([resize(image, spec.input) for image in images]), spec)

@@ -1,3 +1,6 @@
+import csv
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -84,7 +87,7 @@ def test_broken_images_do_not_stop_the_others(cli: Cli, trained: Trained, drawin
     torn = tmp_path / "torn.png"
     torn.write_bytes(drawings[0].read_bytes()[:200])
     ran = cli("infer", drawings[0], torn, "absent.png", drawings[1], "--model", trained.onnx, "--json")
-    assert ran.status == 2
+    assert ran.status == 1
     assert [("label" in entry, "error" in entry) for entry in ran.json] == [
         (True, False),
         (False, True),
@@ -178,3 +181,82 @@ def test_dog(cli: Cli, trained: Trained, dog: Path) -> None:
         for model in (trained.onnx, trained.torchscript, trained.checkpoint)
     }
     assert len(answers) == 1
+
+
+# Many images, and other layouts.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A hundred and fifty drawings, one that is broken in the middle, and a text."""
+    place = tmp_path / "many"
+    place.mkdir()
+    images, _ = draw("test")
+    for position in range(150):
+        Image.fromarray(images[position]).save(place / f"{position:03}.png")
+    (place / "077.png").write_bytes(b"no picture")
+    (place / "readme.txt").touch()
+    return place
+
+
+def test_a_folder_is_answered_in_order(cli: Cli, trained: Trained, folder: Path) -> None:
+    ran = cli("infer", folder, "--model", trained.onnx, "--jsonl", "--top-k", 2)
+    assert ran.status == 1
+    rows = [json.loads(line) for line in ran.out.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == [f"{position:03}.png" for position in range(150)]
+    assert [position for position, row in enumerate(rows) if "error" in row] == [77]
+    single = cli("infer", folder / "140.png", "--model", trained.onnx, "--json", "--top-k", 2).json[0]
+    assert rows[140]["index"] == single["index"]
+    assert rows[140]["score"] == pytest.approx(single["score"], abs=1e-5)
+    document = cli("infer", folder, "--model", trained.onnx, "--json", "--top-k", 2)
+    assert document.json == rows
+
+
+def test_a_table_has_a_row_an_image(cli: Cli, trained: Trained, folder: Path) -> None:
+    ran = cli("infer", str(folder / "07*.png"), "--model", trained.onnx, "--csv", "--top-k", 2)
+    assert ran.status == 1
+    rows = list(csv.DictReader(io.StringIO(ran.out)))
+    head = ["image", "label", "index", "score", "label_2", "index_2", "score_2", "error"]
+    assert list(rows[0]) == head
+    assert len(rows) == 10
+    for row in rows:
+        if row["image"].endswith("077.png"):
+            assert "not an image" in row["error"]
+            assert {row[name] for name in head[1:-1]} == {""}
+        else:
+            assert row["label"] == CLASS_NAMES[int(row["index"])]
+            assert float(row["score"]) >= float(row["score_2"])
+            assert not row["error"]
+
+
+def test_standard_input_is_an_image(trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cifarx", "infer", "-", str(drawings[1]), "--model", str(trained.onnx), "--json"]
+    ran = subprocess.run(command, input=drawings[1].read_bytes(), capture_output=True, check=True, cwd=tmp_path)
+    first, second = json.loads(ran.stdout)
+    assert first["image"] == "-"
+    assert {**first, "image": ""} == {**second, "image": ""}
+
+
+def test_a_text_has_no_line_for_what_is_broken(cli: Cli, trained: Trained, folder: Path) -> None:
+    ran = cli("infer", folder, "--model", trained.onnx)
+    assert len(ran.out.splitlines()) == 149
+    assert "077.png is not an image" in ran.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["x.png", "--csv", "--jsonl"], "--jsonl and --csv together"),
+        (["*.gif"], "nothing fits"),
+        ([".", "--csv"], "no images in"),
+    ],
+)
+def test_what_cannot_be_meant(
+    cli: Cli, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "none").mkdir()
+    monkeypatch.chdir(tmp_path / "none")
+    ran = cli("infer", *arguments, "--model", trained.onnx)
+    assert ran.status == 2
+    assert words in ran.error
+    assert ran.out == ""

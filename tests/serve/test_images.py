@@ -1,8 +1,10 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -416,3 +418,15 @@ def test_postscript_is_refused_before_anything_runs_it(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "teal").save(tmp_path / "x.eps")
     with pytest.raises(ImageError, match="EPS"):
         read_image(tmp_path / "x.eps")
+
+
+def test_threads_that_decode_leave_the_warnings_as_they_were() -> None:
+    """A damaged EXIF block makes Pillow warn; the filters of a process are for all of its threads."""
+    damaged = encoded(PICTURE, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        pictures = list(pool.map(lambda _: read_image(damaged).size, range(400)))
+    assert len(pictures) == 400
+    assert warnings.filters == before
+    with pytest.warns(UserWarning, match="still told"):
+        warnings.warn("still told", stacklevel=1)

@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,49 @@ def test_pictures_of_one_size_go_together_and_answers_keep_their_order() -> None
     ]
     assert [prediction.label for prediction in Predictor(backend).predict_batch(images)] == names
     assert [batch.shape for batch in backend.fed] == [(3, 5, 9, 3), (2, 9, 5, 3), (1, 1, 1, 3)]
+
+
+def test_a_stream_answers_as_one_by_one_and_says_what_is_broken(predictor: Predictor, tmp_path: Path) -> None:
+    """More than go through the model together, and more than are decoded ahead."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    colours = [RED, GREEN, BLUE, CYAN.resize((3, 3)), tmp_path / "broken.png"] * 101
+    answers = list(predictor.predict_stream(iter(colours), top_k=2))
+    assert len(answers) == len(colours)
+    for image, answer in zip(colours, answers, strict=True):
+        if isinstance(image, Path):
+            assert isinstance(answer, ImageError)
+            assert "broken.png" in str(answer)
+        else:
+            assert answer == predictor.predict(image, top_k=2)
+
+
+def test_a_stream_is_read_as_its_answers_are_asked_for(predictor: Predictor) -> None:
+    taken = 0
+
+    def images() -> Iterator[Image.Image]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield RED
+
+    answers = predictor.predict_stream(images())
+    for _ in range(1000):
+        next(answers)
+    assert taken < 1000 + 2000
+    answers.close()  # type: ignore[attr-defined]
+
+
+def test_a_stream_refuses_a_wrong_top_k_at_once(predictor: Predictor) -> None:
+    with pytest.raises(UsageError, match="top-k is 9"):
+        predictor.predict_stream([], top_k=9)
+
+
+def test_several_threads_may_ask_at_once(predictor: Predictor) -> None:
+    expected = {index: predictor.predict(image) for index, image in enumerate((RED, GREEN, BLUE, GREY))}
+    images = list(enumerate((RED, GREEN, BLUE, GREY))) * 100
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda entry: (entry[0], predictor.predict(entry[1])), images))
+    assert all(expected[index] == answer for index, answer in found)
 
 
 def test_no_images(predictor: Predictor) -> None:

@@ -1,6 +1,6 @@
 """The reference is torchvision: what was trained with its transforms must see the same bits here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifarx_serve.images import read_image
-from cifarx_serve.preprocess import preprocess, resize, scale
+from cifarx_serve.preprocess import model_input, resize, scale
 from cifarx_serve.spec import InputSpec, ModelSpec
 
 PLAIN = InputSpec(height=32, width=32)
@@ -23,6 +23,10 @@ SIZES = [(1, 1), (1, 700), (700, 1), (2, 499), (32, 32), (31, 33), (32, 500), (5
 
 def model(spec: InputSpec) -> ModelSpec:
     return ModelSpec(model="any", class_names=("a", "b"), input=spec)
+
+
+def preprocess(images: Sequence[Image.Image], spec: ModelSpec) -> NDArray[Any]:
+    return model_input(np.stack([resize(image, spec.input) for image in images]), spec)
 
 
 Drawing = Callable[[np.random.Generator, int, int], NDArray[Any]]
