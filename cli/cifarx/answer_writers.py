@@ -1,8 +1,6 @@
 """What `cifarx infer` found, written an image at a time: text, JSON, JSON lines or CSV."""
 
-import csv
 import sys
-import textwrap
 from abc import ABC, abstractmethod
 from typing import Any, Final, Literal, TypeAlias
 
@@ -57,7 +55,8 @@ class _Json(AnswerWriter):
 
     def write(self, image: str, answer: Prediction | ImageError) -> None:
         document = msgspec.json.format(msgspec.json.encode(self._document(image, answer)), indent=2).decode()
-        sys.stdout.write(f"{self._before}\n{textwrap.indent(document, '  ')}")
+        indented = document.replace("\n", "\n  ")
+        sys.stdout.write(f"{self._before}\n  {indented}")
         self._before = ","
 
     def close(self) -> None:
@@ -72,6 +71,8 @@ class _JsonLines(AnswerWriter):
 class _Csv(AnswerWriter):
     def __init__(self, facts: dict[str, str], top_k: int) -> None:
         super().__init__(facts, top_k)
+        import csv  # not for the others: start-up is measured
+
         self._rows = csv.writer(sys.stdout, lineterminator="\n")
         further = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "index", "score")]
         self._rows.writerow(["image", "label", "index", "score", *further, "error"])

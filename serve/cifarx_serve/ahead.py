@@ -13,24 +13,24 @@ _CHUNKS_A_THREAD: Final = 3
 """One that is worked on, one that is ready, one that waits."""
 
 
-def ahead(work: Callable[[In], Out], items: Iterable[In], threads: int, chunk: int) -> Iterator[Out]:
-    """`map(work, items)`, computed in threads.
+def ahead(work: Callable[[list[In]], list[Out]], items: Iterable[In], threads: int, chunk: int) -> Iterator[Out]:
+    """The results of `work`, chunk for chunk, computed in threads.
 
     At most `3 * threads + 1` chunks are in memory, so that many items are taken before their results are asked for.
     What `work` raises ends it.
 
     Args:
-        work: called from several threads at once.
+        work: gives a result an item; called from several threads at once.
         items: taken from one thread, the caller's.
         threads: how many.
-        chunk: how many items a thread takes at a time; handing over one by one would cost more than a small one.
+        chunk: how many items a thread takes at a time.
     """
     remaining = iter(items)
     waiting: deque[Future[list[Out]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="cifarx-ahead")
     try:
         while part := list(islice(remaining, chunk)):
-            waiting.append(pool.submit(lambda part=part: [work(item) for item in part]))  # type: ignore[misc]
+            waiting.append(pool.submit(work, part))
             if len(waiting) > _CHUNKS_A_THREAD * threads:
                 yield from waiting.popleft().result()
         while waiting:

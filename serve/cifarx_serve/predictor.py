@@ -1,7 +1,6 @@
 """From an image to a label: a model file, opened, with its own preprocessing and class names."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -47,6 +46,7 @@ class Predictor:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._for_threads: Backend | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -79,7 +79,7 @@ class Predictor:
     def predict_batch(self, images: Sequence[ImageSource], top_k: int = 1) -> list[Prediction]:
         """Classify images together, in the order given; raises as `predict` does."""
         self._require_top_k(top_k)
-        return self._predictions([self._pixels(image) for image in images], top_k)
+        return self._predictions([self._pixels(image) for image in images], top_k, self._backend)
 
     def predict_stream(self, images: Iterable[ImageSource], top_k: int = 1) -> Iterator[Prediction | ImageError]:
         """Classify any number of images in bounded memory, decoded ahead in threads; answers in the order given.
@@ -93,15 +93,21 @@ class Predictor:
         return self._stream(images, top_k)
 
     def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[Prediction | ImageError]:
+        """Each thread decodes a batch and runs it: no thread waits for another, and none is shared."""
         from cifarx_serve.ahead import ahead  # threads take 15 ms to import, and one image needs none
 
+        if self._for_threads is None:
+            self._for_threads = self._backend.for_threads()
+        backend = self._for_threads
+
+        def classify(part: list[ImageSource]) -> list[Prediction | ImageError]:
+            read = [self._pixels_or_error(image) for image in part]
+            good = [pixels for pixels in read if not isinstance(pixels, ImageError)]
+            answers = iter(self._predictions(good, top_k, backend))
+            return [entry if isinstance(entry, ImageError) else next(answers) for entry in read]
+
         batch = _EMBEDDED_BATCH if self.spec.embedded_preprocessing else BATCH
-        threads = available_cpus()
-        read = ahead(self._pixels_or_error, images, threads, max(1, batch // (2 * threads)))
-        while part := list(islice(read, batch)):
-            good = [pixels for pixels in part if not isinstance(pixels, ImageError)]
-            answers = iter(self._predictions(good, top_k))
-            yield from (entry if isinstance(entry, ImageError) else next(answers) for entry in part)
+        return ahead(classify, images, available_cpus(), batch)
 
     def _pixels_or_error(self, image: ImageSource) -> NDArray[np.uint8] | ImageError:
         try:
@@ -119,7 +125,7 @@ class Predictor:
         if not 1 <= top_k <= classes:
             raise UsageError(f"top-k is {top_k}", f"the model has {classes} classes: give 1 to {classes}")
 
-    def _predictions(self, images: Sequence[NDArray[np.uint8]], top_k: int) -> list[Prediction]:
+    def _predictions(self, images: Sequence[NDArray[np.uint8]], top_k: int, backend: Backend) -> list[Prediction]:
         """Of images as `_pixels` gives them; those of one size go together."""
         if not images:
             return []
@@ -129,19 +135,22 @@ class Predictor:
         logits = np.empty((len(images), len(self.spec.class_names)), np.float32)
         for same_size in positions.values():
             batch = np.stack([images[position] for position in same_size])
-            logits[same_size] = self._backend.run(model_input(batch, self.spec))
-        return [self._prediction(*row, top_k) for row in zip(logits, softmax(logits), strict=True)]
-
-    def _prediction(self, logits: NDArray[np.float32], scores: NDArray[np.float64], top_k: int) -> Prediction:
+            logits[same_size] = backend.run(model_input(batch, self.spec))
         # By the logits, which softmax may round to equals; stable: of equals the first, as argmax has it.
-        best = np.argsort(-logits, kind="stable")[:top_k]
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+        scores = np.take_along_axis(softmax(logits), best, axis=1)
+        return [self._prediction(*row) for row in zip(best.tolist(), scores.tolist(), strict=True)]
+
+    def _prediction(self, best: list[int], scores: list[float]) -> Prediction:
         names = self.spec.class_names
-        top = tuple(Candidate(names[index], int(index), float(scores[index])) for index in best)
+        top = tuple(Candidate(names[index], index, score) for index, score in zip(best, scores, strict=True))
         return Prediction(top[0].label, top[0].index, top[0].score, top)
 
     def close(self) -> None:
         """Give back what the model file holds open."""
         self._backend.close()
+        if self._for_threads is not None:
+            self._for_threads.close()
 
     def __enter__(self) -> Self:
         return self

@@ -61,6 +61,13 @@ class Backend(ABC):
         """The inputs, then the outputs, where the file states them; none where it does not."""
         return ()
 
+    def for_threads(self) -> "Backend":
+        """The model for callers that bring a thread a CPU, so that each call keeps to its caller's; who asks closes it.
+
+        It is this one where that makes no difference.
+        """
+        return self
+
     @abstractmethod
     def close(self) -> None:
         """Give back what the file holds open; a second call does nothing."""

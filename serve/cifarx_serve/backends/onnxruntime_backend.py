@@ -1,5 +1,6 @@
 """ONNX Runtime: `.onnx` files, on the CPU or an NVIDIA GPU. Needs no PyTorch."""
 
+import copy
 import os
 import re
 import warnings
@@ -33,6 +34,8 @@ _DTYPES: Final = {"tensor(float)": "float32", "tensor(float16)": "float16", "ten
 
 # At the opening, nodes of constants are run and replaced by what they give; a few bytes of shape can ask for any size.
 _FOLDED_SIZE: Final = "optimization.constant_folding_max_output_size_in_bytes"
+
+_CPU: Final[list[tuple[str, dict[str, str]]]] = [("CPUExecutionProvider", {})]
 
 # Errors come back as exceptions, where they are told in one line; the library's own log would say them again.
 _LOG_FATAL: Final = 4
@@ -70,6 +73,14 @@ class OnnxRuntimeBackend(Backend):
             problem = f"{self._path} does not run on {batch.dtype} {batch.shape} ({_reason(error)})"
             raise ModelFileError(problem, "export it again") from error
         return logits
+
+    def for_threads(self) -> Backend:
+        """A second session on the same file, which starts no threads of its own."""
+        if self.provider != _CPU[0][0]:
+            return self
+        other = copy.copy(self)
+        other._session = _session(self._path, _CPU, threads=1)
+        return other
 
     def ports(self) -> tuple[Port, ...]:
         return tuple(
@@ -124,7 +135,7 @@ def _open_session(path: Path | bytes, device: Device) -> "onnxruntime.InferenceS
             return _cuda_session(path, device.number)
         except DeviceError as error:
             warnings.warn(f"running on the CPU: {error}", FallbackWarning, stacklevel=2)
-    return _session(path, [("CPUExecutionProvider", {})])
+    return _session(path, _CPU)
 
 
 def _cuda_session(path: Path | bytes, index: int) -> "onnxruntime.InferenceSession":
@@ -155,12 +166,13 @@ def _session(
     model: Path | bytes,
     providers: list[tuple[str, dict[str, str]]],
     config: dict[str, str] | None = None,
+    threads: int | None = None,
 ) -> "onnxruntime.InferenceSession":
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_FATAL
-    if (cpus := available_cpus()) != os.cpu_count():
+    if (cpus := threads or available_cpus()) != os.cpu_count():
         options.intra_op_num_threads = cpus  # explicit counts cost the pinning to cores, so only where needed
     for key, value in {_FOLDED_SIZE: str(_folded_size(model)), **(config or {})}.items():
         options.add_session_config_entry(key, value)
