@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ from measured_models import Models
 
 from cifarx_export.exporting import export
 from cifarx_export.onnx_format import DEFAULT_OPSET
+from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.measuring import Runner, measure
 from cifarx_serve.preprocess import scale
 from cifarx_serve.spec import ModelSpec
 from cifarx_serve.threads import available_cpus
 from cifarx_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cifarx_train.data.selection import ENVIRONMENT, select_data
 from cifarx_train.models.registry import network
+from cifarx_train.run import train
 
 ROUNDS = 5
 MAX_RATIO = 2.0
 MAX_BYTES = 4e9
+MIN_INT8_SPEED_UP = 1.3
 BATCH = 64
 
 
@@ -88,6 +93,27 @@ def _bare_export(checkpoint: Path, images: np.ndarray, path: Path) -> None:
             batch = scale(images[start : start + BATCH], spec)
             module(torch.from_numpy(batch))
             session.run(None, {"input": batch})
+
+
+@pytest.mark.timeout(900)
+def test_a_resnet_in_int8_is_faster_where_the_cpu_can(tmp_path: Path, notes: list[str]) -> None:
+    """ResNet-18 after an epoch on the built-in data, proved in both precisions, measured in turns."""
+    done = train("resnet18", data="builtin", recipe_name="fast", epochs=1, out=tmp_path)
+    plain, quantized = export(done.checkpoints[-1], ["onnx"], ["fp32", "int8"], data="builtin")
+    assert plain.report.summary.passed
+    assert quantized.report.summary.passed
+    inputs = np.random.default_rng(0).random((BATCH, 3, 32, 32), dtype=np.float32)
+    with open_backend(plain.path, device="cpu") as fp32, open_backend(quantized.path, device="cpu") as int8:
+        runners = [Runner(name, partial(backend.run, inputs)) for name, backend in (("fp32", fp32), ("int8", int8))]
+        slow, fast = measure(runners, seconds=3)
+    ratio = slow.p50_us / fast.p50_us
+    able = "vnni" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+    limit = f"at least {MIN_INT8_SPEED_UP:g}" if able else "no limit: this CPU has no VNNI"
+    notes.append(
+        f"resnet18 in int8: {ratio:.2f} times fp32 at batch {BATCH} ({limit}), agreement "
+        f"{quantized.report.summary.agreement:.2%}, median of turns"
+    )
+    assert not able or ratio >= MIN_INT8_SPEED_UP
 
 
 @pytest.mark.timeout(900)

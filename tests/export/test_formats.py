@@ -178,6 +178,21 @@ def test_a_format_like_none_is_answered_with_all() -> None:
         assert name in caught.value.remedy
 
 
+def test_the_documented_table_is_this_one() -> None:
+    """`benchmarks/format_table.py` writes the page."""
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    documented = {row[0]: row[1:] for row in rows if len(row) == 6}
+    assert list(documented)[2:] == list(FORMATS)
+    for name, kind in FORMATS.items():
+        file, precisions, devices, options, backend = documented[name]
+        assert file == f"`NAME{kind.suffix}{'/' if kind.model else ''}`"
+        assert precisions.split(", ") == list(kind.precisions)
+        assert devices.split(", ") == list(kind.devices)
+        assert [flag.strip("`-").replace("-", "_") for flag in options.split(", ") if flag] == list(kind.options)
+        assert backend == kind.backend
+
+
 # What is not refused converts, and the row's backend runs it.
 
 
