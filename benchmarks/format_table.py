@@ -6,7 +6,6 @@ Each artifact is exported and proved as `cifarx export` does it; a row says what
 """
 
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -21,7 +20,7 @@ from cifarx_serve.errors import CifarxError
 from cifarx_serve.spec import ParitySummary
 from cifarx_train.checkpoint import load_checkpoint
 
-HEADINGS = ("format", "precision", "MB", "max abs error", "agreement", "accuracy", "seconds", "")
+HEADINGS = ("format", "precision", "MB", "max abs error", "agreement", "accuracy", "")
 
 
 class Row(NamedTuple):
@@ -32,11 +31,10 @@ class Row(NamedTuple):
     made: Exported | None
     refusal: str
     megabytes: float
-    seconds: float
 
     def cells(self) -> tuple[str, ...]:
         if self.made is None:
-            return (self.format, self.precision, "", "", "", "", "", f"refused: {self.refusal}")
+            return (self.format, self.precision, "", "", "", "", f"refused: {self.refusal}")
         summary = self.made.report.summary
         failed = ", ".join(f"{check.name} {check.found}" for check in self.made.report.checks if not check.passed)
         return (
@@ -46,7 +44,6 @@ class Row(NamedTuple):
             "" if summary.max_abs_error is None else f"{summary.max_abs_error:.1e}",
             f"{summary.agreement:.2%}",
             _accuracy(summary),
-            f"{self.seconds:.0f}",
             "proved" if summary.passed else f"refused: {failed}",
         )
 
@@ -61,15 +58,13 @@ def _rows(checkpoint: Path, data: str, folder: Path) -> Iterator[Row]:
     for name, kind in FORMATS.items():
         for precision in PRECISIONS:
             note(f"{checkpoint.name}: {name} {precision}")
-            started = time.perf_counter()
             try:
                 (made,) = export(checkpoint, [name], [precision], data=data, out=folder)
             except CifarxError as error:
-                yield Row(name, precision, None, error.problem, 0.0, 0.0)
+                yield Row(name, precision, None, error.problem, 0.0)
                 continue
-            seconds = time.perf_counter() - started
             model = kind.model_file(made.path) if made.report.summary.passed else None
-            yield Row(name, precision, made, "", model.stat().st_size / 1e6 if model else 0.0, seconds)
+            yield Row(name, precision, made, "", model.stat().st_size / 1e6 if model else 0.0)
 
 
 def _section(checkpoint: Path, data: str) -> str:
@@ -78,7 +73,7 @@ def _section(checkpoint: Path, data: str) -> str:
     trained = f"{training.accuracy_text} on {training.data.name}" if training else "no training record"
     with tempfile.TemporaryDirectory() as folder:
         rows = [row.cells() for row in _rows(checkpoint, data, Path(folder))]
-    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * 5 + " --- |"]
+    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * 4 + " --- |"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return f"## {spec.model}, {taken.height}x{taken.width}, {trained}\n\n" + "\n".join(lines)
 
