@@ -28,4 +28,4 @@ def source_of(
         embedded_preprocessing=bool(options.embed_preprocessing),
         exporter={"format": "of a test"},
     )
-    return Source(checkpoint.build() if module is None else module, spec, options, noise, silent)
+    return Source(checkpoint.build() if module is None else module, spec, options, noise, silent, {})

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -126,10 +126,11 @@ class _Job(NamedTuple):
     def make(self, name: str, kind: Format, precision: Precision) -> Exported:
         stem = self.origin.path.name.removesuffix(CHECKPOINT_SUFFIX)
         target = self.folder / kind.file_name(stem, precision, bool(self.options.embed_preprocessing))
+        kept: dict[str, Any] = {}
         for attempt in range(ATTEMPTS[precision]):
             again = f", attempt {attempt + 1}" if attempt else ""
             self.progress(f"converting to {name} {precision}{again}")
-            spec, proof = self._try(kind, target, self._start(name, precision, attempt))
+            spec, proof = self._try(kind, target, self._start(name, precision, kept, attempt))
             if proof.passed:
                 return self._report(name, spec, target, proof, file_sha256(kind.model_file(target)))
         return self._report(name, spec, target, proof, None)
@@ -155,7 +156,7 @@ class _Job(NamedTuple):
             return spec, failure.proof
         return spec, proof
 
-    def _start(self, name: str, precision: Precision, attempt: int) -> Source:
+    def _start(self, name: str, precision: Precision, kept: dict[str, Any], attempt: int) -> Source:
         origin = self.origin
         spec = msgspec.structs.replace(
             origin.checkpoint.spec,
@@ -166,7 +167,7 @@ class _Job(NamedTuple):
             exporter={"format": name, **library_versions()},
         )
         module = origin.checkpoint.build()
-        return Source(module, spec, self.options, origin.training_images, self.progress, attempt)
+        return Source(module, spec, self.options, origin.training_images, self.progress, kept, attempt)
 
     def _probe(self, backend: Backend) -> NDArray[np.float32]:
         return backend.run(model_input(self.reference.data.images[:WHOLE_BATCH], backend.spec))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, get_args
 
 from cifarx_serve.errors import UsageError, unknown
 from cifarx_serve.progress import Progress
@@ -52,6 +52,7 @@ class Source(NamedTuple):
         options: as the user gave them.
         training_images: so many images of the training split, spread over it, uint8 (N, height, width, 3).
         progress: told what is being done.
+        kept: what a converter keeps from one attempt for the next.
         attempt: how many conversions of it have failed their proof; int8 leaves more in fp32 each time.
     """
 
@@ -60,6 +61,7 @@ class Source(NamedTuple):
     options: ExportOptions
     training_images: "Callable[[int], NDArray[np.uint8]]"
     progress: Progress
+    kept: dict[str, Any]
     attempt: int = 0
 
 

@@ -31,6 +31,9 @@ _SENSITIVITY: Final = (16, 256)
 _MACS: Final = 10**12
 """What one comparison may cost, in multiplications: large networks are compared on fewer inputs, within the bounds."""
 
+_KEPT: Final = "int8 search"
+"""Where an attempt leaves what the next one need not do again."""
+
 _PROTOBUF_LIMIT: Final = 2**31 - 1
 
 
@@ -64,6 +67,24 @@ def quantize(model: Any, source: Source) -> tuple[Any, dict[str, str]]:
         UsageError: fewer than one calibration image, more than there are, or a network above protobuf's 2 GB.
         DataError: fewer than two training images.
     """
+    if _KEPT not in source.kept:
+        source.kept[_KEPT] = _start(model, source)
+    search: _Search = source.kept[_KEPT]
+    target = TARGETS[min(source.attempt, len(TARGETS) - 1)]
+    score, candidate = search.run(target)
+    if score.agreement < target:
+        source.progress(f"int8: {score.agreement:.2%} is the best that was found; the proof decides")
+    facts = {
+        "calibration": f"{candidate.method}, {search.calibrated} training images",
+        "weights": "7 bits, per channel, rounded by GPTQ",
+        "fp32 layers": ", ".join(layer.name for layer in candidate.left) or "none",
+        "in int8": f"{search.share(candidate):.0%} of the multiplications",
+        "held-out agreement": f"{score.agreement:.2%} of {len(search.inputs):,} training images",
+    }
+    return search.build(candidate), facts
+
+
+def _start(model: Any, source: Source) -> "_Search":
     wanted = source.options.calibration_images
     if wanted is not None and wanted < 1:
         raise UsageError(f"{wanted} calibration images", f"give 1 or more; {CALIBRATION_IMAGES} is the default")
@@ -71,26 +92,13 @@ def quantize(model: Any, source: Source) -> tuple[Any, dict[str, str]]:
         raise UsageError(f"the network takes {size / 2**30:.1f} GB", "int8 needs it in one file, at most 2 GB")
     prepared = prepare(model)
     work = macs_per_image(prepared)
-    macs = sum(work.values())
-    calibration, held_out = _split_images(source, wanted, _affordable(macs, _HELD_OUT))
-    source.progress(f"int8: calibrating on {len(calibration)} training images")
-    ranges = calibrate(prepared, OPERATIONS, scale(calibration, source.spec.input))
+    images, held_out = _split_images(source, wanted, _affordable(sum(work.values()), _HELD_OUT))
+    calibration = scale(images, source.spec.input)
+    source.progress(f"int8: calibrating on {len(images)} training images")
+    ranges = calibrate(prepared, OPERATIONS, calibration)
     source.progress("int8: rounding the weights")
-    weights = round_weights(prepared, quantized(prepared, ranges["minmax"]), scale(calibration, source.spec.input))
-    search = _Search(prepared, ranges, weights, scale(held_out, source.spec.input), macs, source.progress)
-    target = TARGETS[min(source.attempt, len(TARGETS) - 1)]
-    score, candidate = search.run(target)
-    if score.agreement < target:
-        source.progress(f"int8: {score.agreement:.2%} is the best that was found; the proof decides")
-    in_fp32 = sum(work.get(node, 0) for layer in candidate.left for node in layer.nodes)
-    facts = {
-        "calibration": f"{candidate.method}, {len(calibration)} training images",
-        "weights": "7 bits, per channel, rounded by GPTQ",
-        "fp32 layers": ", ".join(layer.name for layer in candidate.left) or "none",
-        "in int8": f"{1 - in_fp32 / max(1, macs):.0%} of the multiplications",
-        "held-out agreement": f"{score.agreement:.2%} of {len(held_out):,} training images",
-    }
-    return search.build(candidate), facts
+    weights = round_weights(prepared, quantized(prepared, ranges["minmax"]), calibration)
+    return _Search(prepared, ranges, weights, scale(held_out, source.spec.input), work, len(images), source.progress)
 
 
 class _Search:
@@ -102,27 +110,40 @@ class _Search:
         ranges: dict[str, Ranges],
         weights: dict[str, NDArray[np.int8]],
         inputs: NDArray[np.float32],
-        macs: int,
+        work: dict[str, int],
+        calibrated: int,
         progress: Progress,
     ) -> None:
+        self.inputs = inputs
+        self.calibrated = calibrated
         self._model = model
         self._ranges = ranges
         self._weights = weights
-        self._inputs = inputs
         self._expected = run_in_batches(session(model), inputs)
-        self._macs = macs
+        self._work = work
+        self._macs = sum(work.values())
         self._progress = progress
+        self._tried: dict[_Candidate, _Found] = {}
+        self._order: list[Layer] = []
 
     def run(self, target: float) -> _Found:
-        """Methods first, then layers: those that cost most of the agreement for the speed they give go first."""
+        """Methods first, then layers: those that cost most of the agreement for the speed they give go first.
+
+        Again with another target it goes on from what it has tried.
+        """
         best = max((self._try(_Candidate(method, ())) for method in METHODS), key=_rank)
         layers = find_layers(self._model)
         if best.score.agreement >= target or len(layers) < 2:
             return best
         method = best.candidate.method
-        order = self._by_harm(method, layers)
-        kept = next(layer for layer in reversed(order) if layer.weighted)  # without one it would not be int8
-        return self._fewest(method, [layer for layer in order if layer != kept], best, target)
+        self._order = self._order or self._by_harm(method, layers)
+        kept = next(layer for layer in reversed(self._order) if layer.weighted)  # without one it would not be int8
+        return self._fewest(method, [layer for layer in self._order if layer != kept], best, target)
+
+    def share(self, candidate: _Candidate) -> float:
+        """Of the multiplications, those in int8."""
+        in_fp32 = sum(self._work.get(node, 0) for layer in candidate.left for node in layer.nodes)
+        return 1 - in_fp32 / max(1, self._macs)
 
     def build(self, candidate: _Candidate) -> Any:
         """The quantized model proto."""
@@ -134,15 +155,18 @@ class _Search:
         return model
 
     def _try(self, candidate: _Candidate) -> _Found:
-        score = self._score(candidate, len(self._inputs))
+        if candidate in self._tried:
+            return self._tried[candidate]
+        score = self._score(candidate, len(self.inputs))
         left = f" with {len(candidate.left)} layers in fp32" if candidate.left else ""
         self._progress(f"int8: {candidate.method}{left} {score.agreement:.2%}")
-        return _Found(score, candidate)
+        self._tried[candidate] = _Found(score, candidate)
+        return self._tried[candidate]
 
     def _score(self, candidate: _Candidate, count: int) -> Score:
         """On so many inputs, spread over all."""
-        rows = np.linspace(0, len(self._inputs) - 1, count).round().astype(np.int64)
-        found, expected = run_in_batches(session(self.build(candidate)), self._inputs[rows]), self._expected[rows]
+        rows = np.linspace(0, len(self.inputs) - 1, count).round().astype(np.int64)
+        found, expected = run_in_batches(session(self.build(candidate)), self.inputs[rows]), self._expected[rows]
         error = np.square(found.astype(np.float64) - expected).mean() / max(np.square(expected).mean(), 1e-12)
         return Score(float((found.argmax(1) == expected.argmax(1)).mean()), -float(np.nan_to_num(error, nan=np.inf)))
 
@@ -152,7 +176,7 @@ class _Search:
         Errors of layers nearly add up (their rounding is independent), so one run a layer tells the order. To leave
         out one at a time would tell less: of two bad layers each would hide the other.
         """
-        count = min(_affordable(self._macs * len(layers), _SENSITIVITY), len(self._inputs))
+        count = min(_affordable(self._macs * len(layers), _SENSITIVITY), len(self.inputs))
 
         def harm(layer: Layer) -> float:
             others = tuple(other for other in layers if other != layer)

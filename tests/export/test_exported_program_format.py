@@ -34,7 +34,7 @@ def source(precision: Precision = "fp32") -> Source:
     def no_images(count: int) -> np.ndarray:
         raise AssertionError(f"asked for {count} training images")
 
-    return Source(network(), msgspec.structs.replace(SPEC, precision=precision), NO_OPTIONS, no_images, silent)
+    return Source(network(), msgspec.structs.replace(SPEC, precision=precision), NO_OPTIONS, no_images, silent, {})
 
 
 @pytest.fixture(scope="module")

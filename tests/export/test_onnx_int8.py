@@ -70,7 +70,7 @@ def small() -> nn.Module:
 
 def source(module: nn.Module, images: int | None = None, lines: list[str] | None = None) -> Source:
     return Source(
-        module, SPEC, ExportOptions(calibration_images=images), drawings, ([] if lines is None else lines).append
+        module, SPEC, ExportOptions(calibration_images=images), drawings, ([] if lines is None else lines).append, {}
     )
 
 
@@ -214,6 +214,19 @@ def test_refuses_a_network_above_the_limit_of_a_file(plain: Any, monkeypatch: py
         onnx_int8.quantize(plain, source(small()))
 
 
+def test_another_attempt_does_nothing_twice_and_finds_what_it_would_alone(plain: Any) -> None:
+    lines: list[str] = []
+    first = source(small(), lines=lines)
+    onnx_int8.quantize(plain, first)
+    assert any("calibrating" in line for line in lines)
+    lines.clear()
+    again = onnx_int8.quantize(plain, first._replace(attempt=3))
+    assert not any("calibrating" in line or "rounding" in line or "minmax 9" in line for line in lines)
+    alone = onnx_int8.quantize(plain, source(small())._replace(attempt=3))
+    assert again[1] == alone[1]
+    assert again[0].SerializeToString(deterministic=True) == alone[0].SerializeToString(deterministic=True)
+
+
 def test_no_image_is_both_calibrated_and_compared_on() -> None:
     numbered = source(small(), 7)._replace(
         training_images=lambda count: np.arange(count, dtype=np.uint8)[:, None, None, None]
@@ -230,8 +243,9 @@ def test_macs_are_those_of_the_formula(plain: Any) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 8), st.integers(1, 200))
+@given(st.integers(0, 2**31), st.integers(64, 96), st.integers(2, 200))
 def test_rounding_for_the_inputs_beats_rounding_to_the_nearest(seed: int, outputs: int, inputs: int) -> None:
+    """Of all outputs together: of one alone it may be the worse."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(outputs, inputs, generator=generator)
     rows = torch.randn(4 * inputs, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
@@ -244,7 +258,7 @@ def test_rounding_for_the_inputs_beats_rounding_to_the_nearest(seed: int, output
     def error(integers: torch.Tensor) -> float:
         return float(((integers * scales[:, None] - weights) @ rows.T).square().sum())
 
-    assert error(found) <= 1.1 * error(nearest) + 1e-6
+    assert error(found) <= 1.1 * error(nearest)
 
 
 class _Blocks(nn.Module):
