@@ -28,7 +28,7 @@ from cifarx_train.data.selection import ENVIRONMENT, select_data
 from cifarx_train.models.registry import network
 from cifarx_train.run import train
 
-ROUNDS = 5
+ROUNDS = 3
 MAX_RATIO = 2.0
 MAX_BYTES = 4e9
 MIN_INT8_SPEED_UP = 1.3

@@ -103,9 +103,14 @@ def _compiled(module: nn.Module, spec: InputSpec, folder: Path) -> Path:
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():  # freezing is for inference alone
         program = torch.export.export(module, (example_input(spec),), dynamic_shapes=({0: batch},))
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(folder / "model.pt2"), inductor_configs=dict(_OPTIONS)
-        )
+        try:
+            made = torch._inductor.aoti_compile_and_package(
+                program, package_path=str(folder / "model.pt2"), inductor_configs=dict(_OPTIONS)
+            )
+        except torch._inductor.exc.InductorError as error:
+            if isinstance(error.inner_exception, OSError):  # a full disk
+                raise error.inner_exception from error
+            raise
     return Path(made)
 
 

@@ -1,5 +1,6 @@
 """Export: convert, prove, and only then give the artifact its name."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -8,13 +9,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.formats import ATTEMPTS, NO_OPTIONS, ExportOptions, Format, Source, export_format, require_supported
+from cifarx_export.formats import (
+    ATTEMPTS,
+    NO_OPTIONS,
+    Artifact,
+    ExportOptions,
+    Format,
+    Source,
+    export_format,
+    require_supported,
+)
 from cifarx_export.gates import Gate, gate
 from cifarx_export.parity_page import require_page, write_parity_page
 from cifarx_export.parity_report import FAILED_SUFFIX, SUFFIX, ParityReport
 from cifarx_export.proof import WHOLE_BATCH, Proof, Reference, ask_reference, prove, proved_batch_sizes
 from cifarx_export.proof_data import proof_data, training_images
-from cifarx_serve.atomic import atomic_folder, atomic_path, require_writable
+from cifarx_serve.atomic import atomic_folder, atomic_path, cannot_write, require_writable
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import backend_class
 from cifarx_serve.devices import Device
@@ -137,7 +147,7 @@ class _Job(NamedTuple):
 
     def _try(self, kind: Format, target: Path, source: Source) -> tuple[ModelSpec, Proof]:
         """Convert and prove; the artifact has its name where the proof passed."""
-        artifact = kind.convert(source)
+        artifact = _convert(kind, source)
         spec = artifact.describe(source.spec)
         try:
             with (atomic_folder if kind.model else atomic_path)(target) as temporary:
@@ -196,6 +206,18 @@ class _Job(NamedTuple):
         if proof.passed:
             failed.unlink(missing_ok=True)
         return Exported(target, document, path)
+
+
+def _convert(kind: Format, source: Source) -> Artifact:
+    """Some conversions go by way of temporary files.
+
+    Raises:
+        OutputError: there is no room for them.
+    """
+    try:
+        return kind.convert(source)
+    except OSError as error:
+        raise cannot_write(Path(error.filename or tempfile.gettempdir()), error) from error
 
 
 class _NotProvedError(Exception):

@@ -112,10 +112,10 @@ def test_the_same_bytes_every_time(path: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_same_bytes_in_another_process(path: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; from pathlib import Path; sys.path[:0] = sys.argv[2:]\n"
         "from test_exported_program_format import SPEC, convert_to_exported_program, source\n"
-        "convert_to_exported_program(source()).save(Path(sys.argv[2]), SPEC)"
+        "convert_to_exported_program(source()).save(Path(sys.argv[1]), SPEC)"
     )
-    again = tmp_path / "again.pt2"
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(again)], check=True)
+    again, here = tmp_path / "again.pt2", Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code, str(again), str(here), str(here.parent)], check=True)
     assert again.read_bytes() == path.read_bytes()

@@ -248,6 +248,28 @@ def test_a_place_that_cannot_be_written_is_an_output_error(out: str, alone: Path
     assert Path("file").read_text() == "mine"
 
 
+_NO_ROOM = """
+import resource, sys
+from cifarx_export.exporting import export
+from cifarx_serve.errors import OutputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    export(sys.argv[1], data=sys.argv[2], out=sys.argv[3])
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX system's limits")
+def test_a_conversion_without_room_for_its_files_is_an_output_error(alone: Path, pictures: Path) -> None:
+    """A full disk of temporary files."""
+    command = [sys.executable, "-c", _NO_ROOM, str(alone), str(pictures), "results"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("cannot write ")
+    assert "free some space" in ran.stdout
+    assert not any(Path("results").iterdir())
+
+
 # Killed: with SIGKILL nothing can be tidied up, so what has its name must be whole at every moment.
 
 
