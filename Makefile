@@ -1,6 +1,7 @@
 # Two commands do everything, environment included: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+LIMITS ?= judge
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -36,7 +37,7 @@ test-slow: $(READY)
 
 bench: $(READY)
 	@echo "== the benchmarks"
-	$(BIN)/pytest benchmarks/
+	$(BIN)/pytest benchmarks/ --limits $(LIMITS) -rx
 
 check: $(READY)
 	@echo "== ruff, mypy, import rules"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import require
 from measured_models import Models
 from PIL import Image
 
@@ -51,5 +52,5 @@ def test_infer_costs_little_more_than_the_smallest_script(models: Models, tmp_pa
     ours_said, script_said = json.loads(infer["output"])[0], json.loads(script_cost["output"])
     assert ours_said["label"] == script_said["label"]
     assert ours_said["score"] == pytest.approx(script_said["score"], abs=1e-5)
-    assert time_ratio <= MAX_RATIO
+    require(time_ratio <= MAX_RATIO, f"{time_ratio:.2f} is over {MAX_RATIO}")
     assert memory_ratio <= MAX_RATIO
