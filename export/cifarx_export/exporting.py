@@ -101,7 +101,7 @@ def export(
         reference = ask_reference(backend, images, progress)
     require_writable(folder)
     origin = _Origin(path, file_sha256(path), weights_sha256(loaded.model), loaded, data, broken)
-    job = _Job(origin, folder, options, gates, reference, batch_sizes, progress)
+    job = _Job(origin, folder, options, gates, reference, batch_sizes, progress, {})
     made = [job.make(name, export_format(name), precision) for name, precision in chosen]
     if page is not None:
         write_parity_page(Path(page), [artifact.report for artifact in made], images.images)
@@ -132,11 +132,12 @@ class _Job(NamedTuple):
     reference: Reference
     batch_sizes: tuple[int, ...]
     progress: Progress
+    kept: dict[Precision, dict[str, Any]]
 
     def make(self, name: str, kind: Format, precision: Precision) -> Exported:
         stem = self.origin.path.name.removesuffix(CHECKPOINT_SUFFIX)
         target = self.folder / kind.file_name(stem, precision, bool(self.options.embed_preprocessing))
-        kept: dict[str, Any] = {}
+        kept = self.kept.setdefault(precision, {})
         for attempt in range(ATTEMPTS[precision]):
             again = f", attempt {attempt + 1}" if attempt else ""
             self.progress(f"converting to {name} {precision}{again}")

@@ -52,7 +52,7 @@ class Source(NamedTuple):
         options: as the user gave them.
         training_images: so many images of the training split, spread over it, uint8 (N, height, width, 3).
         progress: told what is being done.
-        kept: what a converter keeps from one attempt for the next.
+        kept: what a converter keeps for the next attempt, and for the next format in the same precision.
         attempt: how many conversions of it have failed their proof; int8 leaves more in fp32 each time.
     """
 

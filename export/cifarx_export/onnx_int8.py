@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from cifarx_export.formats import Source
 from cifarx_export.onnx_int8_calibration import METHODS, Ranges, calibrate
-from cifarx_export.onnx_int8_graph import OPERATIONS, prepare, quantized
+from cifarx_export.onnx_int8_graph import prepare, quantized, rounded_tensors
 from cifarx_export.onnx_int8_layers import Layer, find_layers, macs_per_image, run_in_batches, session
 from cifarx_export.onnx_int8_rounding import round_weights
 from cifarx_serve.errors import DataError, UsageError
@@ -23,8 +23,9 @@ from cifarx_serve.progress import Progress
 
 CALIBRATION_IMAGES: Final = 512
 
-TARGETS: Final = (0.99, 0.992, 0.994, 0.998)
-"""Agreement on held-out training images that ends the search, by attempt: the gate's, and more after a failed proof."""
+TARGETS: Final = (0.99, 0.992, 0.994, 0.998, 1.0)
+"""Agreement on held-out training images that ends the search: the gate's, and after a failed proof the next that the
+failed network does not reach."""
 
 _HELD_OUT: Final = (128, 8192)
 _SENSITIVITY: Final = (16, 256)
@@ -32,7 +33,7 @@ _MACS: Final = 10**12
 """What one comparison may cost, in multiplications: large networks are compared on fewer inputs, within the bounds."""
 
 _KEPT: Final = "int8 search"
-"""Where an attempt leaves what the next one need not do again."""
+"""Where an attempt leaves what the next one, or the next format, need not do again."""
 
 _PROTOBUF_LIMIT: Final = 2**31 - 1
 
@@ -70,8 +71,10 @@ def quantize(model: Any, source: Source) -> tuple[Any, dict[str, str]]:
     if _KEPT not in source.kept:
         source.kept[_KEPT] = _start(model, source)
     search: _Search = source.kept[_KEPT]
-    target = TARGETS[min(source.attempt, len(TARGETS) - 1)]
+    reached = search.reached if source.attempt else 0.0
+    target = next((value for value in TARGETS[source.attempt :] if value > reached), TARGETS[-1])
     score, candidate = search.run(target)
+    search.reached = score.agreement
     if score.agreement < target:
         source.progress(f"int8: {score.agreement:.2%} is the best that was found; the proof decides")
     facts = {
@@ -95,14 +98,18 @@ def _start(model: Any, source: Source) -> "_Search":
     images, held_out = _split_images(source, wanted, _affordable(sum(work.values()), _HELD_OUT))
     calibration = scale(images, source.spec.input)
     source.progress(f"int8: calibrating on {len(images)} training images")
-    ranges = calibrate(prepared, OPERATIONS, calibration)
+    ranges = calibrate(prepared, rounded_tensors(prepared), calibration)
     source.progress("int8: rounding the weights")
     weights = round_weights(prepared, quantized(prepared, ranges["minmax"]), calibration)
     return _Search(prepared, ranges, weights, scale(held_out, source.spec.input), work, len(images), source.progress)
 
 
 class _Search:
-    """Finds the candidate that leaves little in fp32 and reaches a target agreement, or the best one."""
+    """Finds the candidate that leaves little in fp32 and reaches a target agreement, or the best one.
+
+    Attributes:
+        reached: agreement of the last that was found; 0 before.
+    """
 
     def __init__(
         self,
@@ -114,6 +121,7 @@ class _Search:
         calibrated: int,
         progress: Progress,
     ) -> None:
+        self.reached = 0.0
         self.inputs = inputs
         self.calibrated = calibrated
         self._model = model

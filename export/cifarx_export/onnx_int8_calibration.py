@@ -50,17 +50,14 @@ def _elements(value: Any) -> int:
     return math.prod(max(1, dim.dim_value) for dim in value.type.tensor_type.shape.dim[1:])
 
 
-def calibrate(model: Any, operations: Sequence[str], inputs: NDArray[np.float32]) -> dict[str, Ranges]:
-    """Ranges by each of `METHODS` for the inputs and outputs of the operations.
+def calibrate(model: Any, names: Sequence[str], inputs: NDArray[np.float32]) -> dict[str, Ranges]:
+    """Ranges by each of `METHODS` for the named activations.
 
     The histograms are ONNX Runtime's (`HistogramCollector`); its calibrators would hold every activation of every
     image at once, and run the network once a method.
     """
     from onnxruntime.quantization.calibrate import HistogramCollector
 
-    tensors = float_tensors(model)
-    nodes = [node for node in model.graph.node if node.op_type in operations]
-    names = list(dict.fromkeys(name for node in nodes for name in [*node.input, *node.output] if name in tensors))
     fine = HistogramCollector("percentile", False, _BINS, 0, 100.0, None)
     coarse = HistogramCollector("entropy", False, _ENTROPY_BINS, _ENTROPY_BINS, 0.0, None)
     for batch in activations(model, names, inputs):

@@ -9,11 +9,17 @@ from typing import Any, Final
 import onnx
 
 from cifarx_export.onnx_int8_calibration import Ranges
-from cifarx_export.onnx_int8_layers import quiet
+from cifarx_export.onnx_int8_layers import float_tensors, quiet, shortcut_additions
 
-OPERATIONS: Final = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Flatten")
+_OPERATIONS: Final = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Flatten")
 """What ONNX Runtime's CPU kernels run in int8, and what integers pass through unchanged. Softmax, normalisation and
 gates (HardSwish, Mul) stay in fp32: they are a small part of the work and a large part of the error."""
+
+_FLOAT_OUTPUT: Final = ("Gemm", "MatMul")
+"""May end in fp32, where nothing follows that takes integers."""
+
+_PASSING: Final = ("MaxPool", "AveragePool", "Reshape", "Flatten")
+"""Have the range of what they take."""
 
 
 def prepare(model: Any) -> Any:
@@ -29,9 +35,24 @@ def prepare(model: Any) -> Any:
     return found
 
 
+def integer_nodes(model: Any) -> list[Any]:
+    """What is to run in integers: of the additions, those of shortcuts alone."""
+    additions = [node.name for node in shortcut_additions(model)]
+    nodes = (node for node in model.graph.node if node.op_type in _OPERATIONS)
+    return [node for node in nodes if node.op_type != "Add" or node.name in additions]
+
+
+def rounded_tensors(model: Any) -> list[str]:
+    """The activations whose ranges `quantized` asks for."""
+    floats = float_tensors(model)
+    nodes = [node for node in integer_nodes(model) if node.op_type not in _PASSING]
+    names = [name for node in nodes for name in node.input]
+    names += [name for node in nodes if node.op_type not in _FLOAT_OUTPUT for name in node.output]
+    return [name for name in dict.fromkeys(names) if name in floats]
+
+
 def quantized(model: Any, ranges: Ranges, left: Sequence[str] = ()) -> Any:
-    """With QuantizeLinear and DequantizeLinear around all but the nodes `left`; a layer's matrix product may end in
-    fp32, where nothing follows that takes integers."""
+    """With QuantizeLinear and DequantizeLinear around all integer nodes but those `left`."""
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -44,10 +65,10 @@ def quantized(model: Any, ranges: Ranges, left: Sequence[str] = ()) -> Any:
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             tensors_range=TensorsData(CalibrationMethod.MinMax, dict(ranges)),
-            nodes_to_quantize=[],
+            nodes_to_quantize=[node.name for node in integer_nodes(model)],
             nodes_to_exclude=list(left),
-            op_types_to_quantize=list(OPERATIONS),
-            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+            op_types_to_quantize=list(_OPERATIONS),
+            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": list(_FLOAT_OUTPUT)},
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()

@@ -229,6 +229,23 @@ def test_another_attempt_does_nothing_twice_and_finds_what_it_would_alone(plain:
     assert again[0].SerializeToString(deterministic=True) == alone[0].SerializeToString(deterministic=True)
 
 
+def test_the_next_attempt_asks_for_more_than_the_last_one_reached(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    found = onnx_int8._Search.run
+
+    def run(search: Any, target: float) -> Any:
+        asked.append(target)
+        return found(search, target)
+
+    monkeypatch.setattr(onnx_int8._Search, "run", run)
+    first = source(small())
+    _, facts = onnx_int8.quantize(plain, first)
+    reached = float(facts["held-out agreement"].partition("%")[0]) / 100
+    onnx_int8.quantize(plain, first._replace(attempt=1))
+    assert asked[0] == onnx_int8.TARGETS[0]
+    assert asked[1] == onnx_int8.TARGETS[-1] or asked[1] > max(asked[0], reached - 1e-4)
+
+
 def test_no_image_is_both_calibrated_and_compared_on() -> None:
     numbered = source(small(), 7)._replace(
         training_images=lambda count: np.arange(count, dtype=np.uint8)[:, None, None, None]
@@ -263,6 +280,34 @@ def test_rounding_for_the_inputs_beats_rounding_to_the_nearest(seed: int, output
     assert error(found) <= 1.1 * error(nearest)
 
 
+class _Attention(nn.Module):
+    """A sum after a linear layer, as transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.norm = nn.LayerNorm(16)
+        self.linear = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.linear(self.norm(tokens))
+        head: torch.Tensor = self.head(tokens.mean(1))
+        return head
+
+
+def test_sums_of_a_transformer_stay_in_fp32() -> None:
+    torch.manual_seed(0)
+    prepared = onnx_int8_graph.prepare(exported(_Attention().eval()))
+    additions = [node for node in prepared.graph.node if node.op_type == "Add"]
+    assert additions
+    chosen = {node.op_type for node in onnx_int8_graph.integer_nodes(prepared)}
+    assert "Add" not in chosen
+    assert "MatMul" in chosen or "Gemm" in chosen
+    assert not [layer for layer in onnx_int8_layers.find_layers(prepared) if layer.name == "additions"]
+
+
 class _Blocks(nn.Module):
     """Two shortcuts, one after the other."""
 
@@ -284,7 +329,7 @@ def test_a_shortcut_between_sums_in_fp32_is_not_rounded() -> None:
     torch.manual_seed(0)
     prepared = onnx_int8_graph.prepare(exported(_Blocks().eval()))
     [sums] = [layer for layer in onnx_int8_layers.find_layers(prepared) if layer.name == "additions"]
-    ranges = calibrate(prepared, onnx_int8_graph.OPERATIONS, scale(drawings(8), SPEC.input))["minmax"]
+    ranges = calibrate(prepared, onnx_int8_graph.rounded_tensors(prepared), scale(drawings(8), SPEC.input))["minmax"]
     model = onnx_int8_graph.quantized(prepared, ranges, sums.nodes)
     onnx.checker.check_model(model, full_check=True)
     makers = {name: node for node in model.graph.node for name in node.output}
