@@ -1,9 +1,10 @@
-"""`cifarx infer` from start to answer, against the smallest script that does the same."""
+"""`cifarx infer` from start to answer, against the smallest scripts that do the same, without PyTorch and with it."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from limits import require
@@ -12,6 +13,9 @@ from PIL import Image
 
 ROUNDS = 10
 MAX_RATIO = 1.5
+
+TORCH_ROUNDS = 3
+MIN_SPEED_UP = 8
 
 SMALLEST_SCRIPT = """
 import json
@@ -30,18 +34,25 @@ names = json.loads(session.get_modelmeta().custom_metadata_map["cifarx.spec"])["
 print(json.dumps({"index": best, "label": names[best], "score": float(scores[best] / scores.sum())}))
 """
 
+SMALLEST_SCRIPT_WITH_TORCH = """
+import json
+import sys
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import Compose, Resize, ToDtype, ToImage
+
+files = {"cifarx_spec.json": ""}
+model = torch.jit.load(sys.argv[2], _extra_files=files).eval()
+transform = Compose([Resize((32, 32)), ToImage(), ToDtype(torch.float32, scale=True)])
+with torch.inference_mode():
+    scores = model(transform(Image.open(sys.argv[1]).convert("RGB"))[None]).softmax(1)[0]
+best = int(scores.argmax())
+print(json.dumps({"index": best, "label": json.loads(files["cifarx_spec.json"])["class_names"][best]}))
+"""
+
 
 def test_infer_costs_little_more_than_the_smallest_script(models: Models, tmp_path: Path, notes: list[str]) -> None:
-    image, script, model = tmp_path / "x.png", tmp_path / "smallest.py", str(models.files["onnxruntime"])
-    Image.fromarray(models.images[0]).resize((640, 480)).save(image)
-    script.write_text(SMALLEST_SCRIPT)
-    ours = [str(Path(sys.executable).with_name("cifarx")), "infer", str(image), "--model", model, "--json"]
-    smallest = [sys.executable, str(script), str(image), model]
-
-    meter = [sys.executable, str(Path(__file__).with_name("process_cost.py")), str(ROUNDS)]
-    measured = subprocess.run([*meter, json.dumps(ours), json.dumps(smallest)], stdout=subprocess.PIPE, check=True)
-    infer, script_cost = json.loads(measured.stdout)
-
+    infer, script_cost = _costs(models, tmp_path, SMALLEST_SCRIPT, models.files["onnxruntime"], ROUNDS)
     time_ratio = infer["wall_s"] / script_cost["wall_s"]
     memory_ratio = infer["peak_kb"] / script_cost["peak_kb"]
     notes.append(
@@ -54,3 +65,29 @@ def test_infer_costs_little_more_than_the_smallest_script(models: Models, tmp_pa
     assert ours_said["score"] == pytest.approx(script_said["score"], abs=1e-5)
     require(time_ratio <= MAX_RATIO, f"{time_ratio:.2f} is over {MAX_RATIO}")
     assert memory_ratio <= MAX_RATIO
+
+
+def test_infer_is_far_faster_than_a_script_with_pytorch(models: Models, tmp_path: Path, notes: list[str]) -> None:
+    infer, script_cost = _costs(models, tmp_path, SMALLEST_SCRIPT_WITH_TORCH, models.files["torchscript"], TORCH_ROUNDS)
+    speed_up = script_cost["wall_s"] / infer["wall_s"]
+    notes.append(
+        f"the smallest script with torch and torchvision, start to answer: {script_cost['wall_s'] * 1e3:,.0f} ms and "
+        f"{script_cost['peak_kb'] / 1024:.0f} MiB; cifarx infer is {speed_up:.1f} times as fast (at least "
+        f"{MIN_SPEED_UP}), medians of {TORCH_ROUNDS} in turns"
+    )
+    assert json.loads(infer["output"])[0]["label"] == json.loads(script_cost["output"])["label"]
+    require(speed_up >= MIN_SPEED_UP, f"{speed_up:.1f} times is under {MIN_SPEED_UP}")
+
+
+def _costs(models: Models, folder: Path, text: str, model: Path, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `cifarx infer` and a script with its own model file take for one picture, in turns."""
+    image, script = folder / "x.png", folder / "smallest.py"
+    Image.fromarray(models.images[0]).resize((640, 480)).save(image)
+    script.write_text(text)
+    infer = str(Path(sys.executable).with_name("cifarx"))
+    ours = [infer, "infer", str(image), "--model", str(models.files["onnxruntime"]), "--json"]
+    theirs = [sys.executable, str(script), str(image), str(model)]
+    meter = [sys.executable, str(Path(__file__).with_name("process_cost.py")), str(rounds)]
+    measured = subprocess.run([*meter, json.dumps(ours), json.dumps(theirs)], stdout=subprocess.PIPE, check=True)
+    found: tuple[dict[str, Any], dict[str, Any]] = tuple(json.loads(measured.stdout))
+    return found

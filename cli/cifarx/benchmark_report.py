@@ -1,7 +1,10 @@
-"""A benchmark as a table on the terminal, as JSON, and as Markdown."""
+"""A benchmark as a table on the terminal, and as a file: JSON, CSV, Markdown, a page, a picture."""
 
+import csv
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -11,44 +14,89 @@ from cifarx_serve.benchmark import BenchmarkReport, BenchmarkRow
 from cifarx_serve.environment import Environment
 from cifarx_serve.errors import UsageError
 
-_SUFFIXES: Final = (".json", ".md")
-
 HEADINGS: Final = (
-    "file", "provider", "precision", "batch", "p50 µs", "p90 µs", "p99 µs", "images/s", "agreement", "load ms", "KB",
+    "file", "provider", "precision", "batch", "p50 µs", "p90 µs", "p99 µs", "samples", "images/s", "agreement",
+    "accuracy", "load ms", "first ms", "KB", "peak MB",
 )  # fmt: skip
 
-_LESS: Final = frozenset({"precision", "p90 µs", "load ms", "KB"})
-_WIDE: Final = 130
+_LESS: Final = frozenset({"precision", "p90 µs", "samples", "accuracy", "load ms", "first ms", "KB", "peak MB"})
+_WIDE: Final = 170
+
+UNSTABLE: Final = "~"
+"""Before the p50 of a row whose last windows did not agree."""
+
+_SINGLE_STREAM_BATCH: Final = 1
+
+
+class Scenario(NamedTuple):
+    """One file's figures in the terms of MLPerf Inference; None where batch 1 was not measured.
+
+    Attributes:
+        single_stream_us: latency at batch 1 that 90 % of the calls keep.
+        offline: the most images a second.
+        batch: the batch size that gives them.
+    """
+
+    file: str
+    single_stream_us: float | None
+    offline: float
+    batch: int
 
 
 def check_suffix(path: Path) -> None:
     """Raises UsageError, before anything is measured, where a report of that kind cannot be written."""
-    if path.suffix not in _SUFFIXES:
-        raise UsageError(f"report {path}", f"give a name that ends in {' or '.join(_SUFFIXES)}")
+    if path.suffix not in _WRITERS:
+        raise UsageError(f"report {path}", f"give a name that ends in {', '.join(_WRITERS)}")
 
 
 def print_report(report: BenchmarkReport) -> None:
-    """The table, then where it was measured; a narrow terminal gets the columns that matter most."""
+    """The table, the scenarios, then where it was measured; a narrow terminal gets the columns that matter most."""
     wide = table_width() >= _WIDE
     shown = [position for position, name in enumerate(HEADINGS) if wide or name not in _LESS]
     rows = [[cells(row)[position] for position in shown] for row in report.rows]
     table(title(report), [HEADINGS[position] for position in shown], rows)
-    result(environment_line(report.environment))
+    for line in [*scenario_lines(report), *_remarks(report), environment_line(report.environment)]:
+        result(line)
 
 
 def write_report(report: BenchmarkReport, path: Path) -> None:
-    """As JSON or Markdown, by the suffix."""
-    if path.suffix == ".json":
-        text = msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
-    else:
-        text = markdown(report)
+    """By the suffix; whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        _WRITERS[path.suffix](report, temporary)
 
 
 def title(report: BenchmarkReport) -> str:
     """What the figures are."""
     return f"one call, host memory to host memory; agreement on {report.images:,} images of {report.data}"
+
+
+def scenarios(report: BenchmarkReport) -> list[Scenario]:
+    """One a file, in the report's order."""
+    by_file: dict[str, list[BenchmarkRow]] = {}
+    for row in report.rows:
+        by_file.setdefault(row.file, []).append(row)
+    found = []
+    for file, rows in by_file.items():
+        single = next((row.p90_us for row in rows if row.batch == _SINGLE_STREAM_BATCH), None)
+        best = max(rows, key=lambda row: row.images_per_s)
+        found.append(Scenario(file, single, best.images_per_s, best.batch))
+    return found
+
+
+def scenario_lines(report: BenchmarkReport) -> list[str]:
+    """The best file of each scenario."""
+    found = scenarios(report)
+    offline = max(found, key=lambda one: one.offline)
+    lines = [f"Offline: {offline.file}, {offline.offline:,.0f} images/s at batch {offline.batch}"]
+    timed = [(one.single_stream_us, one.file) for one in found if one.single_stream_us is not None]
+    if timed:
+        latency, file = min(timed)
+        lines.insert(0, f"SingleStream: {file}, {latency:,.0f} µs at the 90th percentile")
+    return lines
 
 
 def cells(row: BenchmarkRow) -> tuple[str, ...]:
@@ -58,25 +106,77 @@ def cells(row: BenchmarkRow) -> tuple[str, ...]:
         row.provider,
         row.precision,
         str(row.batch),
-        f"{row.p50_us:,.0f}",
+        f"{'' if row.stable else UNSTABLE}{row.p50_us:,.0f}",
         f"{row.p90_us:,.0f}",
         f"{row.p99_us:,.0f}",
+        f"{row.samples:,}",
         f"{row.images_per_s:,.0f}",
         f"{row.agreement:.2%}",
+        "" if row.accuracy is None else f"{row.accuracy:.2%}",
         f"{row.load_ms:,.0f}",
+        f"{row.first_call_ms:,.1f}",
         f"{row.size_bytes / 1000:,.0f}",
+        f"{row.peak_bytes / 1e6:,.0f}",
     )
 
 
 def markdown(report: BenchmarkReport) -> str:
-    """A Markdown table, its title above and the environment below."""
+    """A Markdown table, its title above, the scenarios and the environment below."""
     lines = [title(report), "", f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * 3}{' ---: |' * (len(HEADINGS) - 3)}"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in report.rows]
-    return "\n".join([*lines, "", environment_line(report.environment)])
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells(row))} |" for row in report.rows]
+    below = [*scenario_lines(report), *_remarks(report), environment_line(report.environment)]
+    return "\n\n".join(["\n".join(lines), *below])
 
 
 def environment_line(found: Environment) -> str:
     """The machine and the libraries, on one line."""
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     gpus = f", {', '.join(found.gpus)}" if found.gpus else ""
-    return f"{found.cpu}, {found.threads} of {found.cpus} CPUs{gpus}; Python {found.python}, {versions}"
+    clock = f" at {found.clock_mhz:,.0f} MHz" if found.clock_mhz else ""
+    return f"{found.cpu}{clock}, {found.threads} of {found.cpus} CPUs{gpus}; Python {found.python}, {versions}"
+
+
+def _remarks(report: BenchmarkReport) -> Sequence[str]:
+    if all(row.stable for row in report.rows):
+        return ()
+    return (f"{UNSTABLE} the last three windows differ by more than 10 %: measure again on a quiet machine",)
+
+
+def _write_json(report: BenchmarkReport, path: Path) -> None:
+    path.write_text(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n", encoding="utf-8")
+
+
+def _write_csv(report: BenchmarkReport, path: Path) -> None:
+    """A row a row, as in the JSON, without the percentiles."""
+    rows = [msgspec.structs.asdict(row) for row in report.rows]
+    names = [name for name in rows[0] if name != "percentiles_us"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _write_markdown(report: BenchmarkReport, path: Path) -> None:
+    path.write_text(markdown(report) + "\n", encoding="utf-8")
+
+
+def _write_page(report: BenchmarkReport, path: Path) -> None:
+    from cifarx.benchmark_page import benchmark_page
+
+    path.write_text(benchmark_page(report), encoding="utf-8")
+
+
+def _write_picture(report: BenchmarkReport, path: Path) -> None:
+    from cifarx.benchmark_plots import write_png
+
+    write_png(report, path)
+
+
+_WRITERS: Final[dict[str, Callable[[BenchmarkReport, Path], None]]] = {
+    ".json": _write_json,
+    ".csv": _write_csv,
+    ".md": _write_markdown,
+    ".html": _write_page,
+    ".png": _write_picture,
+}

@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PIPE_WIDTH = 160
+_PIPE_WIDTH = 200
 
 
 def speaks() -> bool:

@@ -1,28 +1,37 @@
 """Model files side by side: latency, throughput, and whether they agree."""
 
-import time
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.backends.base import Backend
-from cifarx_serve.backends.registry import model_file, open_backend
+from cifarx_serve.benchmark_process import BenchmarkProcess
 from cifarx_serve.environment import Environment, environment
 from cifarx_serve.errors import UsageError
-from cifarx_serve.measuring import Latency, Runner, measure
-from cifarx_serve.preprocess import model_input
+from cifarx_serve.measuring import Latency, measure_in_turns
 from cifarx_serve.progress import Progress, silent
 
 
 class BenchmarkRow(msgspec.Struct, frozen=True):
     """One file at one batch size.
 
-    The time is of one call: a float32 batch in host memory in, logits in host memory out. `agreement` is the share
-    of the images whose argmax is that of the first file; `load_ms` the time to open the file.
+    The time is of one call: a batch in host memory in, logits in host memory out.
+
+    Attributes:
+        file: its name; its path where two have one name.
+        percentiles_us: from the 0th to the 100th, of `samples` calls.
+        images_per_s: images by the time of all counted calls.
+        spread: by how much the medians of the last three windows differ, as a share; `stable` up to 10 %.
+        agreement: the share of the images whose argmax is that of the first file.
+        accuracy: the share whose argmax is the label; None where there are no labels.
+        load_ms: to open the file, its library's import among it, in a new process.
+        first_call_ms: of the first call, with one image.
+        peak_bytes: the most memory that the file's process held, whatever the batch size.
     """
 
     file: str
@@ -33,15 +42,21 @@ class BenchmarkRow(msgspec.Struct, frozen=True):
     p50_us: float
     p90_us: float
     p99_us: float
+    percentiles_us: tuple[float, ...]
     samples: int
     images_per_s: float
+    stable: bool
+    spread: float
     agreement: float
+    accuracy: float | None
     load_ms: float
+    first_call_ms: float
     size_bytes: int
+    peak_bytes: int
 
 
 class BenchmarkReport(msgspec.Struct, frozen=True):
-    """Rows by batch size, then by file; `data` and `images` say what agreement was measured on."""
+    """Rows by batch size, then by file; `data` and `images` say what agreement and accuracy were measured on."""
 
     environment: Environment
     data: str
@@ -49,11 +64,14 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
     rows: tuple[BenchmarkRow, ...]
 
 
-class _Opened(msgspec.Struct, frozen=True):
-    path: Path
-    backend: Backend
-    load_ms: float
-    labels: NDArray[np.int64]
+class _File(NamedTuple):
+    """One file's process, and what does not depend on the batch size."""
+
+    name: str
+    process: BenchmarkProcess
+    agreement: float
+    accuracy: float | None
+    peak_bytes: int
 
 
 def benchmark(
@@ -63,9 +81,10 @@ def benchmark(
     batches: Sequence[int] = (1, 64),
     device: str = "auto",
     seconds: float = 1.0,
+    labels: NDArray[np.int64] | None = None,
     progress: Progress = silent,
 ) -> BenchmarkReport:
-    """Open the files, compare their answers on all images, and measure them in turns.
+    """Open each file in a process of its own, measure them in turns, and compare their answers on all images.
 
     Args:
         files: model files of any backends, all for the same input; the first is the one to agree with.
@@ -73,7 +92,9 @@ def benchmark(
         data_name: what the images are, for the report.
         batches: batch sizes.
         device: auto, cpu, cuda, cuda:N or mps, for every file.
-        seconds: of measuring, a file and batch size.
+        seconds: of measuring, a file and batch size; up to three times as long where a file is not steady.
+        labels: the images' classes, (N,), for the accuracy.
+        progress: told what is being done.
 
     Raises:
         UsageError: no file, a batch size below 1 or above the number of images, or models of different inputs.
@@ -83,62 +104,69 @@ def benchmark(
         raise UsageError("no file to measure", "name at least one model file")
     if bad := [batch for batch in batches if not 1 <= batch <= len(images)]:
         raise UsageError(f"batch size {bad[0]}", f"give 1 to {len(images)}, the number of images")
-    with ExitStack() as stack:
-        opened = [_open(path, device, images, stack, progress) for path in files]
-        rows = [row for batch in batches for row in _rows(opened, images, batch, seconds, progress)]
-    return BenchmarkReport(environment(), data_name, len(images), tuple(rows))
+    with tempfile.TemporaryDirectory(prefix="cifarx-bench-") as folder, ExitStack() as stack:
+        stored = Path(folder) / "images.npy"
+        np.save(stored, images)
+        processes = [stack.enter_context(_open(path, device, stored, progress)) for path in files]
+        latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batches}
+        measured = _compare(processes, labels, progress)
+        rows = [
+            _row(file, batch, latency)
+            for batch, found in latencies.items()
+            for file, latency in zip(measured, found, strict=True)
+        ]
+        return BenchmarkReport(environment(), data_name, len(images), tuple(rows))
 
 
-def predicted_labels(backend: Backend, images: NDArray[np.uint8], batch: int = 64) -> NDArray[np.int64]:
-    """The argmax of each image, (N,)."""
-    parts = (model_input(images[start : start + batch], backend.spec) for start in range(0, len(images), batch))
-    return np.concatenate([backend.run(part).argmax(1) for part in parts])
-
-
-def _open(path: Path, device: str, images: NDArray[np.uint8], stack: ExitStack, progress: Progress) -> _Opened:
+def _open(path: Path, device: str, images: Path, progress: Progress) -> BenchmarkProcess:
     progress(f"opening {path}")
-    started = time.perf_counter()
-    backend = stack.enter_context(open_backend(path, device=device))
-    load_ms = (time.perf_counter() - started) * 1e3
-    size = (backend.spec.input.height, backend.spec.input.width)
-    if images.shape[1:3] != size:
-        raise UsageError(
-            f"{path} takes images of {size[0]}x{size[1]}, the first file {images.shape[1]}x{images.shape[2]}",
-            "compare models of one input size",
-        )
-    return _Opened(path, backend, load_ms, predicted_labels(backend, images))
+    return BenchmarkProcess(path, device, images)
 
 
-def _rows(
-    opened: Sequence[_Opened],
-    images: NDArray[np.uint8],
-    batch: int,
-    seconds: float,
-    progress: Progress,
-) -> list[BenchmarkRow]:
-    progress(f"measuring {len(opened)} files at batch {batch}")
-    latencies = measure([_runner(model.backend, images[:batch]) for model in opened], seconds)
-    return [_row(model, opened[0].labels, batch, latency) for model, latency in zip(opened, latencies, strict=True)]
+def _measure(processes: Sequence[BenchmarkProcess], batch: int, seconds: float, progress: Progress) -> list[Latency]:
+    progress(f"measuring {len(processes)} files at batch {batch}")
+    for process in processes:
+        process.warm_up(batch)
+    return measure_in_turns([process.window for process in processes], seconds)
 
 
-def _runner(backend: Backend, images: NDArray[np.uint8]) -> Runner:
-    inputs = model_input(images, backend.spec)
-    return Runner(backend.name, lambda: backend.run(inputs))
+def _compare(
+    processes: Sequence[BenchmarkProcess], labels: NDArray[np.int64] | None, progress: Progress
+) -> list[_File]:
+    names = [process.path.name for process in processes]
+    files: list[_File] = []
+    expected: NDArray[np.int64] | None = None
+    for process in processes:
+        progress(f"classifying every image by {process.path}")
+        peak = process.peak()  # before: the images are the benchmark's, not the model's
+        answers = process.classify()
+        expected = answers if expected is None else expected
+        accuracy = None if labels is None else float((answers == labels).mean())
+        name = process.path.name if names.count(process.path.name) == 1 else str(process.path)
+        files.append(_File(name, process, float((answers == expected).mean()), accuracy, peak))
+    return files
 
 
-def _row(model: _Opened, expected: NDArray[np.int64], batch: int, latency: Latency) -> BenchmarkRow:
+def _row(file: _File, batch: int, latency: Latency) -> BenchmarkRow:
+    opened = file.process.opened
     return BenchmarkRow(
-        file=model.path.name,
-        backend=model.backend.name,
-        provider=model.backend.provider,
-        precision=model.backend.spec.precision,
+        file=file.name,
+        backend=opened.backend,
+        provider=opened.provider,
+        precision=opened.precision,
         batch=batch,
         p50_us=latency.p50_us,
         p90_us=latency.p90_us,
         p99_us=latency.p99_us,
+        percentiles_us=latency.percentiles,
         samples=latency.samples,
-        images_per_s=batch / latency.p50_us * 1e6,
-        agreement=float((model.labels == expected).mean()),
-        load_ms=model.load_ms,
-        size_bytes=model_file(model.path).stat().st_size,
+        images_per_s=batch / latency.mean_us * 1e6,
+        stable=latency.stable,
+        spread=latency.spread,
+        agreement=file.agreement,
+        accuracy=file.accuracy,
+        load_ms=opened.load_ms,
+        first_call_ms=opened.first_call_ms,
+        size_bytes=opened.size_bytes,
+        peak_bytes=file.peak_bytes,
     )

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,10 @@ from cifarx_serve.versions import library_versions
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """`threads` is the number of CPUs this process may use, `cpus` what the machine has."""
+    """`threads` is the number of CPUs this process may use, `cpus` what the machine has.
+
+    `clock_mhz` is their mean clock now, None where the system does not say.
+    """
 
     system: str
     python: str
@@ -21,6 +25,7 @@ class Environment(msgspec.Struct, frozen=True):
     threads: int
     gpus: tuple[str, ...]
     versions: dict[str, str]
+    clock_mhz: float | None = None
 
 
 def environment() -> Environment:
@@ -28,22 +33,25 @@ def environment() -> Environment:
     return Environment(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        cpu=_cpu_name(),
+        cpu=next(_cpu_facts("model name"), platform.processor() or platform.machine()),
         cpus=os.cpu_count() or 1,
         threads=available_cpus(),
         gpus=_gpu_names(),
         versions=library_versions(),
+        clock_mhz=_clock(),
     )
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
+def _cpu_facts(name: str) -> Iterator[str]:
+    """One of each CPU; none where it is not Linux."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+
+
+def _clock() -> float | None:
+    clocks = [float(clock) for clock in _cpu_facts("cpu MHz")]
+    return round(sum(clocks) / len(clocks)) if clocks else None
 
 
 def _gpu_names() -> tuple[str, ...]:

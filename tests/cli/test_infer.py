@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -260,3 +261,112 @@ def test_what_cannot_be_meant(
     assert ran.status == 2
     assert words in ran.error
     assert ran.out == ""
+
+
+# The contact sheet.
+
+
+def shows(sheet: Path, image: Path) -> bool:
+    """Whether a drawing stands on a sheet as it is, five times as large."""
+    with Image.open(sheet) as page, Image.open(image) as picture:
+        pixels, drawing = np.asarray(page.convert("RGB")), np.asarray(picture)
+    places = np.lib.stride_tricks.sliding_window_view(pixels[:, :, 0], (160, 160))[::2, ::2][:, :, ::5, ::5]
+    return bool((places == drawing[:, :, 0]).all(axis=(2, 3)).any())
+
+
+def test_a_sheet_shows_the_images(cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
+    bare = cli("infer", *drawings[:4], "--model", trained.onnx, "--json", "--top-k", 2)
+    ran = cli("infer", *drawings[:4], "--model", trained.onnx, "--json", "--top-k", 2, "--annotate", "new/out.png")
+    assert ran.status == 0
+    assert ran.out == bare.out
+    assert ran.err == f"{bare.err}wrote new/out.png\n"
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "out.png"]
+    assert [shows(tmp_path / "new" / "out.png", drawing) for drawing in drawings] == [True] * 4 + [False]
+
+
+def test_a_sheet_of_a_folder(cli: Cli, trained: Trained, folder: Path) -> None:
+    """One image is broken, and more are there than are drawn; the sheet is no image of its own folder."""
+    for broken in ("001.png", "140.png"):
+        (folder / broken).write_bytes(b"no picture")
+    out = folder / "out.jpg"
+    ran = cli("infer", folder, "--model", trained.onnx, "--jsonl", "--annotate", out)
+    assert ran.status == 1
+    assert len(ran.out.splitlines()) == 150
+    assert ran.err.splitlines()[-1] == f"wrote {out}"
+    with Image.open(out) as page:
+        assert page.format == "JPEG"
+        assert page.width > 8 * 160
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    again = cli("infer", folder, "--model", trained.onnx, "--annotate", out)
+    assert again.status == 2
+    assert "would overwrite one of the images" in again.error
+    assert again.out == ""
+
+
+def test_a_sheet_where_nothing_could_be_answered(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+    ran = cli("infer", "absent.png", "--model", trained.onnx, "--annotate", "out.webp")
+    assert ran.status == 2
+    assert "No such file" in ran.error
+    with Image.open(tmp_path / "out.webp") as page:
+        assert page.format == "WEBP"
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_sheet_shows_standard_input(trained: Trained, drawings: list[Path], tmp_path: Path, others: int) -> None:
+    command = [sys.executable, "-m", "cifarx", "infer", "-", *map(str, drawings[2 : 2 + others])]
+    command += ["--model", str(trained.onnx), "--annotate", "out.png"]
+    ran = subprocess.run(command, input=drawings[1].read_bytes(), capture_output=True, check=True, cwd=tmp_path)
+    assert ran.stdout.startswith(b"-: ")
+    assert shows(tmp_path / "out.png", drawings[1])
+    assert shows(tmp_path / "out.png", drawings[2]) == bool(others)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_sheet_shows_what_comes_through_a_pipe(
+    cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path
+) -> None:
+    """As from a shell's `<(command)`: a second reading would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit((tmp_path / "pipe").write_bytes, drawings[1].read_bytes())
+        ran = cli("infer", "pipe", drawings[0], "--model", trained.onnx, "--annotate", "out.png")
+        assert written.result(timeout=20)
+    assert ran.status == 0
+    assert shows(tmp_path / "out.png", drawings[1])
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("out.gif", "give a name that ends in .png"),
+        ("out", "give a name that ends in .png"),
+        ("0.png/out.png", "cannot write 0.png"),
+        ("folder.png", "cannot write folder.png"),
+        ("0.png", "would overwrite one of the images"),
+        ("./folder.png/../0.png", "would overwrite one of the images"),
+    ],
+)
+def test_a_sheet_that_cannot_be_written(
+    cli: Cli, drawings: list[Path], tmp_path: Path, target: str, words: str
+) -> None:
+    """Told before the model is looked for: there is none."""
+    (tmp_path / "folder.png").mkdir()
+    before = set(tmp_path.rglob("*")), drawings[0].read_bytes()
+    ran = cli("infer", *drawings, "absent.png", "--annotate", target)
+    assert ran.status == 2
+    assert words in ran.error
+    assert ran.out == ""
+    assert (set(tmp_path.rglob("*")), drawings[0].read_bytes()) == before
+
+
+def test_without_a_sheet_nothing_is_drawn(trained: Trained, drawings: list[Path]) -> None:
+    code = (
+        "import sys; from cifarx.__main__ import main\n"
+        f"sys.argv = ['cifarx', 'infer', {str(drawings[0])!r}, '--model', {str(trained.onnx)!r}]\n"
+        "try: main()\n"
+        "except SystemExit as ended: status = ended.code\n"
+        "drawing = {'cifarx_serve.contact_sheet', 'PIL.ImageDraw', 'PIL.ImageFont'} & set(sys.modules)\n"
+        "sys.exit(str(drawing) if drawing else status)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -224,7 +224,7 @@ def test_an_export_takes_pixels_of_any_size(embedded: Path) -> None:
 def test_the_answers_of_the_plain_file(embedded: Path, good_onnx: Path) -> None:
     images = [noise(seed, *size) for seed, size in enumerate([(32, 32), (50, 60), (32, 32), (9, 200), (60, 50)])]
     with load(embedded, device="cpu") as ours, load(good_onnx, device="cpu") as plain:
-        for mine, its in zip(ours.predict_batch(images, 3), plain.predict_batch(images, 3), strict=True):
+        for mine, its in zip(ours.predict(images, 3), plain.predict(images, 3), strict=True):
             assert mine.label == its.label
             assert mine.score == pytest.approx(its.score, abs=1e-5)
 

@@ -6,14 +6,12 @@ import pytest
 from colour_model import SPEC, write_onnx, write_torchscript
 from numpy.typing import NDArray
 
-from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.benchmark import BenchmarkReport, benchmark, predicted_labels
+from cifarx_serve.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.environment import environment
 from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
-LABELS = [0, 1, 2, 0, 1]
 
 
 @pytest.fixture
@@ -35,14 +33,20 @@ def test_rows_are_by_batch_size_then_by_file(tmp_path: Path, images: NDArray[np.
     assert {row.provider for row in report.rows} == {"CPUExecutionProvider", "cpu"}
     for row, file in zip(report.rows, files * 2, strict=True):
         assert 0 < row.p50_us <= row.p90_us <= row.p99_us
-        assert row.images_per_s == pytest.approx(row.batch / row.p50_us * 1e6)
-        assert row.samples >= 1
+        assert len(row.percentiles_us) == 101
+        assert row.percentiles_us[0] <= row.batch / row.images_per_s * 1e6 <= row.percentiles_us[100]
+        assert row.samples >= 3
+        assert row.stable == (row.spread <= 0.1)
         assert row.agreement == 1
+        assert row.accuracy is None
         assert row.load_ms > 0
+        assert row.first_call_ms > 0
+        assert row.peak_bytes > 2**24
         assert row.size_bytes == file.stat().st_size
         assert row.precision == "fp32"
     assert (report.data, report.images) == ("colours", 5)
-    assert report.environment == environment()
+    now = environment()
+    assert msgspec.structs.replace(report.environment, clock_mhz=now.clock_mhz) == now
     assert all(any(file.name in line for line in told) for file in files)
     assert msgspec.json.decode(msgspec.json.encode(report), type=BenchmarkReport) == report
 
@@ -55,10 +59,18 @@ def test_agreement_is_with_the_first_file(tmp_path: Path, images: NDArray[np.uin
     assert [row.agreement for row in report.rows] == [1, 0.2, 1]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5, 64])
-def test_predicted_labels(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
-    with open_backend(write_onnx(tmp_path / "a.onnx"), device="cpu") as backend:
-        assert predicted_labels(backend, images, batch).tolist() == LABELS
+def test_accuracy_is_against_the_labels(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    files = [write_onnx(tmp_path / "right.onnx"), write_onnx(tmp_path / "wrong.onnx", order=(1, 0, 2))]
+    labels = np.array([0, 1, 2, 2, 2])
+    report = benchmark(files, images, "colours", batches=(2,), device="cpu", seconds=0.1, labels=labels)
+    assert [row.accuracy for row in report.rows] == [0.6, 0.2]
+
+
+def test_two_files_of_one_name_are_told_apart(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    (tmp_path / "b").mkdir()
+    files = [write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b" / "a.onnx")]
+    report = benchmark(files, images, "colours", batches=(1,), device="cpu", seconds=0.1)
+    assert [row.file for row in report.rows] == [str(file) for file in files]
 
 
 @pytest.mark.parametrize("batch", [0, -1, 6])

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 from colour_model import SPEC, write_onnx
 from hypothesis import example, given
@@ -19,6 +20,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import ImageError, ModelFileError, UsageError
 from cifarx_serve.predictor import Predictor, load, softmax
 from cifarx_serve.spec import ModelSpec
+from cifarx_serve.threads import available_cpus
 
 RED, GREEN, BLUE, CYAN, GREY = (
     Image.new("RGB", (9, 5), colour) for colour in ("red", "lime", "blue", "cyan", (77, 77, 77))
@@ -72,7 +74,7 @@ def test_what_is_known_of_the_model(predictor: Predictor) -> None:
 
 
 def test_top_k_is_best_first(predictor: Predictor) -> None:
-    [prediction] = predictor.predict_batch([Image.new("RGB", (3, 3), (10, 200, 100))], top_k=3)
+    [prediction] = predictor.predict([Image.new("RGB", (3, 3), (10, 200, 100))], top_k=3)
     assert [(candidate.label, candidate.index) for candidate in prediction.top] == [
         ("green", 1),
         ("blue", 2),
@@ -85,7 +87,7 @@ def test_top_k_is_best_first(predictor: Predictor) -> None:
 
 
 def test_of_equals_the_first_as_argmax_has_it(predictor: Predictor) -> None:
-    grey, cyan = predictor.predict_batch([GREY, CYAN], top_k=3)
+    grey, cyan = predictor.predict([GREY, CYAN], top_k=3)
     assert [candidate.index for candidate in grey.top] == [0, 1, 2]
     assert [candidate.index for candidate in cyan.top] == [1, 2, 0]
 
@@ -108,7 +110,7 @@ def test_the_label_is_the_argmax_of_the_logits(logits: list[float], top_k: int) 
 def test_top_k_out_of_range(predictor: Predictor, top_k: int) -> None:
     for images in ([RED], []):
         with pytest.raises(UsageError) as raised:
-            predictor.predict_batch(images, top_k)
+            predictor.predict(images, top_k)
         assert raised.value.problem == f"top-k is {top_k}"
         assert "give 1 to 3" in raised.value.remedy
 
@@ -119,16 +121,57 @@ def test_every_kind_of_source_has_the_same_answer(predictor: Predictor, tmp_path
     Image.fromarray(pixels).save(path)
     with Image.open(path) as opened:
         sources: list[Any] = [path, str(path), path.read_bytes(), pixels, Image.fromarray(pixels), opened]
-        answers = predictor.predict_batch(sources, top_k=3)
+        answers = predictor.predict(sources, top_k=3)
     assert answers == [answers[0]] * len(sources)
     assert predictor.predict(path, top_k=3) == answers[0]
+
+
+def test_one_image_or_a_list(predictor: Predictor) -> None:
+    alone = predictor.predict(RED, top_k=2)
+    assert predictor.predict([RED], 2) == predictor.predict((RED,), top_k=2) == [alone]
+
+
+def test_logits_are_given_where_asked_for(predictor: Predictor) -> None:
+    grey, cyan = predictor.predict([GREY, CYAN], logits=True)
+    assert grey.logits == pytest.approx([10 * 77 / 255] * 3)
+    assert cyan.logits == pytest.approx([0, 10, 10])
+    assert predictor.predict(CYAN).logits is None
+    assert b"logits" not in msgspec.json.encode(predictor.predict(CYAN))
+
+
+def test_an_array_at_the_models_size_is_the_same_image_as_any_other(predictor: Predictor) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    before = pixels.copy()
+    assert predictor.predict(pixels, logits=True) == predictor.predict(Image.fromarray(pixels), logits=True)
+    assert np.array_equal(pixels, before)
+
+
+def test_a_ready_batch_gives_logits(predictor: Predictor) -> None:
+    batch = np.random.default_rng(0).random((5, 3, 4, 6), dtype=np.float32)
+    assert predictor.run(batch) == pytest.approx(10 * batch.mean((2, 3)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        np.zeros((1, 3, 6, 4), np.float32),
+        np.zeros((3, 4, 6), np.float32),
+        np.zeros((0, 3, 4, 6), np.float32),
+        np.zeros((1, 3, 4, 6), np.float64),
+        np.zeros((1, 4, 6, 3), np.uint8),
+    ],
+    ids=lambda batch: f"{batch.dtype} {batch.shape}",
+)
+def test_a_batch_that_is_not_ready_is_refused(predictor: Predictor, batch: NDArray[Any]) -> None:
+    with pytest.raises(UsageError, match=r"the model takes float32 \(N, 3, 4, 6\)"):
+        predictor.run(batch)
 
 
 def test_a_batch_of_many_sizes_keeps_its_order(predictor: Predictor) -> None:
     images = [
         image.resize(size) for image, size in [(BLUE, (1, 1)), (RED, (300, 2)), (GREEN, (6, 4)), (BLUE, (64, 64))]
     ]
-    assert [prediction.label for prediction in predictor.predict_batch(images)] == ["blue", "red", "green", "blue"]
+    assert [prediction.label for prediction in predictor.predict(images)] == ["blue", "red", "green", "blue"]
 
 
 class Embedded(Still):
@@ -160,7 +203,7 @@ def test_pictures_of_one_size_go_together_and_answers_keep_their_order() -> None
     images = [
         Image.new("RGB", size, {"green": "lime"}.get(name, name)) for size, name in zip(sizes, names, strict=True)
     ]
-    assert [prediction.label for prediction in Predictor(backend).predict_batch(images)] == names
+    assert [prediction.label for prediction in Predictor(backend).predict(images)] == names
     assert [batch.shape for batch in backend.fed] == [(3, 5, 9, 3), (2, 9, 5, 3), (1, 1, 1, 3)]
 
 
@@ -194,6 +237,32 @@ def test_a_stream_is_read_as_its_answers_are_asked_for(predictor: Predictor) -> 
     answers.close()  # type: ignore[attr-defined]
 
 
+def test_a_long_stream_of_files_is_decoded_in_processes(predictor: Predictor, tmp_path: Path) -> None:
+    """And is answered as one image after the other, with its broken ones in their places."""
+    paths = []
+    for number, image in enumerate((RED, GREEN, BLUE, CYAN)):
+        paths.append(tmp_path / f"{number}.png")
+        image.save(paths[-1])
+    paths.append(tmp_path / "absent.png")
+    children: set[int] = set()
+
+    def files() -> Iterator[Path]:
+        for number in range(6000):
+            yield paths[number % 5]
+            if number % 500 == 499:
+                children.update(child.pid for child in psutil.Process().children())
+
+    answers = list(predictor.predict_stream(files()))
+    expected = [*(predictor.predict(path) for path in paths[:4]), None]
+    assert len(answers) == 6000
+    assert all(
+        isinstance(answer, ImageError) if number % 5 == 4 else answer == expected[number % 5]
+        for number, answer in enumerate(answers)
+    )
+    assert len(children) >= (2 if available_cpus() > 1 else 0)
+    assert not [child for child in psutil.Process().children() if child.pid in children]
+
+
 def test_a_stream_refuses_a_wrong_top_k_at_once(predictor: Predictor) -> None:
     with pytest.raises(UsageError, match="top-k is 9"):
         predictor.predict_stream([], top_k=9)
@@ -208,12 +277,12 @@ def test_several_threads_may_ask_at_once(predictor: Predictor) -> None:
 
 
 def test_no_images(predictor: Predictor) -> None:
-    assert predictor.predict_batch([]) == []
+    assert predictor.predict([]) == []
 
 
 def test_an_image_that_is_none(predictor: Predictor) -> None:
     with pytest.raises(ImageError, match=r"absent\.png"):
-        predictor.predict_batch([RED, "absent.png"])
+        predictor.predict([RED, "absent.png"])
     with pytest.raises(ImageError):
         predictor.predict(b"this is no picture")
 

@@ -1,5 +1,6 @@
 """The reference is torchvision: what was trained with its transforms must see the same bits here."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,23 @@ def test_the_bits_of_torchvision(torchvision_batch: Reference, drawing: Drawing)
         images = [drawn(drawing, seed, size)]
         ours = preprocess(images, model(PLAIN))
         assert same_bits(ours, torchvision_batch(images, PLAIN)), f"seed {seed}, size {size}"
+
+
+@pytest.mark.slow
+def test_the_bits_of_torchvision_for_a_thousand_files(torchvision_batch: Reference) -> None:
+    """Files of every kind, size and content, read by us and by Pillow with torchvision."""
+    drawings, kinds = (noise, gradient, extremes, photographic), ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+    filters: tuple[Any, ...] = ("bilinear", "bicubic", "lanczos", "nearest")
+    differing = []
+    for seed in range(1000):
+        file = io.BytesIO()
+        drawn(drawings[seed % 4], seed, random_size(seed)).save(file, kinds[seed % 6])
+        spec = InputSpec(height=32, width=32, resize=filters[seed % 5 % 4], mean=CIFAR10_MEAN, std=CIFAR10_STD)
+        with Image.open(file) as opened:
+            theirs = torchvision_batch([opened.convert("RGB")], spec)
+        if not same_bits(preprocess([read_image(file.getvalue())], model(spec)), theirs):
+            differing.append(seed)
+    assert differing == []
 
 
 @pytest.mark.parametrize("filter_name", ["nearest", "bilinear", "bicubic", "lanczos"])

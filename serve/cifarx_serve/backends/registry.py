@@ -34,6 +34,19 @@ _targets: dict[str, _Target] = {
 }
 
 
+class RegisteredBackend(NamedTuple):
+    """What `register_backend` takes."""
+
+    name: str
+    target: str
+    suffixes: tuple[str, ...] | None
+
+
+def registered_backends() -> tuple[RegisteredBackend, ...]:
+    """Of this process, in the order they were added: another process can have the same."""
+    return tuple(RegisteredBackend(name, target.path, target.suffixes) for name, target in _targets.items())
+
+
 def register_backend(name: str, target: str, suffixes: tuple[str, ...] | None = None) -> None:
     """Add a backend for this process; `target` is `module:Class`, imported when it is first asked for.
 

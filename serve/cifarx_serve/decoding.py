@@ -1,0 +1,103 @@
+"""Many image files decoded in processes: half of Pillow's work on a small file holds the interpreter's lock."""
+
+import os
+import threading
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Final, Self, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarx_serve.child_program import ChildEnded, ChildProgram
+from cifarx_serve.decoding_worker import Problems
+from cifarx_serve.errors import ImageError
+from cifarx_serve.images import ImageSource
+from cifarx_serve.spec import InputSpec
+
+Decoded: TypeAlias = "NDArray[np.uint8] | ImageError"
+
+START: Final = 512
+"""Files from which on processes are worth their start, a tenth of a second each."""
+
+_MOST: Final = 16
+"""Processes; each takes some 40 MB."""
+
+_PROGRAM: Final = "cifarx_serve.decoding_worker"
+
+
+class DecodingProcesses:
+    """Processes that decode files to one size, for any number of threads; a context manager.
+
+    They are started when there is enough to do. Until one is free, and for what is no path, `decode` gives None.
+
+    Args:
+        spec: the size, and the filter of the resize.
+        count: how many processes, 16 at most; with fewer than two there are none.
+    """
+
+    def __init__(self, spec: InputSpec, count: int) -> None:
+        self._spec = spec
+        self._count = min(count, _MOST) if count > 1 else 0
+        self._free: SimpleQueue[ChildProgram] = SimpleQueue()
+        self._starting: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._asked = 0
+
+    def decode(self, sources: Sequence[ImageSource]) -> list[Decoded] | None:
+        """The images in their order, uint8 (height, width, 3), or their errors; None where the caller is to do it."""
+        if not all(isinstance(source, str | os.PathLike) for source in sources):
+            return None
+        with self._lock:
+            self._asked += len(sources)
+            if self._asked > START and not self._starting:
+                self._starting = [threading.Thread(target=self._start, daemon=True) for _ in range(self._count)]
+                for thread in self._starting:
+                    thread.start()
+        try:
+            process = self._free.get_nowait()
+        except Empty:
+            return None
+        try:
+            found = _ask(process, sources, self._spec)
+        except ChildEnded:
+            process.close()
+            return None
+        self._free.put(process)
+        return found
+
+    def close(self) -> None:
+        """End the processes."""
+        for thread in self._starting:
+            thread.join()
+        while not self._free.empty():
+            self._free.get().close()
+
+    def _start(self) -> None:
+        process = ChildProgram(_PROGRAM)
+        process.send(msgspec.json.encode(self._spec))
+        try:
+            process.read_line()
+        except ChildEnded:  # no memory, or no more processes: threads do it
+            process.close()
+        else:
+            self._free.put(process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _ask(process: ChildProgram, sources: Sequence[ImageSource], spec: InputSpec) -> list[Decoded]:
+    paths = [os.fsencode(source) for source in sources]  # type: ignore[arg-type]
+    process.send(msgspec.json.encode(paths))
+    problems = msgspec.json.decode(process.read_line(), type=Problems)
+    shape = (problems.count(None), spec.height, spec.width, 3)
+    pixels = iter(np.frombuffer(process.read(int(np.prod(shape))), np.uint8).reshape(shape))
+    return [next(pixels) if problem is None else ImageError(*problem) for problem in problems]
