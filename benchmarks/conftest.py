@@ -1,22 +1,16 @@
 """One table at the end: every backend that runs here, side by side; and what a missed limit is."""
 
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from limits import LimitMissed
-from measured_models import Models
+from measured_models import Models, exported
 from rich.console import Console
 from rich.table import Table
 
 from cifarx.benchmark_report import environment_line
-from cifarx_export.exporting import export
-from cifarx_serve.backends.base import Backend
-from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.environment import environment
-from cifarx_serve.errors import DeviceError
-from cifarx_train.data.selection import select_data_like
 from cifarx_train.run import train
 
 _ROWS = pytest.StashKey[list[tuple[str, ...]]]()
@@ -57,27 +51,7 @@ def models(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
     checkpoint = pytestconfig.getoption("ckpt")
     if checkpoint is None:
         checkpoint = train("lzh", data="builtin", epochs=1, learning_rate=0.02, out=folder).checkpoints[-1]
-    made = export(checkpoint, ["torchscript", "onnx"], out=folder)
-    assert all(artifact.report.summary.passed for artifact in made)
-    files = {"pytorch": checkpoint, **{artifact.report.format: artifact.path for artifact in made}}
-    files["onnxruntime"] = files.pop("onnx")
-    with open_backend(checkpoint, device="cpu") as backend:
-        spec = backend.spec
-    data = select_data_like(spec.training.data if spec.training else None, "auto")
-    return Models(files, data.load("test", spec.input).images, data.name)
-
-
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
-def backends(request: pytest.FixtureRequest, models: Models) -> Iterator[dict[str, Backend]]:
-    """Every backend's file opened on a device, the reference first."""
-    with ExitStack() as stack:
-        try:
-            yield {
-                name: stack.enter_context(open_backend(models.files[name], device=request.param))
-                for name in ("pytorch", "torchscript", "onnxruntime")
-            }
-        except DeviceError as error:
-            pytest.skip(str(error))
+    return exported(checkpoint, folder)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -107,9 +81,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    headings = ("backend", "provider", "batch", "p50 µs", "p90 µs", "p99 µs", "images/s", "speed-up", "agreement")
+    headings = (
+        "network",
+        "backend",
+        "provider",
+        "batch",
+        "p50 µs",
+        "p90 µs",
+        "p99 µs",
+        "images/s",
+        "speed-up",
+        "agreement",
+    )
     table = Table(*headings, title="one call, host memory to host memory; speed-up over PyTorch, measured in turns")
-    for column in table.columns[2:]:
+    for column in table.columns[3:]:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)

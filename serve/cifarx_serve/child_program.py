@@ -13,6 +13,9 @@ from typing import BinaryIO, Final
 _PATIENCE_S: Final = 10.0
 """How long it may take to end."""
 
+_PIPE_BYTES: Final = 2**20
+"""What a reply may have without waiting to be read; Linux gives no user more. Other systems keep their own."""
+
 
 class ChildEnded(Exception):
     """It ended before it replied; `status` is its exit status."""
@@ -33,7 +36,9 @@ class ChildProgram:
         # -P: what lies in the current folder is not imported.
         command = [sys.executable, "-P", "-m", module]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=_PIPE_BYTES, env=environment
+        )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
@@ -61,8 +66,13 @@ class ChildProgram:
         """So many bytes of a reply; raises as `read_line` does."""
         return self._whole(found := self._replies.read(size), len(found) == size)
 
+    def kill(self) -> None:
+        """End it at once, whatever it is doing."""
+        self._process.kill()
+        self.close()
+
     def close(self) -> None:
-        """End the process; a second call does nothing."""
+        """End it; a second call does nothing."""
         for pipe in (self._requests, self._replies):
             with suppress(OSError):
                 pipe.close()

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -19,7 +20,7 @@ from cifarx_serve.spec import InputSpec
 
 Decoded: TypeAlias = "NDArray[np.uint8] | ImageError"
 
-START: Final = 512
+START: Final = 256
 """Files from which on processes are worth their start, a tenth of a second each."""
 
 _MOST: Final = 16
@@ -42,7 +43,7 @@ class DecodingProcesses:
         self._spec = spec
         self._count = min(count, _MOST) if count > 1 else 0
         self._free: SimpleQueue[ChildProgram] = SimpleQueue()
-        self._starting: list[threading.Thread] = []
+        self._processes: list[ChildProgram] = []
         self._lock = threading.Lock()
         self._asked = 0
 
@@ -52,38 +53,36 @@ class DecodingProcesses:
             return None
         with self._lock:
             self._asked += len(sources)
-            if self._asked > START and not self._starting:
-                self._starting = [threading.Thread(target=self._start, daemon=True) for _ in range(self._count)]
-                for thread in self._starting:
-                    thread.start()
+            if self._asked > START and not self._processes:
+                self._processes = [self._start() for _ in range(self._count)]
         try:
             process = self._free.get_nowait()
         except Empty:
             return None
         try:
             found = _ask(process, sources, self._spec)
-        except ChildEnded:
-            process.close()
+        except ChildEnded:  # the caller does it, and the other processes go on
             return None
         self._free.put(process)
         return found
 
     def close(self) -> None:
-        """End the processes."""
-        for thread in self._starting:
-            thread.join()
-        while not self._free.empty():
-            self._free.get().close()
+        """End the processes, also those that are not ready yet."""
+        for process in self._processes:
+            process.kill()
 
-    def _start(self) -> None:
+    def _start(self) -> ChildProgram:
+        """A process that will be free as soon as it is ready."""
         process = ChildProgram(_PROGRAM)
         process.send(msgspec.json.encode(self._spec))
-        try:
-            process.read_line()
-        except ChildEnded:  # no memory, or no more processes: threads do it
-            process.close()
-        else:
-            self._free.put(process)
+
+        def wait() -> None:
+            with suppress(ChildEnded, ValueError):  # there was no memory for it, or it is not needed any more
+                process.read_line()
+                self._free.put(process)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return process
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -40,9 +41,15 @@ def started(files: list[str]) -> Iterator[DecodingProcesses]:
     """Two processes, both ready."""
     with DecodingProcesses(SPEC, 2) as processes:
         assert processes.decode(files[:1] * (START + 1)) is None
-        for thread in processes._starting:
-            thread.join()
+        _wait_for(lambda: processes._free.qsize() == 2)
         yield processes
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _children() -> list[psutil.Process]:
@@ -103,7 +110,7 @@ def test_one_that_is_killed_costs_no_answer(started: DecodingProcesses, files: l
         os.kill(child.pid, signal.SIGKILL)
         psutil.wait_procs([child])
     found = [started.decode(files) for _ in range(4)]
-    assert found.count(None) <= 1
+    assert sum(images is None for images in found) == 1
     assert len(_children()) == 1
 
 
