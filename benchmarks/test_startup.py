@@ -12,7 +12,7 @@ from measured_models import Models
 from PIL import Image
 
 ROUNDS = 10
-MAX_RATIO = 1.5
+MAX_RATIO = 1.25
 
 TORCH_ROUNDS = 3
 MIN_SPEED_UP = 8

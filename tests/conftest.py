@@ -65,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """`cli("verify", path, "--json")` as `cifarx verify PATH --json`, in this process:
     PyTorch takes seconds to load, and once is enough."""
-    from cifarx.__main__ import main
+    from cifarx.main import main
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["cifarx", *map(str, arguments)])

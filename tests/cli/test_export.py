@@ -105,7 +105,7 @@ def test_help_lists_the_formats_and_the_precisions(cli: Cli) -> None:
 
 
 def test_the_help_needs_no_pytorch() -> None:
-    script = "import sys; from cifarx.__main__ import main; sys.argv = ['cifarx', 'export', '--help']\n"
+    script = "import sys; from cifarx.main import main; sys.argv = ['cifarx', 'export', '--help']\n"
     script += "try: main()\nexcept SystemExit: pass\nsys.exit(any(name in sys.modules for name in ('torch', 'onnx')))"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -162,7 +162,7 @@ def test_model_files_that_are_none(cli: Cli, drawings: list[Path], tmp_path: Pat
 
 def test_onnx_imports_no_pytorch(trained: Trained, drawings: list[Path]) -> None:
     code = (
-        "import sys; from cifarx.__main__ import main\n"
+        "import sys; from cifarx.main import main\n"
         f"sys.argv = ['cifarx', 'infer', {str(drawings[0])!r}, '--model', {str(trained.onnx)!r},"
         " '--backend', 'onnxruntime']\n"
         "try: main()\n"
@@ -361,7 +361,7 @@ def test_a_sheet_that_cannot_be_written(
 
 def test_without_a_sheet_nothing_is_drawn(trained: Trained, drawings: list[Path]) -> None:
     code = (
-        "import sys; from cifarx.__main__ import main\n"
+        "import sys; from cifarx.main import main\n"
         f"sys.argv = ['cifarx', 'infer', {str(drawings[0])!r}, '--model', {str(trained.onnx)!r}]\n"
         "try: main()\n"
         "except SystemExit as ended: status = ended.code\n"

@@ -86,7 +86,7 @@ def test_missing_extra_is_named(tmp_path: Path) -> None:
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, NoTorch())\n"
         "sys.argv = ['cifarx', 'train', '--model', 'lzh']\n"
-        "from cifarx.__main__ import main\n"
+        "from cifarx.main import main\n"
         "main()\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -102,7 +102,7 @@ def test_pytorch_backend_is_found_without_an_install(trained: Trained, tmp_path:
         "import importlib.metadata, sys\n"
         "importlib.metadata.entry_points = lambda **_: ()\n"
         f"sys.argv = ['cifarx', 'infer', 'x.png', '--model', {str(trained.checkpoint)!r}]\n"
-        "from cifarx.__main__ import main\n"
+        "from cifarx.main import main\n"
         "main()\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)

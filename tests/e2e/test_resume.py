@@ -42,7 +42,7 @@ _PARENT = """
 import json, os, resource, signal, sys
 import PIL.PngImagePlugin, torch._dynamo, torchvision
 import cifarx.commands.train, cifarx.training_progress, cifarx_train.run
-from cifarx.__main__ import main
+from cifarx.main import main
 
 print("ready", flush=True)
 while line := sys.stdin.readline():

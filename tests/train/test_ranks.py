@@ -33,7 +33,7 @@ import gc, json, os, socket, sys
 import PIL.PngImagePlugin, torch, torch._dynamo, torchvision
 import cifarx.commands.train, cifarx.training_progress, cifarx_train.run
 from torch import distributed
-from cifarx.__main__ import main
+from cifarx.main import main
 from cifarx_train.ranks import joined_ranks
 
 def probe():
