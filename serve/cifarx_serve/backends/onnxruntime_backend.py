@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.backends import cuda_libraries
 from cifarx_serve.backends.base import Backend, Port, require_file
+from cifarx_serve.backends.bound_session import LARGEST, BoundSession, without_graph
 from cifarx_serve.backends.onnx_file import read_onnx
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError
@@ -36,6 +37,7 @@ _DTYPES: Final = {"tensor(float)": "float32", "tensor(float16)": "float16", "ten
 _FOLDED_SIZE: Final = "optimization.constant_folding_max_output_size_in_bytes"
 
 _CPU: Final[list[tuple[str, dict[str, str]]]] = [("CPUExecutionProvider", {})]
+_CUDA: Final = "CUDAExecutionProvider"
 
 # Errors come back as exceptions, where they are told in one line; the library's own log would say them again.
 _LOG_FATAL: Final = 4
@@ -56,6 +58,8 @@ class OnnxRuntimeBackend(Backend):
         self._path = path
         self._session: Any = _open_session(path, device)
         self.provider = self._session.get_providers()[0]
+        self._options = without_graph() if self.provider == _CUDA else None
+        self._bound = self._bind(device) if self.provider == _CUDA else None
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
@@ -68,7 +72,9 @@ class OnnxRuntimeBackend(Backend):
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         try:
-            logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch})[0]
+            if self._bound is not None and len(batch) <= LARGEST:
+                return self._bound.run(batch)
+            logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch}, self._options)[0]
         except Exception as error:  # the library's errors have no common base
             problem = f"{self._path} does not run on {batch.dtype} {batch.shape} ({_reason(error)})"
             raise ModelFileError(problem, "export it again") from error
@@ -89,7 +95,22 @@ class OnnxRuntimeBackend(Backend):
         )
 
     def close(self) -> None:
+        self._bound = None
         self._session = None
+
+    def _bind(self, device: Device) -> BoundSession | None:
+        """With memory of its own on the GPU and CUDA graphs; told where that does not work, and why."""
+        taken = self.spec.input
+        shape = (taken.channels, taken.height, taken.width)
+        bound = BoundSession(self._session, "cuda", device.number, shape, len(self.spec.class_names))
+        try:
+            problem = bound.problem()
+        except Exception as error:  # the library's errors have no common base
+            problem = _reason(error)
+        if problem is None:
+            return bound
+        warnings.warn(f"running {self._path} without CUDA graphs: {problem}", FallbackWarning, stacklevel=3)
+        return None
 
 
 def provider_problem(device: Device) -> DeviceError | None:
@@ -98,7 +119,7 @@ def provider_problem(device: Device) -> DeviceError | None:
         session = _open_session(_PROBE, device)
     except DeviceError as error:
         return error
-    session.run(None, {"x": np.zeros(1, np.float32)})
+    session.run(None, {"x": np.zeros(1, np.float32)}, without_graph())
     return None
 
 
@@ -146,16 +167,17 @@ def _cuda_session(path: Path | bytes, index: int) -> "onnxruntime.InferenceSessi
     options = {
         "device_id": str(index),
         "use_tf32": "0",  # on by default, and a thousand times outside fp32's tolerance
+        "enable_cuda_graph": "1",  # of the runs that ask for it: see `bound_session`
         "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm for every new batch size
     }
     config = {"session.disable_cpu_ep_fallback": "1"}
     try:
-        session = _session(path, [("CUDAExecutionProvider", options)], config)
+        session = _session(path, [(_CUDA, options)], config)
     except ModelFileError as error:
         raise cuda_libraries.missing() or DeviceError(
             f"ONNX Runtime cannot use cuda:{index} ({error.problem})", "run `cifarx doctor`"
         ) from error
-    if (given := session.get_providers()[0]) != "CUDAExecutionProvider":
+    if (given := session.get_providers()[0]) != _CUDA:
         raise cuda_libraries.missing() or DeviceError(
             f"cuda:{index} was asked for and ONNX Runtime gave {given}", "run `cifarx doctor`"
         )
