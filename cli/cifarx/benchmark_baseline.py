@@ -1,6 +1,7 @@
 """A benchmark against an earlier one: what became slower, and by how much."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
@@ -14,6 +15,9 @@ from cifarx_serve.errors import ModelFileError, UsageError
 DEFAULT_LIMIT: Final = "10%"
 
 _LARGEST_BYTES: Final = 2**26
+
+_NAMED: Final = 3
+"""Rows without a counterpart that are named."""
 
 _Key: TypeAlias = tuple[str, str, str, str, int]
 
@@ -153,10 +157,15 @@ def remarks(comparison: Comparison) -> list[str]:
     if not comparison.same_machine:
         lines.append("the baseline was measured on another machine: its times say little about these")
     if comparison.only_before:
-        lines.append(f"only in the baseline: {', '.join(comparison.only_before)}")
+        lines.append(f"only in the baseline: {_some(comparison.only_before)}")
     if comparison.only_now:
-        lines.append(f"not in the baseline: {', '.join(comparison.only_now)}")
+        lines.append(f"not in the baseline: {_some(comparison.only_now)}")
     return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _key(row: BaselineRow | BenchmarkRow) -> _Key:

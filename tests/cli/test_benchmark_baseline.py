@@ -42,6 +42,13 @@ def test_rows_are_those_of_one_file_backend_provider_precision_and_batch() -> No
     assert any("batch 64" in line for line in remarks(compared))
 
 
+def test_of_many_rows_without_a_counterpart_some_are_named() -> None:
+    earlier = _baseline(report(*(row(batch=batch) for batch in range(1, 11))))
+    [line] = remarks(compare(report(), earlier, 0.1))
+    assert "at batch 2, " in line
+    assert line.endswith("at batch 4 and 6 more")
+
+
 def test_nothing_in_common() -> None:
     with pytest.raises(UsageError, match="none of these rows"):
         compare(report(row(file="b.onnx")), _baseline(report()), 0.1)
