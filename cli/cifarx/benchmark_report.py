@@ -3,13 +3,14 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
 from cifarx.console import result, table, table_width
-from cifarx_serve.atomic import atomic_path
+from cifarx_serve.atomic import atomic_path, require_writable
 from cifarx_serve.benchmark import BenchmarkReport, BenchmarkRow
 from cifarx_serve.environment import Environment
 from cifarx_serve.errors import UsageError
@@ -18,6 +19,8 @@ HEADINGS: Final = (
     "file", "provider", "precision", "batch", "p50 µs", "p90 µs", "p99 µs", "samples", "images/s", "agreement",
     "accuracy", "load ms", "first ms", "KB", "peak MB",
 )  # fmt: skip
+
+_DRAWN: Final = (".html", ".png")
 
 _LESS: Final = frozenset({"precision", "p90 µs", "samples", "accuracy", "load ms", "first ms", "KB", "peak MB"})
 _WIDE: Final = 170
@@ -43,10 +46,19 @@ class Scenario(NamedTuple):
     batch: int
 
 
-def check_suffix(path: Path) -> None:
-    """Raises UsageError, before anything is measured, where a report of that kind cannot be written."""
+def require_report(path: Path) -> None:
+    """Find out before long work whether a report of that name can be written.
+
+    Raises:
+        UsageError: no report has such a suffix.
+        OutputError: its folder cannot be written.
+        ModuleNotFoundError: what draws it is not installed.
+    """
     if path.suffix not in _WRITERS:
         raise UsageError(f"report {path}", f"give a name that ends in {', '.join(_WRITERS)}")
+    require_writable(path.parent)
+    if path.suffix in _DRAWN:
+        import_module("matplotlib")
 
 
 def print_report(report: BenchmarkReport) -> None:

@@ -16,7 +16,9 @@ from cifarx_serve.errors import CifarxError, FallbackWarning
 _UsageProblem: Final[type[Exception]] = typer.BadParameter.__mro__[2]
 
 _CTRL_C: Final = 130
-_TRAIN_PACKAGES: Final = frozenset({"torch", "torchvision", "tensorboard", "onnx", "onnxscript", "onnx_ir"})
+_TRAIN_PACKAGES: Final = frozenset(
+    {"torch", "torchvision", "tensorboard", "onnx", "onnxscript", "onnx_ir", "jinja2", "matplotlib"}
+)
 
 
 def main() -> NoReturn:

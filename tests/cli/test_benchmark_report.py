@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 from pathlib import Path
 
 import msgspec
@@ -9,7 +10,7 @@ from benchmark_rows import report, row
 from cifarx.benchmark_report import (
     HEADINGS,
     cells,
-    check_suffix,
+    require_report,
     environment_line,
     markdown,
     print_report,
@@ -18,7 +19,7 @@ from cifarx.benchmark_report import (
     write_report,
 )
 from cifarx_serve.benchmark import BenchmarkReport
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import OutputError, UsageError
 
 SEVERAL = report(
     row(file="a.pth", batch=1, p90_us=700, images_per_s=1500),
@@ -92,7 +93,7 @@ def test_markdown_has_a_cell_a_column_whatever_a_file_is_called() -> None:
 
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".md", ".html", ".png"])
 def test_every_kind_is_written_whole(tmp_path: Path, suffix: str) -> None:
-    check_suffix(tmp_path / f"x{suffix}")
+    require_report(tmp_path / f"x{suffix}")
     write_report(SEVERAL, tmp_path / f"x{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"x{suffix}"]
     assert (tmp_path / f"x{suffix}").stat().st_size > 500
@@ -101,9 +102,24 @@ def test_every_kind_is_written_whole(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("name", ["x.docx", "x", "json"])
 def test_other_kinds_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=r"\.json, \.csv"):
-        check_suffix(Path(name))
+        require_report(Path(name))
 
 
 def test_json_numbers_are_numbers(tmp_path: Path) -> None:
     write_report(report(), tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["p50_us"] == 100
+
+
+@pytest.mark.parametrize("suffix", [".html", ".png"])
+def test_what_draws_it_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """None in the place of a module is how Python marks one that is not there."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError):
+        require_report(tmp_path / f"x{suffix}")
+    require_report(tmp_path / "x.json")
+
+
+def test_a_folder_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        require_report(tmp_path / "file" / "x.json")

@@ -40,10 +40,10 @@ def command(
 ) -> int:
     """Measure files side by side: latency, throughput, and whether they agree with the first."""
     from cifarx.benchmark_baseline import compare, parse_limit, print_comparison, read_baseline
-    from cifarx.benchmark_report import check_suffix, print_report, write_report
+    from cifarx.benchmark_report import require_report, print_report, write_report
 
     for path in report or []:
-        check_suffix(path)
+        require_report(path)
     bounds = parse_bounds(pick_bounds) if pick_bounds is not None else ()
     limit, earlier = parse_limit(max_regression), read_baseline(baseline) if baseline else None
     measured = _measure(files, _batch_sizes(batch), device, data, broken)
