@@ -44,6 +44,7 @@ class DecodingProcesses:
         self._count = min(count, _MOST) if count > 1 else 0
         self._free: SimpleQueue[ChildProgram] = SimpleQueue()
         self._processes: list[ChildProgram] = []
+        self._started = False
         self._lock = threading.Lock()
         self._asked = 0
 
@@ -53,8 +54,11 @@ class DecodingProcesses:
             return None
         with self._lock:
             self._asked += len(sources)
-            if self._asked > START and not self._processes:
-                self._processes = [self._start() for _ in range(self._count)]
+            if self._asked > START and not self._started:
+                self._started = True
+                with suppress(OSError):  # no process can be started here: threads do it
+                    for _ in range(self._count):
+                        self._processes.append(self._start())
         try:
             process = self._free.get_nowait()
         except Empty:

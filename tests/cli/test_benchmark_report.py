@@ -10,10 +10,10 @@ from benchmark_rows import report, row
 from cifarx.benchmark_report import (
     HEADINGS,
     cells,
-    require_report,
     environment_line,
     markdown,
     print_report,
+    require_report,
     scenario_lines,
     scenarios,
     write_report,

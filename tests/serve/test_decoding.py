@@ -97,6 +97,13 @@ def test_one_cpu_starts_no_process(files: list[str]) -> None:
         assert _children() == before
 
 
+def test_where_no_process_can_be_started_the_caller_does_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/absent/python")
+    with DecodingProcesses(SPEC, 2) as processes:
+        assert processes.decode(files[:1] * (START + 1)) is None
+        assert processes.decode(files) is None
+
+
 def test_they_end_with_their_context(files: list[str]) -> None:
     before = _children()
     with DecodingProcesses(SPEC, 2) as processes:

@@ -40,7 +40,7 @@ def command(
 ) -> int:
     """Measure files side by side: latency, throughput, and whether they agree with the first."""
     from cifarx.benchmark_baseline import compare, parse_limit, print_comparison, read_baseline
-    from cifarx.benchmark_report import require_report, print_report, write_report
+    from cifarx.benchmark_report import print_report, require_report, write_report
 
     for path in report or []:
         require_report(path)
