@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LIMITS ?= judge
+BENCHMARKS ?= benchmarks/
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -29,15 +30,15 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== the fast tests"
-	$(BIN)/pytest -m "not slow" -n logical --dist loadfile -p no:benchmark
+	$(BIN)/pytest -m "not slow" -n logical --dist loadfile -p no:benchmark --durations 10
 
 test-slow: $(READY)
 	@echo "== the slow tests"
-	$(BIN)/pytest -m slow -n logical --dist loadfile -p no:benchmark
+	$(BIN)/pytest -m slow -n logical --dist loadfile -p no:benchmark --durations 10
 
 bench: $(READY)
 	@echo "== the benchmarks"
-	$(BIN)/pytest benchmarks/ --limits $(LIMITS) -rx
+	$(BIN)/pytest $(BENCHMARKS) --limits $(LIMITS) -rx
 
 check: $(READY)
 	@echo "== ruff, mypy, import rules"
