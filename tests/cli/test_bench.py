@@ -11,6 +11,7 @@ ROW = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_and_reports(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     files = (trained.checkpoint, trained.torchscript, trained.onnx)
     ran = cli("bench", *files, "--batch", "1,8", "--report", "bench.json", "--json")
@@ -75,6 +76,7 @@ def test_a_baseline_and_a_pick(cli: Cli, trained: Trained, tmp_path: Path) -> No
     ran = cli(*arguments, "--json", "--pick", "p50<1s")
     assert ran.status == 1
     assert ran.json["changes"][0]["regressed"]
+    assert set(ran.json["rows"][0]) >= ROW
     assert ran.json["picked"] == ran.json["rows"][0]
 
 

@@ -111,6 +111,7 @@ def test_the_help_needs_no_pytorch() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_is_named_is_proved_too(cli: Cli, checkpoint: Path) -> None:
     ran = cli("export", "--ckpt", checkpoint, "--format", "onnx", "--batch", 17, "--json")
     assert ran.status == 0, ran.err

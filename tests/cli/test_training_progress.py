@@ -83,6 +83,7 @@ def train(folder: Path, **streams: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*map(str, command)], **streams)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines(folder: Path) -> None:
     process = train(folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate()

@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from command_line import Cli
 from trained_model import Trained
 
@@ -44,6 +45,7 @@ def test_two_files_and_a_page(cli: Cli, trained: Trained) -> None:
     assert trained.onnx.name in Path("page.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_first_layer_that_differs(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
 

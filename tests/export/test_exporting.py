@@ -260,6 +260,7 @@ except OutputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX system's limits")
 def test_a_conversion_without_room_for_its_files_is_an_output_error(alone: Path, pictures: Path) -> None:
     """A full disk of temporary files."""
@@ -322,6 +323,7 @@ def test_killed_before_the_next_artifact_was_proved_the_last_one_stands(copied: 
     assert find_model(copied, "torchscript") == copied / "lzh_0.torchscript.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_killed_when_the_artifact_has_its_name_it_is_whole_and_the_same_as_anywhere(
     made: list[Exported], alone: Path, pictures: Path

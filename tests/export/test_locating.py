@@ -123,6 +123,7 @@ def residual(path: Path, statistics: float = 0.0) -> Checkpoint:
     return loaded
 
 
+@pytest.mark.slow
 def test_a_folded_batch_norm_and_two_branches(tmp_path: Path) -> None:
     residual(tmp_path / "good.pth")
     source = source_of(residual(tmp_path / "other.pth", 0.5))

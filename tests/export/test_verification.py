@@ -177,6 +177,7 @@ def test_two_artifacts_elsewhere(good_onnx: Path, good_torchscript: Path, pictur
     assert report.summary.batch_sizes == (1, 3, 5, 64)
 
 
+@pytest.mark.slow
 def test_two_checkpoints(checkpoint: Path, stale: Path, pictures: Path) -> None:
     assert verify(checkpoint, checkpoint, data=str(pictures)).summary.passed
     assert failed(verify(checkpoint, stale, data=str(pictures))) == {"tolerance", "agreement"}

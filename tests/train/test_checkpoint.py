@@ -371,6 +371,7 @@ for kill in range(12):
 """
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_killed_process_leaves_whole_files_only(saved: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", _KILLED, saved, tmp_path], capture_output=True, text=True, check=False)

@@ -385,6 +385,7 @@ def test_a_deeper_layout_is_not_guessed_at(folder: Path, tmp_path: Path) -> None
 # --- CIFAR-10 as image files
 
 
+@pytest.mark.slow
 def test_the_copy_of_cifar10_is_whole(cifar10_jpeg: Path) -> None:
     data = open_image_files(cifar10_jpeg)
     test = data.load("test", SPEC)

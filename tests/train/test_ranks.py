@@ -281,6 +281,7 @@ def test_momentum_schedule_and_clipping_mean_the_same_with_several_ranks(
     require_close(two, one)
 
 
+@pytest.mark.slow
 @needs_processes
 def test_more_ranks_than_test_images(processes: Processes, tmp_path: Path) -> None:
     """A rank without a test image, and batches with fewer images than ranks."""
@@ -292,6 +293,7 @@ def test_more_ranks_than_test_images(processes: Processes, tmp_path: Path) -> No
     require_close(five, one)
 
 
+@pytest.mark.slow
 @needs_processes
 @pytest.mark.parametrize(("size", "require"), [(2, require_same), (3, require_close)], ids=["2", "3"])
 def test_several_ranks_go_on_as_if_nothing_had_happened(

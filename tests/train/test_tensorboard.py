@@ -328,6 +328,7 @@ def test_a_network_that_cannot_be_traced_has_no_graph(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_to_the_bit_without_tensorboard(
     drawn_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
