@@ -25,15 +25,15 @@ class Models:
     data: str
 
 
-def exported(checkpoint: Path, folder: Path) -> Models:
-    """A checkpoint, as TorchScript and as ONNX, each with its proof."""
-    made = export(checkpoint, ["torchscript", "onnx"], out=folder)
+def exported(checkpoint: Path, folder: Path, data: str = "auto") -> Models:
+    """A checkpoint, as TorchScript and as ONNX, each with its proof on a data set."""
+    made = export(checkpoint, ["torchscript", "onnx"], data=data, out=folder)
     assert all(artifact.report.summary.passed for artifact in made)
     torchscript, onnx = (artifact.path for artifact in made)
     spec = read_spec(checkpoint)
-    data = select_data_like(spec.training.data if spec.training else None, "auto")
+    chosen = select_data_like(spec.training.data if spec.training else None, data)
     files = {"pytorch": checkpoint, "torchscript": torchscript, "onnxruntime": onnx}
-    return Models(spec.model, files, data.load("test", spec.input).images, data.name)
+    return Models(spec.model, files, chosen.load("test", spec.input).images, chosen.name)
 
 
 def untrained(name: str, path: Path) -> Path:

@@ -55,7 +55,7 @@ def side(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.T
         models: Models = request.getfixturevalue("models")
     else:
         folder = tmp_path_factory.mktemp(request.param)
-        models = exported(untrained(request.param, folder / f"{request.param}_0.pth"), folder)
+        models = exported(untrained(request.param, folder / f"{request.param}_0.pth"), folder, "builtin")
     with ExitStack() as stack:
         try:
             backends = {name: stack.enter_context(open_backend(models.files[name], device=device)) for name in BACKENDS}
