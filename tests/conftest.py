@@ -55,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     done = train("lzh", data="builtin", epochs=1, learning_rate=0.02, out=folder)
     shutil.rmtree(folder / "logs")
-    onnx, torchscript = export(done.checkpoints[0], ["onnx", "torchscript"])
+    onnx, torchscript = export(done.checkpoints[0], ["onnx", "torchscript"], data="builtin")
     assert onnx.report.summary.passed
     assert torchscript.report.summary.passed
     return Trained(folder, done.checkpoints[0], onnx.path, torchscript.path)

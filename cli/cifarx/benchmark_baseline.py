@@ -31,7 +31,6 @@ class BaselineRow(msgspec.Struct, frozen=True):
     precision: str
     batch: int
     p50_us: float
-    agreement: float
 
 
 class Baseline(msgspec.Struct, frozen=True):

@@ -3,16 +3,14 @@
 A file has one colour, one marker and one dash in all of them. A hollow marker is a row that was not stable.
 """
 
-import io
 import textwrap
 import unicodedata
 import warnings
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from math import ceil, floor, log10
+from math import ceil, log10
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -22,10 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FixedLocator, Formatter, MaxNLocator, NullLocator, PercentFormatter
-from matplotlib.transforms import Bbox, BboxBase
+from matplotlib.ticker import NullLocator
 
 from cifarx.benchmark_report import environment_line, title
+from cifarx.plot_axes import label_points, log_axis, share_axis
+from cifarx.plot_svg import svg_element
 from cifarx_serve.benchmark import BenchmarkReport, BenchmarkRow
 
 PICTURE_WIDTH: Final = 1800
@@ -34,7 +33,6 @@ PICTURE_WIDTH: Final = 1800
 _PICTURE_DPI: Final = 150
 
 _Dash: TypeAlias = Literal["-", "--", ":"]
-_Axis: TypeAlias = Literal["x", "y"]
 
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart, without the yellow: it is too faint on white."""
@@ -73,10 +71,6 @@ _STYLE: Final = {
     "svg.hashsalt": "cifarx",  # ids that are the same each time
 }
 
-_SVG: Final = "{http://www.w3.org/2000/svg}"
-_HREF: Final = "{http://www.w3.org/1999/xlink}href"
-_NO_METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-
 _PLOT_INCHES: Final = (4.8, 3.3)
 _SWATCH_INCHES: Final = (0.46, 0.17)
 
@@ -88,9 +82,6 @@ _LONGEST_NAME: Final = 80
 """Letters of a name in the picture's legend."""
 
 _MICRO: Final = 1e-6
-_MARKS: Final = {"x": 7, "y": 10}
-"""As many have room on an axis."""
-
 _PERCENTILES: Final = (50, 90, 99)
 _MAXIMUM: Final = 2.6
 """Where the 100th percentile is drawn: by its scale it would be at infinity; the 99th is at 2."""
@@ -157,7 +148,7 @@ def benchmark_figures(report: BenchmarkReport) -> tuple[Plot, ...]:
         for drawing in _drawings(report):
             figure = Figure(_PLOT_INCHES, dpi=72, layout="constrained")
             drawing.draw(figure, files)
-            found.append(Plot(drawing.title, drawing.note, _svg(figure, drawing.name, drawing.title)))
+            found.append(Plot(drawing.title, drawing.note, svg_element(figure, drawing.name, drawing.title)))
     return tuple(found)
 
 
@@ -171,7 +162,7 @@ def swatches(report: BenchmarkReport) -> tuple[str, ...]:
             axes.set_axis_off()
             axes.plot([0.1, 1, 1.9], [0, 0, 0], color=one.colour, linestyle=one.dash)
             _points(axes, one, [(1, 0)], [True])
-            found.append(_svg(figure, f"swatch-{number}"))
+            found.append(svg_element(figure, f"swatch-{number}"))
     return tuple(found)
 
 
@@ -259,7 +250,7 @@ def _draw_latency(figure: FigureBase, files: Sequence[Series]) -> None:
         axes.plot(across, tail, "_", color=one.colour, markersize=5, alpha=0.7)
         _points(axes, one, list(zip(across, middle, strict=True)), [row.stable for row in one.rows])
     rows = [row for one in files for row in one.rows]
-    _log_axis(axes, "y", [value * _MICRO for row in rows for value in (row.p50_us, row.p99_us)])
+    log_axis(axes, "y", [value * _MICRO for row in rows for value in (row.p50_us, row.p99_us)])
     axes.set_ylabel("latency of a call: p50, whisker to p99")
 
 
@@ -270,7 +261,7 @@ def _draw_throughput(figure: FigureBase, files: Sequence[Series]) -> None:
         points = [(float(row.batch), row.images_per_s) for row in one.rows]
         axes.plot(*zip(*points, strict=True), color=one.colour, linestyle=one.dash)
         _points(axes, one, points, [row.stable for row in one.rows])
-    _log_axis(axes, "y", [row.images_per_s for one in files for row in one.rows])
+    log_axis(axes, "y", [row.images_per_s for one in files for row in one.rows])
     axes.yaxis.set_major_formatter("{x:,.10g}")
     axes.set_ylabel("images per second")
 
@@ -289,7 +280,7 @@ def _draw_percentiles(figure: FigureBase, files: Sequence[Series]) -> None:
                 marked = [(across[percent], seconds[percent]) for percent in _PERCENTILES]
                 _points(axes, one, marked, [row.stable] * len(marked))
                 values += seconds
-        _log_axis(axes, "y", values)
+        log_axis(axes, "y", values)
         axes.set_xticks(
             [*map(_percentile_place, _PERCENTILES), _MAXIMUM], [*(f"{percent}" for percent in _PERCENTILES), "max"]
         )
@@ -304,13 +295,13 @@ def _draw_accuracy(figure: FigureBase, files: Sequence[Series]) -> None:
     shown = [(one, row) for one in files for row in one.rows if row.batch == batch]
     exact = _has_accuracy([row for _, row in shown])
     points = [(row.p50_us * _MICRO, _share(row, exact)) for _, row in shown]
-    _log_axis(axes, "x", [seconds for seconds, _ in points], room=1.3)
-    _share_axis(axes, [share for _, share in points])
+    log_axis(axes, "x", [seconds for seconds, _ in points], room=1.3)
+    share_axis(axes, [share for _, share in points])
     axes.set_xlabel(f"p50 latency at batch {batch}")
     axes.set_ylabel("accuracy" if exact else "agreement with the first file")
     for (one, row), point in zip(shown, points, strict=True):
         _points(axes, one, [point], [row.stable], size=8)
-    _label_points(axes, points, [one.label for one, _ in shown])
+    label_points(axes, points, [one.label for one, _ in shown])
 
 
 def _points(
@@ -341,80 +332,9 @@ def _batch_axis(axes: Axes, files: Sequence[Series]) -> list[int]:
     return batches
 
 
-def _log_axis(axes: Axes, name: _Axis, values: Sequence[float], room: float = 1.08) -> None:
-    """From one step of 1, 2, 5, 10 to another, so that there are two marks at least; of seconds, with their unit."""
-    least, most = min(values) / room, max(values) * room
-    exponents = range(floor(log10(least)), ceil(log10(most)) + 1)
-    steps = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
-    first = max(step for step in steps if step <= least)
-    last = min(step for step in steps if step >= most)
-    marks = [step for step in steps if first <= step <= last]
-    if len(marks) > _MARKS[name]:
-        marks = [10.0**exponent for exponent in exponents if first <= 10.0**exponent <= last]
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    axes.set(**{f"{name}scale": "log", f"{name}lim": (first, last)})
-    _set_marks(axes, name, marks, EngFormatter("s"))
-    axis.set_minor_locator(NullLocator())
-
-
-def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
-    room = max(0.25 * (max(shares) - min(shares)), 0.005)
-    low, high = min(shares) - room, max(shares) + room
-    axes.set_ylim(low, high)
-    marks = [
-        mark
-        for mark in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-        if low <= mark <= high and 0 <= mark <= 1
-    ]
-    _set_marks(axes, "y", marks, PercentFormatter(1, None))
-
-
-def _set_marks(axes: Axes, name: _Axis, marks: Sequence[float], formatter: Formatter) -> None:
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    axis.set_major_locator(FixedLocator(list(marks)))
-    axis.set_major_formatter(formatter)
-
-
 def _percentile_place(percent: int) -> float:
     """By how many nines it has: 0 at 0, 90 at 1, 99 at 2."""
     return _MAXIMUM if percent == 100 else -log10(1 - percent / 100)
-
-
-def _label_points(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Write each label where it covers neither a point nor another label, with a line to its point if it is far.
-
-    It has to be the last thing drawn: a label's place is in pixels, and the axes' place must be known.
-    """
-    whole = axes.figure.canvas.figure
-    whole.draw_without_rendering()
-    scale = whole.dpi / 72
-    places = axes.transData.transform(points)
-    taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in places]
-    for point, (x, y), label in zip(points, places, labels, strict=True):
-        measured = axes.text(0, 0, label)
-        size = measured.get_window_extent()
-        measured.remove()
-        around = list(_around(x, y, size.width, size.height, scale))
-        free = (place for place in around if _is_free(place[1], taken, axes.bbox))
-        reach, box = next(free, around[0])
-        taken.append(box)
-        axes.annotate(
-            label, point, ((box.x0 - x) / scale, (box.y0 - y) / scale), textcoords="offset points", va="bottom",
-            in_layout=False, arrowprops={"arrowstyle": "-", "color": _QUIET, "linewidth": 0.6} if reach > 1 else None,
-        )  # fmt: skip
-
-
-def _is_free(box: Bbox, taken: Sequence[Bbox], inside: BboxBase) -> bool:
-    return not box.count_overlaps(taken) and inside.count_contains(box.corners()) == 4
-
-
-def _around(x: float, y: float, width: float, height: float, scale: float) -> Iterator[tuple[int, Bbox]]:
-    """Places for a label of that size about a point, all in pixels, the better ones first; how far they are, 1 to 5."""
-    for reach in range(1, 6):
-        for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
-            left = x + right * (1 + 6 * reach) * scale + (right - 1) / 2 * width
-            bottom = y + up * (8 * reach - 2) * scale + (up - 1) / 2 * height
-            yield reach, Bbox.from_bounds(left, bottom, width, height)
 
 
 def _legend(figure: FigureBase, files: Sequence[Series], columns: int) -> None:
@@ -439,34 +359,3 @@ def _has_accuracy(rows: Sequence[BenchmarkRow]) -> bool:
 
 def _share(row: BenchmarkRow, exact: bool) -> float:
     return row.accuracy if exact and row.accuracy is not None else row.agreement
-
-
-def _svg(figure: Figure, name: str, label: str = "") -> str:
-    """The figure as an element of a page: ids that begin with `name`, no size of its own, no style for the whole page.
-
-    Args:
-        figure: to write.
-        name: the id of the element.
-        label: what it shows, for those who do not see it; nothing where it is only decoration.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    root = ET.fromstring(buffer.getvalue())
-    for parent in root.iter():
-        for child in [child for child in parent if child.tag in {f"{_SVG}style", f"{_SVG}metadata"}]:
-            parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        for attribute, value in list(element.attrib.items()):
-            if attribute == _HREF:
-                del element.attrib[attribute]
-                element.set("href", value.replace("#", f"#{name}-", 1))
-            elif attribute == "id":
-                element.set("id", f"{name}-{value}")
-            elif value.startswith("url(#"):
-                element.set(attribute, value.replace("#", f"#{name}-", 1))
-    for attribute in ("width", "height", "version"):
-        del root.attrib[attribute]
-    described = {"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}
-    root.attrib.update({"xmlns": _SVG.strip("{}"), "id": name, "stroke-linejoin": "round", **described})
-    return ET.tostring(root, encoding="unicode")

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ def benchmark(
     with tempfile.TemporaryDirectory(prefix="cifarx-bench-") as folder, ExitStack() as stack:
         stored = Path(folder) / "images.npy"
         np.save(stored, images)
-        processes = [stack.enter_context(_open(path, device, stored, progress)) for path in files]
+        processes = [stack.enter_context(closing(_open(path, device, stored, progress))) for path in files]
         latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batches}
         measured = _compare(processes, labels, progress)
         rows = [

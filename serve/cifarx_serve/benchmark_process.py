@@ -2,8 +2,7 @@
 
 import warnings
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,7 +20,7 @@ _Value = TypeVar("_Value")
 
 
 class BenchmarkProcess:
-    """A model file opened in a process of its own; a context manager.
+    """A model file opened in a process of its own, until it is closed.
 
     Args:
         path: the model file.
@@ -74,14 +73,6 @@ class BenchmarkProcess:
         if reply.error:
             raise _error(reply)
         return msgspec.json.decode(reply.value, type=kind)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _error(reply: Reply) -> Exception:

@@ -5,8 +5,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 import numpy as np
@@ -30,7 +29,7 @@ _PROGRAM: Final = "cifarx_serve.decoding_worker"
 
 
 class DecodingProcesses:
-    """Processes that decode files to one size, for any number of threads; a context manager.
+    """Processes that decode files to one size, for any number of threads, until they are closed.
 
     They are started when there is enough to do. Until one is free, and for what is no path, `decode` gives None.
 
@@ -44,7 +43,6 @@ class DecodingProcesses:
         self._count = min(count, _MOST) if count > 1 else 0
         self._free: SimpleQueue[ChildProgram] = SimpleQueue()
         self._processes: list[ChildProgram] = []
-        self._started = False
         self._lock = threading.Lock()
         self._asked = 0
 
@@ -53,9 +51,8 @@ class DecodingProcesses:
         if not all(isinstance(source, str | os.PathLike) for source in sources):
             return None
         with self._lock:
-            self._asked += len(sources)
-            if self._asked > START and not self._started:
-                self._started = True
+            before, self._asked = self._asked, self._asked + len(sources)
+            if before <= START < self._asked:
                 with suppress(OSError):  # no process can be started here: threads do it
                     for _ in range(self._count):
                         self._processes.append(self._start())
@@ -87,14 +84,6 @@ class DecodingProcesses:
 
         threading.Thread(target=wait, daemon=True).start()
         return process
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _ask(process: ChildProgram, sources: Sequence[ImageSource], spec: InputSpec) -> list[Decoded]:

@@ -1,6 +1,7 @@
 """From an image to a label: a model file, opened, with its own preprocessing and class names."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, overload
@@ -145,7 +146,7 @@ class Predictor:
             self._for_threads = self._backend.for_threads()
         backend, threads = self._for_threads, available_cpus()
         batch = BATCH if self._ready else _EMBEDDED_BATCH
-        with DecodingProcesses(self.spec.input, threads if self._ready else 0) as processes:
+        with closing(DecodingProcesses(self.spec.input, threads if self._ready else 0)) as processes:
 
             def classify(part: list[ImageSource]) -> list[Prediction | ImageError]:
                 read = processes.decode(part) or [self._pixels_or_error(image) for image in part]

@@ -2,6 +2,7 @@ import os
 import signal
 import time
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def _children() -> list[psutil.Process]:
 
 def test_it_is_another_process_and_ends_with_its_context(tmp_path: Path, images: Path) -> None:
     before = _children()
-    with BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images) as process:
+    with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         [child] = [child for child in _children() if child not in before]
         assert process.opened.provider == "CPUExecutionProvider"
         assert len(process.classify()) == len(IMAGES)
@@ -38,7 +39,7 @@ def test_it_is_another_process_and_ends_with_its_context(tmp_path: Path, images:
 
 
 def test_windows_are_of_the_batch_size_warmed_up_for(tmp_path: Path, images: Path) -> None:
-    with BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images) as process:
+    with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         process.warm_up(3)
         assert (process.window() > 0).all()
 
@@ -58,14 +59,14 @@ def test_errors_are_those_of_opening_and_leave_no_process(
 
 
 def test_a_process_that_died_is_told(tmp_path: Path, images: Path) -> None:
-    with BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images) as process:
+    with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         os.kill(process._process.pid, signal.SIGKILL)
         with pytest.raises(ModelFileError, match=rf"a\.onnx ended with -{signal.SIGKILL.value}"):
             process.warm_up(1)
 
 
 def test_ctrl_c_is_the_parents_to_handle(tmp_path: Path, images: Path) -> None:
-    with BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images) as process:
+    with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         os.kill(process._process.pid, signal.SIGINT)
         time.sleep(0.1)
         assert process.peak() > 0
@@ -104,6 +105,6 @@ def test_backends_of_this_process_are_the_others_too(
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with BenchmarkProcess(model, "cpu", images) as process:
+        with closing(BenchmarkProcess(model, "cpu", images)) as process:
             assert process.opened.backend == "mine"
     assert [str(warning.message) for warning in told if warning.category is FallbackWarning] == ["running slowly"]

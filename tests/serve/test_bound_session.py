@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cifarx_serve.backends import onnxruntime_backend
-from cifarx_serve.backends.bound_session import LARGEST, BoundSession
+from cifarx_serve.backends import bound_session, onnxruntime_backend
+from cifarx_serve.backends.bound_session import BoundSession
 from cifarx_serve.backends.onnxruntime_backend import OnnxRuntimeBackend, provider_problem
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import FallbackWarning
@@ -39,7 +39,7 @@ def _batch(count: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, LARGEST), min_size=1, max_size=6))
+@given(st.lists(st.integers(1, BoundSession.largest), min_size=1, max_size=6))
 def test_any_batches_in_any_order_are_answered_as_without(session: Any, counts: list[int]) -> None:
     bound = BoundSession(session, "cpu", 0, SHAPE, len(SPEC.class_names))
     for seed, count in enumerate(counts):
@@ -48,7 +48,7 @@ def test_any_batches_in_any_order_are_answered_as_without(session: Any, counts: 
 
 
 def test_memory_is_made_once_a_power_of_two(bound: BoundSession) -> None:
-    for count in range(1, LARGEST + 1):
+    for count in range(1, BoundSession.largest + 1):
         bound.run(_batch(count))
     assert sorted(bound._sizes) == [1, 2, 4, 8, 16, 32, 64]
 
@@ -92,7 +92,7 @@ class _OnTheCpu(BoundSession):
 def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU's provider taken for CUDA's, so that a backend binds its session."""
     monkeypatch.setattr(onnxruntime_backend, "_CUDA", "CPUExecutionProvider")
-    monkeypatch.setattr(onnxruntime_backend, "BoundSession", _OnTheCpu)
+    monkeypatch.setattr(bound_session, "BoundSession", _OnTheCpu)
     return
 
 
@@ -103,10 +103,10 @@ def test_a_backend_uses_it_up_to_the_largest_batch(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(_OnTheCpu, "run", lambda bound, batch: used.append(len(batch)) or run(bound, batch))
     with OnnxRuntimeBackend(write_onnx(tmp_path / "a.onnx"), Device("cpu")) as backend:
         used.clear()
-        for count in (1, LARGEST, LARGEST + 1):
+        for count in (1, BoundSession.largest, BoundSession.largest + 1):
             batch = _batch(count)
             assert backend.run(batch) == pytest.approx(10 * batch.mean((2, 3)), abs=1e-4)
-    assert used == [1, LARGEST]
+    assert used == [1, BoundSession.largest]
 
 
 @pytest.mark.usefixtures("as_if_cuda")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -39,7 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def started(files: list[str]) -> Iterator[DecodingProcesses]:
     """Two processes, both ready."""
-    with DecodingProcesses(SPEC, 2) as processes:
+    with closing(DecodingProcesses(SPEC, 2)) as processes:
         assert processes.decode(files[:1] * (START + 1)) is None
         _wait_for(lambda: processes._free.qsize() == 2)
         yield processes
@@ -84,14 +85,14 @@ def test_paths_and_strings_are_decoded_and_nothing_else(started: DecodingProcess
 
 def test_few_files_start_no_process(files: list[str]) -> None:
     before = _children()
-    with DecodingProcesses(SPEC, 2) as processes:
+    with closing(DecodingProcesses(SPEC, 2)) as processes:
         assert processes.decode(files[:1] * START) is None
         assert _children() == before
 
 
 def test_one_cpu_starts_no_process(files: list[str]) -> None:
     before = _children()
-    with DecodingProcesses(SPEC, 1) as processes:
+    with closing(DecodingProcesses(SPEC, 1)) as processes:
         assert processes.decode(files[:1] * (START + 1)) is None
         assert processes.decode(files) is None
         assert _children() == before
@@ -99,14 +100,14 @@ def test_one_cpu_starts_no_process(files: list[str]) -> None:
 
 def test_where_no_process_can_be_started_the_caller_does_it(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/absent/python")
-    with DecodingProcesses(SPEC, 2) as processes:
+    with closing(DecodingProcesses(SPEC, 2)) as processes:
         assert processes.decode(files[:1] * (START + 1)) is None
         assert processes.decode(files) is None
 
 
 def test_they_end_with_their_context(files: list[str]) -> None:
     before = _children()
-    with DecodingProcesses(SPEC, 2) as processes:
+    with closing(DecodingProcesses(SPEC, 2)) as processes:
         processes.decode(files[:1] * (START + 1))
     assert _children() == before
 

@@ -42,11 +42,12 @@ def command(
     from cifarx.benchmark_baseline import compare, parse_limit, print_comparison, read_baseline
     from cifarx.benchmark_report import print_report, require_report, write_report
 
-    for path in report or []:
-        require_report(path)
     bounds = parse_bounds(pick_bounds) if pick_bounds is not None else ()
     limit, earlier = parse_limit(max_regression), read_baseline(baseline) if baseline else None
-    measured = _measure(files, _batch_sizes(batch), device, data, broken)
+    batches = _batch_sizes(batch)
+    for path in report or []:
+        require_report(path)
+    measured = _measure(files, batches, device, data, broken)
     for path in report or []:
         write_report(measured, path)
         note(f"wrote {path}")

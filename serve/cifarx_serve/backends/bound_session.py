@@ -10,9 +10,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST: Final = 64
-"""A larger batch is worth its launches and allocations, and is left to the session."""
-
 _GRAPH: Final = "gpu_graph_id"
 """ONNX Runtime's run option: the number of the CUDA graph that a run records or replays."""
 
@@ -20,7 +17,7 @@ _NO_GRAPH: Final = "-1"
 
 
 class BoundSession:
-    """Runs batches of up to `LARGEST` at the next power of two, one call at a time whatever threads call.
+    """Runs batches of up to `largest` at the next power of two, one call at a time whatever threads call.
 
     Args:
         session: an `onnxruntime.InferenceSession` from `input` to `logits`, made with `enable_cuda_graph` on a GPU.
@@ -28,7 +25,12 @@ class BoundSession:
         number: of the device.
         shape: of one image as the input takes it, (3, height, width).
         classes: logits of one image.
+
+    Attributes:
+        largest: a larger batch is worth its launches and allocations, and is left to the session.
     """
+
+    largest: Final = 64
 
     def __init__(self, session: Any, device: str, number: int, shape: tuple[int, int, int], classes: int) -> None:
         self._session = session
@@ -39,7 +41,7 @@ class BoundSession:
         self._lock = threading.Lock()
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits, float32 (N, classes), of float32 (N, 3, height, width), N up to `LARGEST`."""
+        """Logits, float32 (N, classes), of float32 (N, 3, height, width), N up to `largest`."""
         size = 1 << (len(batch) - 1).bit_length()
         with self._lock:
             if size not in self._sizes:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from cifarx_serve.backends import cuda_libraries
 from cifarx_serve.backends.base import Backend, Port, require_file
-from cifarx_serve.backends.bound_session import LARGEST, BoundSession, without_graph
 from cifarx_serve.backends.onnx_file import read_onnx
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError
@@ -21,6 +20,8 @@ from cifarx_serve.threads import available_cpus
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from cifarx_serve.backends.bound_session import BoundSession
 
 SPEC_KEY: Final = "cifarx.spec"
 """The key of the model spec in an ONNX file's `metadata_props`."""
@@ -58,8 +59,10 @@ class OnnxRuntimeBackend(Backend):
         self._path = path
         self._session: Any = _open_session(path, device)
         self.provider = self._session.get_providers()[0]
-        self._options = without_graph() if self.provider == _CUDA else None
-        self._bound = self._bind(device) if self.provider == _CUDA else None
+        self._options: Any = None
+        self._bound: BoundSession | None = None
+        if self.provider == _CUDA:
+            self._bind(device)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
@@ -72,7 +75,7 @@ class OnnxRuntimeBackend(Backend):
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         try:
-            if self._bound is not None and len(batch) <= LARGEST:
+            if self._bound is not None and len(batch) <= self._bound.largest:
                 return self._bound.run(batch)
             logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch}, self._options)[0]
         except Exception as error:  # the library's errors have no common base
@@ -98,19 +101,22 @@ class OnnxRuntimeBackend(Backend):
         self._bound = None
         self._session = None
 
-    def _bind(self, device: Device) -> BoundSession | None:
+    def _bind(self, device: Device) -> None:
         """With memory of its own on the GPU and CUDA graphs; told where that does not work, and why."""
+        from cifarx_serve.backends import bound_session  # here, because the CPU's start-up needs none of it
+
         taken = self.spec.input
         shape = (taken.channels, taken.height, taken.width)
-        bound = BoundSession(self._session, "cuda", device.number, shape, len(self.spec.class_names))
+        self._options = bound_session.without_graph()
+        bound = bound_session.BoundSession(self._session, "cuda", device.number, shape, len(self.spec.class_names))
         try:
             problem = bound.problem()
         except Exception as error:  # the library's errors have no common base
             problem = _reason(error)
         if problem is None:
-            return bound
-        warnings.warn(f"running {self._path} without CUDA graphs: {problem}", FallbackWarning, stacklevel=3)
-        return None
+            self._bound = bound
+        else:
+            warnings.warn(f"running {self._path} without CUDA graphs: {problem}", FallbackWarning, stacklevel=3)
 
 
 def provider_problem(device: Device) -> DeviceError | None:
@@ -119,6 +125,8 @@ def provider_problem(device: Device) -> DeviceError | None:
         session = _open_session(_PROBE, device)
     except DeviceError as error:
         return error
+    from cifarx_serve.backends.bound_session import without_graph
+
     session.run(None, {"x": np.zeros(1, np.float32)}, without_graph())
     return None
 
