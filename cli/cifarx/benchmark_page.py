@@ -1,6 +1,6 @@
 """A benchmark as one HTML page that stands alone: no script, nothing loaded from elsewhere, readable from the disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import jinja2
@@ -8,7 +8,7 @@ import msgspec
 from markupsafe import Markup
 
 from cifarx.benchmark_plots import Series, benchmark_figures, by_file, printable, swatches
-from cifarx.benchmark_report import Scenario, scenarios, title
+from cifarx.benchmark_report import Scenario, has_device_times, scenarios, title
 from cifarx_serve.benchmark import BenchmarkReport, BenchmarkRow
 
 _TEMPLATE: Final = "benchmark_page.html"
@@ -51,6 +51,8 @@ class Glance(NamedTuple):
 def benchmark_page(report: BenchmarkReport) -> str:
     """The page as text, of a report with at least one row; the same each time."""
     files = by_file(report)
+    timed = has_device_times(report)
+    columns = [column for column in _COLUMNS if timed or column.text is not _device]
     return (
         _templates()
         .get_template(_TEMPLATE)
@@ -61,8 +63,9 @@ def benchmark_page(report: BenchmarkReport) -> str:
             swatches=[Markup(swatch) for swatch in swatches(report)],
             plots=[plot._replace(svg=Markup(plot.svg)) for plot in benchmark_figures(report)],
             glances=_glances(report, files),
-            columns=_COLUMNS,
-            batches=_lines(files),
+            columns=columns,
+            batches=_lines(files, columns),
+            timed=timed,
             stable=all(row.stable for row in report.rows),
         )
     )
@@ -101,13 +104,13 @@ def _glances(report: BenchmarkReport, files: tuple[Series, ...]) -> tuple[Glance
     )
 
 
-def _lines(files: tuple[Series, ...]) -> tuple[tuple[Line, ...], ...]:
+def _lines(files: tuple[Series, ...], columns: Sequence[Column]) -> tuple[tuple[Line, ...], ...]:
     """The lines of each batch size, the files in their order."""
     first = {row.batch: row for row in files[0].rows}
     lines: dict[int, list[Line]] = {}
     for number, one in enumerate(files, 1):
         for row in one.rows:
-            cells = tuple(column.text(row, first.get(row.batch)) for column in _COLUMNS)
+            cells = tuple(column.text(row, first.get(row.batch)) for column in columns)
             lines.setdefault(row.batch, []).append(Line(number, cells, row.stable))
     return tuple(tuple(lines[batch]) for batch in sorted(lines))
 
@@ -118,6 +121,10 @@ def _microseconds(value: float) -> str:
 
 def _p50(row: BenchmarkRow, _: BenchmarkRow | None) -> str:
     return f"{'' if row.stable else '~'}{_microseconds(row.p50_us)}"
+
+
+def _device(row: BenchmarkRow, _: BenchmarkRow | None) -> str:
+    return "-" if row.device_us is None else _microseconds(row.device_us)
 
 
 def _speed_up(row: BenchmarkRow, first: BenchmarkRow | None) -> str:
@@ -134,6 +141,7 @@ _COLUMNS: Final = (
     Column("p50 µs", _p50),
     Column("p90 µs", lambda row, _: _microseconds(row.p90_us)),
     Column("p99 µs", lambda row, _: _microseconds(row.p99_us)),
+    Column("Device µs", _device),
     Column("Speed-up", _speed_up),
     Column("Images/s", lambda row, _: f"{row.images_per_s:,.0f}"),
     Column("Calls", lambda row, _: f"{row.samples:,}"),

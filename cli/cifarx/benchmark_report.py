@@ -16,14 +16,16 @@ from cifarx_serve.environment import Environment
 from cifarx_serve.errors import UsageError
 
 HEADINGS: Final = (
-    "file", "provider", "precision", "batch", "p50 µs", "p90 µs", "p99 µs", "samples", "images/s", "agreement",
-    "accuracy", "load ms", "first ms", "KB", "peak MB",
+    "file", "provider", "precision", "batch", "p50 µs", "p90 µs", "p99 µs", "device µs", "samples", "images/s",
+    "agreement", "accuracy", "load ms", "first ms", "KB", "peak MB",
 )  # fmt: skip
 
 _DRAWN: Final = (".html", ".png")
 
 _LESS: Final = frozenset({"precision", "p90 µs", "samples", "accuracy", "load ms", "first ms", "KB", "peak MB"})
 _WIDE: Final = 170
+
+_DEVICE: Final = "device µs"
 
 UNSTABLE: Final = "~"
 """Before the p50 of a row whose last windows did not agree."""
@@ -64,9 +66,8 @@ def require_report(path: Path) -> None:
 def print_report(report: BenchmarkReport) -> None:
     """The table, the scenarios, then where it was measured; a narrow terminal gets the columns that matter most."""
     wide = table_width() >= _WIDE
-    shown = [position for position, name in enumerate(HEADINGS) if wide or name not in _LESS]
-    rows = [[cells(row)[position] for position in shown] for row in report.rows]
-    table(title(report), [HEADINGS[position] for position in shown], rows)
+    shown = [position for position in _columns(report) if wide or HEADINGS[position] not in _LESS]
+    table(title(report), [HEADINGS[position] for position in shown], _table(report, shown))
     for line in [*scenario_lines(report), *_remarks(report), environment_line(report.environment)]:
         result(line)
 
@@ -79,6 +80,11 @@ def write_report(report: BenchmarkReport, path: Path) -> None:
     """
     with atomic_path(path) as temporary:
         _WRITERS[path.suffix](report, temporary)
+
+
+def has_device_times(report: BenchmarkReport) -> bool:
+    """Whether some file ran on a device that tells its time."""
+    return any(row.device_us is not None for row in report.rows)
 
 
 def title(report: BenchmarkReport) -> str:
@@ -121,6 +127,7 @@ def cells(row: BenchmarkRow) -> tuple[str, ...]:
         f"{'' if row.stable else UNSTABLE}{row.p50_us:,.0f}",
         f"{row.p90_us:,.0f}",
         f"{row.p99_us:,.0f}",
+        "" if row.device_us is None else f"{row.device_us:,.0f}",
         f"{row.samples:,}",
         f"{row.images_per_s:,.0f}",
         f"{row.agreement:.2%}",
@@ -134,8 +141,10 @@ def cells(row: BenchmarkRow) -> tuple[str, ...]:
 
 def markdown(report: BenchmarkReport) -> str:
     """A Markdown table, its title above, the scenarios and the environment below."""
-    lines = [title(report), "", f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * 3}{' ---: |' * (len(HEADINGS) - 3)}"]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells(row))} |" for row in report.rows]
+    shown = _columns(report)
+    headings = " | ".join(HEADINGS[position] for position in shown)
+    lines = [title(report), "", f"| {headings} |", f"|{' --- |' * 3}{' ---: |' * (len(shown) - 3)}"]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _table(report, shown)]
     below = [*scenario_lines(report), *_remarks(report), environment_line(report.environment)]
     return "\n\n".join(["\n".join(lines), *below])
 
@@ -148,10 +157,22 @@ def environment_line(found: Environment) -> str:
     return f"{found.cpu}{clock}, {found.threads} of {found.cpus} CPUs{gpus}; Python {found.python}, {versions}"
 
 
-def _remarks(report: BenchmarkReport) -> Sequence[str]:
-    if all(row.stable for row in report.rows):
-        return ()
-    return (f"{UNSTABLE} the last three windows differ by more than 10 %: measure again on a quiet machine",)
+def _columns(report: BenchmarkReport) -> list[int]:
+    """The positions of the headings that have something below them."""
+    return [position for position, name in enumerate(HEADINGS) if name != _DEVICE or has_device_times(report)]
+
+
+def _table(report: BenchmarkReport, shown: Sequence[int]) -> list[list[str]]:
+    return [[cells(row)[position] for position in shown] for row in report.rows]
+
+
+def _remarks(report: BenchmarkReport) -> list[str]:
+    lines = []
+    if has_device_times(report):
+        lines.append(f"{_DEVICE}: events around the run alone, input already on the device; the p50 has the copies")
+    if not all(row.stable for row in report.rows):
+        lines.append(f"{UNSTABLE} the last three windows differ by more than 10 %: measure again on a quiet machine")
+    return lines
 
 
 def _write_json(report: BenchmarkReport, path: Path) -> None:
@@ -161,7 +182,8 @@ def _write_json(report: BenchmarkReport, path: Path) -> None:
 def _write_csv(report: BenchmarkReport, path: Path) -> None:
     """A row a row, as in the JSON, without the percentiles."""
     rows = [msgspec.structs.asdict(row) for row in report.rows]
-    names = [name for name in rows[0] if name != "percentiles_us"]
+    left_out = {"percentiles_us"} if has_device_times(report) else {"percentiles_us", "device_us"}
+    names = [name for name in rows[0] if name not in left_out]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

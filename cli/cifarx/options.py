@@ -7,7 +7,12 @@ import typer
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 DeviceName: TypeAlias = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps; only auto may fall back.")
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N, mps, or for ONNX files tensorrt, tensorrt:N; only auto may fall back.",
+    ),
 ]
 DataName: TypeAlias = Annotated[
     str,

@@ -123,7 +123,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             suffix=".onnx",
             backend="onnxruntime",
             precisions=("fp32", "fp16", "int8"),
-            devices=("cpu", "cuda"),
+            devices=("cpu", "cuda", "tensorrt"),
             options=("opset", "calibration_images", "embed_preprocessing"),
             converter="cifarx_export.onnx_format:convert_to_onnx",
         ),

@@ -32,6 +32,8 @@ class BenchmarkRow(msgspec.Struct, frozen=True):
         load_ms: to open the file, its library's import among it, in a new process.
         first_call_ms: of the first call, with one image.
         peak_bytes: the most memory that the file's process held, whatever the batch size.
+        device_us: median of the time between two events on the device around the run alone, the input already there;
+            the wall time has the copies. None where there is no such device, as on a CPU.
     """
 
     file: str
@@ -53,6 +55,7 @@ class BenchmarkRow(msgspec.Struct, frozen=True):
     first_call_ms: float
     size_bytes: int
     peak_bytes: int
+    device_us: float | None = None
 
 
 class BenchmarkReport(msgspec.Struct, frozen=True):
@@ -91,7 +94,7 @@ def benchmark(
         images: uint8 (N, height, width, 3) at the models' input size.
         data_name: what the images are, for the report.
         batches: batch sizes.
-        device: auto, cpu, cuda, cuda:N or mps, for every file.
+        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps, for every file.
         seconds: of measuring, a file and batch size; up to three times as long where a file is not steady.
         labels: the images' classes, (N,), for the accuracy.
         progress: told what is being done.
@@ -111,7 +114,7 @@ def benchmark(
         latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batches}
         measured = _compare(processes, labels, progress)
         rows = [
-            _row(file, batch, latency)
+            _row(file, batch, latency, _device_us(file.process, batch))
             for batch, found in latencies.items()
             for file, latency in zip(measured, found, strict=True)
         ]
@@ -147,7 +150,13 @@ def _compare(
     return files
 
 
-def _row(file: _File, batch: int, latency: Latency) -> BenchmarkRow:
+def _device_us(process: BenchmarkProcess, batch: int) -> float | None:
+    """Asked for last: a second session may be opened for it, which no other figure must hold."""
+    times = process.device_times(batch)
+    return round(float(np.median(times)), 3) if len(times) else None
+
+
+def _row(file: _File, batch: int, latency: Latency, device_us: float | None) -> BenchmarkRow:
     opened = file.process.opened
     return BenchmarkRow(
         file=file.name,
@@ -169,4 +178,5 @@ def _row(file: _File, batch: int, latency: Latency) -> BenchmarkRow:
         first_call_ms=opened.first_call_ms,
         size_bytes=opened.size_bytes,
         peak_bytes=file.peak_bytes,
+        device_us=device_us,
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve import errors
 from cifarx_serve.backends.registry import registered_backends
-from cifarx_serve.benchmark_worker import Classify, Open, Opened, Peak, Reply, Request, WarmUp, Window
+from cifarx_serve.benchmark_worker import Classify, DeviceTimes, Open, Opened, Peak, Reply, Request, WarmUp, Window
 from cifarx_serve.child_program import ChildEnded, ChildProgram
 from cifarx_serve.errors import FallbackWarning, ModelFileError
 
@@ -24,7 +24,7 @@ class BenchmarkProcess:
 
     Args:
         path: the model file.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
         images: uint8 (N, height, width, 3) at the model's input size, in a `.npy` file.
 
     Raises:
@@ -50,6 +50,10 @@ class BenchmarkProcess:
     def window(self) -> NDArray[np.float64]:
         """Microseconds of each counted call of one window."""
         return np.array(self._ask(Window(), list[float]), np.float64)
+
+    def device_times(self, batch: int) -> NDArray[np.float64]:
+        """Microseconds that each of some runs takes on the device; none where there is no such device."""
+        return np.array(self._ask(DeviceTimes(batch), list[float]), np.float64)
 
     def peak(self) -> int:
         """The most bytes of memory that the process has held."""

@@ -17,12 +17,14 @@ from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import RegisteredBackend, model_file, open_backend, register_backend
 from cifarx_serve.child_program import take_replies
 from cifarx_serve.errors import CifarxError, FallbackWarning, UsageError
-from cifarx_serve.measuring import measure_window, warm_up
+from cifarx_serve.measuring import WARMUP_CALLS, WINDOW_S, measure_window, warm_up
 from cifarx_serve.peak_memory import peak_memory
 from cifarx_serve.preprocess import model_input
 
 _PART: Final = 64
 """Images that are classified together."""
+
+_DEVICE_RUNS: Final = 50
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
@@ -44,6 +46,12 @@ class Window(msgspec.Struct, frozen=True, tag=True):
     """Measure one window. Gives the microseconds of each counted call."""
 
 
+class DeviceTimes(msgspec.Struct, frozen=True, tag=True):
+    """Gives the microseconds on the device of each of some runs of this batch size; none where it tells none."""
+
+    batch: int
+
+
 class Peak(msgspec.Struct, frozen=True, tag=True):
     """Gives the most bytes of memory that the process has held."""
 
@@ -52,7 +60,7 @@ class Classify(msgspec.Struct, frozen=True, tag=True):
     """Gives the argmax of every image."""
 
 
-Request: TypeAlias = Open | WarmUp | Window | Peak | Classify
+Request: TypeAlias = Open | WarmUp | Window | DeviceTimes | Peak | Classify
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -118,6 +126,8 @@ class _Measured:
                 return None
             case Window():
                 return measure_window(self._run).tolist()
+            case DeviceTimes(batch):
+                return device_times(self._backend, self._batch(batch))
             case Peak():
                 return peak_memory()
             case Classify():
@@ -144,6 +154,20 @@ def predicted_labels(backend: Backend, images: NDArray[np.uint8], batch: int = _
     """The argmax of each image, (N,)."""
     parts = (model_input(images[start : start + batch], backend.spec) for start in range(0, len(images), batch))
     return np.concatenate([backend.run(part).argmax(1) for part in parts])
+
+
+def device_times(backend: Backend, inputs: NDArray[Any]) -> list[float]:
+    """Microseconds on the device of up to fifty runs, or of as many as a window's time allows, at least one.
+
+    None of it where the backend tells no such time.
+    """
+    times: list[float] = []
+    end = time.perf_counter() + WINDOW_S
+    while len(times) < WARMUP_CALLS + _DEVICE_RUNS and (len(times) <= WARMUP_CALLS or time.perf_counter() < end):
+        if (found := backend.device_time(inputs)) is None:
+            return []
+        times.append(found)
+    return times[WARMUP_CALLS:]
 
 
 def main() -> None:

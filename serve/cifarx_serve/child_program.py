@@ -33,11 +33,12 @@ class ChildProgram:
     """
 
     def __init__(self, module: str) -> None:
-        # -P: what lies in the current folder is not imported.
-        command = [sys.executable, "-P", "-m", module]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=_PIPE_BYTES, env=environment
+            child_command(module),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pipesize=_PIPE_BYTES,
+            env=child_environment(),
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -86,6 +87,16 @@ class ChildProgram:
         if not is_whole:
             raise ChildEnded(self._process.wait(_PATIENCE_S))
         return reply
+
+
+def child_command(module: str) -> list[str]:
+    """What runs a module as a program; what lies in the current folder is not imported (-P)."""
+    return [sys.executable, "-P", "-m", module]
+
+
+def child_environment() -> dict[str, str]:
+    """This process's, with its modules."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
 def take_replies() -> BinaryIO:

@@ -181,10 +181,7 @@ class Predictor:
         if not images:
             return []
         logits = self._logits(images, backend)
-        # By the logits, which softmax may round to equals; stable: of equals the first, as argmax has it.
-        best = (-logits).argsort(axis=1, kind="stable")[:, :top_k]
-        scores = softmax(logits)[np.arange(len(images))[:, None], best].tolist()
-        found = [self._prediction(*row) for row in zip(best.tolist(), scores, strict=True)]
+        found = predictions(logits, self.spec.class_names, top_k)
         if not with_logits:
             return found
         rows = zip(found, logits.tolist(), strict=True)
@@ -202,11 +199,6 @@ class Predictor:
             batch = np.stack([images[position] for position in same_size])
             logits[same_size] = backend.run(model_input(batch, self.spec))
         return logits
-
-    def _prediction(self, best: list[int], scores: list[float]) -> Prediction:
-        names = self.spec.class_names
-        top = tuple([Candidate(names[index], index, score) for index, score in zip(best, scores, strict=True)])
-        return Prediction(top[0].label, top[0].index, top[0].score, top)
 
     def close(self) -> None:
         """Give back what the model file holds open."""
@@ -229,7 +221,7 @@ def load(path: str | Path, backend: str | None = None, device: str = "auto") -> 
     Args:
         path: a checkpoint or artifact.
         backend: the backend's name; by default the file's suffix says it.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
 
     Raises:
         UsageError: no such backend or device.
@@ -237,6 +229,19 @@ def load(path: str | Path, backend: str | None = None, device: str = "auto") -> 
         DeviceError: the device cannot be had.
     """
     return Predictor(open_backend(path, backend, device))
+
+
+def predictions(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int) -> list[Prediction]:
+    """What logits, (N, classes), say: N predictions with the best `top_k` classes each."""
+    # By the logits, which softmax may round to equals; stable: of equals the first, as argmax has it.
+    best = (-logits).argsort(axis=1, kind="stable")[:, :top_k]
+    scores = softmax(logits)[np.arange(len(logits))[:, None], best].tolist()
+    return [_prediction(*row, class_names) for row in zip(best.tolist(), scores, strict=True)]
+
+
+def _prediction(best: list[int], scores: list[float], names: Sequence[str]) -> Prediction:
+    top = tuple([Candidate(names[index], index, score) for index, score in zip(best, scores, strict=True)])
+    return Prediction(top[0].label, top[0].index, top[0].score, top)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -7,9 +7,25 @@ from pathlib import Path
 _CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 
+_share: int | None = None
+
+
+def share_cpus(count: int) -> None:
+    """Leave the other CPUs to other processes: from now on this one takes `count`, and its threads do not spin.
+
+    To be called before a model is opened.
+    """
+    global _share  # noqa: PLW0603  a process has one share
+    _share = count
+
+
+def shares_cpus() -> bool:
+    """Whether other processes wait for the CPUs that this one does not need."""
+    return _share is not None
+
 
 def available_cpus() -> int:
-    """CPUs by the scheduler's affinity mask, cut to the cgroup's quota, at least 1.
+    """CPUs by the scheduler's affinity mask, cut to the cgroup's quota and to this process's share, at least 1.
 
     `os.cpu_count()` counts the whole machine, so a container with two CPUs of sixty-four would start
     sixty-four threads.
@@ -19,7 +35,8 @@ def available_cpus() -> int:
     except AttributeError:  # not on macOS and Windows
         affinity = os.cpu_count() or 1
     quota = _cgroup_quota()
-    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+    allowed = affinity if quota is None else min(affinity, math.ceil(quota))
+    return max(1, allowed if _share is None else min(allowed, _share))
 
 
 def _cgroup_quota() -> float | None:

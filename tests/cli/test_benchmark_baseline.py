@@ -27,6 +27,14 @@ def test_change_is_of_the_median_latency() -> None:
     assert not compared.passed
 
 
+def test_an_older_baseline_without_device_times_is_read(tmp_path: Path) -> None:
+    older = msgspec.json.decode(msgspec.json.encode(report()))
+    for one in older["rows"]:
+        del one["device_us"]
+    (tmp_path / "old.json").write_bytes(msgspec.json.encode(older))
+    assert compare(report(row(device_us=50)), read_baseline(tmp_path / "old.json"), 0.1).passed
+
+
 @given(st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0, 2))
 def test_it_passes_up_to_the_limit(before: float, now: float, limit: float) -> None:
     compared = compare(report(row(p50_us=now)), _baseline(report(row(p50_us=before))), limit)

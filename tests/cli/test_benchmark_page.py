@@ -77,6 +77,16 @@ class Page(HTMLParser):
         return [cells for cells in self.rows if len(cells) == columns]
 
 
+def test_device_times_are_a_column_only_where_there_are_any() -> None:
+    assert "Device" not in Page(benchmark_page(report())).words
+    page = Page(benchmark_page(report(row(file="a.onnx"), row(file="b.onnx", device_us=41.6))))
+    assert "Device µs" in page.words
+    assert "between two events on the device" in page.words
+    found = {cells[0]: cells for cells in page.rows if len(cells) > 15}
+    assert "-" in found["a.onnx"]
+    assert "41.6" in found["b.onnx"]
+
+
 @pytest.fixture(scope="module")
 def text() -> str:
     return benchmark_page(SEVERAL)

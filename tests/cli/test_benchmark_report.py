@@ -52,6 +52,33 @@ def test_a_cell_a_heading() -> None:
     assert found["samples"] == "1,234"
 
 
+TIMED = report(row(file="a.onnx"), row(file="b.onnx", device_us=41.6))
+
+
+def test_device_times_are_a_column_only_where_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shown, told in ((report(), False), (TIMED, True)):
+        print_report(shown)
+        write_report(shown, tmp_path / "x.csv")
+        heading, *rows = (tmp_path / "x.csv").read_text().splitlines()
+        table = markdown(shown)
+        assert ("device_us" in heading) == told
+        assert len({line.count(",") for line in (heading, *rows)}) == 1
+        assert ("| device µs |" in table) == told
+        assert ("the p50 has the copies" in table) == told
+        assert ("the p50 has the copies" in capsys.readouterr().out) == told
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    assert "|  | 1,234 |" in table
+    assert "| 42 | 1,234 |" in table
+
+
+def test_json_without_device_times_is_read() -> None:
+    """As every report was before they were measured."""
+    older = json.loads(msgspec.json.encode(SEVERAL))
+    for one in older["rows"]:
+        del one["device_us"]
+    assert msgspec.json.decode(json.dumps(older), type=BenchmarkReport) == SEVERAL
+
+
 def test_a_row_that_was_not_stable_is_marked_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(report(row(stable=False)))
     out = capsys.readouterr().out

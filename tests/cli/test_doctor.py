@@ -10,7 +10,7 @@ def test_finds_what_works_and_says_why_the_rest_does_not(cli: Cli) -> None:
     found = {finding["name"]: finding for finding in ran.json}
     assert found["onnxruntime cpu"]["works"]
     assert found["torch cpu"]["works"]
-    for name in ("onnxruntime cuda", "torch cuda"):
+    for name in ("onnxruntime cuda", "onnxruntime tensorrt", "torch cuda"):
         assert found[name]["works"] or len(found[name]["found"]) > 20
 
 

@@ -81,7 +81,7 @@ def test_a_row_has_nothing_that_there_is_not(name: str) -> None:
     row = FORMATS[name]
     assert set(row.options) <= set(ExportOptions._fields)
     assert {"fp32"} <= set(row.precisions) <= set(PRECISIONS)
-    assert {"cpu"} <= set(row.devices) <= {"cpu", "cuda", "mps"}
+    assert {"cpu"} <= set(row.devices) <= {"cpu", "cuda", "tensorrt", "mps"}
 
 
 def test_precisions_are_those_of_the_spec() -> None:

@@ -6,6 +6,7 @@ import pytest
 from colour_model import SPEC, write_onnx, write_torchscript
 from numpy.typing import NDArray
 
+from cifarx_serve.backends import registry
 from cifarx_serve.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.environment import environment
 from cifarx_serve.errors import ModelFileError, UsageError
@@ -44,11 +45,36 @@ def test_rows_are_by_batch_size_then_by_file(tmp_path: Path, images: NDArray[np.
         assert row.peak_bytes > 2**24
         assert row.size_bytes == file.stat().st_size
         assert row.precision == "fp32"
+        assert row.device_us is None
     assert (report.data, report.images) == ("colours", 5)
     now = environment()
     assert msgspec.structs.replace(report.environment, clock_mhz=now.clock_mhz) == now
     assert all(any(file.name in line for line in told) for file in files)
     assert msgspec.json.decode(msgspec.json.encode(report), type=BenchmarkReport) == report
+
+
+_ON_A_DEVICE = """
+from cifarx_serve.backends.onnxruntime_backend import OnnxRuntimeBackend
+
+class Backend(OnnxRuntimeBackend):
+    name = "device"
+    suffixes = (".device",)
+
+    def device_time(self, batch):
+        return 100.0 * len(batch)
+"""
+
+
+def test_a_device_tells_its_own_time(
+    tmp_path: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "on_a_device.py").write_text(_ON_A_DEVICE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    registry.register_backend("device", "on_a_device:Backend", (".device",))
+    files = [write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b.device")]
+    report = benchmark(files, images, "colours", batches=(1, 4), device="cpu", seconds=0.1)
+    assert [(row.batch, row.device_us) for row in report.rows] == [(1, None), (1, 100), (4, None), (4, 400)]
 
 
 def test_agreement_is_with_the_first_file(tmp_path: Path, images: NDArray[np.uint8]) -> None:

@@ -44,6 +44,11 @@ def test_windows_are_of_the_batch_size_warmed_up_for(tmp_path: Path, images: Pat
         assert (process.window() > 0).all()
 
 
+def test_a_cpu_tells_no_device_times(tmp_path: Path, images: Path) -> None:
+    with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
+        assert process.device_times(3).tolist() == []
+
+
 @pytest.mark.parametrize(
     ("name", "device", "error"),
     [("absent.onnx", "cpu", ModelFileError), ("a.onnx", "tpu", UsageError), ("a.onnx", "mps", DeviceError)],

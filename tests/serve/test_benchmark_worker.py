@@ -1,6 +1,8 @@
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -9,7 +11,7 @@ from colour_model import write_onnx
 from numpy.typing import NDArray
 
 from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.benchmark_worker import Open, Peak, Reply, Request, predicted_labels
+from cifarx_serve.benchmark_worker import Open, Peak, Reply, Request, device_times, predicted_labels
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
 LABELS = [0, 1, 2, 0, 1]
@@ -25,6 +27,36 @@ def images() -> NDArray[np.uint8]:
 def test_predicted_labels(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
     with open_backend(write_onnx(tmp_path / "a.onnx"), device="cpu") as backend:
         assert predicted_labels(backend, images, batch).tolist() == LABELS
+
+
+class Timed:
+    """Stands for a backend whose device tells times: 1, 2, 3 …, each after so many seconds."""
+
+    def __init__(self, seconds: float = 0, tells: bool = True) -> None:
+        self._seconds = seconds
+        self._tells = tells
+        self.runs = 0
+
+    def device_time(self, _: NDArray[np.float32]) -> float | None:
+        time.sleep(self._seconds)
+        self.runs += 1
+        return float(self.runs) if self._tells else None
+
+
+def test_device_times_are_of_fifty_runs_the_first_ones_left_out() -> None:
+    backend: Any = Timed()
+    assert device_times(backend, np.zeros(1)) == [float(number) for number in range(4, 54)]
+
+
+def test_device_times_of_long_runs_are_fewer_and_at_least_one() -> None:
+    backend: Any = Timed(seconds=0.06)
+    assert device_times(backend, np.zeros(1)) == [4.0]
+
+
+def test_a_backend_without_a_device_is_asked_once() -> None:
+    backend: Any = Timed(tells=False)
+    assert device_times(backend, np.zeros(1)) == []
+    assert backend.runs == 1
 
 
 def test_a_reply_a_request_and_no_more_on_standard_output(tmp_path: Path, images: NDArray[np.uint8]) -> None:

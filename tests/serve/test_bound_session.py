@@ -1,8 +1,9 @@
 """On the CPU, where memory is bound as on a GPU and nothing is recorded; with CUDA graphs where there is a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cifarx_serve.backends import bound_session, onnxruntime_backend
-from cifarx_serve.backends.bound_session import BoundSession
+from cifarx_serve.backends import bound_session, cuda_events, onnxruntime_backend
+from cifarx_serve.backends.bound_session import BoundSession, TimedSession
 from cifarx_serve.backends.onnxruntime_backend import OnnxRuntimeBackend, provider_problem
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import FallbackWarning
+from cifarx_serve.errors import DeviceError, FallbackWarning
 
 SHAPE = (3, SPEC.input.height, SPEC.input.width)
 CUDA = Device("cuda", 0)
@@ -80,12 +81,53 @@ def test_a_replay_that_answers_otherwise_is_a_problem(bound: BoundSession, monke
     assert "replayed" in (bound.problem() or "")
 
 
+class _Clock:
+    """In place of a GPU's: it notes what was run between its events."""
+
+    stream = 4096
+
+    def __init__(self) -> None:
+        self.between: list[object] = []
+        self.closed = False
+
+    def time(self, work: Callable[[], object]) -> float:
+        self.between.append(work())
+        return 12.5
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 65])
+def test_between_the_events_is_one_run_that_does_not_wait(bound: BoundSession, count: int) -> None:
+    """The input is copied before, by a whole run; a batch above the largest is neither padded nor recorded."""
+    noted: list[Any] = []
+    session, clock = bound._session, _Clock()
+
+    def run(binding: Any, options: Any) -> None:
+        noted.append(options)
+        session.run_with_iobinding(binding, options)
+
+    noting = SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=run)
+    timed = TimedSession(bound.on(noting), clock)  # type: ignore[arg-type]
+    assert timed.device_time(_batch(count)) == 12.5
+    graph = {1: "1", 3: "4", 64: "64", 65: "-1"}[count]
+    assert [options.get_run_config_entry("gpu_graph_id") for options in noted] == [graph, graph]
+    assert noted[1].get_run_config_entry("disable_synchronize_execution_providers") == "1"
+    with pytest.raises(RuntimeError, match="does not have"):
+        noted[0].get_run_config_entry("disable_synchronize_execution_providers")
+    assert len(clock.between) == 1
+    timed.close()
+    assert clock.closed
+    assert timed.device_time(_batch(count)) is None
+
+
 class _OnTheCpu(BoundSession):
     """Bound to the CPU whatever is asked for: the only memory that is here."""
 
     def __init__(self, session: Any, device: str, number: int, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__(session, "cpu", 0, shape, classes)
-        assert (device, number) == ("cuda", 0)
+        assert (device, number) in (("cuda", 0), ("cpu", 0))  # the latter of a second session
 
 
 @pytest.fixture
@@ -107,6 +149,63 @@ def test_a_backend_uses_it_up_to_the_largest_batch(tmp_path: Path, monkeypatch: 
             batch = _batch(count)
             assert backend.run(batch) == pytest.approx(10 * batch.mean((2, 3)), abs=1e-4)
     assert used == [1, BoundSession.largest]
+
+
+@pytest.mark.usefixtures("as_if_cuda")
+def test_a_backend_times_a_second_session_on_the_clocks_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, str]] = []
+    clock = _Clock()
+
+    def second(path: Path, number: int, further: dict[str, str]) -> Any:
+        assert number == 0
+        made.append(further)
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime_backend, "_cuda_session", second)
+    monkeypatch.setattr(cuda_events, "open_clock", lambda number: clock if number == 0 else None)
+    backend = OnnxRuntimeBackend(write_onnx(tmp_path / "a.onnx"), Device("cpu"))
+    assert [backend.device_time(_batch(count)) for count in (1, 65)] == [12.5, 12.5]
+    assert made == [{"user_compute_stream": "4096"}]
+    backend.close()
+    backend.close()
+    assert clock.closed
+
+
+@pytest.mark.usefixtures("as_if_cuda")
+@pytest.mark.parametrize("fault", ["no device", "no memory", "no run"])
+def test_a_backend_that_cannot_time_says_why_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    clock = _Clock()
+
+    def open_clock(_: int) -> _Clock:
+        if fault == "no device":
+            raise DeviceError(fault, "no remedy")
+        return clock
+
+    def second(path: Path, *_: object) -> Any:
+        if fault == "no memory":
+            raise DeviceError(fault, "no remedy")
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def time(_: object) -> float:
+        raise RuntimeError(fault)
+
+    monkeypatch.setattr(cuda_events, "open_clock", open_clock)
+    monkeypatch.setattr(onnxruntime_backend, "_cuda_session", second)
+    monkeypatch.setattr(clock, "time", time)
+    with OnnxRuntimeBackend(write_onnx(tmp_path / "a.onnx"), Device("cpu")) as backend:
+        with pytest.warns(FallbackWarning, match=f"no time on the device of .*{fault}"):
+            assert backend.device_time(_batch(1)) is None
+        assert backend.run(_batch(2)).shape == (2, 3)
+    assert clock.closed == (fault != "no device")
+
+
+@pytest.mark.usefixtures("as_if_cuda")
+def test_no_time_without_cudas_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_events, "open_clock", lambda _: None)
+    with OnnxRuntimeBackend(write_onnx(tmp_path / "a.onnx"), Device("cpu")) as backend:
+        assert backend.device_time(_batch(1)) is None
 
 
 @pytest.mark.usefixtures("as_if_cuda")
@@ -133,3 +232,4 @@ def test_on_a_gpu_with_cuda_graphs(tmp_path: Path) -> None:
         for count in (1, 3, 64, 65, 3, 1):
             batch = _batch(count, count)
             assert backend.run(batch) == pytest.approx(10 * batch.mean((2, 3)), abs=1e-4)
+            assert 0 < (backend.device_time(batch) or 0) < 1e6

@@ -1,4 +1,5 @@
 import re
+from typing import Literal
 
 import pytest
 from hypothesis import example, given
@@ -15,18 +16,19 @@ def test_names(name: str) -> None:
     assert str(device) == name
 
 
-def test_cuda_alone_is_the_first() -> None:
-    assert parse_device("cuda") == parse_device("cuda:0") == Device("cuda", 0)
+@pytest.mark.parametrize("kind", ["cuda", "tensorrt"])
+def test_one_without_a_number_is_the_first(kind: Literal["cuda", "tensorrt"]) -> None:
+    assert parse_device(kind) == parse_device(f"{kind}:0") == Device(kind, 0)
 
 
-@given(st.integers(0, 999))
-def test_cuda_by_number(number: int) -> None:
-    device = parse_device(f"cuda:{number}")
-    assert device == Device("cuda", number)
+@given(st.sampled_from(["cuda", "tensorrt"]), st.integers(0, 999))
+def test_by_number(kind: Literal["cuda", "tensorrt"], number: int) -> None:
+    device = parse_device(f"{kind}:{number}")
+    assert device == Device(kind, number)
     assert parse_device(str(device)) == device
 
 
-@given(st.text() | st.from_regex(r"(auto|cpu|cuda|mps)(:\w*)?\s?"))
+@given(st.text() | st.from_regex(r"(auto|cpu|cuda|tensorrt|mps)(:\w*)?\s?"))
 @example("cuda:\N{ARABIC-INDIC DIGIT THREE}")
 @example("cuda:-1")
 @example("cuda:1000")
@@ -36,10 +38,11 @@ def test_cuda_by_number(number: int) -> None:
 @example("gpu")
 @example("")
 def test_everything_else_is_refused(name: str) -> None:
-    if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+    if re.fullmatch(r"auto|cpu|mps|(cuda|tensorrt)(:[0-9]{1,3})?", name):
         parse_device(name)
     else:
         with pytest.raises(UsageError) as raised:
             parse_device(name)
         assert repr(name) in raised.value.problem
         assert "cuda:N" in raised.value.remedy
+        assert "tensorrt:N" in raised.value.remedy

@@ -1,6 +1,8 @@
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from trained_model import Trained
 
-from cifarx_serve.backends import onnxruntime_backend
+from cifarx_serve.backends import cuda_libraries, onnxruntime_backend, tensorrt_libraries
 from cifarx_serve.backends.cuda_libraries import has_driver
 from cifarx_serve.backends.onnxruntime_backend import SPEC_KEY, OnnxRuntimeBackend, provider_problem
 from cifarx_serve.devices import Device
@@ -21,7 +23,7 @@ from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecEr
 from cifarx_serve.preprocess import scale
 from cifarx_serve.spec import ModelSpec
 
-CPU, CUDA, MPS, AUTO = Device("cpu"), Device("cuda"), Device("mps"), Device("auto")
+CPU, CUDA, MPS, AUTO, TENSORRT = (Device(kind) for kind in ("cpu", "cuda", "mps", "auto", "tensorrt"))
 
 needs_no_driver = pytest.mark.skipif(has_driver(), reason="there is an NVIDIA driver here")
 
@@ -79,8 +81,8 @@ def test_auto_is_the_cpu_where_there_is_no_driver(colours: Path) -> None:
 
 
 @needs_no_driver
-@pytest.mark.parametrize("device", [CUDA, Device("cuda", 3)], ids=str)
-def test_cuda_without_a_driver_is_an_error_that_says_so(colours: Path, device: Device) -> None:
+@pytest.mark.parametrize("device", [CUDA, Device("cuda", 3), TENSORRT], ids=str)
+def test_a_gpu_without_a_driver_is_an_error_that_says_so(colours: Path, device: Device) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime is a CPU build")
     for error in (provider_problem(device), opening_error(colours, device)):
@@ -110,6 +112,139 @@ def test_cuda_is_given_or_refused_and_never_the_cpu(colours: Path) -> None:
     else:
         with backend:
             assert backend.provider == "CUDAExecutionProvider"
+
+
+class _Given:
+    """A session that says it has the providers it was asked for, or others, and answers as on the CPU."""
+
+    def __init__(self, path: Path, asked: dict[str, dict[str, str]], given: list[str] | None) -> None:
+        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.asked = asked
+        self._given = given
+        self.batches: list[int] = []
+
+    def get_providers(self) -> list[str]:
+        return [*(self._given or self.asked), "CPUExecutionProvider"]
+
+    def run(self, names: list[str], inputs: dict[str, Any], options: Any = None) -> Any:
+        self.batches.append(len(inputs["input"]))
+        return self._session.run(names, inputs, options)
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[_Given]]:
+    """`tensorrt(given=[...])`: as if its libraries were there; the list fills with the sessions that are made."""
+
+    def make(given: list[str] | None = None, reason: str | None = None) -> list[_Given]:
+        made: list[_Given] = []
+
+        def session(path: Path, providers: list[tuple[str, dict[str, str]]], config: dict[str, str]) -> _Given:
+            assert config == {"session.disable_cpu_ep_fallback": "1"}
+            if reason:
+                raise ModelFileError(reason, "export it again")
+            made.append(_Given(path, dict(providers), given))
+            return made[-1]
+
+        monkeypatch.setattr(onnxruntime_backend, "_session", session)
+        monkeypatch.setattr(cuda_libraries, "has_driver", lambda: True)
+        monkeypatch.setattr(tensorrt_libraries, "preload", lambda: None)
+        monkeypatch.setattr(tensorrt_libraries, "version", lambda: 101601)
+        monkeypatch.setattr(tensorrt_libraries, "missing", lambda: None)
+        return made
+
+    return make
+
+
+def test_tensorrt_comes_first_and_cuda_second(colours: Path, tensorrt: Callable[..., list[_Given]]) -> None:
+    made = tensorrt()
+    with OnnxRuntimeBackend(colours, Device("tensorrt", 2)) as backend:
+        assert backend.provider == "TensorrtExecutionProvider"
+        assert backend.device_time(np.zeros((1, 3, 4, 6), np.float32)) is None
+    [session] = made
+    assert list(session.asked) == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    first, second = session.asked.values()
+    assert (first["device_id"], second["device_id"]) == ("2", "2")
+    assert (first["trt_fp16_enable"], first["trt_cuda_graph_enable"], second["use_tf32"]) == ("0", "0", "0")
+    shapes = [first[f"trt_profile_{name}_shapes"] for name in ("min", "opt", "max")]
+    assert shapes == ["input:1x3x4x6", "input:8x3x4x6", "input:64x3x4x6"]
+    assert "enable_cuda_graph" not in second
+
+
+def test_tensorrt_keeps_the_engine_of_a_file(
+    colours: Path, tensorrt: Callable[..., list[_Given]], tmp_path: Path
+) -> None:
+    made = tensorrt()
+    OnnxRuntimeBackend(colours, TENSORRT).close()
+    options = made[0].asked["TensorrtExecutionProvider"]
+    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
+    assert options["trt_engine_cache_prefix"] == hashlib.sha256(colours.read_bytes()).hexdigest()
+    assert Path(options["trt_engine_cache_path"]).is_relative_to(tmp_path.with_name(f"{tmp_path.name}-cache"))
+
+
+def test_tensorrt_takes_fp16_for_fp16_files(tmp_path: Path, tensorrt: Callable[..., list[_Given]]) -> None:
+    made = tensorrt()
+    spec = msgspec.structs.replace(SPEC, precision="fp16")
+    OnnxRuntimeBackend(write_onnx(tmp_path / "half.onnx", spec.to_json()), TENSORRT).close()
+    assert made[0].asked["TensorrtExecutionProvider"]["trt_fp16_enable"] == "1"
+
+
+@pytest.mark.parametrize("changed", [{"precision": "int8"}, {"embedded_preprocessing": True}])
+def test_what_tensorrt_takes_in_parts_has_no_shapes_and_no_kept_engine(
+    tmp_path: Path, tensorrt: Callable[..., list[_Given]], changed: dict[str, Any]
+) -> None:
+    made = tensorrt()
+    spec = msgspec.structs.replace(SPEC, **changed)
+    OnnxRuntimeBackend(write_onnx(tmp_path / "parts.onnx", spec.to_json()), TENSORRT).close()
+    options = made[0].asked["TensorrtExecutionProvider"]
+    assert not [name for name in options if "profile" in name or "cache" in name]
+
+
+def test_a_batch_above_the_engines_largest_is_run_in_parts(
+    colours: Path, tensorrt: Callable[..., list[_Given]]
+) -> None:
+    made = tensorrt()
+    batch = np.random.default_rng(0).random((130, 3, 4, 6), np.float32)
+    with OnnxRuntimeBackend(colours, TENSORRT) as backend:
+        assert backend.run(batch) == pytest.approx(10 * batch.mean((2, 3)), abs=1e-4)
+    assert made[0].batches == [64, 64, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason", "problem"),
+    [
+        (["CUDAExecutionProvider"], None, "tensorrt:0 was asked for and ONNX Runtime gave CUDAExecutionProvider"),
+        (None, "no kernel", "ONNX Runtime cannot use tensorrt:0 (no kernel)"),
+    ],
+)
+def test_tensorrt_is_given_or_refused(
+    colours: Path, tensorrt: Callable[..., list[_Given]], given: list[str] | None, reason: str | None, problem: str
+) -> None:
+    tensorrt(given, reason)
+    error = opening_error(colours, TENSORRT)
+    assert isinstance(error, DeviceError)
+    assert error.problem == problem
+
+
+def test_tensorrt_without_its_libraries_names_them(
+    colours: Path, tensorrt: Callable[..., list[_Given]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt(["CUDAExecutionProvider"])
+    monkeypatch.setattr(tensorrt_libraries, "version", lambda: None)
+    monkeypatch.setattr(tensorrt_libraries, "missing", lambda: DeviceError("no libnvinfer.so.10", "pip install it"))
+    assert opening_error(colours, TENSORRT).problem == "no libnvinfer.so.10"
+
+
+def test_no_time_on_a_device_on_the_cpu(colours: Path) -> None:
+    with OnnxRuntimeBackend(colours, CPU) as backend:
+        assert backend.device_time(np.zeros((1, 3, 4, 6), np.float32)) is None
+
+
+@pytest.mark.skipif(provider_problem(TENSORRT) is not None, reason="ONNX Runtime cannot use TensorRT here")
+def test_on_tensorrt(colours: Path) -> None:
+    batch = np.random.default_rng(0).random((65, 3, 4, 6), np.float32)
+    for _ in ("built", "kept"):
+        with OnnxRuntimeBackend(colours, TENSORRT) as backend:
+            assert backend.run(batch) == pytest.approx(10 * batch.mean((2, 3)), abs=1e-4)
 
 
 def test_the_probe_is_what_the_onnx_library_makes() -> None:

@@ -3,9 +3,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from trained_model import Trained
 
 from cifarx_serve import threads
-from cifarx_serve.threads import available_cpus
+from cifarx_serve.threads import available_cpus, share_cpus, shares_cpus
 
 CPUS = 64
 
@@ -70,3 +71,35 @@ def test_affinity_of_the_process(fresh_python: Callable[..., str]) -> None:
 
 def test_here() -> None:
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)
+
+
+def test_a_share_is_an_upper_limit(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_share", None)
+    assert not shares_cpus()
+    share_cpus(3)
+    assert shares_cpus()
+    assert available_cpus() == 3
+    (cgroups / "cpu.max").write_text("200000 100000\n")
+    assert available_cpus() == 2
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU: a model starts no thread that could spin")
+def test_a_model_that_shares_its_cpus_starts_so_many_threads_and_they_do_not_spin(
+    fresh_python: Callable[..., str], trained: Trained
+) -> None:
+    """By the time that the process's threads take while nothing is asked."""
+    code = (
+        "import os, sys, time, numpy as np\n"
+        "os.sched_setaffinity(0, range(os.cpu_count()))\n"
+        "from cifarx_serve.threads import share_cpus\n"
+        "from cifarx_serve.backends.registry import open_backend\n"
+        "if sys.argv[2] == 'share': share_cpus(2)\n"
+        "model = open_backend(sys.argv[1], device='cpu')\n"
+        "batch = np.zeros((8, 3, 32, 32), np.float32)\n"
+        "spent = 0.0\n"
+        "for _ in range(20):\n"
+        "    model.run(batch)\n"
+        "    before = time.process_time(); time.sleep(0.005); spent += time.process_time() - before\n"
+        "print(spent)\n"
+    )
+    assert 3 * float(fresh_python(code, trained.onnx, "share")) < float(fresh_python(code, trained.onnx, "alone"))

@@ -85,6 +85,18 @@ def test_mps_where_there_is_none(made_once: Path) -> None:
     assert isinstance(refused(made_once, Device("mps")), DeviceError)
 
 
+def test_tensorrt_is_refused_with_the_backend_that_has_it(made_once: Path) -> None:
+    error = refused(made_once, Device("tensorrt"))
+    assert isinstance(error, DeviceError)
+    assert "tensorrt:0" in error.problem
+    assert "onnxruntime" in error.remedy
+
+
+def test_no_time_on_a_device_on_the_cpu(made_once: Path) -> None:
+    with TorchScriptBackend(made_once, Device("cpu")) as backend:
+        assert backend.device_time(np.zeros((1, 3, 4, 6), np.float32)) is None
+
+
 def test_the_spec_needs_no_pytorch(made_once: Path, fresh_python: Callable[..., str]) -> None:
     code = (
         "import sys; from cifarx_serve.backends.registry import read_spec\n"

@@ -38,10 +38,10 @@ def _runtime() -> Iterator[Finding]:
     here = environment()
     yield Finding("machine", True, f"{here.system}, {here.cpu}, {here.threads} of {here.cpus} CPUs for this process")
     yield Finding("python", True, here.python)
-    for name, device, required in (("cpu", Device("cpu"), True), ("cuda", Device("cuda"), False)):
+    for device in (Device("cpu"), Device("cuda"), Device("tensorrt")):
         problem = provider_problem(device)
         found = f"ran a model, version {onnxruntime.__version__}" if problem is None else str(problem)
-        yield Finding(f"onnxruntime {name}", problem is None, found, required)
+        yield Finding(f"onnxruntime {device.kind}", problem is None, found, device.kind == "cpu")
 
 
 def _pytorch() -> Iterator[Finding]:

@@ -57,6 +57,16 @@ class Backend(ABC):
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """Logits, (N, classes), of a batch as `preprocess.model_input` makes it."""
 
+    def device_time(self, batch: NDArray[Any]) -> float | None:  # noqa: ARG002  the device's, where there is one
+        """Microseconds between two events on the device around the run of a batch that lies there already.
+
+        None where there is no such device, as on a CPU, or where its time cannot be told.
+
+        Args:
+            batch: as `run` takes it; it is copied to the device before the first event.
+        """
+        return None
+
     def ports(self) -> tuple[Port, ...]:
         """The inputs, then the outputs, where the file states them; none where it does not."""
         return ()

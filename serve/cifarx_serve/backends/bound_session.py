@@ -5,15 +5,21 @@ be recorded as a CUDA graph, which replays them without the launches: those cost
 """
 
 import threading
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from cifarx_serve.backends.cuda_events import CudaClock
 
 _GRAPH: Final = "gpu_graph_id"
 """ONNX Runtime's run option: the number of the CUDA graph that a run records or replays."""
 
 _NO_GRAPH: Final = "-1"
+
+_NO_WAITING: Final = "disable_synchronize_execution_providers"
+"""ONNX Runtime's run option: the run ends when its work is on the stream, and not when it is done."""
 
 
 class BoundSession:
@@ -42,11 +48,30 @@ class BoundSession:
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits, float32 (N, classes), of float32 (N, 3, height, width), N up to `largest`."""
-        size = 1 << (len(batch) - 1).bit_length()
         with self._lock:
-            if size not in self._sizes:
-                self._sizes[size] = _Bound(self._session, self._place, (size, *self._shape), (size, self._classes))
-            return self._sizes[size].run(batch)
+            return self._fitting(len(batch)).run(batch)
+
+    def device_time(self, batch: NDArray[np.float32], clock: "CudaClock") -> float:
+        """Microseconds on the device of a run that finds its input there; of any N, above `largest` without a graph.
+
+        Args:
+            batch: float32 (N, 3, height, width).
+            clock: of the stream that the session works on.
+        """
+        with self._lock:
+            return self._fitting(len(batch)).device_time(batch, clock)
+
+    def on(self, session: Any) -> "BoundSession":
+        """The same for another session on the same file."""
+        return BoundSession(session, *self._place, self._shape, self._classes)
+
+    def _fitting(self, count: int) -> "_Bound":
+        size = 1 << (count - 1).bit_length() if count <= self.largest else count
+        if size not in self._sizes:
+            graph = str(size) if count <= self.largest else _NO_GRAPH
+            taken, given = (size, *self._shape), (size, self._classes)
+            self._sizes[size] = _Bound(self._session, self._place, taken, given, graph)
+        return self._sizes[size]
 
     def problem(self) -> str | None:
         """What is wrong with its answers, found by asking the session itself too; None where they are the same.
@@ -66,7 +91,9 @@ class BoundSession:
 class _Bound:
     """One batch size: its memory, and what binds it."""
 
-    def __init__(self, session: Any, place: tuple[str, int], taken: tuple[int, ...], given: tuple[int, ...]) -> None:
+    def __init__(
+        self, session: Any, place: tuple[str, int], taken: tuple[int, ...], given: tuple[int, ...], graph: str
+    ) -> None:
         import onnxruntime
 
         self._session = session
@@ -76,7 +103,8 @@ class _Bound:
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input("input", self._input)
         self._binding.bind_ortvalue_output("logits", self._output)
-        self._options = _run_options(str(taken[0]))
+        self._options = _run_options(graph)
+        self._graph = graph
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of at most as many images; rows that are left over hold earlier ones, which change no other row."""
@@ -85,6 +113,33 @@ class _Bound:
         self._session.run_with_iobinding(self._binding, self._options)
         logits: NDArray[np.float32] = self._output.numpy()[: len(batch)].copy()
         return logits
+
+    def device_time(self, batch: NDArray[np.float32], clock: "CudaClock") -> float:
+        """In microseconds; a whole run comes first, which copies the input in and records what is not recorded yet."""
+        self.run(batch)
+        options = _run_options(self._graph)
+        options.add_run_config_entry(_NO_WAITING, "1")
+        return clock.time(lambda: self._session.run_with_iobinding(self._binding, options))
+
+
+class TimedSession:
+    """A session that works on a stream of ours, so that its time on the device can be told.
+
+    ONNX Runtime records and replays CUDA graphs on a stream that it is given as it does on its own.
+    """
+
+    def __init__(self, bound: BoundSession, clock: "CudaClock") -> None:
+        self._bound: BoundSession | None = bound
+        self._clock = clock
+
+    def device_time(self, batch: NDArray[np.float32]) -> float | None:
+        """Microseconds between two events around the run, see `BoundSession.device_time`; None after closing."""
+        return self._bound.device_time(batch, self._clock) if self._bound else None
+
+    def close(self) -> None:
+        """End the session, then its stream."""
+        self._bound = None
+        self._clock.close()
 
 
 def without_graph() -> Any:

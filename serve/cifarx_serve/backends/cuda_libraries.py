@@ -39,12 +39,24 @@ def missing() -> DeviceError | None:
             f"ONNX Runtime cannot use CUDA: no NVIDIA driver here ({_DRIVER} does not load)", "use --device cpu"
         )
     preload()
+    problem = loading_problem("shared") or loading_problem("cuda")
+    return DeviceError(f"ONNX Runtime cannot use CUDA ({problem})", _INSTALL) if problem else None
+
+
+def loading_problem(name: str) -> str | None:
+    """Why the library of one of ONNX Runtime's providers does not load, in the loader's words; None where it does."""
+    import onnxruntime
+
     folder = Path(onnxruntime.__file__).parent / "capi"
-    for pattern in ("*onnxruntime_providers_shared.*", "*onnxruntime_providers_cuda.*"):
-        for library in folder.glob(pattern):
-            if problem := _load_problem(str(library)):
-                return DeviceError(f"ONNX Runtime cannot use CUDA ({problem})", _INSTALL)
-    return None
+    problems = (_load_problem(str(library)) for library in folder.glob(f"*onnxruntime_providers_{name}.*"))
+    return next((problem for problem in problems if problem), None)
+
+
+def cuda_major() -> str:
+    """The major version of CUDA that ONNX Runtime was built with, as "13"; empty for a CPU build."""
+    from onnxruntime.capi import build_and_package_info
+
+    return str(getattr(build_and_package_info, "cuda_version", "")).partition(".")[0]
 
 
 def _load_problem(library: str) -> str | None:

@@ -28,5 +28,19 @@ class TorchBackend(Backend):
         array: NDArray[np.float32] = logits.cpu().numpy()
         return array
 
+    def device_time(self, batch: NDArray[Any]) -> float | None:
+        """On CUDA alone."""
+        if self._device.type != "cuda":
+            return None
+        cuda = self._torch.cuda
+        with self._torch.inference_mode(), cuda.device(self._device):
+            images = self._torch.from_numpy(batch).to(self._device)
+            started, ended = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+            started.record()
+            self._module(images)
+            ended.record()
+            ended.synchronize()
+        return float(started.elapsed_time(ended)) * 1e3
+
     def close(self) -> None:
         self._module = None

@@ -24,6 +24,10 @@ def torch_device(device: Device) -> torch.device:
     if device.kind == "cuda":
         _require_cuda(device.number)
         return torch.device("cuda", device.number)
+    if device.kind == "tensorrt":
+        raise DeviceError(
+            f"PyTorch has no device {device}", "use --device cuda, or an ONNX file: backend onnxruntime has TensorRT"
+        )
     if device.kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device mps was asked for and PyTorch has none here", "use --device cpu")
     if device.kind == "auto":
