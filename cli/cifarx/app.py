@@ -10,7 +10,7 @@ from typer.main import get_command as build_command
 import cifarx
 from cifarx_serve.errors import unknown
 
-COMMANDS: Final = ("train", "export", "verify", "infer", "bench", "inspect", "doctor", "demo")
+COMMANDS: Final = ("train", "export", "verify", "infer", "bench", "serve", "inspect", "doctor", "demo")
 """Each is the function `command` in the module `cifarx.commands.<name>`, in the order of the help page."""
 
 

@@ -1,0 +1,249 @@
+"""Requests that wait for a model, put together: what queued while it was busy goes through it at once.
+
+An idle model is never kept waiting (but for `max_delay_us`, where that was asked for), so a batch is as large as the
+load makes it: one image where there is no other, `max_batch` where there are enough.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from http import HTTPStatus
+from queue import SimpleQueue
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarx_serve.server.request_error import ClientLeft, RequestError
+
+Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""From a batch of images to its logits; called in a thread of the batcher's own."""
+
+
+class Answer(NamedTuple):
+    """Logits, (N, classes), of the images of one request, and what they took: seconds."""
+
+    logits: NDArray[np.float32]
+    queued_s: float
+    computed_s: float
+
+
+class Batch(NamedTuple):
+    """What one call of the model took: its images, seconds, and the images that wait at its end."""
+
+    images: int
+    left: int
+    queued_s: tuple[float, ...]
+    computed_s: float
+
+
+class _Waiting:
+    """The images of one request, (N, ...), and who waits for them."""
+
+    __slots__ = ("answer", "arrived", "has_left", "images", "queued", "timer")
+
+    def __init__(
+        self, images: NDArray[Any], answer: "asyncio.Future[Answer]", has_left: Callable[[], bool], arrived: float
+    ) -> None:
+        self.images = images
+        self.answer = answer
+        self.has_left = has_left
+        self.arrived = arrived
+        self.queued = time.perf_counter()
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class _Done(NamedTuple):
+    """What the thread made of some requests: logits or an error for each."""
+
+    requests: list[_Waiting]
+    results: list[NDArray[np.float32] | Exception]
+    started: float
+    ended: float
+
+
+_END: Final = None
+
+_TIMER_S: Final = 1e-3
+"""What an event loop's timers may be late: shorter waits are polled."""
+
+
+class Batcher:
+    """One model's queue. Made, asked and closed in an event loop; the model runs in a thread.
+
+    Args:
+        run: the model.
+        max_batch: images of one call; a request with more is run in parts.
+        max_delay_s: how long the first image of a batch waits for others where the model is idle.
+        max_queue: images that may wait.
+        deadline_s: of a request.
+        told: hears of every call of the model.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        max_batch: int,
+        max_delay_s: float,
+        max_queue: int,
+        deadline_s: float,
+        told: Callable[[Batch], None],
+    ) -> None:
+        self._run = run
+        self._max_batch = max_batch
+        self._max_delay_s = max_delay_s
+        self._max_queue = max_queue
+        self._deadline_s = deadline_s
+        self._told = told
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[_Waiting] = deque()
+        self._queued_images = 0
+        self._busy = False
+        self._start: asyncio.Handle | None = None
+        self._work: SimpleQueue[list[_Waiting] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
+        self._thread.start()
+
+    def submit(self, images: NDArray[Any], arrived: float, has_left: Callable[[], bool]) -> "asyncio.Future[Answer]":
+        """Queue the images of one request.
+
+        Args:
+            images: (N, ...), N at least 1; those of one shape and dtype go together.
+            arrived: when the request did, by `time.perf_counter`: its deadline and its delay count from there.
+            has_left: asked before the images are computed: whether nobody waits for them any more.
+
+        Raises:
+            RequestError: the queue is full (503). From the future also: the deadline has passed (504), the client has
+                left (ClientLeft), or what the model raised.
+        """
+        if self._queued_images and self._queued_images + len(images) > self._max_queue:
+            problem = f"{self._queued_images} images are waiting, and {self._max_queue} may"
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")
+        waiting = _Waiting(images, self._loop.create_future(), has_left, arrived)
+        left_s = arrived + self._deadline_s - time.perf_counter()
+        waiting.timer = self._loop.call_later(max(0.0, left_s), self._expire, waiting)
+        self._queue.append(waiting)
+        self._queued_images += len(images)
+        if self._start is not None and self._queued_images >= self._max_batch:
+            self._start.cancel()  # it may have been put off, for others to come
+            self._start = None
+        self._schedule()
+        return waiting.answer
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is computed."""
+        return not (self._busy or self._queue)
+
+    def close(self) -> None:
+        """End the thread once it has done what it was given; what still waits is answered with 503."""
+        for waiting in self._queue:
+            self._fail(waiting, RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the server ends", "try again"))
+        self._queue.clear()
+        self._queued_images = 0
+        self._work.put(_END)
+
+    def _schedule(self) -> None:
+        """Start a batch once what has arrived by now is queued."""
+        if self._queue and not self._busy and self._start is None:
+            self._start = self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        self._start = None
+        if self._busy or not self._queue:
+            return
+        wait_s = self._queue[0].arrived + self._max_delay_s - time.perf_counter()
+        if wait_s > 0 and self._queued_images < self._max_batch:
+            late = wait_s - _TIMER_S
+            self._start = self._loop.call_later(late, self._begin) if late > 0 else self._loop.call_soon(self._begin)
+        elif batch := self._take():
+            self._busy = True
+            self._work.put(batch)
+
+    def _take(self) -> list[_Waiting]:
+        """The next batch: the first that waits, and those after it that fit; those whose client left are dropped."""
+        taken: list[_Waiting] = []
+        others: deque[_Waiting] = deque()
+        images = 0
+        while self._queue and images < self._max_batch:
+            waiting = self._queue.popleft()
+            if waiting.answer.done() or waiting.has_left():
+                self._drop(waiting)
+            elif taken and not (_alike(waiting, taken[0]) and images + len(waiting.images) <= self._max_batch):
+                others.append(waiting)
+            else:
+                taken.append(waiting)
+                images += len(waiting.images)
+        self._queue.extendleft(reversed(others))
+        self._queued_images -= images
+        return taken
+
+    def _drop(self, waiting: _Waiting) -> None:
+        self._queued_images -= len(waiting.images)
+        self._fail(waiting, ClientLeft())
+
+    def _compute(self) -> None:
+        """The thread: one batch after the other."""
+        while batch := self._work.get():
+            started = time.perf_counter()
+            results = self._results(batch)
+            done = _Done(batch, results, started, time.perf_counter())
+            try:
+                self._loop.call_soon_threadsafe(self._finish, done)
+            except RuntimeError:  # the loop is closed: nobody waits
+                return
+
+    def _results(self, batch: list[_Waiting]) -> list[NDArray[np.float32] | Exception]:
+        """One call for all; where it fails one for each, so that one request's images cannot fail another's."""
+        try:
+            images = batch[0].images if len(batch) == 1 else np.concatenate([waiting.images for waiting in batch])
+            logits = self._logits(images)
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            return [result for waiting in batch for result in self._results([waiting])]
+        ends = np.cumsum([len(waiting.images) for waiting in batch])[:-1]
+        return list(np.split(logits, ends)) if len(batch) > 1 else [logits]
+
+    def _logits(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        size = self._max_batch
+        if len(images) <= size:
+            return self._run(images)
+        return np.concatenate([self._run(images[start : start + size]) for start in range(0, len(images), size)])
+
+    def _finish(self, done: _Done) -> None:
+        self._busy = False
+        self._schedule()  # before the answers: the thread computes the next batch while this one's are written
+        computed_s = done.ended - done.started
+        queued = []
+        for waiting, result in zip(done.requests, done.results, strict=True):
+            queued_s = done.started - waiting.queued
+            queued.append(queued_s)
+            if isinstance(result, Exception):
+                self._fail(waiting, result)
+            elif not waiting.answer.done():
+                waiting.answer.set_result(Answer(result, queued_s, computed_s))
+                self._settle(waiting)
+        images = sum(len(waiting.images) for waiting in done.requests)
+        self._told(Batch(images, self._queued_images, tuple(queued), computed_s))
+
+    def _expire(self, waiting: _Waiting) -> None:
+        problem = f"no answer within {self._deadline_s:g} s"
+        self._fail(waiting, RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load"))
+
+    def _fail(self, waiting: _Waiting, error: Exception) -> None:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)
+        self._settle(waiting)
+
+    @staticmethod
+    def _settle(waiting: _Waiting) -> None:
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+            waiting.timer = None
+
+
+def _alike(one: _Waiting, other: _Waiting) -> bool:
+    return one.images.dtype == other.images.dtype and one.images.shape[1:] == other.images.shape[1:]

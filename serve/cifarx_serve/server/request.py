@@ -1,0 +1,160 @@
+"""A request as the routes see it, and what they answer."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any, Final, NamedTuple, TypeAlias
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from cifarx_serve.server.request_error import ClientLeft, RequestError
+from cifarx_serve.server.settings import Limits
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Coroutine[Any, Any, Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+JSON: Final = b"application/json"
+
+# What is echoed into a header and a log line: visible ASCII.
+_REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
+
+_MAX_FIELDS: Final = 16
+
+_READ_OFF_S: Final = 2.0
+"""How long a body that is too large is read and thrown away."""
+
+
+class Response(NamedTuple):
+    """What a route answers."""
+
+    body: bytes
+    status: int = HTTPStatus.OK
+    content_type: bytes = JSON
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+def json_response(value: Any, status: int = HTTPStatus.OK) -> Response:
+    """A value as one JSON document; numbers that are not finite become null."""
+    return Response(msgspec.json.encode(value), status)
+
+
+class Request:
+    """One request.
+
+    Attributes:
+        arrived: when its head did, by `time.perf_counter`.
+        id: the client's own, where it gave a sound one.
+        path: decoded; without the query.
+        parameters: what the route's pattern found in the path.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, limits: Limits) -> None:
+        self.arrived = time.perf_counter()
+        self.scope = scope
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.parameters: dict[str, str] = {}
+        self.limits = limits
+        self._receive = receive
+        given = self.headers.get(b"x-request-id", b"")
+        self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+    @property
+    def content_type(self) -> str:
+        """Of the body, without its parameters, in small letters; empty where it says none."""
+        return self.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+
+    def query(self) -> dict[str, str]:
+        """The fields of the query.
+
+        Raises:
+            RequestError: too many, or one twice.
+        """
+        raw: bytes = self.scope["query_string"]
+        if not raw:
+            return {}
+        try:
+            pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+        except ValueError as error:
+            raise RequestError(HTTPStatus.BAD_REQUEST, f"a query of {len(raw)} bytes", "give few fields") from error
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise RequestError(HTTPStatus.BAD_REQUEST, "a field of the query is given twice", "give each once")
+        return found
+
+    async def body(self) -> bytes:
+        """All of it.
+
+        Raises:
+            RequestError: too large (413), or it did not come in time (408).
+            ClientLeft: the client closed before its end.
+        """
+        try:
+            return await self._whole()
+        except RequestError as error:
+            if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                await self._read_off()
+            raise
+
+    async def _whole(self) -> bytes:
+        self._require_size(self._stated_size())
+        first = await self._next_part()
+        if not first["more_body"]:
+            self._require_size(len(first["body"]))
+            return bytes(first["body"])
+        parts, size = [first["body"]], len(first["body"])
+        more = True
+        while more:
+            part = await self._next_part()
+            parts.append(part["body"])
+            size += len(part["body"])
+            self._require_size(size)
+            more = part["more_body"]
+        return b"".join(parts)
+
+    def has_left(self) -> bool:
+        """Whether the client has closed the connection; asked once the body is read, without waiting."""
+        waiting = self._receive()
+        try:
+            waiting.send(None)
+        except StopIteration as ended:
+            return bool(ended.value["type"] == "http.disconnect")
+        waiting.close()
+        return False
+
+    async def _read_off(self) -> None:
+        """A client that is still sending would not hear the answer: its connection would be reset."""
+        with suppress(TimeoutError, ClientLeft, RequestError):
+            async with asyncio.timeout(_READ_OFF_S):
+                while (await self._next_part())["more_body"]:
+                    pass
+
+    async def _next_part(self) -> Message:
+        left_s = self.arrived + self.limits.body_timeout_s - time.perf_counter()
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                part = await self._receive()
+        except TimeoutError as error:
+            problem = f"the body did not come within {self.limits.body_timeout_s:g} s"
+            raise RequestError(HTTPStatus.REQUEST_TIMEOUT, problem, "send it faster, or send less") from error
+        if part["type"] == "http.disconnect":
+            raise ClientLeft
+        return {"body": part.get("body", b""), "more_body": part.get("more_body", False)}
+
+    def _stated_size(self) -> int:
+        stated = self.headers.get(b"content-length", b"0")
+        return int(stated) if re.fullmatch(rb"[0-9]{1,18}", stated) else 0
+
+    def _require_size(self, size: int) -> None:
+        limit = self.limits.max_body_bytes
+        if size > limit:
+            problem = f"a body of {size:,} bytes, over the limit of {limit:,}"
+            raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, problem, "send smaller or fewer images")
