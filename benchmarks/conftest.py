@@ -1,4 +1,4 @@
-"""One table at the end: every backend that runs here, side by side; and what a missed limit is."""
+"""The tables at the end: every backend that runs here, side by side, and what tests add; and what a missed limit is."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -14,6 +14,7 @@ from cifarx_serve.environment import environment
 from cifarx_train.run import train
 
 _ROWS = pytest.StashKey[list[tuple[str, ...]]]()
+_TABLES = pytest.StashKey[list[Table]]()
 _NOTES = pytest.StashKey[list[str]]()
 
 
@@ -28,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_ROWS], config.stash[_NOTES] = [], []
+    config.stash[_ROWS], config.stash[_TABLES], config.stash[_NOTES] = [], [], []
     config.option.benchmark_quiet = True  # its own tables have no agreement and no provider; -v shows them
 
 
@@ -36,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def rows(pytestconfig: pytest.Config) -> list[tuple[str, ...]]:
     """Where a test puts its row of the table."""
     return pytestconfig.stash[_ROWS]
+
+
+@pytest.fixture(scope="session")
+def tables(pytestconfig: pytest.Config) -> list[Table]:
+    """Where a test puts a table of its own, to be printed after that one."""
+    return pytestconfig.stash[_TABLES]
 
 
 @pytest.fixture(scope="session")
@@ -69,18 +76,18 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows, notes = config.stash[_ROWS], config.stash[_NOTES]
-    if not rows and not notes:
+    rows, tables, notes = config.stash[_ROWS], config.stash[_TABLES], config.stash[_NOTES]
+    if not rows and not tables and not notes:
         return
     terminalreporter.write_line("")
-    if rows:
-        terminalreporter.write(_table(rows))
+    for table in [_table(rows), *tables] if rows else tables:
+        terminalreporter.write(_drawn(table))
     terminalreporter.write_line(environment_line(environment()))
     for note in notes:
         terminalreporter.write_line(note)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: list[tuple[str, ...]]) -> Table:
     headings = (
         "network",
         "backend",
@@ -98,6 +105,10 @@ def _table(rows: list[tuple[str, ...]]) -> str:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def _drawn(table: Table) -> str:
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table)

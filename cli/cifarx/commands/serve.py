@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -88,23 +89,25 @@ def command(
     )
     if not (_is_loopback(host) or settings.api_key_file):
         note(f"note: {host} can be reached from other machines, and nobody is asked for a key: see --api-key-file")
-    return asyncio.run(_serve(settings, host, port, count, watch, "https" if tls else "http"))
+    asyncio.run(_serve(settings, host, port, count, watch, "https" if tls else "http"))
+    return 0
 
 
-async def _serve(settings: Settings, host: str, port: int, count: int, watch: bool, scheme: str) -> int:
+async def _serve(settings: Settings, host: str, port: int, count: int, watch: bool, scheme: str) -> None:
     with listen(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         where = f"{scheme}://{shown}:{listener.getsockname()[1]}"
         processes = f"{count} {'process' if count == 1 else 'processes'}"
 
         def tell(line: str) -> None:
-            note(
-                f"serving {', '.join(settings.files)} on {where} with {processes}"
-                if line == "ready"
-                else f"note: {line}"
-            )
+            with suppress(OSError):  # nobody reads it any more; a worker is replaced all the same
+                note(
+                    f"serving {', '.join(settings.files)} on {where} with {processes}"
+                    if line == "ready"
+                    else f"note: {line}"
+                )
 
-        return await Supervisor(settings, listener, count, watch, tell).run()
+        await Supervisor(settings, listener, count, watch, tell).run()
 
 
 def _workers(given: str, device: str) -> int:

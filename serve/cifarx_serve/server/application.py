@@ -106,8 +106,9 @@ class Application:
             return "preflight", Response(b"", HTTPStatus.NO_CONTENT)
         route = methods.get(method)
         if route is None:
-            known = ", ".join(sorted(methods))
-            raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, f"{request.method[:20]} of this path", f"it has {known}")
+            known = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
+            problem, headers = f"{request.method[:20]} of this path", ((b"allow", known.encode()),)
+            raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, problem, f"it has {known}", headers)
         if self._keys is not None and not route.open and not self._keys.allow(request.headers):
             problem = "no API key, or a wrong one"
             raise RequestError(HTTPStatus.UNAUTHORIZED, problem, "send Authorization: Bearer KEY")
@@ -170,7 +171,7 @@ def error_body(problem: str) -> bytes:
 
 
 def _error(error: RequestError) -> Response:
-    headers: list[tuple[bytes, bytes]] = []
+    headers = list(error.headers)
     if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers.append(_RETRY_AFTER)
     if error.status == HTTPStatus.UNAUTHORIZED:

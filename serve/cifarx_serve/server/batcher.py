@@ -106,6 +106,12 @@ class Batcher:
         self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
         self._thread.start()
 
+    def require_room(self, count: int) -> None:
+        """Raises RequestError (503) where so many images may not wait too; an empty queue takes any number."""
+        if self._queued_images and self._queued_images + count > self._max_queue:
+            problem = f"{self._queued_images} images are waiting, and {self._max_queue} may"
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")
+
     def submit(self, images: NDArray[Any], arrived: float, has_left: Callable[[], bool]) -> "asyncio.Future[Answer]":
         """Queue the images of one request.
 
@@ -118,9 +124,7 @@ class Batcher:
             RequestError: the queue is full (503). From the future also: the deadline has passed (504), the client has
                 left (ClientLeft), or what the model raised.
         """
-        if self._queued_images and self._queued_images + len(images) > self._max_queue:
-            problem = f"{self._queued_images} images are waiting, and {self._max_queue} may"
-            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")
+        self.require_room(len(images))
         waiting = _Waiting(images, self._loop.create_future(), has_left, arrived)
         left_s = arrived + self._deadline_s - time.perf_counter()
         waiting.timer = self._loop.call_later(max(0.0, left_s), self._expire, waiting)

@@ -1,9 +1,11 @@
 """One connection of a client: uvicorn's, with limits on how long and how large a request's head may be."""
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
+import httptools
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -11,32 +13,65 @@ from uvicorn.server import ServerState
 from cifarx_serve.server.application import error_body
 
 _MAX_HEAD: Final = 64 * 1024
-"""Bytes of a request's first line and headers."""
+"""Bytes of a request's first line and headers, and of whatever else is not its body."""
+
+_LINGER_S: Final = 2.0
+"""How long what a client still sends after its last answer is read and thrown away."""
+
+_UNREAD_S: Final = 30.0
+"""How long an answer waits for a client that does not read it."""
+
+_MAX_PIPELINED: Final = 64
+"""Requests that a client may send ahead of the answers: a packet holds thousands, each of kilobytes here."""
+
+_OF_UPGRADES: Final = frozenset({b"connection", b"http2-settings", b"upgrade"})
 
 
-class _OneWrite:
+class _Transport:
     """A transport that sends what is written in one turn of the event loop by one system call.
 
     uvicorn writes an answer's head and body apart, and each call wakes the client: a fifth of a small request's time.
+
+    Args:
+        transport: the connection's.
+        is_receiving: whether the client may be sending. Were the connection closed then, the system would reset it,
+            and the answer would be lost on its way.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, is_receiving: Callable[[], bool]) -> None:
         self._transport = transport
+        self._is_receiving = is_receiving
         self._loop = asyncio.get_running_loop()
         self._held: list[bytes] = []
+        self._lingers = False
 
     def write(self, data: bytes) -> None:
+        if self._lingers:
+            return
         if not self._held:
             self._loop.call_soon(self._flush)
         self._held.append(data)
 
+    def is_closing(self) -> bool:
+        return self._lingers or self._transport.is_closing()
+
     def close(self) -> None:
+        if self.is_closing():
+            return
         self._flush()
-        self._transport.close()
+        if self._transport.get_write_buffer_size():  # else it would be closed when all is read
+            self._loop.call_later(_UNREAD_S, self._transport.abort)
+        if not self._is_receiving():
+            self._transport.close()
+            return
+        self._lingers = True
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._loop.call_later(_LINGER_S, self._transport.close)
 
     def _flush(self) -> None:
-        if self._held:
-            held, self._held = self._held, []
+        held, self._held = self._held, []
+        if held and not self._transport.is_closing():  # else the client has left
             self._transport.write(b"".join(held))
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +89,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, server_state, {})
         self._header_timeout_s = header_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
-        self._head_bytes = 0
+        self._unread = 0
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._opened = False
         self._quiet_since: float | None = None
 
@@ -72,20 +108,58 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(_OneWrite(transport))  # type: ignore[arg-type]
+        super().connection_made(_Transport(transport, self._is_receiving))  # type: ignore[arg-type]
         self._quiet_since = self.loop.time()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD:
-                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-                self._refuse(status, f"a head of over {_MAX_HEAD:,} bytes: send fewer or shorter headers")
+        if self.transport.is_closing():
+            return
+        self._unread += len(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+            return
+        if self._unread > _MAX_HEAD:
+            self._refuse_head()
+        elif self.timeout_keep_alive_task is None and self._head_timer is None and self._quiet_since is not None:
+            self._await_next()  # what came was no request: an empty line
+
+    def _parse(self, data: bytes) -> None:
+        """A request that asks for another protocol is answered as if it had not."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("no proxy") from None
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+
+    def _head_without_upgrade(self) -> bytes:
+        """The head once more, for a new parser: one that has seen an upgrade passes over the body."""
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = [b"%b: %b" % header for header in self.headers if header[0] not in _OF_UPGRADES]
+        self.parser = httptools.HttpRequestParser(self)
+        return b"\r\n".join([first, *kept, b"connection: close", b"", b""])
+
+    def _should_upgrade(self) -> bool:
+        """Asked by uvicorn of a request that wants to; it is then left to `_parse`."""
+        return True
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(_UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._end_unread()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._end_unread()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -100,15 +174,63 @@ class Connection(HttpToolsProtocol):
             self._await_head()
 
     def on_headers_complete(self) -> None:
+        if self._unread > _MAX_HEAD and self._head_size() > _MAX_HEAD:
+            self._refuse_head()
+            raise ValueError  # parse no more of it
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self._refuse(HTTPStatus.TOO_MANY_REQUESTS, f"over {_MAX_PIPELINED} requests at a time: wait for answers")
+            raise ValueError
+        self._unread = 0
         self._end_head()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._unread = 0
+        super().on_message_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():  # it was answered before its end
+            self.cycle.more_body = False
+            self._end_head()
+            self._await_next()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()  # uvicorn reads on after every answer
+        if self._is_asking() or not self.cycle.response_complete:
+            return
         self._quiet_since = self.loop.time()
+        if self.cycle.more_body and not self.transport.is_closing():
+            self._await_head()  # and the rest of this body before it
+
+    def _is_asking(self) -> bool:
+        """Whether the head of a request is under way."""
+        return self._head_timer is not None and self._quiet_since is None
+
+    def _is_receiving(self) -> bool:
+        cycle = self.cycle
+        receiving = self._is_asking() or (cycle is not None and (cycle.more_body or not cycle.response_complete))
+        if receiving:
+            self.flow.resume_reading()
+        return receiving
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+
+    def _await_next(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _end_unread(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _await_head(self) -> None:
-        self._head_bytes = 0
         self._head_timer = self.loop.call_later(self._header_timeout_s, self._late)
 
     def _end_head(self) -> None:
@@ -117,15 +239,18 @@ class Connection(HttpToolsProtocol):
             self._head_timer = None
 
     def _late(self) -> None:
-        if self._opened:
+        if self._quiet_since is None:
             problem = f"the head of the request did not come within {self._header_timeout_s:g} s: send it faster"
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, problem)
         else:
             self.transport.close()
 
+    def _refuse_head(self) -> None:
+        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        self._refuse(status, f"a head of over {_MAX_HEAD:,} bytes: send fewer or shorter headers")
+
     def _refuse(self, status: HTTPStatus, problem: str) -> None:
         """Answer without the application, and close."""
-        self._end_head()
         if self.transport.is_closing():
             return
         body = error_body(problem)
@@ -135,6 +260,7 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+        self._end_head()
 
 
 def uvicorn_config(application: Any, keep_alive_s: float) -> Config:

@@ -19,6 +19,9 @@ from cifarx_serve.server.settings import Settings
 _GRACE_S: Final = 0.5
 """While draining, a connection that had a request may send the next, which is on its way, for so long."""
 
+_HANDSHAKE_S: Final = 0.2
+"""While draining, a client that was told that it is connected gets through for so long: the way to it and back."""
+
 _LOOK_S: Final = 0.02
 _FULL_S: Final = 0.01
 _OUT_OF_FILES_S: Final = 0.1
@@ -44,18 +47,19 @@ class HttpServer:
         self._listener.setblocking(False)
         self._state = ServerState()
         self._opening: set[asyncio.Task[Any]] = set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._dating: asyncio.Task[None] | None = None
+        self._pausing: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Accept connections from now on."""
-        self._tasks = [asyncio.create_task(self._accept()), asyncio.create_task(self._date())]
+        self._dating = asyncio.create_task(self._date())
+        self._listen()
 
     async def drain(self) -> None:
         """Accept those that have come, answer what they ask, and close them; at most the deadline and the timeouts."""
-        for task in self._tasks[:1]:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        if self._dating is not None:
+            await asyncio.sleep(_HANDSHAKE_S)
+        self._ignore()
         with suppress(OSError):  # no more of them: it would block
             while True:
                 self._adopt(self._listener.accept()[0])
@@ -65,8 +69,8 @@ class HttpServer:
         while (self._state.connections or self._opening) and time.monotonic() < end:
             self._close_quiet()
             await asyncio.sleep(_LOOK_S)
-        for task in self._tasks[1:]:
-            task.cancel()
+        if self._dating is not None:
+            self._dating.cancel()
 
     def _close_quiet(self) -> None:
         """Those that had their time to ask."""
@@ -76,18 +80,31 @@ class HttpServer:
                 if quiet_s is not None and quiet_s >= _GRACE_S * (1 if connection.asked else 2):
                     connection.end()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            if len(self._state.connections) + len(self._opening) >= self._limits.max_connections:
-                await asyncio.sleep(_FULL_S)  # the others wait in the system's queue
-                continue
-            try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError:  # out of files, or the client has left
-                await asyncio.sleep(_OUT_OF_FILES_S)
-                continue
-            self._adopt(connection)
+    def _listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+
+    def _ignore(self) -> None:
+        if self._pausing is not None:
+            self._pausing.cancel()
+        asyncio.get_running_loop().remove_reader(self._listener.fileno())
+
+    def _pause(self, seconds: float) -> None:
+        self._ignore()
+        self._pausing = asyncio.get_running_loop().call_later(seconds, self._listen)
+
+    def _accept(self) -> None:
+        """One of those that wait. Not in a task: were it cancelled, it could lose a connection it has."""
+        if len(self._state.connections) + len(self._opening) >= self._limits.max_connections:
+            self._pause(_FULL_S)  # the others wait in the system's queue
+            return
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # another process took it, or the client has left
+            return
+        except OSError:
+            self._pause(_OUT_OF_FILES_S)
+            return
+        self._adopt(connection)
 
     def _adopt(self, connection: socket.socket) -> None:
         connection.setblocking(False)

@@ -160,6 +160,7 @@ def _protocol_paths() -> dict[str, Any]:
         not_ready = {**_ABSENT, "503": "Not yet, or no more"}
         ready = _operation(f"model_ready{suffix}", "Whether a model can answer", None, not_ready, secured=True)
         infer = _operation(f"infer{suffix}", "The logits of a batch", "InferenceResponse", errors, secured=True)
+        infer["responses"]["200"]["content"]["application/octet-stream"] = binary
         body = {"required": True, "content": content}
         paths[model] = {"get": metadata, "parameters": names}
         paths[f"{model}/ready"] = {"get": ready, "parameters": names}

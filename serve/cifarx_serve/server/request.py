@@ -1,13 +1,14 @@
 """A request as the routes see it, and what they answer."""
 
 import asyncio
+import random
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from concurrent.futures import Executor
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -22,10 +23,16 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 JSON: Final = b"application/json"
 
+Given = TypeVar("Given")
+
 # What is echoed into a header and a log line: visible ASCII.
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
 
+_RANDOM: Final = random.Random()
+"""For ids, which are no secrets; seeded by the system, a process each."""
+
 _MAX_FIELDS: Final = 16
+_PLAIN: Final = ((b"accept-encoding", b"identity"),)
 
 _READ_OFF_S: Final = 2.0
 """How long a body that is too large is read and thrown away."""
@@ -64,8 +71,9 @@ class Request:
         self.parameters: dict[str, str] = {}
         self.limits = limits
         self._receive = receive
+        self._ended = False
         given = self.headers.get(b"x-request-id", b"")
-        self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.id = given.decode() if _REQUEST_ID.fullmatch(given) else f"{_RANDOM.getrandbits(128):032x}"
 
     @property
     def content_type(self) -> str:
@@ -94,9 +102,13 @@ class Request:
         """All of it.
 
         Raises:
-            RequestError: too large (413), or it did not come in time (408).
+            RequestError: compressed (415), too large (413), or it did not come in time (408).
             ClientLeft: the client closed before its end.
         """
+        coding = self.headers.get(b"content-encoding", b"identity")
+        if coding.lower() != b"identity":
+            problem = f"a body in the encoding {coding[:20].decode('latin-1')!r}"
+            raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, problem, "send it without Content-Encoding", _PLAIN)
         try:
             return await self._whole()
         except RequestError as error:
@@ -120,6 +132,21 @@ class Request:
             more = part["more_body"]
         return b"".join(parts)
 
+    async def in_pool(self, pool: Executor, function: Callable[..., Given], *arguments: Any) -> Given:
+        """What a function gives that would keep the event loop from others.
+
+        Raises:
+            RequestError: the deadline has passed (504); or what the function raises.
+        """
+        deadline_s = self.limits.deadline_s
+        left_s = self.arrived + deadline_s - time.perf_counter()
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+        except TimeoutError as error:
+            problem = f"no answer within {deadline_s:g} s"
+            raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load") from error
+
     def has_left(self) -> bool:
         """Whether the client has closed the connection; asked once the body is read, without waiting."""
         waiting = self._receive()
@@ -134,8 +161,8 @@ class Request:
         """A client that is still sending would not hear the answer: its connection would be reset."""
         with suppress(TimeoutError, ClientLeft, RequestError):
             async with asyncio.timeout(_READ_OFF_S):
-                while (await self._next_part())["more_body"]:
-                    pass
+                while not self._ended:
+                    await self._next_part()
 
     async def _next_part(self) -> Message:
         left_s = self.arrived + self.limits.body_timeout_s - time.perf_counter()
@@ -147,7 +174,8 @@ class Request:
             raise RequestError(HTTPStatus.REQUEST_TIMEOUT, problem, "send it faster, or send less") from error
         if part["type"] == "http.disconnect":
             raise ClientLeft
-        return {"body": part.get("body", b""), "more_body": part.get("more_body", False)}
+        self._ended = not part.get("more_body", False)
+        return {"body": part.get("body", b""), "more_body": not self._ended}
 
     def _stated_size(self) -> int:
         stated = self.headers.get(b"content-length", b"0")

@@ -34,8 +34,12 @@ class RequestError(CifarxError):
         status: HTTP's.
         problem: what was wrong, naming the value.
         remedy: how to mend it.
+        headers: of the answer, beside those of every answer with this status.
     """
 
-    def __init__(self, status: HTTPStatus, problem: str, remedy: str) -> None:
+    def __init__(
+        self, status: HTTPStatus, problem: str, remedy: str, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
         super().__init__(problem, remedy)
         self.status = status
+        self.headers = headers

@@ -19,7 +19,13 @@ from cifarx_serve.server.answers import ImageAnswer, ModelsAnswer, PredictAnswer
 from cifarx_serve.server.application import Route
 from cifarx_serve.server.form import Upload
 from cifarx_serve.server.metrics import CONTENT_TYPE, Metrics
-from cifarx_serve.server.open_inference import infer_response, model_metadata, parse_infer, server_metadata
+from cifarx_serve.server.open_inference import (
+    InferRequest,
+    infer_response,
+    model_metadata,
+    parse_infer,
+    server_metadata,
+)
 from cifarx_serve.server.openapi import openapi_document
 from cifarx_serve.server.request import JSON, Request, Response, json_response
 from cifarx_serve.server.request_error import RequestError
@@ -83,11 +89,15 @@ class Routes:
 
     async def _predict(self, request: Request) -> Response:
         query = _fields(request.query(), ("model", "top_k"))
-        serving = self._service.serving(query.get("model"))
-        top_k = _top_k(query.get("top_k"), len(serving.model.spec.class_names))
+        with self._service.serving(query.get("model")) as serving:
+            top_k = _top_k(query.get("top_k"), len(serving.model.spec.class_names))
+            return await self._classify(request, serving, top_k)
+
+    async def _classify(self, request: Request, serving: Serving, top_k: int) -> Response:
         sent = uploads(request, await request.body())
+        serving.require_room(len(sent))  # before the work of decoding: what is refused should cost little
         started = time.perf_counter()
-        read = [await self._read(upload, serving) for upload in sent]
+        read = await self._read_all(sent, serving, request)
         decoded = time.perf_counter()
         answers, queued_s, computed_s = await self._answers(read, serving, request, top_k)
         named = [
@@ -98,11 +108,21 @@ class Routes:
         timing = Timing(*(round(seconds * 1e6) for seconds in spent))
         return json_response(PredictAnswer(serving.model.name, serving.model.version, named, timing))
 
-    async def _read(self, upload: Upload, serving: Serving) -> NDArray[np.uint8] | ImageError:
-        try:
-            return await decode(upload, serving.model.spec, self._service.settings.limits.max_pixels, self._pool)
-        except ImageError as error:
-            return error
+    async def _read_all(
+        self, sent: list[Upload], serving: Serving, request: Request
+    ) -> list[NDArray[np.uint8] | ImageError]:
+        """Pictures that the model resizes are all held at a time: then the limit is that of their pixels together."""
+        spec, left = serving.model.spec, self._service.settings.limits.max_pixels
+        read: list[NDArray[np.uint8] | ImageError] = []
+        for upload in sent:
+            try:
+                pixels = await decode(upload, spec, left, request, self._pool)
+            except ImageError as error:
+                read.append(error)
+            else:
+                read.append(pixels)
+                left -= pixels.size // 3 if spec.embedded_preprocessing else 0
+        return read
 
     async def _answers(
         self, read: list[NDArray[np.uint8] | ImageError], serving: Serving, request: Request, top_k: int
@@ -115,7 +135,7 @@ class Routes:
         if not sizes:
             raise refusal(next(error for error in read if isinstance(error, ImageError)))
         groups = list(sizes.values())
-        asked = [serving.answer(np.stack([read[position] for position in group]), request) for group in groups]  # type: ignore[misc]
+        asked = [serving.answer(_batch([read[position] for position in group]), request) for group in groups]
         given = [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked)
         names = serving.model.spec.class_names
         found: dict[int, Any] = {}
@@ -159,19 +179,21 @@ class Routes:
         return json_response({"name": model.name, "ready": ready}, status)
 
     async def _infer(self, request: Request) -> Response:
-        serving = self._versioned(request)
-        body, length = await request.body(), _header_length(request)
-        limits = self._service.settings.limits
-        asked = (body, length, serving.model.spec, limits.max_images, limits.max_pixels)
-        if (len(body) if length is None else length) <= _QUICK_JSON:
-            infer = parse_infer(*asked)
-        else:
-            infer = await asyncio.get_running_loop().run_in_executor(self._pool, parse_infer, *asked)
-        answer = await serving.answer(infer.tensor, request)
+        with self._versioned(request) as serving:
+            infer = await self._tensor(request, serving)
+            answer = await serving.answer(infer.tensor, request)
         document, length = infer_response(infer, serving.model.name, serving.model.version, answer.logits)
         if length is None:
             return Response(document, content_type=JSON)
         return Response(document, content_type=_BINARY, headers=((_HEADER_LENGTH, str(length).encode()),))
+
+    async def _tensor(self, request: Request, serving: Serving) -> InferRequest:
+        body, length = await request.body(), _header_length(request)
+        limits = self._service.settings.limits
+        asked = (body, length, serving.model.spec, limits.max_images, limits.max_pixels)
+        if (len(body) if length is None else length) <= _QUICK_JSON:
+            return parse_infer(*asked)
+        return await request.in_pool(self._pool, parse_infer, *asked)
 
     def _versioned(self, request: Request) -> Serving:
         """The model of the path.
@@ -191,6 +213,10 @@ def _image_answer(upload: Upload, found: Any) -> ImageAnswer:
     if isinstance(found, ImageError):
         return ImageAnswer(upload.name, error=str(found))
     return ImageAnswer(upload.name, found.label, found.index, found.score, found.top)
+
+
+def _batch(images: list[Any]) -> NDArray[np.uint8]:
+    return images[0][None] if len(images) == 1 else np.stack(images)
 
 
 def _fields(query: dict[str, str], known: tuple[str, ...]) -> dict[str, str]:

@@ -95,11 +95,14 @@ class ServedModel:
         Args:
             images: RGB pixels, uint8 (N, H, W, 3), at the model's size where it does not resize them itself; or what
                 its network takes, float32 (N, 3, height, width).
+
+        Raises:
+            CifarxError: the model does not run on them.
         """
         try:
             if images.dtype == np.uint8:
                 images = model_input(images, self.spec)
-            logits = self._backend.run(images)
+            logits = self._logits(images)
         except CifarxError:
             self._test()
             raise
@@ -117,7 +120,7 @@ class ServedModel:
             ModelFileError: they are not.
         """
         for size in _warm_sizes(self._max_batch):
-            logits = self._backend.run(model_input(self.grey_image(size), self.spec))
+            logits = self._logits(model_input(self.grey_image(size), self.spec))
             if logits.shape != (size, len(self.spec.class_names)) or not np.isfinite(logits).all():
                 problem = (
                     f"{self._file} answers {size} grey images with {logits.dtype} {logits.shape}, or not with numbers"
@@ -131,9 +134,20 @@ class ServedModel:
     def _test(self) -> None:
         """After a failure: whether it was the request's images, or the model answers nothing any more."""
         try:
-            self._backend.run(model_input(self.grey_image(), self.spec))
+            self._logits(model_input(self.grey_image(), self.spec))
         except CifarxError:
             self.failed = True
+
+    def _logits(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """Whatever the backend raises, as ModelFileError."""
+        try:
+            return self._backend.run(batch)
+        except CifarxError:
+            raise
+        except Exception as error:  # what the libraries raise, as on a device that is lost, has no common base
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem = f"{self._file} does not run on {batch.dtype} {batch.shape} ({reason})"
+            raise ModelFileError(problem, "export it again") from error
 
 
 def _warm_sizes(largest: int) -> list[int]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -23,11 +23,15 @@ _LOOK_S: Final = 0.02
 
 
 class Serving:
-    """One version of a model, and the requests that wait for it."""
+    """One version of a model, and the requests that wait for it; a context manager around what asks it.
+
+    It is not given back while something is inside: a body that takes its time to arrive is still answered.
+    """
 
     def __init__(self, model: ServedModel, settings: Settings, metrics: Metrics) -> None:
         limits = settings.limits
         self.model = model
+        self._users = 0
         self._batcher = Batcher(
             model.run,
             limits.max_batch,
@@ -36,6 +40,17 @@ class Serving:
             limits.deadline_s,
             metrics.of_model(model.name),
         )
+
+    def __enter__(self) -> Self:
+        self._users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+
+    def require_room(self, count: int) -> None:
+        """Raises RequestError (503) where so many images could not be queued now."""
+        self._batcher.require_room(count)
 
     async def answer(self, images: NDArray[Any], request: Request) -> Answer:
         """The logits of a request's images.
@@ -52,7 +67,9 @@ class Serving:
             if self.model.failed:
                 problem = f"model {self.model.name} has failed"
                 raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second") from error
-            raise RequestError(HTTPStatus.BAD_REQUEST, error.problem, "send other images") from error
+            # Not the error's own words: they name the file, and are for who runs the server.
+            problem = f"model {self.model.name} does not run on {images.dtype} {images.shape}"
+            raise RequestError(HTTPStatus.BAD_REQUEST, problem, "send other images") from error
 
     async def probe(self) -> None:
         """Try a model that has failed once more; what it answers is kept by the model."""
@@ -62,8 +79,8 @@ class Serving:
             return
 
     async def retire(self) -> None:
-        """Once what waits is answered, give back what it holds."""
-        while not self._batcher.idle:
+        """Once who asked it is answered, give back what it holds."""
+        while self._users or not self._batcher.idle:
             await asyncio.sleep(_LOOK_S)
         self._batcher.close()
         self.model.close()
@@ -71,6 +88,8 @@ class Serving:
 
 class Service:
     """All models of a worker.
+
+    `awaits_others` says that the server is not whole yet: another worker, which a client may meet next, is not ready.
 
     Args:
         settings: the files and their limits.
@@ -80,6 +99,7 @@ class Service:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.draining = False
+        self.awaits_others = False
         self._metrics = metrics
         self._servings: dict[str, Serving] = {}
         self._swapping = asyncio.Lock()
@@ -89,7 +109,7 @@ class Service:
         """What `/readyz` says."""
         if self.draining:
             return "draining"
-        if len(self._servings) < len(self.settings.files):
+        if self.awaits_others or len(self._servings) < len(self.settings.files):
             return "starting"
         return "failed" if any(serving.model.failed for serving in self._servings.values()) else "ready"
 
@@ -119,8 +139,9 @@ class Service:
         Raises:
             CifarxError: one cannot be opened.
         """
-        for name in self.settings.files:
-            self._servings[name] = await self._open(name)
+        async with self._swapping:  # who asks for new versions meanwhile gets them after
+            for name in self.settings.files:
+                self._servings[name] = await self._open(name)
 
     async def swap(self, told: Callable[[str], None]) -> None:
         """Take new versions of the files into service, those that open, check and answer; the others stay as they are.
@@ -159,7 +180,8 @@ class Service:
     async def _open(self, name: str) -> Serving:
         settings = self.settings
         # A thread that ends with the model's opening: a library may leave some of its memory to the thread.
-        with ThreadPoolExecutor(1, "open") as pool:
+        pool = ThreadPoolExecutor(1, "open")
+        try:
             model = await asyncio.get_running_loop().run_in_executor(
                 pool,
                 ServedModel,
@@ -169,4 +191,6 @@ class Service:
                 settings.device,
                 settings.limits.max_batch,
             )
+        finally:
+            pool.shutdown(wait=False)  # a server that is told to end meanwhile does not wait for the model
         return Serving(model, settings, self._metrics)

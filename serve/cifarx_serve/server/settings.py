@@ -25,7 +25,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_queue: images that wait while the model is busy; past it 503.
         deadline_s: from a request's arrival to its answer; past it 504.
         max_body_bytes: of a request; past it 413.
-        max_pixels: of one image, before it is decoded; past it 413.
+        max_pixels: of one image, before it is decoded; past it 413. Of all of a request that a model resizes itself.
         max_images: of one request; past it 413.
         max_connections: open at a time; more wait to be accepted.
         header_timeout_s: for a request's head to arrive; past it the connection is closed.
@@ -81,9 +81,10 @@ def served_names(paths: list[Path]) -> dict[str, str]:
         raise UsageError("no file to serve", "name at least one model file")
     if twice := [path for number, path in enumerate(paths) if path in paths[:number]]:
         raise UsageError(f"{twice[0]} is named twice", "name each file once")
-    stems = [path.name.rpartition(".")[0] or path.name for path in paths]
+    whole = [path.absolute().name for path in paths]  # of a folder too: the last of "." is empty
+    stems = [name.rpartition(".")[0] or name for name in whole]
     names = [
-        stem if stems.count(stem) == 1 else path.name.replace(".", "-") for stem, path in zip(stems, paths, strict=True)
+        stem if stems.count(stem) == 1 else name.replace(".", "-") for stem, name in zip(stems, whole, strict=True)
     ]
     if len(set(names)) != len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names)]

@@ -10,14 +10,17 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from cifarx_serve.child_program import child_command, child_environment
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import CifarxError, UsageError
+from cifarx_serve.server.handshakes import refuse_handshakes
 from cifarx_serve.server.settings import SHARED_FIGURES, Settings
+from cifarx_serve.server.start import ALL_READY, READY, Start
 
 _PROGRAM: Final = "cifarx_serve.server.worker"
 _BACKLOG: Final = 1024
@@ -74,91 +77,114 @@ class Supervisor:
         self._ending = asyncio.Event()
         self._workers: dict[int, asyncio.subprocess.Process] = {}
         self._ready: set[int] = set()
+        self._swap_when_ready: set[int] = set()
         self._served = False
-        self._status = 0
+        self._failure: CifarxError | None = None
 
-    async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; the exit status, that of a worker which could not even begin."""
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            CifarxError: a worker could not even begin.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ending.set)
-        loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._swap)
         with tempfile.TemporaryDirectory(prefix="cifarx-serve-") as folder:
             keeping = [asyncio.create_task(self._keep(number, folder)) for number in range(self._count)]
             watching = asyncio.create_task(self._watch_files()) if self._watch else None
             await self._ending.wait()
+            refuse_handshakes(self._listener)
             self._listener.close()
             if watching:
                 watching.cancel()
-            self._signal(signal.SIGTERM)
+            for process in self._workers.values():
+                _send(process, signal.SIGTERM)
             await asyncio.gather(*keeping)
-        return self._status
+        if self._failure:
+            raise self._failure
 
     async def _keep(self, number: int, folder: str) -> None:
         """Start a worker, and another when it dies, until the server ends."""
         pause_s = _FIRST_PAUSE_S
         while not self._ending.is_set():
-            was_ready, status = await self._run_one(number, folder)
+            was_ready, error = await self._run_one(number, folder)
             if self._ending.is_set():
                 return
             if not (was_ready or self._served):  # what it died of, the next would die of
-                self._status = status or 1
+                self._failure = error
                 self._ending.set()
                 return
-            self._told(f"worker {number} ended with {status} and is replaced")
+            self._told(f"worker {number} is replaced: {error.problem}")
             if was_ready:
                 pause_s = _FIRST_PAUSE_S
             else:
                 await self._pause(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    async def _run_one(self, number: int, folder: str) -> tuple[bool, int]:
-        """One worker from its start to its end: whether it was ready, and its exit status."""
+    async def _run_one(self, number: int, folder: str) -> tuple[bool, CifarxError]:
+        """One worker from its start to its end: whether it was ready, and what it ended of."""
         reading, writing = os.pipe()
         process = await self._start(writing, folder)
         self._workers[number] = process
+        if self._ending.is_set():
+            _send(process, signal.SIGTERM)
         hearing = asyncio.create_task(self._hear(number, reading))
         status = await self._ended(process)
-        await hearing
+        error = await hearing or CifarxError(f"worker {number} ended with {status}", "see what it wrote")
+        error.exit_status = max(status, 1)
         del self._workers[number]
         was_ready = number in self._ready
         self._ready.discard(number)
         _forget(folder, process.pid)
-        return was_ready, status
+        return was_ready, error
 
     async def _start(self, writing: int, folder: str) -> asyncio.subprocess.Process:
+        listener = self._listener.fileno()
         process = await asyncio.create_subprocess_exec(
             *child_command(_PROGRAM),
             stdin=asyncio.subprocess.PIPE,
-            pass_fds=(self._listener.fileno(), writing),
+            pass_fds=(listener, writing),
             env={**child_environment(), SHARED_FIGURES: folder},
+            process_group=0,  # the keys of a terminal reach the supervisor alone
         )
         os.close(writing)
-        start = {
-            "settings": self._settings,
-            "listener": self._listener.fileno(),
-            "status": writing,
-            "at_once": not self._served,
-        }
+        start = Start(settings=self._settings, listener=listener, status=writing, at_once=not self._served)
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(start) + b"\n")
         return process
 
-    async def _hear(self, number: int, reading: int) -> None:
-        """What a worker tells: that it is ready."""
+    async def _hear(self, number: int, reading: int) -> CifarxError | None:
+        """What a worker tells: that it is ready; or why it cannot be, which is returned at its end."""
+        error = None
         stream = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb", buffering=0)
         )
-        while await stream.readline():
+        while line := await stream.readline():
+            if line != READY:
+                error = CifarxError(*msgspec.json.decode(line, type=tuple[str, str]))
+                continue
             self._ready.add(number)
+            if number in self._swap_when_ready:
+                self._swap_when_ready.discard(number)
+                _send(self._workers[number], signal.SIGHUP)
             if len(self._ready) == self._count and not self._served:
                 self._served = True
+                self._tell_all()
                 self._told("ready")
             elif self._served:
                 self._told(f"worker {number} is ready again")
         transport.close()
+        return error
+
+    def _tell_all(self) -> None:
+        """From now on a client is answered whichever worker it meets."""
+        for process in self._workers.values():
+            assert process.stdin is not None
+            process.stdin.write(ALL_READY)
 
     async def _ended(self, process: asyncio.subprocess.Process) -> int:
         """The exit status; of one that does not end when it should, by force."""
@@ -172,13 +198,14 @@ class Supervisor:
         try:
             return await asyncio.wait_for(waiting, limits.deadline_s + limits.body_timeout_s + _END_S)
         except TimeoutError:
-            process.kill()
+            _send(process, signal.SIGKILL)
             return await process.wait()
 
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._workers.values():
-            if process.returncode is None:
-                process.send_signal(number)
+    def _swap(self) -> None:
+        """Have the workers look for new versions of the files: those that are being opened once they are ready."""
+        self._swap_when_ready = self._workers.keys() - self._ready
+        for number in self._ready:
+            _send(self._workers[number], signal.SIGHUP)
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -194,7 +221,7 @@ class Supervisor:
             found = self._signatures()
             if found == before and found != known:
                 known = found
-                self._signal(signal.SIGHUP)
+                self._swap()
             before = found
 
     def _signatures(self) -> list[tuple[int, int, int] | None]:
@@ -208,6 +235,12 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)  # its own method would take the exit status from who waits for it
 
 
 def _forget(folder: str, pid: int) -> None:

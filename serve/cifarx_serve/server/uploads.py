@@ -1,6 +1,5 @@
 """The images of a request, decoded to what a model takes."""
 
-import asyncio
 from concurrent.futures import Executor
 from http import HTTPStatus
 from typing import Final
@@ -18,7 +17,11 @@ from cifarx_serve.server.request_error import RequestError
 from cifarx_serve.spec import ModelSpec
 
 _QUICK_PIXELS: Final = 128 * 128
-"""A picture up to this is decoded in a fraction of a millisecond: sooner than a thread takes it."""
+_QUICK_BYTES: Final = 32 * 1024
+"""A picture up to this is decoded in a fraction of a millisecond: sooner than a thread takes it.
+
+More bytes than the pixels take may be a thousand layers of a JPEG, or a million chunks before the picture: seconds.
+"""
 
 
 def uploads(request: Request, body: bytes) -> list[Upload]:
@@ -39,16 +42,21 @@ def uploads(request: Request, body: bytes) -> list[Upload]:
     return [Upload(None, body)]
 
 
-async def decode(upload: Upload, spec: ModelSpec, max_pixels: int, pool: Executor) -> NDArray[np.uint8]:
+async def decode(
+    upload: Upload, spec: ModelSpec, max_pixels: int, request: Request, pool: Executor
+) -> NDArray[np.uint8]:
     """RGB pixels, (H, W, 3), at the model's size unless it resizes them itself; a large picture in the pool.
 
     Raises:
         ImageError: it cannot be read. TooManyPixels: it is over the limit, and was not decoded.
+        RequestError: the request's deadline has passed (504).
     """
+    if len(upload.data) > _QUICK_BYTES:
+        return await request.in_pool(pool, _read, upload.data, max_pixels, spec)
     image = open_image(upload.data, max_pixels)
     if image.width * image.height <= _QUICK_PIXELS:
         return _pixels(image, spec)
-    return await asyncio.get_running_loop().run_in_executor(pool, _pixels, image, spec)
+    return await request.in_pool(pool, _pixels, image, spec)
 
 
 def refusal(error: ImageError) -> RequestError:
@@ -56,6 +64,10 @@ def refusal(error: ImageError) -> RequestError:
     large = isinstance(error, TooManyPixels)
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if large else HTTPStatus.BAD_REQUEST
     return RequestError(status, error.problem, error.remedy)
+
+
+def _read(data: bytes, max_pixels: int, spec: ModelSpec) -> NDArray[np.uint8]:
+    return _pixels(open_image(data, max_pixels), spec)
 
 
 def _pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.uint8]:

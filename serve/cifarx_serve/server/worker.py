@@ -10,54 +10,24 @@ import signal
 import socket
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from cifarx_serve.backends.registry import register_backend
 from cifarx_serve.errors import CifarxError
 from cifarx_serve.images import without_pillows_warnings
 from cifarx_serve.server.access_log import AccessLog
-from cifarx_serve.server.api_keys import ApiKeys
-from cifarx_serve.server.application import Application
+from cifarx_serve.server.composition import compose, prepare_process
 from cifarx_serve.server.http_server import HttpServer
-from cifarx_serve.server.metrics import Metrics
-from cifarx_serve.server.routes import Routes
-from cifarx_serve.server.service import Service
-from cifarx_serve.server.settings import Settings
-from cifarx_serve.threads import share_cpus
+from cifarx_serve.server.start import ALL_READY, READY, Start
 
 _PROBE_S: Final = 1.0
 _PROBES: Final = 5
 """A model that has failed is tried so often, at most every `_PROBE_S`; then the process ends, and another begins."""
 
-_SWITCH_S: Final = 5e-4
-"""A thread that has computed waits so long for the interpreter, where another has it; 5 ms are Python's own."""
-
 FAILED: Final = 70
 """The exit status of a worker whose model has failed for good (EX_SOFTWARE of sysexits.h)."""
-
-
-class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervisor tells a worker.
-
-    Attributes:
-        settings: the server's.
-        listener: the number of the file of the listening socket.
-        status: the number of the file where `READY` is written to.
-        at_once: whether to accept connections before the models are open, to say that they are not.
-    """
-
-    settings: Settings
-    listener: int
-    status: int
-    at_once: bool
-
-
-READY: Final = b"ready\n"
 
 
 class Worker:
@@ -67,13 +37,9 @@ class Worker:
         settings = start.settings
         self._at_once = start.at_once
         self._status = start.status
-        self._metrics = Metrics()
-        self._service = Service(settings, self._metrics)
         self._log = AccessLog(sys.stdout.buffer) if settings.access_log else None
-        keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
-        pool = ThreadPoolExecutor(settings.threads, "decode")
-        routes = Routes(self._service, self._metrics, pool).table()
-        application = Application(self._service, self._metrics, routes, keys, self._log)
+        self._service, application = compose(settings, self._log)
+        self._service.awaits_others = start.at_once
         self._server = HttpServer(application, settings, socket.socket(fileno=start.listener))
         self._ending = asyncio.Event()
         self._failed = False
@@ -123,14 +89,17 @@ class Worker:
         self._ending.set()
 
     def _hear(self) -> None:
-        """The supervisor says nothing more; when it is gone its end of the pipe is closed."""
-        if not os.read(sys.stdin.fileno(), 4096):
+        """From the supervisor `ALL_READY` may come; when it is gone its end of the pipe is closed."""
+        if os.read(sys.stdin.fileno(), len(ALL_READY)):
+            self._service.awaits_others = False
+        else:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
             self._ending.set()
 
 
 def _tell(line: str) -> None:
-    print(f"note: worker {os.getpid()} {line}", file=sys.stderr, flush=True)  # noqa: T201
+    with suppress(OSError):  # nobody reads it any more
+        print(f"note: worker {os.getpid()} {line}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main() -> int:
@@ -139,15 +108,13 @@ def main() -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     start = msgspec.json.decode(_line(), type=Start)
-    for registered in start.settings.registered:
-        register_backend(*registered)
-    share_cpus(start.settings.threads)
-    sys.setswitchinterval(_SWITCH_S)
+    prepare_process(start.settings)
     with without_pillows_warnings, suppress(BrokenPipeError), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             return runner.run(_serve(start))
         except CifarxError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            with suppress(BrokenPipeError):  # the supervisor tells it, once for all workers
+                os.write(start.status, msgspec.json.encode([error.problem, error.remedy]) + b"\n")
             return error.exit_status
     return 0
 
