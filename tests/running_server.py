@@ -196,7 +196,7 @@ def wait_until(holds: Callable[[], object], problem: Callable[[], str] = lambda:
 def starting(folder: Path, *arguments: object, **environment: str) -> Iterator[Running]:
     """`cifarx serve ARGUMENTS`, on a free port of loopback; it may not yet be ready. Its streams go to the folder.
 
-    In a session of its own, as a terminal's, and with warnings that are errors.
+    In a process group of its own, as a terminal has it, and with warnings that are errors.
     """
     folder.mkdir(exist_ok=True)
     command = [PROGRAM, "serve", *map(str, arguments)]

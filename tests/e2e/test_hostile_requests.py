@@ -164,10 +164,10 @@ anything = st.recursive(
 @st.composite
 def tensor_bodies(draw: st.DrawFn) -> tuple[bytes, str | None]:
     """A body of the binary protocol, more or less, and its header's length, more or less."""
-    datatype = draw(st.sampled_from(["FP32", "UINT8", "FP16", "BYTES", "fp32", ""]))
-    shape = draw(st.just([1, 3, 4, 6]) | st.just([1, 4, 6, 3]) | shapes)
-    raw = draw(st.binary(max_size=300) | st.just(bytes(288)) | st.just(b"\0\0\xc0\x7f" * 72) | st.just(bytes(72)))
-    size = draw(st.just(len(raw)) | st.integers(-2, 2**65))
+    sound = st.sampled_from([("FP32", [1, 3, 4, 6], bytes(288)), ("UINT8", [2, 4, 6, 3], bytes(144))])
+    wrong = st.tuples(st.sampled_from(["FP32", "UINT8", "FP16", "BYTES", ""]), shapes, st.binary(max_size=300))
+    datatype, shape, raw = draw(st.one_of(sound, sound, wrong, st.just(("FP32", [1, 3, 4, 6], b"\0\0\xc0\x7f" * 72))))
+    size = draw(st.one_of(st.just(len(raw)), st.just(len(raw)), st.integers(-2, 2**65)))
     entry: dict[str, Any] = {"name": "input", "datatype": datatype, "shape": shape}
     entry["parameters"] = {"binary_data_size": size}
     document: dict[str, Any] = {"inputs": [entry] * draw(st.sampled_from([1, 1, 1, 0, 2]))}
@@ -180,7 +180,7 @@ def tensor_bodies(draw: st.DrawFn) -> tuple[bytes, str | None]:
         place = draw(st.integers(0, len(header)))
         header = header[:place] + draw(st.binary(max_size=3)) + header[place + draw(st.integers(0, 3)) :]
     length = draw(
-        st.one_of(st.just(str(len(header))), st.none(), st.integers().map(str), st.text("0123456789abcxe+-. "))
+        st.one_of(*[st.just(str(len(header)))] * 3, st.none(), st.integers().map(str), st.text("0123456789abcxe+-. "))
     )
     return header + raw, length
 
@@ -310,16 +310,15 @@ def test_the_names_of_the_model_fit_the_tests() -> None:
 
 
 def test_requests_without_end_and_no_answer_read(target: Target) -> None:
-    """Of a client that reads nothing, no more than some requests are taken, and its connection is not kept."""
+    """Of a client that reads nothing no more than some requests are taken, and its connection is not kept."""
     (worker,) = target.server.workers()
     before = memory([worker])
     clients = [socket.create_connection(("127.0.0.1", target.server.port)) for _ in range(20)]
-    for client in clients[:-1]:
+    for client in clients:
         client.setblocking(False)
         with suppress(OSError):
             while True:
                 client.send(b"GET /docs HTTP/1.1\r\n\r\n" * 10_000)
-    clients[-1].sendall(b"GET /docs HTTP/1.1\r\n\r\n" * 60)
     target.require_good()
     assert memory([worker]) < before + 100
     wait_until(lambda: not [held for held in worker.net_connections() if held.status == psutil.CONN_ESTABLISHED])

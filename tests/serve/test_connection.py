@@ -1,15 +1,18 @@
 """A worker alone, with short timeouts, against clients that are slow, wrong, or gone."""
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 from colour_model import write_onnx
 from running_server import Client, Running, request, wait_until, worker
+from uvicorn.server import ServerState
 
+from cifarx_serve.server.connection import Connection, uvicorn_config
 from cifarx_serve.server.settings import Limits, Settings
 
 HEAD_S, BODY_S, KEEP_S = 0.5, 1.0, 1.0
@@ -225,6 +228,39 @@ def test_pipelined_requests_are_answered_in_order(client: Client) -> None:
     assert [answer.status for answer in answers[:4]] == [200, 200, 404, 200]
 
 
+def test_more_pipelined_requests_than_are_taken(server: Running, client: Client) -> None:
+    client.send(request("GET", "/healthz") * 5000)
+    assert client.answer().status == 429
+    assert alive(server)
+
+
+def test_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifarx_serve.server.connection._UNREAD_S", 0.2)
+    length = 1 << 22
+
+    async def application(_scope: Any, _receive: Any, send: Any) -> None:
+        headers = [(b"content-length", str(length).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(length)})
+
+    async def read_late(reader: socket.socket, ours: socket.socket) -> bytes:
+        config, state = uvicorn_config(application, KEEP_S), ServerState()
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(lambda: Connection(config, state, HEAD_S), ours)
+        reader.sendall(request("GET", "/", connection="close"))
+        while not state.connections:
+            await asyncio.sleep(0.01)
+        while state.connections or state.tasks:
+            await asyncio.sleep(0.01)
+        return b"".join(iter(lambda: reader.recv(1 << 16), b""))
+
+    reader, ours = socket.socketpair()
+    with reader, ours:
+        read = asyncio.run(read_late(reader, ours))
+    assert read.startswith(b"HTTP/1.1 200 ")
+    assert len(read) < length
+
+
 def test_a_request_in_single_bytes(client: Client) -> None:
     for byte in request("GET", "/healthz"):
         client.send(bytes([byte]))
@@ -278,8 +314,3 @@ def test_the_log_has_a_line_for_each(server: Running) -> None:
     assert found["method"] == "GET"
     assert found["path"] == "/healthz"
     assert found["status"] == 200
-
-
-def test_a_folder_is_left_as_it_was(server: Running, tmp_path: Path) -> None:
-    alive(server)
-    assert list(tmp_path.iterdir()) == []

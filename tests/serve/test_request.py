@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cifarx_serve.server.held_bodies import HeldBodies
 from cifarx_serve.server.request import Message, Request, json_response
 from cifarx_serve.server.request_error import ClientLeft, RequestError
 from cifarx_serve.server.settings import Limits
@@ -44,7 +45,7 @@ def made(
 ) -> Request:
     scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": query}
     scope["headers"] = list((headers or {}).items())
-    return Request(scope, (connection or Connection()).receive, limits)
+    return Request(scope, (connection or Connection()).receive, limits, HeldBodies(limits.max_body_bytes))
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -127,7 +128,12 @@ def test_a_message_may_leave_out_what_it_need_not_say() -> None:
         return {"type": "http.request"}
 
     async def test() -> None:
-        request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, LIMITS)
+        request = Request(
+            {"type": "http", "method": "POST", "path": "/", "headers": []},
+            receive,
+            LIMITS,
+            HeldBodies(LIMITS.max_body_bytes),
+        )
         assert await request.body() == b""
 
     run(test)

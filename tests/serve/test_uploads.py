@@ -18,6 +18,7 @@ from cifarx_serve.images import TooManyPixels, read_image
 from cifarx_serve.preprocess import resize
 from cifarx_serve.server import uploads as module
 from cifarx_serve.server.form import Upload
+from cifarx_serve.server.held_bodies import HeldBodies
 from cifarx_serve.server.request import Message, Request
 from cifarx_serve.server.request_error import RequestError
 from cifarx_serve.server.settings import Limits
@@ -33,7 +34,7 @@ def request(content_type: str | None) -> Request:
 
     headers = [] if content_type is None else [(b"content-type", content_type.encode())]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
-    return Request(scope, receive, Limits(max_images=2))
+    return Request(scope, receive, Limits(max_images=2), HeldBodies(1 << 20))
 
 
 def sent(body: bytes, content_type: str | None) -> list[Upload]:

@@ -12,6 +12,7 @@ import msgspec
 from cifarx_serve.server.access_log import AccessLog, AccessRecord, now
 from cifarx_serve.server.answers import ErrorAnswer
 from cifarx_serve.server.api_keys import ApiKeys
+from cifarx_serve.server.held_bodies import HeldBodies
 from cifarx_serve.server.metrics import Metrics
 from cifarx_serve.server.request import JSON, Receive, Request, Response, Scope, Send
 from cifarx_serve.server.request_error import CAUSES, CLIENT_LEFT, ClientLeft, RequestError
@@ -62,6 +63,7 @@ class Application:
         self._service = service
         self._metrics = metrics
         self._keys = keys
+        self._held = HeldBodies(service.settings.limits.max_body_bytes)
         self._log = log
         self._fixed: dict[str, dict[str, Route]] = {}
         self._varying: list[tuple[re.Pattern[str], dict[str, Route]]] = []
@@ -77,7 +79,7 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        request = Request(scope, receive, self._service.settings.limits)
+        request = Request(scope, receive, self._service.settings.limits, self._held)
         template, cause = _UNKNOWN, None
         try:
             template, route = self._route(request)
@@ -88,6 +90,8 @@ class Application:
             response, cause = Response(b"", CLIENT_LEFT), "client_left"
         except Exception as error:
             response, cause = _defect(error), CAUSES[HTTPStatus.INTERNAL_SERVER_ERROR]
+        finally:
+            request.release()
         if response.status != CLIENT_LEFT:
             await self._send(request, response, send)
         seconds = time.perf_counter() - request.arrived

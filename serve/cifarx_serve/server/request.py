@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from cifarx_serve.server.held_bodies import HeldBodies
 from cifarx_serve.server.request_error import ClientLeft, RequestError
 from cifarx_serve.server.settings import Limits
 
@@ -62,7 +63,7 @@ class Request:
         parameters: what the route's pattern found in the path.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, limits: Limits) -> None:
+    def __init__(self, scope: Scope, receive: Receive, limits: Limits, held: HeldBodies) -> None:
         self.arrived = time.perf_counter()
         self.scope = scope
         self.method: str = scope["method"]
@@ -72,6 +73,8 @@ class Request:
         self.limits = limits
         self._receive = receive
         self._ended = False
+        self._held = held
+        self._held_bytes = 0
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else f"{_RANDOM.getrandbits(128):032x}"
 
@@ -102,7 +105,8 @@ class Request:
         """All of it.
 
         Raises:
-            RequestError: compressed (415), too large (413), or it did not come in time (408).
+            RequestError: compressed (415), too large (413), too much beside those of others (503), or it did not come
+                in time (408).
             ClientLeft: the client closed before its end.
         """
         coding = self.headers.get(b"content-encoding", b"identity")
@@ -118,19 +122,19 @@ class Request:
 
     async def _whole(self) -> bytes:
         self._require_size(self._stated_size())
-        first = await self._next_part()
-        if not first["more_body"]:
-            self._require_size(len(first["body"]))
-            return bytes(first["body"])
-        parts, size = [first["body"]], len(first["body"])
-        more = True
-        while more:
-            part = await self._next_part()
-            parts.append(part["body"])
-            size += len(part["body"])
-            self._require_size(size)
-            more = part["more_body"]
-        return b"".join(parts)
+        parts: list[bytes] = []
+        while not self._ended:
+            part: bytes = (await self._next_part())["body"]
+            self._require_size(self._held_bytes + len(part))
+            self._held.take(len(part))
+            self._held_bytes += len(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def release(self) -> None:
+        """Once it is answered its body is held no more."""
+        self._held.give_back(self._held_bytes)
+        self._held_bytes = 0
 
     async def in_pool(self, pool: Executor, function: Callable[..., Given], *arguments: Any) -> Given:
         """What a function gives that would keep the event loop from others.
