@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from planted_backend import BOMB, POISON, PlantedBackend, plant, write_planted
 
 from cifarx_serve.errors import ModelFileError
+from cifarx_serve.server.held_bodies import HeldBodies
 from cifarx_serve.server.metrics import Metrics
 from cifarx_serve.server.request import Message, Request
 from cifarx_serve.server.request_error import RequestError
@@ -30,7 +31,7 @@ def request() -> Request:
         raise AssertionError
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    return Request(scope, receive, Limits())
+    return Request(scope, receive, Limits(), HeldBodies(1 << 20))
 
 
 def image(colour: tuple[int, int, int] = (255, 0, 0)) -> NDArray[np.uint8]:
