@@ -18,6 +18,9 @@ from cifarx_serve.seal import seal
 from cifarx_serve.server.served_model import file_version
 from cifarx_serve.server.supervisor import listen
 
+# Servers of several processes, each a second to start.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def onnx(tmp_path: Path) -> Path:
@@ -189,7 +192,6 @@ def answers(client: Client) -> bool:
             return False
 
 
-@pytest.mark.slow
 def test_a_worker_is_started_again_and_again(tmp_path: Path, onnx: Path) -> None:
     """Where the next cannot begin, the others serve, and it is tried until it can."""
     with two(tmp_path, onnx) as server:
@@ -271,7 +273,6 @@ def test_a_new_version_is_asked_for_while_it_starts(tmp_path: Path, plugin: str)
         assert "Traceback" not in server.err
 
 
-@pytest.mark.slow
 def test_watch_takes_a_file_that_changes(tmp_path: Path, onnx: Path) -> None:
     with serving(tmp_path / "server", onnx, "--workers", 1, "--watch") as server:
         version = server.predict().json["version"]
