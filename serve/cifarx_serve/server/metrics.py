@@ -46,14 +46,22 @@ class Metrics:
         self._waiting = Gauge(
             "cifarx_queue_images", "Images that wait.", ["model"], registry=own, multiprocess_mode="livesum"
         )
+        self._routes: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._errors = Counter("cifarx_errors", "Requests answered with an error.", ["cause"], registry=own)
 
     def request(self, route: str, status: int, seconds: float, cause: str | None) -> None:
         """A request was answered; `cause` where it was with an error."""
-        self._requests.labels(route, status).inc()
-        self._seconds.labels(route).observe(seconds)
+        answered, took = self._of_route(route, status)
+        answered.inc()
+        took.observe(seconds)
         if cause is not None:
             self._errors.labels(cause).inc()
+
+    def _of_route(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        """Kept, because the library looks for labels slowly; routes are templates, so there are few."""
+        if (route, status) not in self._routes:
+            self._routes[route, status] = self._requests.labels(route, status), self._seconds.labels(route)
+        return self._routes[route, status]
 
     def of_model(self, name: str) -> Callable[[Batch], None]:
         """What counts the calls of one model."""
