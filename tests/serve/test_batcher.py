@@ -340,6 +340,41 @@ def test_closing_ends_what_is_computed_and_refuses_what_waits() -> None:
     assert in_loop(test).model.batches == [[0]]
 
 
+def test_a_model_that_was_quick_is_called_in_the_event_loop() -> None:
+    """By what the last call took for an image: a batch that should take too long for the others goes to the thread."""
+    called: list[str] = []
+
+    def run(images: NDArray[Any]) -> NDArray[np.float32]:
+        called.append(threading.current_thread().name)
+        time.sleep(0.05 * len(images))
+        return images.astype(np.float32)
+
+    async def ask() -> None:
+        batcher = Batcher(run, 4, 0.0, 100, 30.0, lambda _: None, at_once_s=0.19)
+        for count in (1, 1, 4, 1):
+            answer = await batcher.submit(np.full((count, 2), count), time.perf_counter(), lambda: False)
+            assert numbers(answer) == [count] * count
+        batcher.close()
+
+    asyncio.run(ask())
+    loop = threading.current_thread().name
+    assert called == ["model", loop, "model", loop]
+
+
+def test_what_fails_in_the_event_loop_fails_alone() -> None:
+    async def test(queue: Queue) -> None:
+        queue.batcher.close()
+        batcher = Batcher(queue.model.run, 4, 0.0, 100, 30.0, queue.told.append, at_once_s=10.0)
+        queue.batcher = batcher
+        assert numbers(await queue.put(0)) == [0]
+        found = await asyncio.gather(queue.put(1), queue.put(BAD), queue.put(3), return_exceptions=True)
+        assert found[1] is queue.model.error
+        assert [numbers(answer) for answer in found if isinstance(answer, Answer)] == [[1], [3]]
+        assert batcher.idle
+
+    assert in_loop(test).model.batches == [[0], [1, BAD, 3], [1], [BAD], [3]]
+
+
 def test_its_thread_ends_with_its_loop() -> None:
     model = Model()
     model.hold()

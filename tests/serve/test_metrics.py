@@ -84,6 +84,7 @@ for line in sys.stdin:
     else:
         metrics.request("/v1/predict", 200, 0.003, None)
         told(Batch(int(line), int(line), (0.001,), 0.01))
+        metrics.write()
         print("counted", flush=True)
 """
 

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cifarx_serve.server.held_bodies import HeldBodies
-from cifarx_serve.server.request import Message, Request, json_response
+from cifarx_serve.server.request import HAS_LEFT, Message, Request, json_response
 from cifarx_serve.server.request_error import ClientLeft, RequestError
 from cifarx_serve.server.settings import Limits
 
@@ -225,6 +225,21 @@ def test_whether_a_client_has_left_is_known_without_waiting() -> None:
         assert not request.has_left()
         connection.closed = True
         assert request.has_left()
+
+    run(test)
+
+
+def test_a_server_that_knows_who_has_left_is_believed() -> None:
+    async def test() -> None:
+        connection = Connection(b"x")
+        request = made(connection)
+        await request.body()
+        left = False
+        request.scope["state"] = {HAS_LEFT: lambda: left}
+        assert not request.has_left()
+        left = True
+        assert request.has_left()
+        assert connection.asked == 1
 
     run(test)
 

@@ -1,7 +1,7 @@
 """A line of JSON for every request, on standard output; written some at a time."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import BinaryIO, Final
 
 import msgspec
@@ -11,9 +11,9 @@ _PAUSE_S: Final = 0.1
 
 
 class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request; `cause` is what the metrics call its error."""
+    """One request; `cause` is what the metrics call its error. Its time is written as RFC 3339 has it."""
 
-    time: str
+    time: datetime
     id: str
     client: str
     method: str
@@ -46,8 +46,3 @@ class AccessLog:
             self._file.flush()
         except OSError:
             return
-
-
-def now() -> str:
-    """The time in UTC, to the millisecond, as RFC 3339 has it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

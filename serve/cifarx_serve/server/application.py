@@ -4,12 +4,13 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from cifarx_serve.server.access_log import AccessLog, AccessRecord, now
+from cifarx_serve.server.access_log import AccessLog, AccessRecord
 from cifarx_serve.server.answers import ErrorAnswer
 from cifarx_serve.server.api_keys import ApiKeys
 from cifarx_serve.server.held_bodies import HeldBodies
@@ -145,7 +146,7 @@ class Application:
         client = request.scope.get("client")
         self._log.write(
             AccessRecord(
-                time=now(),
+                time=datetime.now(UTC),
                 id=request.id,
                 client=client[0] if client else "",
                 method=request.method,

@@ -5,10 +5,11 @@ load makes it: one image where there is no other, `max_batch` where there are en
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -16,18 +17,43 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarx_serve.predictor import Prediction, predictions
 from cifarx_serve.server.request_error import ClientLeft, RequestError
 
 Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
-"""From a batch of images to its logits; called in a thread of the batcher's own."""
+"""From a batch of images to its logits; called by one thread at a time."""
+
+
+class Computed:
+    """What one call of the model gave, for the images of all its requests: logits, (N, classes)."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self.logits = logits
+        self._predictions: dict[int, list[Prediction]] = {}
+
+    def predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
+        """Of all images, made once for each `top_k`: it takes about as long for one image as for ten."""
+        if top_k not in self._predictions:
+            self._predictions[top_k] = predictions(self.logits, class_names, top_k)
+        return self._predictions[top_k]
 
 
 class Answer(NamedTuple):
-    """Logits, (N, classes), of the images of one request, and what they took: seconds."""
+    """The images of one request, `rows` of a call of the model, and what they took: seconds."""
 
-    logits: NDArray[np.float32]
+    computed: Computed
+    rows: slice
     queued_s: float
     computed_s: float
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """(N, classes)."""
+        return self.computed.logits[self.rows]
+
+    def predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
+        """One for each image."""
+        return self.computed.predictions(class_names, top_k)[self.rows]
 
 
 class Batch(NamedTuple):
@@ -42,7 +68,7 @@ class Batch(NamedTuple):
 class _Waiting:
     """The images of one request, (N, ...), and who waits for them."""
 
-    __slots__ = ("answer", "arrived", "has_left", "images", "queued", "timer")
+    __slots__ = ("answer", "arrived", "has_left", "images", "queued")
 
     def __init__(
         self, images: NDArray[Any], answer: "asyncio.Future[Answer]", has_left: Callable[[], bool], arrived: float
@@ -52,26 +78,31 @@ class _Waiting:
         self.has_left = has_left
         self.arrived = arrived
         self.queued = time.perf_counter()
-        self.timer: asyncio.TimerHandle | None = None
+
+
+_Result: TypeAlias = "tuple[Computed, slice] | Exception"
 
 
 class _Done(NamedTuple):
-    """What the thread made of some requests: logits or an error for each."""
+    """What the model made of some requests: rows of logits or an error for each."""
 
     requests: list[_Waiting]
-    results: list[NDArray[np.float32] | Exception]
+    results: list[_Result]
     started: float
     ended: float
 
 
 _END: Final = None
 
+_LOOK_S: Final = 0.01
+"""How late a deadline may be: a look at all requests now and then costs less than a timer for each."""
+
 _TIMER_S: Final = 1e-3
 """What an event loop's timers may be late: shorter waits are polled."""
 
 
 class Batcher:
-    """One model's queue. Made, asked and closed in an event loop; the model runs in a thread.
+    """One model's queue. Made, asked and closed in an event loop; the model runs in a thread, or there if it is quick.
 
     Args:
         run: the model.
@@ -80,6 +111,8 @@ class Batcher:
         max_queue: images that may wait.
         deadline_s: of a request.
         told: hears of every call of the model.
+        at_once_s: a call that should take less, by what the last one took for an image, is made in the event loop: the
+            way to a thread and back is a fifteenth of a small request's time.
     """
 
     def __init__(
@@ -90,6 +123,7 @@ class Batcher:
         max_queue: int,
         deadline_s: float,
         told: Callable[[Batch], None],
+        at_once_s: float = 0.0,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
@@ -97,10 +131,14 @@ class Batcher:
         self._max_queue = max_queue
         self._deadline_s = deadline_s
         self._told = told
+        self._at_once_s = at_once_s
+        self._image_s = math.inf
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
         self._queued_images = 0
         self._busy = False
+        self._unanswered: list[_Waiting] = []
+        self._looking: asyncio.TimerHandle | None = None
         self._start: asyncio.Handle | None = None
         self._work: SimpleQueue[list[_Waiting] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
@@ -126,8 +164,9 @@ class Batcher:
         """
         self.require_room(len(images))
         waiting = _Waiting(images, self._loop.create_future(), has_left, arrived)
-        left_s = arrived + self._deadline_s - time.perf_counter()
-        waiting.timer = self._loop.call_later(max(0.0, left_s), self._expire, waiting)
+        self._unanswered.append(waiting)
+        if self._looking is None:
+            self._look()
         self._queue.append(waiting)
         self._queued_images += len(images)
         if self._start is not None and self._queued_images >= self._max_batch:
@@ -164,7 +203,10 @@ class Batcher:
             self._start = self._loop.call_later(late, self._begin) if late > 0 else self._loop.call_soon(self._begin)
         elif batch := self._take():
             self._busy = True
-            self._work.put(batch)
+            if self._image_s * _images(batch) < self._at_once_s:
+                self._finish(self._done(batch))
+            else:
+                self._work.put(batch)
 
     def _take(self) -> list[_Waiting]:
         """The next batch: the first that waits, and those after it that fit; those whose client left are dropped."""
@@ -191,25 +233,33 @@ class Batcher:
     def _compute(self) -> None:
         """The thread: one batch after the other."""
         while batch := self._work.get():
-            started = time.perf_counter()
-            results = self._results(batch)
-            done = _Done(batch, results, started, time.perf_counter())
+            done = self._done(batch)
             try:
                 self._loop.call_soon_threadsafe(self._finish, done)
             except RuntimeError:  # the loop is closed: nobody waits
                 return
 
-    def _results(self, batch: list[_Waiting]) -> list[NDArray[np.float32] | Exception]:
+    def _done(self, batch: list[_Waiting]) -> _Done:
+        started = time.perf_counter()
+        results = self._results(batch)
+        return _Done(batch, results, started, time.perf_counter())
+
+    def _results(self, batch: list[_Waiting]) -> list[_Result]:
         """One call for all; where it fails one for each, so that one request's images cannot fail another's."""
         try:
             images = batch[0].images if len(batch) == 1 else np.concatenate([waiting.images for waiting in batch])
-            logits = self._logits(images)
+            computed = Computed(self._logits(images))
         except Exception as error:
             if len(batch) == 1:
                 return [error]
             return [result for waiting in batch for result in self._results([waiting])]
-        ends = np.cumsum([len(waiting.images) for waiting in batch])[:-1]
-        return list(np.split(logits, ends)) if len(batch) > 1 else [logits]
+        results: list[_Result] = []
+        start = 0
+        for waiting in batch:
+            end = start + len(waiting.images)
+            results.append((computed, slice(start, end)))
+            start = end
+        return results
 
     def _logits(self, images: NDArray[Any]) -> NDArray[np.float32]:
         size = self._max_batch
@@ -228,25 +278,31 @@ class Batcher:
             if isinstance(result, Exception):
                 self._fail(waiting, result)
             elif not waiting.answer.done():
-                waiting.answer.set_result(Answer(result, queued_s, computed_s))
-                self._settle(waiting)
-        images = sum(len(waiting.images) for waiting in done.requests)
+                waiting.answer.set_result(Answer(*result, queued_s, computed_s))
+        images = _images(done.requests)
+        self._image_s = computed_s / images
         self._told(Batch(images, self._queued_images, tuple(queued), computed_s))
 
-    def _expire(self, waiting: _Waiting) -> None:
-        problem = f"no answer within {self._deadline_s:g} s"
-        self._fail(waiting, RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load"))
-
-    def _fail(self, waiting: _Waiting, error: Exception) -> None:
-        if not waiting.answer.done():
-            waiting.answer.set_exception(error)
-        self._settle(waiting)
+    def _look(self) -> None:
+        """Fail those whose deadline has passed; again and again, until all are answered."""
+        self._unanswered = [waiting for waiting in self._unanswered if not waiting.answer.done()]
+        late = time.perf_counter() - self._deadline_s
+        for waiting in self._unanswered:
+            if waiting.arrived <= late:
+                problem = f"no answer within {self._deadline_s:g} s"
+                error = RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load")
+                self._fail(waiting, error)
+        pause_s = min(_LOOK_S, self._deadline_s / 10)
+        self._looking = self._loop.call_later(pause_s, self._look) if self._unanswered else None
 
     @staticmethod
-    def _settle(waiting: _Waiting) -> None:
-        if waiting.timer is not None:
-            waiting.timer.cancel()
-            waiting.timer = None
+    def _fail(waiting: _Waiting, error: Exception) -> None:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)
+
+
+def _images(requests: list[_Waiting]) -> int:
+    return sum(len(waiting.images) for waiting in requests)
 
 
 def _alike(one: _Waiting, other: _Waiting) -> bool:

@@ -20,10 +20,11 @@ _SWITCH_S: Final = 5e-4
 
 
 class Composition(NamedTuple):
-    """The models, not yet open, and the ASGI application that answers with them."""
+    """The models, not yet open, the ASGI application that answers with them, and what it counts."""
 
     service: Service
     application: Application
+    metrics: Metrics
 
 
 def prepare_process(settings: Settings) -> None:
@@ -44,4 +45,4 @@ def compose(settings: Settings, log: AccessLog | None) -> Composition:
     service = Service(settings, metrics)
     keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
     routes = Routes(service, metrics, ThreadPoolExecutor(settings.threads, "decode")).table()
-    return Composition(service, Application(service, metrics, routes, keys, log))
+    return Composition(service, Application(service, metrics, routes, keys, log), metrics)

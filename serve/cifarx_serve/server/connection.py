@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cifarx_serve.server.application import error_body
+from cifarx_serve.server.request import HAS_LEFT
 
 _MAX_HEAD: Final = 64 * 1024
 """Bytes of a request's first line and headers, and of whatever else is not its body."""
@@ -86,8 +87,9 @@ class Connection(HttpToolsProtocol):
     """
 
     def __init__(self, config: Config, server_state: ServerState, header_timeout_s: float) -> None:
-        super().__init__(config, server_state, {})
+        super().__init__(config, server_state, {HAS_LEFT: self._has_left})
         self._header_timeout_s = header_timeout_s
+        self._in_head = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread = 0
         self._unread_timer: asyncio.TimerHandle | None = None
@@ -124,6 +126,8 @@ class Connection(HttpToolsProtocol):
             return
         if self._unread > _MAX_HEAD:
             self._refuse_head()
+        elif self._in_head and self._head_timer is None:  # most heads come whole, and need none
+            self._await_head()
         elif self.timeout_keep_alive_task is None and self._head_timer is None and self._quiet_since is not None:
             self._await_next()  # what came was no request: an empty line
 
@@ -170,8 +174,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._opened = True
         self._quiet_since = None
-        if self._head_timer is None:
-            self._await_head()
+        self._in_head = True
 
     def on_headers_complete(self) -> None:
         if self._unread > _MAX_HEAD and self._head_size() > _MAX_HEAD:
@@ -202,19 +205,18 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.pipeline:
             self.flow.pause_reading()  # uvicorn reads on after every answer
-        if self._is_asking() or not self.cycle.response_complete:
+        if self._in_head or not self.cycle.response_complete:
             return
         self._quiet_since = self.loop.time()
         if self.cycle.more_body and not self.transport.is_closing():
             self._await_head()  # and the rest of this body before it
 
-    def _is_asking(self) -> bool:
-        """Whether the head of a request is under way."""
-        return self._head_timer is not None and self._quiet_since is None
+    def _has_left(self) -> bool:
+        return self.transport.is_closing()
 
     def _is_receiving(self) -> bool:
         cycle = self.cycle
-        receiving = self._is_asking() or (cycle is not None and (cycle.more_body or not cycle.response_complete))
+        receiving = self._in_head or (cycle is not None and (cycle.more_body or not cycle.response_complete))
         if receiving:
             self.flow.resume_reading()
         return receiving
@@ -234,6 +236,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self._header_timeout_s, self._late)
 
     def _end_head(self) -> None:
+        self._in_head = False
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None

@@ -6,10 +6,10 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.values import MultiProcessValue
 
 from cifarx_serve.server.batcher import Batch
 from cifarx_serve.server.settings import SHARED_FIGURES
+from cifarx_serve.server.shared_figures import SharedFigures
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,9 +25,9 @@ class Metrics:
     """The figures of one process; those of all where `SHARED_FIGURES` is set."""
 
     def __init__(self) -> None:
-        if SHARED_FIGURES in os.environ:
-            number = os.getpid()  # else the library asks the system at every count: a twentieth of a small request
-            values.ValueClass = MultiProcessValue(lambda: number)
+        self._shared = SharedFigures() if SHARED_FIGURES in os.environ else None
+        if self._shared:
+            values.ValueClass = self._shared.value_class
         own = CollectorRegistry()
         self._registry = own
         self._requests = Counter("cifarx_requests", "Requests answered.", ["route", "status"], registry=own)
@@ -77,9 +77,14 @@ class Metrics:
 
         return told
 
+    def write(self) -> None:
+        """Let other processes see what was counted here; to be called now and then, by the thread that counts."""
+        if self._shared:
+            self._shared.write()
+
     def page(self) -> bytes:
-        """Prometheus's text format."""
-        if SHARED_FIGURES not in os.environ:
+        """Prometheus's text format; of other processes, and of this one where it shares, what was written."""
+        if not self._shared:
             return generate_latest(self._registry)
         everybody = CollectorRegistry()
         MultiProcessCollector(everybody)

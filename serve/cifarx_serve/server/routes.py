@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import ImageError
-from cifarx_serve.predictor import predictions
 from cifarx_serve.server.answers import ImageAnswer, ModelsAnswer, PredictAnswer, StateAnswer, Timing
 from cifarx_serve.server.application import Route
 from cifarx_serve.server.form import Upload
@@ -140,7 +139,7 @@ class Routes:
         names = serving.model.spec.class_names
         found: dict[int, Any] = {}
         for group, answer in zip(groups, given, strict=True):
-            found.update(zip(group, predictions(answer.logits, names, top_k), strict=True))
+            found.update(zip(group, answer.predictions(names, top_k), strict=True))
         return found, max(answer.queued_s for answer in given), max(answer.computed_s for answer in given)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002
@@ -158,6 +157,7 @@ class Routes:
         return json_response(StateAnswer(state) if request.path == "/readyz" else {"ready": state == "ready"}, status)
 
     async def _figures(self, request: Request) -> Response:  # noqa: ARG002
+        self._metrics.write()
         page = await asyncio.get_running_loop().run_in_executor(self._pool, self._metrics.page)
         return Response(page, content_type=CONTENT_TYPE.encode())
 

@@ -26,6 +26,9 @@ _PROBE_S: Final = 1.0
 _PROBES: Final = 5
 """A model that has failed is tried so often, at most every `_PROBE_S`; then the process ends, and another begins."""
 
+_WRITE_S: Final = 0.1
+"""How late the other workers' metrics may have what this one counted."""
+
 FAILED: Final = 70
 """The exit status of a worker whose model has failed for good (EX_SOFTWARE of sysexits.h)."""
 
@@ -38,7 +41,7 @@ class Worker:
         self._at_once = start.at_once
         self._status = start.status
         self._log = AccessLog(sys.stdout.buffer) if settings.access_log else None
-        self._service, application = compose(settings, self._log)
+        self._service, application, self._metrics = compose(settings, self._log)
         self._service.awaits_others = start.at_once
         self._server = HttpServer(application, settings, socket.socket(fileno=start.listener))
         self._ending = asyncio.Event()
@@ -59,6 +62,7 @@ class Worker:
         loop.add_reader(sys.stdin.fileno(), self._hear)
         if self._at_once:
             self._server.start()
+        writing = asyncio.create_task(self._write_figures())
         opening = asyncio.create_task(self._service.open())
         ending = asyncio.create_task(self._ending.wait())
         await asyncio.wait([opening, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -71,13 +75,20 @@ class Worker:
             await ending
             watching.cancel()
         await self._end()
+        writing.cancel()
         return FAILED if self._failed else 0
 
     async def _end(self) -> None:
         self._service.draining = True
         await self._server.drain()
+        self._metrics.write()
         if self._log:
             self._log.flush()
+
+    async def _write_figures(self) -> None:
+        while True:
+            await asyncio.sleep(_WRITE_S)
+            self._metrics.write()
 
     async def _watch(self) -> None:
         """Whether the models answer; a process in which one does not is of no use."""
