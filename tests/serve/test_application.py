@@ -262,14 +262,16 @@ def test_every_request_is_a_line_of_the_log_and_in_the_figures(capfd: pytest.Cap
             await client.get("/things/a?secret=1", x_request_id="mine")
             await client.ask("POST", "/absent")
             await client.get("/break")
+            await client.ask("DELETE", "/thing")
             found = figures(client)
         log.flush()
         assert found["cifarx_requests_total", "/things/{name}", "200"] == 1
         assert found["cifarx_requests_total", "unknown", "404"] == 1
+        assert found["cifarx_requests_total", "/thing", "405"] == 1
         assert found["cifarx_errors_total", "internal"] == 1
 
     asyncio.run(run())
-    good, absent, broken = map(json.loads, file.getvalue().splitlines())
+    good, absent, broken, _ = map(json.loads, file.getvalue().splitlines())
     assert {
         "id": "mine",
         "client": "127.0.0.1",

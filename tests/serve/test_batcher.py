@@ -251,6 +251,22 @@ def test_what_is_late_or_left_makes_room_in_the_queue() -> None:
     assert queue.told[-1].left == 0
 
 
+def test_past_the_deadline_there_is_room_for_others() -> None:
+    """While the model still computes."""
+
+    async def test(queue: Queue) -> None:
+        computing, waiting = await queue.busy(0), queue.put(1, 1, ago=29.9)
+        with pytest.raises(RequestError, match="2 images are waiting, and 2 may"):
+            queue.put(2)
+        with pytest.raises(RequestError, match="no answer within 30 s"):
+            await waiting
+        other = queue.put(2, 2)
+        queue.model.release()
+        assert [numbers(answer) for answer in await asyncio.gather(computing, other)] == [[0], [2, 2]]
+
+    assert in_loop(test, max_queue=2).model.batches == [[0], [2, 2]]
+
+
 def test_the_deadline_counts_from_the_arrival() -> None:
     async def test(queue: Queue) -> None:
         first = await queue.busy(0)

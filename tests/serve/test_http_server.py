@@ -130,6 +130,21 @@ def test_more_than_may_be_open_wait(tmp_path: Path) -> None:
         assert server.end() == 0
 
 
+def test_those_that_ask_nothing_make_room(tmp_path: Path) -> None:
+    """The longest quiet first; one that asks is left alone."""
+    with worker(tmp_path / "worker", settings(tmp_path, limits=Limits(max_connections=2))) as server:
+        with server.connect() as asking, server.connect() as silent, server.connect() as third:
+            asking.send(request("GET", "/healthz"))
+            assert asking.answer().status == 200
+            asking.send(b"GET /healthz HTTP/1.1\r\n")
+            third.send(request("GET", "/healthz"))
+            assert third.answer().status == 200
+            assert silent.is_closed()
+            asking.send(b"Host: a\r\n\r\n")
+            assert asking.answer().status == 200
+        assert server.end() == 0
+
+
 def test_more_than_may_be_open_are_answered_at_the_end(tmp_path: Path) -> None:
     with worker(tmp_path / "worker", settings(tmp_path, limits=Limits(max_connections=1))) as server:
         with server.connect() as first, server.connect() as second:

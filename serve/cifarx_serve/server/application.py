@@ -83,8 +83,9 @@ class Application:
         request = Request(scope, receive, self._service.settings.limits, self._held)
         template, cause = _UNKNOWN, None
         try:
-            template, route = self._route(request)
-            response = await route.handler(request) if isinstance(route, Route) else route
+            methods = self._fixed.get(request.path) or self._match(request)
+            template = next(iter(methods.values())).template
+            response = await self._respond(request, methods)
         except RequestError as error:
             response, cause = _error(error), CAUSES[error.status]
         except ClientLeft:
@@ -99,16 +100,15 @@ class Application:
         self._metrics.request(template, response.status, seconds, cause)
         self._write(request, response, seconds, cause)
 
-    def _route(self, request: Request) -> tuple[str, Route | Response]:
-        """The template of a request's path with what answers it.
+    async def _respond(self, request: Request, methods: dict[str, Route]) -> Response:
+        """What one of a path's routes answers.
 
         Raises:
-            RequestError: no such path (404), another method (405), or no key (401).
+            RequestError: another method (405), no key (401), or what the route raises.
         """
-        methods = self._fixed.get(request.path) or self._match(request)
         method = "GET" if request.method == "HEAD" else request.method
         if method == "OPTIONS" and self._service.settings.cors_origin is not None:
-            return "preflight", Response(b"", HTTPStatus.NO_CONTENT)
+            return Response(b"", HTTPStatus.NO_CONTENT)
         route = methods.get(method)
         if route is None:
             known = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
@@ -117,9 +117,10 @@ class Application:
         if self._keys is not None and not route.open and not self._keys.allow(request.headers):
             problem = "no API key, or a wrong one"
             raise RequestError(HTTPStatus.UNAUTHORIZED, problem, "send Authorization: Bearer KEY")
-        return route.template, route
+        return await route.handler(request)
 
     def _match(self, request: Request) -> dict[str, Route]:
+        """Raises RequestError (404) where there is no such path."""
         for pattern, methods in self._varying:
             if found := pattern.fullmatch(request.path):
                 request.parameters = found.groupdict()

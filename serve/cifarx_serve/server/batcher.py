@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -284,7 +284,7 @@ class Batcher:
         self._told(Batch(images, self._queued_images, tuple(queued), computed_s))
 
     def _look(self) -> None:
-        """Fail those whose deadline has passed; again and again, until all are answered."""
+        """Fail those whose deadline has passed, and make room in the queue; again and again, until all are answered."""
         self._unanswered = [waiting for waiting in self._unanswered if not waiting.answer.done()]
         late = time.perf_counter() - self._deadline_s
         for waiting in self._unanswered:
@@ -292,6 +292,8 @@ class Batcher:
                 problem = f"no answer within {self._deadline_s:g} s"
                 error = RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load")
                 self._fail(waiting, error)
+        self._queue = deque(waiting for waiting in self._queue if not waiting.answer.done())
+        self._queued_images = _images(self._queue)
         pause_s = min(_LOOK_S, self._deadline_s / 10)
         self._looking = self._loop.call_later(pause_s, self._look) if self._unanswered else None
 
@@ -301,7 +303,7 @@ class Batcher:
             waiting.answer.set_exception(error)
 
 
-def _images(requests: list[_Waiting]) -> int:
+def _images(requests: Iterable[_Waiting]) -> int:
     return sum(len(waiting.images) for waiting in requests)
 
 

@@ -22,6 +22,9 @@ _GRACE_S: Final = 0.5
 _HANDSHAKE_S: Final = 0.2
 """While draining, a client that was told that it is connected gets through for so long: the way to it and back."""
 
+_SPARE_S: Final = 1.0
+"""A connection that was quiet for so long makes room where no more may be open."""
+
 _LOOK_S: Final = 0.02
 _FULL_S: Final = 0.01
 _OUT_OF_FILES_S: Final = 0.1
@@ -95,7 +98,7 @@ class HttpServer:
     def _accept(self) -> None:
         """One of those that wait. Not in a task: were it cancelled, it could lose a connection it has."""
         if len(self._state.connections) + len(self._opening) >= self._limits.max_connections:
-            self._pause(_FULL_S)  # the others wait in the system's queue
+            self._pause(0.0 if self._make_room() else _FULL_S)  # the others wait in the system's queue
             return
         try:
             connection, _ = self._listener.accept()
@@ -105,6 +108,15 @@ class HttpServer:
             self._pause(_OUT_OF_FILES_S)
             return
         self._adopt(connection)
+
+    def _make_room(self) -> bool:
+        """Close the connection that was quiet longest, if any was: who asks nothing keeps nobody out."""
+        quiet = {each: each.quiet_s() or 0.0 for each in self._state.connections if isinstance(each, Connection)}
+        longest = max(quiet, key=quiet.__getitem__, default=None)
+        if longest is None or quiet[longest] < _SPARE_S:
+            return False
+        longest.end()
+        return True
 
     def _adopt(self, connection: socket.socket) -> None:
         connection.setblocking(False)

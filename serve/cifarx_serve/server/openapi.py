@@ -123,13 +123,27 @@ def _own_paths() -> dict[str, Any]:
     return {
         "/v1/predict": {
             "post": {
-                **_operation("predict", "Classify one image or several", "PredictAnswer", errors, secured=True),
+                **_operation(
+                    "predict",
+                    "Classify one image or several",
+                    "The best classes of each image",
+                    "PredictAnswer",
+                    errors,
+                    secured=True,
+                ),
                 "parameters": query,
                 "requestBody": body,
             }
         },
         "/v1/models": {
-            "get": _operation("models", "The models, their specs and proofs", "ModelsAnswer", {}, secured=True)
+            "get": _operation(
+                "models",
+                "The models, their specs and proofs",
+                "In the order of the files",
+                "ModelsAnswer",
+                {},
+                secured=True,
+            )
         },
     }
 
@@ -145,9 +159,19 @@ def _protocol_paths() -> dict[str, Any]:
     content = {"application/json": {"schema": _ref("InferenceRequest")}, "application/octet-stream": binary}
     errors = {"400": "No such tensor, or not of this shape or type", **_ABSENT, **_REFUSED}
     paths: dict[str, Any] = {
-        "/v2": {"get": _operation("server_metadata", "Open Inference Protocol: the server", "ServerMetadata", {})},
-        "/v2/health/live": {"get": _operation("live", "Whether the server runs", None, {})},
-        "/v2/health/ready": {"get": _operation("ready", "Whether it can answer", None, {"503": "Not yet, or no more"})},
+        "/v2": {
+            "get": _operation(
+                "server_metadata",
+                "Open Inference Protocol: the server",
+                "Its name, version and extensions",
+                "ServerMetadata",
+                {},
+            )
+        },
+        "/v2/health/live": {"get": _operation("live", "Whether the server runs", "It does", None, {})},
+        "/v2/health/ready": {
+            "get": _operation("ready", "Whether it can answer", "It can", None, {"503": "Not yet, or no more"})
+        },
     }
     for version in ("", "/versions/{version}"):
         model, suffix = f"/v2/models/{{model}}{version}", "_of_version" if version else ""
@@ -156,10 +180,26 @@ def _protocol_paths() -> dict[str, Any]:
             for name in ("model", "version")
             if f"{{{name}}}" in model
         ]
-        metadata = _operation(f"model_metadata{suffix}", "A model's tensors", "ModelMetadata", _ABSENT, secured=True)
+        metadata = _operation(
+            f"model_metadata{suffix}",
+            "A model's tensors",
+            "Their names, types and shapes",
+            "ModelMetadata",
+            _ABSENT,
+            secured=True,
+        )
         not_ready = {**_ABSENT, "503": "Not yet, or no more"}
-        ready = _operation(f"model_ready{suffix}", "Whether a model can answer", None, not_ready, secured=True)
-        infer = _operation(f"infer{suffix}", "The logits of a batch", "InferenceResponse", errors, secured=True)
+        ready = _operation(
+            f"model_ready{suffix}", "Whether a model can answer", "It can", None, not_ready, secured=True
+        )
+        infer = _operation(
+            f"infer{suffix}",
+            "The logits of a batch",
+            "As JSON, or after the JSON",
+            "InferenceResponse",
+            errors,
+            secured=True,
+        )
         infer["responses"]["200"]["content"]["application/octet-stream"] = binary
         body = {"required": True, "content": content}
         paths[model] = {"get": metadata, "parameters": names}
@@ -170,13 +210,15 @@ def _protocol_paths() -> dict[str, Any]:
 
 def _other_paths() -> dict[str, Any]:
     return {
-        "/healthz": {"get": _operation("healthz", "Whether the process is alive", "StateAnswer", {})},
+        "/healthz": {"get": _operation("healthz", "Whether the process is alive", "It is", "StateAnswer", {})},
         "/readyz": {
-            "get": _operation("readyz", "Whether it can answer: for load balancers", "StateAnswer", {"503": "Not now"})
+            "get": _operation(
+                "readyz", "Whether it can answer: for load balancers", "It can", "StateAnswer", {"503": "Not now"}
+            )
         },
         "/metrics": {
             "get": {
-                **_operation("metrics", "Figures of every worker, for Prometheus", None, {}, secured=True),
+                **_operation("metrics", "Figures of every worker, for Prometheus", "", None, {}, secured=True),
                 "responses": {
                     "200": {"description": "Prometheus's text format", "content": {"text/plain": {}}},
                     "401": {"description": _REFUSED["401"]},
@@ -187,11 +229,11 @@ def _other_paths() -> dict[str, Any]:
 
 
 def _operation(
-    name: str, summary: str, answer: str | None, errors: dict[str, str], secured: bool = False
+    name: str, summary: str, found: str, answer: str | None, errors: dict[str, str], secured: bool = False
 ) -> dict[str, Any]:
-    """`secured`: where keys are asked for, this asks for one."""
+    """`found` says what a 200 means; `secured`: where keys are asked for, this asks for one."""
     errors = {**({"401": _REFUSED["401"]} if secured else {}), **errors}
-    good: dict[str, Any] = {"description": "It holds"}
+    good: dict[str, Any] = {"description": found}
     good["content"] = {"application/json": {"schema": _ref(answer) if answer else {"type": "object"}}}
     wrong = {"application/json": {"schema": {"type": "object"} if "ready" in name else _ref("ErrorAnswer")}}
     return {

@@ -238,6 +238,7 @@ def _header_length(request: Request) -> int | None:
     given = request.headers.get(_HEADER_LENGTH)
     if given is None:
         return None
+    given = given.strip()
     if not re.fullmatch(rb"[0-9]{1,12}", given):
         problem = f"Inference-Header-Content-Length is {given[:20].decode('latin-1')!r}"
         raise RequestError(HTTPStatus.BAD_REQUEST, problem, "give the bytes of the JSON before the tensors")
