@@ -52,7 +52,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: not an image. TooManyPixels: over the limit.
     """
-    return _open(io.BytesIO(data), f"{len(data)} bytes", max_pixels)
+    return _open(io.BytesIO(data), f"{len(data)} bytes", max_pixels, _format(data))
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -75,7 +75,7 @@ def read_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), f"{len(source)} bytes")
+        return _decode(io.BytesIO(source), f"{len(source)} bytes", _format(source))
     path = Path(source)
     try:
         with path.open("rb") as file:
@@ -115,14 +115,14 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _decode(file: IO[bytes], name: str) -> Image.Image:
+def _decode(file: IO[bytes], name: str, formats: tuple[str] | None = None) -> Image.Image:
     with _ImageErrors(name):
-        return to_rgb(_open(file, name, MAX_PIXELS))
+        return to_rgb(_open(file, name, MAX_PIXELS, formats))
 
 
-def _open(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+def _open(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str] | None) -> Image.Image:
     with _ImageErrors(name):
-        image = Image.open(file, formats=_format(file))
+        image = Image.open(file, formats=formats)
         if image.format == "EPS":  # PostScript is a program, and Pillow would have Ghostscript run it
             raise ImageError(f"{name} is EPS, a program rather than a picture", "save it as PNG first")
         if image.width * image.height > max_pixels:
@@ -130,13 +130,11 @@ def _open(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         return image
 
 
-def _format(file: IO[bytes]) -> tuple[str] | None:
+def _format(data: bytes) -> tuple[str] | None:
     """The format of the commonest files, told by their start: Pillow would ask the reader of every other first."""
-    start = file.read(4)
-    file.seek(0)
-    if start == b"\x89PNG":
+    if data.startswith(b"\x89PNG"):
         return ("PNG",)
-    return ("JPEG",) if start.startswith(b"\xff\xd8\xff") else None
+    return ("JPEG",) if data.startswith(b"\xff\xd8\xff") else None
 
 
 class _WithoutPillowsWarnings:

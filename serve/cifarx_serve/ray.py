@@ -96,6 +96,7 @@ class Replica:
         self._opening.cancel()
         self._composition.service.draining = True
         await self._composition.service.close()
+        self._composition.metrics.write()
         self._inside.close()
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import ModelFileError
-from cifarx_serve.server.batcher import Answer, Batch, Batcher
+from cifarx_serve.predictor import predictions
+from cifarx_serve.server.batcher import Answer, Batch, Batcher, Computed
 from cifarx_serve.server.request_error import ClientLeft, RequestError
 
 BAD = 666
@@ -103,6 +104,15 @@ def test_one_request_is_one_call() -> None:
 
     queue = in_loop(test)
     assert queue.model.batches == [[7, 8]]
+
+
+@given(st.integers(1, 12), st.integers(0, 3))
+def test_a_request_is_told_the_classes_of_its_own_images(top_k: int, start: int) -> None:
+    logits, names = np.random.default_rng(0).standard_normal((4, 12), np.float32), [f"class {n}" for n in range(12)]
+    answer = Answer(Computed(logits), slice(start, 4), 0.0, 0.0)
+    np.testing.assert_array_equal(answer.logits, logits[start:])
+    for _ in range(2):
+        assert answer.predictions(names, top_k) == predictions(logits[start:], names, top_k)
 
 
 def test_an_idle_model_is_not_kept_waiting() -> None:
@@ -370,6 +380,27 @@ def test_a_model_that_was_quick_is_called_in_the_event_loop() -> None:
         for count in (1, 1, 4, 1):
             answer = await batcher.submit(np.full((count, 2), count), time.perf_counter(), lambda: False)
             assert numbers(answer) == [count] * count
+        batcher.close()
+
+    asyncio.run(ask())
+    loop = threading.current_thread().name
+    assert called == ["model", loop, "model", loop]
+
+
+def test_a_failure_is_not_taken_for_a_quick_model() -> None:
+    called: list[str] = []
+
+    def run(images: NDArray[Any]) -> NDArray[np.float32]:
+        called.append(threading.current_thread().name)
+        if images[0, 0] == BAD:
+            raise ModelFileError("does not run", "export it again")
+        return images.astype(np.float32)
+
+    async def ask() -> None:
+        batcher = Batcher(run, 4, 0.0, 100, 30.0, lambda _: None, at_once_s=10.0)
+        for number in (0, BAD, 1, 2):
+            answer = batcher.submit(np.full((2, 2), number), time.perf_counter(), lambda: False)
+            await asyncio.gather(answer, return_exceptions=True)
         batcher.close()
 
     asyncio.run(ask())

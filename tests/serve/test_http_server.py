@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -122,26 +123,48 @@ def test_more_than_may_be_open_wait(tmp_path: Path) -> None:
             clients = [stack.enter_context(server.connect()) for _ in range(5)]
             for client in clients:
                 client.send(request("GET", "/healthz"))
-            assert [client.answer().status for client in clients[:2]] == [200, 200]
+            for client in clients[:2]:
+                assert client.answer().status == 200
+                client.send(b"GET ")  # it is not quiet, and makes no room
             assert is_quiet(clients[2])
             for position in (2, 3, 4):
                 clients[position - 2].socket.close()
                 assert clients[position].answer().status == 200
+                clients[position].send(b"GET ")
         assert server.end() == 0
 
 
 def test_those_that_ask_nothing_make_room(tmp_path: Path) -> None:
-    """The longest quiet first; one that asks is left alone."""
-    with worker(tmp_path / "worker", settings(tmp_path, limits=Limits(max_connections=2))) as server:
-        with server.connect() as asking, server.connect() as silent, server.connect() as third:
-            asking.send(request("GET", "/healthz"))
-            assert asking.answer().status == 200
-            asking.send(b"GET /healthz HTTP/1.1\r\n")
-            third.send(request("GET", "/healthz"))
-            assert third.answer().status == 200
-            assert silent.is_closed()
-            asking.send(b"Host: a\r\n\r\n")
-            assert asking.answer().status == 200
+    """The longest quiet; one that asks is left alone."""
+    limits = Limits(max_connections=3)
+    with worker(tmp_path / "worker", settings(tmp_path, limits=limits)) as server, ExitStack() as stack:
+        asking, silent, younger = (stack.enter_context(server.connect()) for _ in range(3))
+        asking.send(request("GET", "/healthz"))
+        assert asking.answer().status == 200
+        asking.send(b"GET /healthz HTTP/1.1\r\n")
+        time.sleep(0.2)
+        younger.send(request("GET", "/healthz"))
+        assert younger.answer().status == 200
+        last = stack.enter_context(server.connect())
+        last.send(request("GET", "/healthz"))
+        assert last.answer().status == 200
+        assert silent.is_closed()
+        asking.send(b"Host: a\r\n\r\n")
+        younger.send(request("GET", "/healthz"))
+        assert [client.answer().status for client in (asking, younger)] == [200, 200]
+        assert server.end() == 0
+
+
+def test_those_that_keep_silent_make_room_under_tls(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Though they never read, and so never say farewell."""
+    limits = Limits(max_connections=1)
+    told = settings(tmp_path, limits=limits, certificate=str(pair[0]), private_key=str(pair[1]))
+    with worker(tmp_path / "worker", told) as server:
+        server.tls = trusting(pair[0])
+        with server.connect() as silent:
+            silent.send(request("GET", "/healthz"))
+            assert silent.answer().status == 200
+            assert server.ask("GET", "/healthz").status == 200
         assert server.end() == 0
 
 

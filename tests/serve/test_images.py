@@ -430,3 +430,17 @@ def test_threads_that_decode_leave_the_warnings_as_they_were() -> None:
     assert warnings.filters == before
     with pytest.warns(UserWarning, match="still told"):
         warnings.warn("still told", stacklevel=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX's")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path, suffix: str) -> None:
+    """`cifarx infer <(curl ...)`: no going back to its start."""
+    Image.new("RGB", (5, 4), "navy").save(tmp_path / f"whole.{suffix}")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(pipe.write_bytes, (tmp_path / f"whole.{suffix}").read_bytes())
+        found = read_image(pipe)
+        writing.result()
+    assert found.tobytes() == read_image(tmp_path / f"whole.{suffix}").tobytes()

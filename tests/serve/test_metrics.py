@@ -70,22 +70,26 @@ def test_the_page_is_prometheus_text() -> None:
 
 
 _WORKER = """
-import sys
+import asyncio, sys
 from cifarx_serve.server.batcher import Batch
 from cifarx_serve.server.metrics import Metrics
 metrics = Metrics()
 told = metrics.of_model("lzh_9")
-for line in sys.stdin:
-    if line == "page\\n":
-        page = metrics.page()
-        print(len(page), flush=True)
-        sys.stdout.buffer.write(page)
-        sys.stdout.flush()
-    else:
-        metrics.request("/v1/predict", 200, 0.003, None)
-        told(Batch(int(line), int(line), (0.001,), 0.01))
-        metrics.write()
-        print("counted", flush=True)
+
+async def count():
+    for line in sys.stdin:
+        if line == "page\\n":
+            page = metrics.page()
+            print(len(page), flush=True)
+            sys.stdout.buffer.write(page)
+            sys.stdout.flush()
+        else:
+            metrics.request("/v1/predict", 200, 0.003, None)
+            told(Batch(int(line), int(line), (0.001,), 0.01))
+            metrics.write()
+            print("counted", flush=True)
+
+asyncio.run(count())
 """
 
 

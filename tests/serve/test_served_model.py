@@ -36,6 +36,7 @@ def test_what_is_said_of_a_model(tmp_path: Path) -> None:
     )
     assert (record.file, record.backend, record.provider) == ("colours.onnx", "onnxruntime", "CPUExecutionProvider")
     assert record.ready
+    assert model.is_steady
     assert record.spec == model.spec == SPEC
     assert model.platform == "onnx_onnxruntime"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record.loaded_at)
@@ -56,6 +57,7 @@ def test_a_model_that_resizes_gets_pixels_as_they_are(planted: Path) -> None:
     model = opened(write_planted(planted, embedded=True))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 7, 5, 3), np.uint8)
     assert model.run(pixels) == pytest.approx(pixels.mean((1, 2)) / 25.5, abs=1e-5)
+    assert not model.is_steady
 
 
 def test_it_is_warmed_at_the_sizes_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,11 +235,15 @@ def swapped(server: Running, model: Path) -> bool:
     return bool(server.predict().json["version"] == file_version(str(model)))
 
 
-def test_figures_outlive_a_worker(tmp_path: Path, onnx: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_figures_outlive_a_worker(tmp_path: Path, onnx: Path, number: signal.Signals) -> None:
+    """One that is killed loses what it counted in its last tenth of a second; one that is told to end loses nothing."""
     with serving(tmp_path / "server", onnx, "--workers", 1) as server:
         for _ in range(3):
             assert server.predict().status == 200
-        server.workers()[0].kill()
+        if number == signal.SIGKILL:
+            assert server.ask("GET", "/metrics").status == 200  # for which it is written
+        server.workers()[0].send_signal(number)
         server.wait_for("is ready again")
         assert server.predict().status == 200
         line = 'cifarx_requests_total{route="/v1/predict",status="200"} 4.0'

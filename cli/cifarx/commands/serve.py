@@ -45,7 +45,9 @@ def command(
     max_body_mb: Annotated[int, typer.Option(min=1, help="Of a request, in MiB; past it 413.")] = 32,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of an image; past it 413.")] = _DEFAULT.max_pixels,
     max_images: Annotated[int, typer.Option(min=1, help="Of a request; past it 413.")] = 64,
-    max_connections: Annotated[int, typer.Option(min=1, help="Open at a time, a worker; more wait.")] = 1024,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Open at a time, a worker; quiet ones make room, else more wait.")
+    ] = 1024,
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line.")] = None,
     certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="TLS: the certificate, PEM.")] = None,
     keyfile: Annotated[Path | None, typer.Option(metavar="FILE", help="TLS: its private key, PEM.")] = None,

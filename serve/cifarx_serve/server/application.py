@@ -31,6 +31,8 @@ _CORS_HEADERS: Final = b"authorization, content-type, inference-header-content-l
 _CORS_EXPOSED: Final = b"inference-header-content-length, retry-after, x-request-id"
 _RETRY_AFTER: Final = (b"retry-after", b"1")
 _UNKNOWN: Final = "unknown"
+_PREFLIGHT: Final = "preflight"
+_ALLOWED: Final = Response(b"", HTTPStatus.NO_CONTENT)
 
 
 class Route(NamedTuple):
@@ -84,8 +86,9 @@ class Application:
         template, cause = _UNKNOWN, None
         try:
             methods = self._fixed.get(request.path) or self._match(request)
-            template = next(iter(methods.values())).template
-            response = await self._respond(request, methods)
+            preflight = request.method == "OPTIONS" and self._service.settings.cors_origin is not None
+            template = _PREFLIGHT if preflight else next(iter(methods.values())).template
+            response = _ALLOWED if preflight else await self._respond(request, methods)
         except RequestError as error:
             response, cause = _error(error), CAUSES[error.status]
         except ClientLeft:
@@ -107,8 +110,6 @@ class Application:
             RequestError: another method (405), no key (401), or what the route raises.
         """
         method = "GET" if request.method == "HEAD" else request.method
-        if method == "OPTIONS" and self._service.settings.cors_origin is not None:
-            return Response(b"", HTTPStatus.NO_CONTENT)
         route = methods.get(method)
         if route is None:
             known = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))

@@ -53,6 +53,8 @@ class Answer(NamedTuple):
 
     def predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
         """One for each image."""
+        if top_k > _SHARED_TOP_K:  # else each of many requests could ask for another number of all images' classes
+            return predictions(self.logits, class_names, top_k)
         return self.computed.predictions(class_names, top_k)[self.rows]
 
 
@@ -92,6 +94,9 @@ class _Done(NamedTuple):
     ended: float
 
 
+_SHARED_TOP_K: Final = 10
+"""So many classes of every image are made for all requests of a batch; more for a request alone."""
+
 _END: Final = None
 
 _LOOK_S: Final = 0.01
@@ -112,7 +117,8 @@ class Batcher:
         deadline_s: of a request.
         told: hears of every call of the model.
         at_once_s: a call that should take less, by what the last one took for an image, is made in the event loop: the
-            way to a thread and back is a fifteenth of a small request's time.
+            way to a thread and back is a fifteenth of a small request's time. For models that take about as long for
+            every image.
     """
 
     def __init__(
@@ -280,7 +286,8 @@ class Batcher:
             elif not waiting.answer.done():
                 waiting.answer.set_result(Answer(*result, queued_s, computed_s))
         images = _images(done.requests)
-        self._image_s = computed_s / images
+        failed = any(isinstance(result, Exception) for result in done.results)
+        self._image_s = math.inf if failed else computed_s / images  # a failure tells nothing of how long a call takes
         self._told(Batch(images, self._queued_images, tuple(queued), computed_s))
 
     def _look(self) -> None:
@@ -294,7 +301,7 @@ class Batcher:
                 self._fail(waiting, error)
         self._queue = deque(waiting for waiting in self._queue if not waiting.answer.done())
         self._queued_images = _images(self._queue)
-        pause_s = min(_LOOK_S, self._deadline_s / 10)
+        pause_s = max(_TIMER_S, min(_LOOK_S, self._deadline_s / 10))
         self._looking = self._loop.call_later(pause_s, self._look) if self._unanswered else None
 
     @staticmethod

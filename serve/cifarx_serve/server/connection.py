@@ -1,6 +1,7 @@
 """One connection of a client: uvicorn's, with limits on how long and how large a request's head may be."""
 
 import asyncio
+import selectors
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
@@ -105,9 +106,24 @@ class Connection(HttpToolsProtocol):
         """Whether it ever had a request."""
         return self._opened
 
+    def spare_s(self) -> float:
+        """Seconds for which it could have been dropped without a loss; 0 where a request or an answer is under way."""
+        owed = self.transport.get_write_buffer_size() or (self.cycle is not None and self.cycle.more_body)
+        return 0.0 if owed or self.transport.is_closing() else self.quiet_s() or 0.0
+
+    def has_unread(self) -> bool:
+        """Whether something has come that was not read yet."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.transport.get_extra_info("socket"), selectors.EVENT_READ)
+            return bool(selector.select(0))
+
     def end(self) -> None:
         """Close it; for one that is quiet."""
         self.transport.close()
+
+    def drop(self) -> None:
+        """Close it without a farewell, which the other side of TLS could draw out; for one that is to spare."""
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Transport(transport, self._is_receiving))  # type: ignore[arg-type]
@@ -212,6 +228,7 @@ class Connection(HttpToolsProtocol):
             self._await_head()  # and the rest of this body before it
 
     def _has_left(self) -> bool:
+        self.flow.resume_reading()  # else that it closes may not be heard
         return self.transport.is_closing()
 
     def _is_receiving(self) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import socket
 import ssl
 import time
@@ -27,6 +28,7 @@ _SPARE_S: Final = 1.0
 
 _LOOK_S: Final = 0.02
 _FULL_S: Final = 0.01
+_AGAIN_S: Final = 0.1
 _OUT_OF_FILES_S: Final = 0.1
 
 
@@ -52,6 +54,7 @@ class HttpServer:
         self._opening: set[asyncio.Task[Any]] = set()
         self._dating: asyncio.Task[None] | None = None
         self._pausing: asyncio.TimerHandle | None = None
+        self._full_at = -math.inf
 
     def start(self) -> None:
         """Accept connections from now on."""
@@ -98,7 +101,7 @@ class HttpServer:
     def _accept(self) -> None:
         """One of those that wait. Not in a task: were it cancelled, it could lose a connection it has."""
         if len(self._state.connections) + len(self._opening) >= self._limits.max_connections:
-            self._pause(0.0 if self._make_room() else _FULL_S)  # the others wait in the system's queue
+            self._wait_for_room()
             return
         try:
             connection, _ = self._listener.accept()
@@ -109,14 +112,22 @@ class HttpServer:
             return
         self._adopt(connection)
 
+    def _wait_for_room(self) -> None:
+        """Newcomers wait in the system's queue; at the second look, when no other process took them, one is let in."""
+        now = time.monotonic()
+        again, self._full_at = now - self._full_at < _AGAIN_S, now
+        self._pause(0.0 if again and self._make_room() else _FULL_S)
+
     def _make_room(self) -> bool:
         """Close the connection that was quiet longest, if any was: who asks nothing keeps nobody out."""
-        quiet = {each: each.quiet_s() or 0.0 for each in self._state.connections if isinstance(each, Connection)}
-        longest = max(quiet, key=quiet.__getitem__, default=None)
-        if longest is None or quiet[longest] < _SPARE_S:
-            return False
-        longest.end()
-        return True
+        spare = [(each.spare_s(), each) for each in self._state.connections if isinstance(each, Connection)]
+        for quiet_s, connection in sorted(spare, key=lambda each: each[0], reverse=True):
+            if quiet_s < _SPARE_S:
+                return False
+            if not connection.has_unread():
+                connection.drop()
+                return True
+        return False
 
     def _adopt(self, connection: socket.socket) -> None:
         connection.setblocking(False)

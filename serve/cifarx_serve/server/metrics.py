@@ -78,7 +78,7 @@ class Metrics:
         return told
 
     def write(self) -> None:
-        """Let other processes see what was counted here; to be called now and then, by the thread that counts."""
+        """Let other processes see now what was counted here, and not a little later; in the thread that counts."""
         if self._shared:
             self._shared.write()
 

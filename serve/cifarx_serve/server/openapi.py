@@ -218,7 +218,7 @@ def _other_paths() -> dict[str, Any]:
         },
         "/metrics": {
             "get": {
-                **_operation("metrics", "Figures of every worker, for Prometheus", "", None, {}, secured=True),
+                **_operation("metrics", "Figures of every worker, for Prometheus", "As text", None, {}, secured=True),
                 "responses": {
                     "200": {"description": "Prometheus's text format", "content": {"text/plain": {}}},
                     "401": {"description": _REFUSED["401"]},

@@ -18,9 +18,6 @@ from cifarx_serve.spec import ModelSpec
 
 _VERSION_DIGITS: Final = 12
 
-_ON_CPU: Final = ("CPUExecutionProvider", "cpu")
-"""What ONNX Runtime and PyTorch call it."""
-
 
 class ModelRecord(msgspec.Struct, frozen=True):
     """What the server says about a model: `version` is the start of the file's sha256."""
@@ -80,9 +77,9 @@ class ServedModel:
         return f"{Path(self._file).suffix.lstrip('.') or 'model'}_{self._backend.name}"
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether calls of it take this process's own CPUs, and may come from any thread."""
-        return self._backend.provider in _ON_CPU
+    def is_steady(self) -> bool:
+        """Whether it takes this process's own CPUs, for every image about as long: its images have one size."""
+        return self._backend.provider == "CPUExecutionProvider" and not self.spec.embedded_preprocessing
 
     def record(self) -> ModelRecord:
         """What there is to say about it."""

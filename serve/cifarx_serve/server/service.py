@@ -22,7 +22,7 @@ State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 _LOOK_S: Final = 0.02
 
 _AT_ONCE_S: Final = 5e-3
-"""Other requests are not read for so long; a thread that computes keeps the interpreter from them as long at times."""
+"""Other requests are not read for so long; by default Python lets a thread have the interpreter for as long."""
 
 
 class Serving:
@@ -42,7 +42,7 @@ class Serving:
             limits.max_queue,
             limits.deadline_s,
             metrics.of_model(model.name),
-            _AT_ONCE_S if model.on_cpu and settings.threads == 1 else 0.0,
+            _AT_ONCE_S if model.is_steady and settings.threads == 1 else 0.0,
         )
 
     def __enter__(self) -> Self:

@@ -27,7 +27,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_body_bytes: of a request; past it 413.
         max_pixels: of one image, before it is decoded; past it 413. Of all of a request that a model resizes itself.
         max_images: of one request; past it 413.
-        max_connections: open at a time; more wait to be accepted.
+        max_connections: open at a time; one that was quiet for a second makes room, else more wait to be accepted.
         header_timeout_s: for a request's head to arrive; past it the connection is closed.
         body_timeout_s: for its body; past it 408.
         keep_alive_s: between two requests of a connection.

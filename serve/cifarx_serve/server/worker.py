@@ -26,9 +26,6 @@ _PROBE_S: Final = 1.0
 _PROBES: Final = 5
 """A model that has failed is tried so often, at most every `_PROBE_S`; then the process ends, and another begins."""
 
-_WRITE_S: Final = 0.1
-"""How late the other workers' metrics may have what this one counted."""
-
 FAILED: Final = 70
 """The exit status of a worker whose model has failed for good (EX_SOFTWARE of sysexits.h)."""
 
@@ -62,7 +59,6 @@ class Worker:
         loop.add_reader(sys.stdin.fileno(), self._hear)
         if self._at_once:
             self._server.start()
-        writing = asyncio.create_task(self._write_figures())
         opening = asyncio.create_task(self._service.open())
         ending = asyncio.create_task(self._ending.wait())
         await asyncio.wait([opening, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -75,7 +71,6 @@ class Worker:
             await ending
             watching.cancel()
         await self._end()
-        writing.cancel()
         return FAILED if self._failed else 0
 
     async def _end(self) -> None:
@@ -84,11 +79,6 @@ class Worker:
         self._metrics.write()
         if self._log:
             self._log.flush()
-
-    async def _write_figures(self) -> None:
-        while True:
-            await asyncio.sleep(_WRITE_S)
-            self._metrics.write()
 
     async def _watch(self) -> None:
         """Whether the models answer; a process in which one does not is of no use."""
