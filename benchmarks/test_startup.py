@@ -11,7 +11,7 @@ from limits import require
 from measured_models import Models
 from PIL import Image
 
-ROUNDS = 10
+ROUNDS = 20
 MAX_RATIO = 1.25
 
 TORCH_ROUNDS = 3
