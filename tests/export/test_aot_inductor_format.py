@@ -129,6 +129,18 @@ def test_it_answers_as_the_network_at_any_batch(compiled: Compiled, loaded: Chec
 
 
 @pytest.mark.slow
+def test_nothing_of_an_open_one_lies_in_the_temporary_folder(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed would leave it there."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with AotInductorBackend(compiled.path, CPU) as backend:
+        assert list(tmp_path.iterdir()) == []
+        assert backend.run(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)
+
+
+@pytest.mark.slow
 def test_one_that_this_process_did_not_compile_needs_the_users_word(compiled: Compiled) -> None:
     code = (
         "import sys; from pathlib import Path; import numpy as np; from cifarx_serve.devices import Device\n"

@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from cifarx_serve.backends import aot_inductor_backend
 from cifarx_serve.backends.aot_inductor_backend import SPEC_FILE, TRUST, AotInductorBackend, target_machine, trust
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import DeviceError, ModelFileError, SpecError, UsageError
+from cifarx_serve.errors import DeviceError, ModelFileError, OutputError, SpecError, UsageError
 from cifarx_serve.spec import InputSpec, ModelSpec
 
 CPU = Device("cpu")
@@ -172,6 +173,17 @@ def test_a_package_that_the_library_cannot_load(
         AotInductorBackend(package, CPU)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr().out == ""
+
+
+def test_no_temporary_folder_is_told(
+    tmp_path: Path, this_machine: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = packed(entries(msgspec.structs.replace(SPEC, exporter=this_machine)), tmp_path / "x.aoti.pt2")
+    monkeypatch.setenv(TRUST, "1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(OutputError, match=r"cannot unpack .*x\.aoti\.pt2 .*No such file") as raised:
+        AotInductorBackend(package, CPU)
+    assert "TMPDIR" in raised.value.remedy
 
 
 STRANGE = [

@@ -11,6 +11,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.torch_backend import TorchBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import DeviceError, ModelFileError, UsageError
+from cifarx_serve.errors import DeviceError, ModelFileError, OutputError, UsageError
 from cifarx_serve.spec import ModelSpec
 
 SPEC_FILE: Final = "cifarx_spec.json"
@@ -34,7 +35,7 @@ CPU_KEY: Final = "cpu"
 _MAX_SPEC_BYTES: Final = 1 << 24
 
 # All that an export writes, in the one folder that every entry of a PyTorch archive lies in. Nothing else is let
-# through to the library, which unpacks a package into a temporary folder and would also read pickles there.
+# through to the library, which would also read pickles there.
 _ENTRY: Final = re.compile(
     r"[A-Za-z0-9_-]+/(?:\.data/(?:version|serialization_id)|version|byteorder|archive_format|archive_version"
     rf"|extra/{re.escape(SPEC_FILE)}|data/aotinductor/model/[A-Za-z0-9_]+\.[a-z]+(?:\.so|_metadata\.json))"
@@ -63,10 +64,17 @@ class AotInductorBackend(TorchBackend):
 
         place = torch_device(Device("cpu"))
         _require_same_machine(self.spec, path)
+        # Unpacked here: the library keeps what it unpacks until the model is freed, and so for ever if the process is
+        # ended first, as a server's worker is. Code that is loaded needs its file no more.
         try:
-            # Not `torch._inductor.aoti_load_package`: it imports the whole compiler to load what is compiled.
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-        except Exception as error:  # what its C++ raises has no common base
+            with TemporaryDirectory(prefix="cifarx_aoti_") as folder:
+                _unpack(path, folder)
+                # Not `torch._inductor.aoti_load_package`: it imports the whole compiler to load what is compiled.
+                loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", False, 1, -1)
+        except OSError as error:
+            problem = f"cannot unpack {path} in the temporary folder ({error.strerror or error})"
+            raise OutputError(problem, "make room there, or name another in TMPDIR") from error
+        except Exception as error:  # what zipfile and the library's C++ raise has no common base
             _refuse(path, (str(error).strip() or type(error).__name__).splitlines()[0], error)
         self._hold(loader, place)
 
@@ -152,6 +160,12 @@ def _problem(entries: list[zipfile.ZipInfo], size: int) -> str | None:
     if sum(entry.file_size for entry in entries) > size:
         return "entries that overlap"
     return None
+
+
+def _unpack(path: Path, folder: str) -> None:
+    """A package whose entries were found to be no others than an export writes."""
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
 
 
 def _refuse(path: Path, reason: str, cause: Exception | None = None) -> NoReturn:
