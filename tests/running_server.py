@@ -194,7 +194,8 @@ def wait_until(holds: Callable[[], object], problem: Callable[[], str] = lambda:
 
 @contextmanager
 def starting(folder: Path, *arguments: object, **environment: str) -> Iterator[Running]:
-    """`cifarx serve ARGUMENTS`, on a free port of loopback; it may not yet be ready. Its streams go to the folder.
+    """`cifarx serve ARGUMENTS`, on a free port of loopback; it may not yet be ready. Its streams go to the folder,
+    and what it leaves behind when it is killed.
 
     In a process group of its own, as a terminal has it, and with warnings that are errors.
     """
@@ -208,7 +209,7 @@ def starting(folder: Path, *arguments: object, **environment: str) -> Iterator[R
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            env={**os.environ, "PYTHONWARNINGS": "error", **environment},
+            env={**os.environ, "PYTHONWARNINGS": "error", "TMPDIR": str(folder), **environment},
             start_new_session=True,
         )
     running = Running(process, folder)
