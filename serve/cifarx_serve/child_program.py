@@ -30,15 +30,16 @@ class ChildProgram:
 
     Args:
         module: what the process runs, as `python -m` would, with this process's modules and current folder.
+        environment: variables that it has beyond this process's.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, **environment: str) -> None:
         self._process = subprocess.Popen(
             child_command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pipesize=_PIPE_BYTES,
-            env=child_environment(),
+            env={**child_environment(), **environment},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -71,6 +71,12 @@ def test_it_is_what_this_process_would_have_read(started: DecodingProcesses, fil
     assert sum(isinstance(image, ImageError) for image in found) == 2
 
 
+def test_each_has_one_thread(started: DecodingProcesses) -> None:
+    """Of numpy's own, which are for matrices, there would be one a CPU."""
+    assert started._free.qsize() == 2
+    assert [child.num_threads() for child in _children()] == [1, 1]
+
+
 def test_all_may_be_broken(started: DecodingProcesses, files: list[str]) -> None:
     found = started.decode([files[-2]] * 3)
     assert found is not None

@@ -17,6 +17,7 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.seal import seal
 from cifarx_serve.server.served_model import file_version
 from cifarx_serve.server.supervisor import listen
+from cifarx_serve.threads import available_cpus
 
 # Servers of several processes, each a second to start.
 pytestmark = pytest.mark.slow
@@ -111,6 +112,15 @@ def test_may_be_ended_before_it_is_ready(tmp_path: Path, plugin: str, number: in
         os.killpg(server.process.pid, number)
         assert ended_well(server)
         assert server.err == ""
+
+
+def test_numpy_has_the_threads_of_a_worker(tmp_path: Path, onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says how many."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    with two(tmp_path, onnx) as server:
+        assert server.workers()[0].environ()["OPENBLAS_NUM_THREADS"] == str(max(1, available_cpus() // 2))
+    with two(tmp_path, onnx, OPENBLAS_NUM_THREADS="3") as server:
+        assert server.workers()[0].environ()["OPENBLAS_NUM_THREADS"] == "3"
 
 
 def test_the_workers_end_with_it(tmp_path: Path, onnx: Path) -> None:
