@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cifarx_serve.errors import UsageError
@@ -213,6 +213,7 @@ def test_a_recipe_survives_as_plain_data(chosen: Recipe) -> None:
 
 
 @given(chosen=recipes())
+@example(chosen=Recipe(name="none", epochs=1, batch_size=1, learning_rate=1.0))
 def test_a_recipe_survives_as_a_file(tmp_path_factory: pytest.TempPathFactory, chosen: Recipe) -> None:
     path = written(tmp_path_factory.mktemp("recipe"), chosen.to_toml())
     assert recipe(path) == chosen

@@ -144,6 +144,10 @@ NETWORK_RECIPES: Final = {
 }
 
 
+_OPTIONAL: Final = frozenset(field.name for field in msgspec.structs.fields(Recipe) if field.default is None)
+"""What a recipe may leave out; elsewhere the text "none" is a value, as of a name."""
+
+
 def recipe(name: str, model: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by name or from a TOML file, with what is given in place of its own values.
 
@@ -172,7 +176,10 @@ def changed(values: Mapping[str, Any], overrides: Mapping[str, Any], origin: str
         if field not in fields:
             raise unknown("recipe field", field, fields)
     try:
-        settled = {field: None if value == "none" else value for field, value in {**values, **given}.items()}
+        settled = {
+            field: None if field in _OPTIONAL and value == "none" else value
+            for field, value in {**values, **given}.items()
+        }
         return msgspec.convert(settled, Recipe, strict=False)
     except msgspec.ValidationError as error:
         raise UsageError(
