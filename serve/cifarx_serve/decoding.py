@@ -74,7 +74,7 @@ class DecodingProcesses:
 
     def _start(self) -> ChildProgram:
         """A process that will be free as soon as it is ready."""
-        process = ChildProgram(_PROGRAM, OPENBLAS_NUM_THREADS="1")  # else numpy starts a thread a CPU in each
+        process = ChildProgram(_PROGRAM, numpy_threads=1)
         process.send(msgspec.json.encode(self._spec))
 
         def wait() -> None:

@@ -38,8 +38,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def started(files: list[str]) -> Iterator[DecodingProcesses]:
+def started(files: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[DecodingProcesses]:
     """Two processes, both ready."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     with closing(DecodingProcesses(SPEC, 2)) as processes:
         assert processes.decode(files[:1] * (START + 1)) is None
         _wait_for(lambda: processes._free.qsize() == 2)

@@ -68,7 +68,8 @@ class AotInductorBackend(TorchBackend):
         # ended first, as a server's worker is. Code that is loaded needs its file no more.
         try:
             with TemporaryDirectory(prefix="cifarx_aoti_") as folder:
-                _unpack(path, folder)
+                with zipfile.ZipFile(path) as archive:
+                    archive.extractall(folder)
                 # Not `torch._inductor.aoti_load_package`: it imports the whole compiler to load what is compiled.
                 loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", False, 1, -1)
         except OSError as error:
@@ -160,12 +161,6 @@ def _problem(entries: list[zipfile.ZipInfo], size: int) -> str | None:
     if sum(entry.file_size for entry in entries) > size:
         return "entries that overlap"
     return None
-
-
-def _unpack(path: Path, folder: str) -> None:
-    """A package whose entries were found to be no others than an export writes."""
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(folder)
 
 
 def _refuse(path: Path, reason: str, cause: Exception | None = None) -> NoReturn:

@@ -23,9 +23,6 @@ from cifarx_serve.server.settings import SHARED_FIGURES, Settings
 from cifarx_serve.server.start import ALL_READY, READY, Start
 
 _PROGRAM: Final = "cifarx_serve.server.worker"
-_NUMPY_THREADS: Final = "OPENBLAS_NUM_THREADS"
-"""Else numpy starts one a CPU in every worker, a quarter of what its start takes on two CPUs."""
-
 _BACKLOG: Final = 1024
 _WATCH_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.25
@@ -149,7 +146,7 @@ class Supervisor:
             *child_command(_PROGRAM),
             stdin=asyncio.subprocess.PIPE,
             pass_fds=(listener, writing),
-            env={_NUMPY_THREADS: str(self._settings.threads), **child_environment(), SHARED_FIGURES: folder},
+            env={**child_environment(self._settings.threads), SHARED_FIGURES: folder},
             process_group=0,  # the keys of a terminal reach the supervisor alone
         )
         os.close(writing)
