@@ -4,14 +4,14 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from limits import LimitMissed
-from measured_models import Models, exported
 from rich.console import Console
 from rich.table import Table
 
-from cifarx.benchmark_report import environment_line
-from cifarx_serve.environment import environment
-from cifarx_train.run import train
+from benchmarks.support.limits import LimitMissed
+from benchmarks.support.measured_models import Models, exported
+from cifarx.bench_report.writers import environment_line
+from cifarx_serve.system.environment import environment
+from cifarx_train.train import train
 
 _ROWS = pytest.StashKey[list[tuple[str, ...]]]()
 _TABLES = pytest.StashKey[list[Table]]()

@@ -12,13 +12,13 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from cifarx.console import note
-from cifarx_export.exporting import Exported, export
-from cifarx_export.formats import FORMATS, PRECISIONS
-from cifarx_serve.environment import environment
+from cifarx.output.console import note
+from cifarx_export.export import Exported, export
+from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_serve.errors import CifarxError
 from cifarx_serve.spec import ParitySummary
-from cifarx_train.checkpoint import load_checkpoint
+from cifarx_serve.system.environment import environment
+from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
 HEADINGS = ("format", "precision", "MB", "max abs error", "agreement", "accuracy", "")
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from measured_models import Models, exported, untrained
 from numpy.typing import NDArray
 
-from cifarx_export.comparison import find_flips
-from cifarx_export.gates import GATES
+from benchmarks.support.measured_models import Models, exported, untrained
+from cifarx_export.parity.metrics import find_flips
+from cifarx_export.parity.tolerances import GATES
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.benchmark import BenchmarkReport, benchmark
+from cifarx_serve.benchmarking.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.errors import DeviceError
-from cifarx_serve.preprocess import scale
+from cifarx_serve.images.preprocess import scale
 
 ROUNDS = {"lzh": {1: 500, 64: 30}, "resnet34": {1: 50, 64: 5}}
 BATCHES = (1, 64)

@@ -14,20 +14,20 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from limits import require
-from measured_models import Models
 
-from cifarx_export.exporting import export
-from cifarx_export.onnx_format import DEFAULT_OPSET
+from benchmarks.support.limits import require
+from benchmarks.support.measured_models import Models
+from cifarx_export.export import export
+from cifarx_export.formats.onnx.converter import DEFAULT_OPSET
 from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.measuring import Runner, measure
-from cifarx_serve.preprocess import scale
+from cifarx_serve.benchmarking.timing import Runner, measure
+from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import ModelSpec
-from cifarx_serve.threads import available_cpus
-from cifarx_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cifarx_serve.system.cpus import available_cpus
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cifarx_train.data.selection import ENVIRONMENT, select_data
 from cifarx_train.models.registry import network
-from cifarx_train.run import train
+from cifarx_train.train import train
 
 ROUNDS = 3
 MAX_RATIO = 2.0
@@ -131,7 +131,7 @@ def test_vgg16_is_exported_in_4_gb(tmp_path: Path, notes: list[str]) -> None:
     )
     del module, optimizer
     command = [sys.executable, "-m", "cifarx", "export", "--ckpt", str(tmp_path / "vgg16_0.pth"), "--format", "onnx"]
-    meter = [sys.executable, str(Path(__file__).with_name("process_cost.py")), "1"]
+    meter = [sys.executable, str(Path(__file__).parent / "support" / "process_cost.py"), "1"]
     measured = subprocess.run(
         [*meter, json.dumps([*command, "--data", "builtin", "--json"])], stdout=subprocess.PIPE, check=True
     )

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from limits import require
-from measured_models import Models
 
-from cifarx_serve.measuring import Runner, measure
+from benchmarks.support.limits import require
+from benchmarks.support.measured_models import Models
+from cifarx_serve.benchmarking.timing import Runner, measure
+from cifarx_serve.images.preprocess import scale
 from cifarx_serve.predictor import Predictor, load
-from cifarx_serve.preprocess import scale
 
 TURNS_S = 3.0
 MAX_ADDED_US = 15

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from http_load import Answers, Post, answer_by_answer, generator, open_load
-from limits import require
-from measured_models import Models
 from PIL import Image
 from rich.table import Table
-from server_process import ServerProcess, memory, serving
-from serving_contestants import PEERS, Contestant, others, ours, versions
 
+from benchmarks.support.http_load import Answers, Post, answer_by_answer, generator, open_load
+from benchmarks.support.limits import require
+from benchmarks.support.measured_models import Models
+from benchmarks.support.server_process import ServerProcess, memory, serving
+from benchmarks.support.serving_contestants import PEERS, Contestant, others, ours, versions
 from cifarx_serve.predictor import load
 from cifarx_train.data.selection import select_data
 from cifarx_train.models.registry import network
@@ -284,7 +284,7 @@ def _logits(server: ServerProcess, post: Post) -> np.ndarray:
 @contextmanager
 def _bare_session(model: Path, batch: int, threads: int) -> Iterator[Callable[[float], float]]:
     """A process that waits for its turns: gives images/s for seconds."""
-    program = Path(__file__).parent / "serving_peers" / "bare_session.py"
+    program = Path(__file__).parent / "peers" / "bare_session.py"
     command = [sys.executable, str(program), str(model), str(batch), str(threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from limits import require
-from measured_models import Models
 from PIL import Image
+
+from benchmarks.support.limits import require
+from benchmarks.support.measured_models import Models
 
 ROUNDS = 20
 MAX_RATIO = 1.25
@@ -87,7 +88,7 @@ def _costs(models: Models, folder: Path, text: str, model: Path, rounds: int) ->
     infer = str(Path(sys.executable).with_name("cifarx"))
     ours = [infer, "infer", str(image), "--model", str(models.files["onnxruntime"]), "--json"]
     theirs = [sys.executable, str(script), str(image), str(model)]
-    meter = [sys.executable, str(Path(__file__).with_name("process_cost.py")), str(rounds)]
+    meter = [sys.executable, str(Path(__file__).parent / "support" / "process_cost.py"), str(rounds)]
     measured = subprocess.run([*meter, json.dumps(ours), json.dumps(theirs)], stdout=subprocess.PIPE, check=True)
     found: tuple[dict[str, Any], dict[str, Any]] = tuple(json.loads(measured.stdout))
     return found

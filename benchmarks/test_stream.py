@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decode_alone import decode, decode_and_drop
-from limits import require
-from measured_models import Models
 from PIL import Image
 
+from benchmarks.support.decode_alone import decode, decode_and_drop
+from benchmarks.support.limits import require
+from benchmarks.support.measured_models import Models
+from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.predictor import load
-from cifarx_serve.preprocess import model_input
-from cifarx_serve.threads import available_cpus
+from cifarx_serve.system.cpus import available_cpus
 
 IMAGES = 10_000
 LONE = 2_000

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from limits import require
-from notes_loop import NotesLoop, OurLoop
 from torch import nn
 
-from cifarx_serve.backends.torch_device import torch_device
+from benchmarks.support.limits import require
+from benchmarks.support.notes_loop import NotesLoop, OurLoop
+from cifarx_serve.backends.torch.device import torch_device
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import DeviceError
+from cifarx_train.callbacks.base import EpochReport, Observer, RunStart
 from cifarx_train.data.dataset import LabelledImages
 from cifarx_train.data.selection import ENVIRONMENT, select_data
 from cifarx_train.models.network import Network
 from cifarx_train.models.registry import network
-from cifarx_train.observers import EpochReport, Observer, RunStart
 from cifarx_train.recipes import recipe
-from cifarx_train.run import train
+from cifarx_train.train import train
 
 ROUNDS = 6
 STEPS = {"lzh": 40, "resnet34": 4}  # a turn of some seconds on two cores

@@ -1,19 +1,27 @@
-"""What several rooms' tests need: real data where it is there, and one small trained model with its artifacts."""
+"""Fixtures shared by the tests of several rooms: real data where available, and a small trained model with its artifacts."""
 
 import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Cli, Ran
-from trained_model import Trained
+from hypothesis import settings
+
+from tests.support.command_line import Cli, Ran
+from tests.support.trained_model import Trained
 
 _SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
+# A shared machine can take longer than hypothesis expects for any one example.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
 
 def pytest_configure() -> None:
-    """Each of several test processes has a CPU of its own: PyTorch's threads would slow the others' many times."""
+    """Pin each test process to one CPU: the threads of PyTorch would slow the other processes down."""
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number and hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
@@ -22,7 +30,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test in a folder of its own, with no data set named from outside and no images kept from before."""
+    """Run each test in an empty folder, without `CIFARX_DATA` and with an empty image cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
     monkeypatch.delenv("CIFARX_DATA", raising=False)
@@ -30,27 +38,27 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def cifar10_jpeg() -> Path:
-    """CIFAR-10 as image files: `$CIFARX_DATA`, or a copy beside the project."""
+    """Return CIFAR-10 as image files: `$CIFARX_DATA`, or the copy next to the project."""
     path = Path(os.environ.get("CIFARX_DATA") or _SHARED / "cifar10-jpeg.tar.gz").absolute()
     if not path.exists():
-        pytest.skip(f"no CIFAR-10 image files: set CIFARX_DATA (looked at {path.name})")
+        pytest.skip(f"no CIFAR-10 image files: set CIFARX_DATA (not found: {path.name})")
     return path
 
 
 @pytest.fixture(scope="session")
 def dog() -> Path:
-    """A photograph of a dog, 1546x1213."""
+    """Return a photograph of a dog, 1546x1213 pixels."""
     path = (_SHARED / "dog.jpg").absolute()
     if not path.exists():
-        pytest.skip("no dog.jpg in the shared data beside the project")
+        pytest.skip("no dog.jpg in the shared data next to the project")
     return path
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Lzh after one epoch on the built-in data, exported to every format, each proof passed."""
-    from cifarx_export.exporting import export
-    from cifarx_train.run import train
+    """Train Lzh for one epoch on the built-in data and export it; every parity check passes."""
+    from cifarx_export.export import export
+    from cifarx_train.train import train
 
     folder = tmp_path_factory.mktemp("trained")
     done = train("lzh", data="builtin", epochs=1, learning_rate=0.02, out=folder)
@@ -63,8 +71,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """`cli("verify", path, "--json")` as `cifarx verify PATH --json`, in this process:
-    PyTorch takes seconds to load, and once is enough."""
+    """Run a command in this process: `cli("verify", path, "--json")` is `cifarx verify PATH --json`.
+
+    PyTorch takes seconds to import; in this process that happens once.
+    """
     from cifarx.main import main
 
     def run(*arguments: object) -> Ran:
@@ -75,5 +85,18 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
         status = ended.value.code
         assert isinstance(status, int)
         return Ran(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fresh_python() -> Callable[..., str]:
+    """Run code in a new Python process: `fresh_python(code, *arguments)` returns its standard output, stripped."""
+
+    def run(code: str, *arguments: object) -> str:
+        command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.strip()
 
     return run

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cifarx_export.exporting import export
-    from cifarx_export.verification import verify
+    from cifarx_export.export import export
+    from cifarx_export.verify import verify
     from cifarx_serve.backends.registry import read_spec
-    from cifarx_serve.benchmark import benchmark
+    from cifarx_serve.benchmarking.benchmark import benchmark
     from cifarx_serve.errors import CifarxError
     from cifarx_serve.predictor import load
-    from cifarx_train.run import train
+    from cifarx_train.train import train
 
 __version__ = "0.1.0"
 
@@ -22,12 +22,12 @@ __all__ = ["CifarxError", "benchmark", "export", "load", "read_spec", "train", "
 
 _HOMES = {
     "CifarxError": "cifarx_serve.errors",
-    "benchmark": "cifarx_serve.benchmark",
-    "export": "cifarx_export.exporting",
+    "benchmark": "cifarx_serve.benchmarking.benchmark",
+    "export": "cifarx_export.export",
     "load": "cifarx_serve.predictor",
     "read_spec": "cifarx_serve.backends.registry",
-    "train": "cifarx_train.run",
-    "verify": "cifarx_export.verification",
+    "train": "cifarx_train.train",
+    "verify": "cifarx_export.verify",
 }
 
 

@@ -9,7 +9,7 @@ import typer
 
 import cifarx_train  # noqa: F401  offers its backend, also where no entry point does
 from cifarx.app import app
-from cifarx.console import failure, note
+from cifarx.output.console import failure, note
 from cifarx_serve.errors import CifarxError, FallbackWarning
 
 # The base of every usage error; Typer exports none of its ancestors by a name that stays.

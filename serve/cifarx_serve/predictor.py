@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.errors import ImageError, UsageError
-from cifarx_serve.images import ImageSource, read_image
-from cifarx_serve.preprocess import model_input, resize
+from cifarx_serve.images.preprocess import model_input, resize
+from cifarx_serve.images.reader import ImageSource, read_image
 from cifarx_serve.spec import ModelSpec
-from cifarx_serve.threads import available_cpus
+from cifarx_serve.system.cpus import available_cpus
 
 BATCH: Final = 64
 """Images of a stream that go through the model together."""
@@ -139,8 +139,8 @@ class Predictor:
 
     def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[Prediction | ImageError]:
         """Each thread has a batch decoded and runs it: no thread waits for another, and none is shared."""
-        from cifarx_serve.ahead import ahead  # threads take 15 ms to import, and one image needs none
-        from cifarx_serve.decoding import DecodingProcesses
+        from cifarx_serve.images.decode_pool import DecodingProcesses
+        from cifarx_serve.system.prefetch import ahead  # threads take 15 ms to import, and one image needs none
 
         if self._for_threads is None:
             self._for_threads = self._backend.for_threads()

@@ -16,9 +16,9 @@ import msgspec
 from msgspec import Meta
 
 from cifarx_serve.errors import UsageError
-from cifarx_serve.images import without_pillows_warnings
-from cifarx_serve.server.composition import compose, prepare_process
-from cifarx_serve.server.request import Message, Receive, Scope, Send
+from cifarx_serve.images.reader import without_pillows_warnings
+from cifarx_serve.server.app import compose, prepare_process
+from cifarx_serve.server.http.request import Message, Receive, Scope, Send
 from cifarx_serve.server.settings import Count, Limits, Settings, served_names
 
 try:

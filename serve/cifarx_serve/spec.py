@@ -106,7 +106,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         embedded_preprocessing: whether the file itself does what `input` says: it then takes RGB pixels,
             uint8 (N, H, W, 3) of any size, in place of float32 (N, 3, height, width).
         minimum_onnxruntime: the oldest ONNX Runtime that runs the file, as "1.18"; None for other formats.
-        weights_sha256: of the weights it was made from; see `cifarx_train.checkpoint.weights_sha256`.
+        weights_sha256: of the weights it was made from; see `cifarx_train.checkpoints.checkpoint.weights_sha256`.
     """
 
     schema_version: Positive = SCHEMA_VERSION

@@ -2,9 +2,9 @@ import subprocess
 import sys
 
 import pytest
-from trained_model import Trained
 
 import cifarx
+from tests.support.trained_model import Trained
 
 
 def test_every_name_resolves() -> None:

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import Cli
 from PIL import Image
-from trained_model import Trained
+
+from tests.support.command_line import Cli
+from tests.support.trained_model import Trained
 
 
 def cifarx(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

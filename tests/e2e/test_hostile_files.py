@@ -11,11 +11,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from colour_model import SPEC, write_onnx, write_torchscript
 from onnx import TensorProto
 from PIL import Image
 
-from cifarx_serve.backends.torchscript_backend import SPEC_FILE
+from cifarx_serve.backends.torch.torchscript import SPEC_FILE
+from tests.support.colour_model import SPEC, write_onnx, write_torchscript
 
 pytestmark = [
     pytest.mark.slow,

@@ -19,16 +19,17 @@ import numpy as np
 import psutil
 import pytest
 import schemathesis
-from colour_model import SPEC, write_onnx
-from hostile_images import bombs, cut, damaged, encoded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
-from running_server import Running, request, serving, wait_until
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
+
+from tests.support.colour_model import SPEC, write_onnx
+from tests.support.hostile_images import bombs, cut, damaged, encoded
+from tests.support.running_server import Running, request, serving, wait_until
 
 pytestmark = [
     pytest.mark.slow,

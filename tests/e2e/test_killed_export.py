@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trained_model import Trained
 
-from cifarx_export.formats import FORMATS
+from cifarx_export.formats.registry import FORMATS
+from tests.support.trained_model import Trained
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,8 +32,8 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 torch.set_num_threads(1)
-from cifarx_export import exporting
-from cifarx_export.formats import FORMATS, Format
+from cifarx_export import export
+from cifarx_export.formats.registry import FORMATS, Format
 from cifarx_serve.backends.registry import backend_class
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import OutputError
@@ -51,7 +51,7 @@ def remembered(self, source):
     return conversions[key]
 
 Format.convert = remembered
-ask_reference = exporting.ask_reference
+ask_reference = export.ask_reference
 references = {}
 
 def asked(backend, data, progress):
@@ -60,10 +60,10 @@ def asked(backend, data, progress):
         references[key] = ask_reference(backend, data, progress)
     return references[key]
 
-exporting.ask_reference = asked
+export.ask_reference = asked
 
 def export(source, out):
-    return exporting.export(source, [name], data="builtin", out=out)[0]
+    return export.export(source, [name], data="builtin", out=out)[0]
 
 def content(path):
     if path.is_dir():
@@ -157,7 +157,7 @@ print(json.dumps(said))
 @pytest.fixture
 def folder(trained: Trained, tmp_path: Path) -> Path:
     """A folder with a checkpoint alone, and one of other weights beside it."""
-    from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
+    from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
     place = tmp_path / "run"
     place.mkdir()
@@ -186,7 +186,7 @@ def run(program: str, name: str, folder: Path, *more: str) -> Any:
 @pytest.fixture
 def with_last(folder: Path, request: pytest.FixtureRequest) -> Path:
     """The folder with a good artifact of the other weights."""
-    from cifarx_export.exporting import export
+    from cifarx_export.export import export
 
     name: str = request.node.callspec.params["name"]
     made = export(folder.parent / "other" / "lzh_0.pth", [name], data="builtin", out=folder)[0]

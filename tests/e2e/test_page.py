@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-from colour_model import write_onnx
 from PIL import Image
-from running_server import PROGRAM, Running, serving
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from tests.support.colour_model import write_onnx
+from tests.support.running_server import PROGRAM, Running, serving
 
 pytestmark = pytest.mark.slow
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from command_line import Ran
-from drawn_images import draw_folder
-from same_runs import same
 
 from cifarx_serve.errors import CifarxError
-from cifarx_train.checkpoint import Checkpoint, load_checkpoint
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from tests.support.command_line import Ran
+from tests.support.drawn_images import draw_folder
+from tests.support.same_runs import same
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a POSIX system's processes, signals and limits")
 
@@ -41,7 +41,7 @@ jitter = 0.2
 _PARENT = """
 import json, os, resource, signal, sys
 import PIL.PngImagePlugin, torch._dynamo, torchvision
-import cifarx.commands.train, cifarx.training_progress, cifarx_train.run
+import cifarx.commands.train, cifarx.output.training, cifarx_train.train
 from cifarx.main import main
 
 print("ready", flush=True)

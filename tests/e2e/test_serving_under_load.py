@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import pytest
 from PIL import Image
-from running_server import Client, request, serving, starting, until_ready, wait_until
-from trained_model import Trained
 
-from cifarx_serve.seal import seal
-from cifarx_serve.server.served_model import file_version
+from cifarx_serve.files.checksum import seal
+from cifarx_serve.server.inference.model import file_version
+from tests.support.running_server import Client, request, serving, starting, until_ready, wait_until
+from tests.support.trained_model import Trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
-from drawn_images import draw_folder
-from same_runs import require_same_run
 
-from cifarx_train.checkpoint import Checkpoint, load_checkpoint
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from tests.support.drawn_images import draw_folder
+from tests.support.same_runs import require_same_run
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http.aio
-from colour_model import SPEC, write_onnx
 from numpy.typing import NDArray
-from running_server import serving
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
+from cifarx_serve.images.preprocess import scale
 from cifarx_serve.predictor import load
-from cifarx_serve.preprocess import scale
+from tests.support.colour_model import SPEC, write_onnx
+from tests.support.running_server import serving
 
 pytestmark = [
     pytest.mark.slow,

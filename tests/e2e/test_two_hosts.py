@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from drawn_images import draw_folder
-from same_runs import same
 
-from cifarx_train.checkpoint import load_checkpoint
+from cifarx_train.checkpoints.checkpoint import load_checkpoint
+from tests.support.drawn_images import draw_folder
+from tests.support.same_runs import same
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +102,7 @@ def train(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_two_hosts_train_what_one_process_trains_and_go_on(hosts: list[Host], data: Path, tmp_path: Path) -> None:
-    from cifarx_train.run import train as train_here
+    from cifarx_train.train import train as train_here
 
     train_here("lzh", data=str(data), device="cpu", batch_size=50, epochs=2, out=tmp_path / "one")
     (first, out, err), (second, silent, _) = on_both(hosts, train(data, tmp_path / "two", "--epochs", "2"))
@@ -126,7 +126,7 @@ def test_two_hosts_train_what_one_process_trains_and_go_on(hosts: list[Host], da
 
 
 def test_hosts_that_do_not_share_the_folder_are_told(hosts: list[Host], data: Path, tmp_path: Path) -> None:
-    from cifarx_train.run import train as train_here
+    from cifarx_train.train import train as train_here
 
     train_here("lzh", data=str(data), device="cpu", batch_size=50, epochs=1, out=tmp_path / "first")
     lines = [train(data, tmp_path / name, "--epochs", "2", "--resume", "auto") for name in ("first", "second")]

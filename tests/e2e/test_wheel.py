@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from trained_model import Trained
+
+from tests.support.trained_model import Trained
 
 ROOT = Path(__file__).parents[2]
 

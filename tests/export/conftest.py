@@ -42,7 +42,7 @@ def stale(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with the spec of `checkpoint` and the weights of another seed."""
     import torch
 
-    from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
+    from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
     from cifarx_train.models.registry import network
 
     loaded = load_checkpoint(checkpoint)
@@ -57,9 +57,9 @@ def stale(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def proof_images(checkpoint: Path) -> Any:
     """Images of the built-in data: more than go through the small batches, and no multiple of any batch size."""
-    from cifarx_export.proof import MIN_IMAGES
-    from cifarx_export.proof_data import proof_data
-    from cifarx_train.checkpoint import load_checkpoint
+    from cifarx_export.parity.compare import MIN_IMAGES
+    from cifarx_export.parity.data import proof_data
+    from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
     whole = proof_data(load_checkpoint(checkpoint).spec, "builtin")
     assert whole.labels is not None
@@ -74,12 +74,12 @@ def decided(checkpoint: Path, proof_images: Any, tmp_path_factory: pytest.TempPa
     However little it has learned: each class is some images' answer, and few answers are close.
     """
     import torch
-    from converted import converted
 
-    from cifarx_export.proof import ask_reference
+    from cifarx_export.parity.compare import ask_reference
     from cifarx_serve.devices import Device
-    from cifarx_train.checkpoint import load_checkpoint, save_checkpoint
+    from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
     from cifarx_train.pytorch_backend import PyTorchBackend
+    from tests.support.converted import converted
 
     with PyTorchBackend(checkpoint, Device("cpu")) as backend:
         logits = torch.from_numpy(ask_reference(backend, proof_images).logits)
@@ -97,7 +97,7 @@ def decided(checkpoint: Path, proof_images: Any, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def pictures(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small image files, enough for a proof, with the class names of `checkpoint`."""
-    from cifarx_train.checkpoint import load_checkpoint
+    from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
     folder = tmp_path_factory.mktemp("data") / "pictures"
     draw_pictures(folder, load_checkpoint(checkpoint).spec.class_names)

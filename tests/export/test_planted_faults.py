@@ -8,10 +8,20 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from command_line import Cli
-from converted import converted
 from onnx import TensorProto
-from onnx_faults import (
+from torch import nn
+
+from cifarx_export.parity.compare import WHOLE_BATCH, ProofData, Reference, ask_reference, prove
+from cifarx_export.parity.tolerances import gate
+from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.devices import Device
+from cifarx_serve.spec import ModelSpec
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cifarx_train.models.registry import network
+from cifarx_train.pytorch_backend import PyTorchBackend
+from tests.support.command_line import Cli
+from tests.support.converted import converted
+from tests.support.onnx_faults import (
     Plant,
     channels_swapped,
     dropout,
@@ -41,16 +51,6 @@ from onnx_faults import (
     weights_with,
     wrong_at_batch,
 )
-from torch import nn
-
-from cifarx_export.gates import gate
-from cifarx_export.proof import WHOLE_BATCH, ProofData, Reference, ask_reference, prove
-from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.devices import Device
-from cifarx_serve.spec import ModelSpec
-from cifarx_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cifarx_train.models.registry import network
-from cifarx_train.pytorch_backend import PyTorchBackend
 
 FEW = WHOLE_BATCH + 3
 """Images that are enough to catch a fault, and quick."""

@@ -7,20 +7,20 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
-from colour_model import SPEC, write_onnx
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
-from trained_model import Trained
 
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ImageError, ModelFileError, UsageError
 from cifarx_serve.predictor import Predictor, load, softmax
 from cifarx_serve.spec import ModelSpec
-from cifarx_serve.threads import available_cpus
+from cifarx_serve.system.cpus import available_cpus
+from tests.support.colour_model import SPEC, write_onnx
+from tests.support.trained_model import Trained
 
 RED, GREEN, BLUE, CYAN, GREY = (
     Image.new("RGB", (9, 5), colour) for colour in ("red", "lime", "blue", "cyan", (77, 77, 77))

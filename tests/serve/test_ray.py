@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import yaml
-from colour_model import write_onnx
 from PIL import Image
+
+from tests.support.colour_model import write_onnx
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "docs" / "deploy" / "ray-serve.yaml"

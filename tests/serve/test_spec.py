@@ -3,12 +3,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from colour_model import SPEC
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cifarx_serve.errors import SpecError
 from cifarx_serve.spec import SCHEMA_VERSION, DataRecord, InputSpec, ModelSpec, ParitySummary, TrainingRecord
+from tests.support.colour_model import SPEC
 
 SHA256 = "0123456789abcdef" * 4
 

@@ -3,12 +3,8 @@
 from pathlib import Path
 
 import pytest
-from drawn_images import draw_folder
-from hypothesis import settings
 
-# A shared machine may take its time over any one example.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+from tests.support.drawn_images import draw_folder
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +16,7 @@ def drawn_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_on_colours(drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a real run on those images; not to be written to."""
-    from cifarx_train.run import train
+    from cifarx_train.train import train
 
     done = train("lzh", data=str(drawn_once), epochs=1, device="cpu", out=tmp_path_factory.mktemp("run"))
     return done.checkpoints[0]

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cifarx_serve.preprocess import scale
+from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import LabelledImages
-from cifarx_train.data.on_device import DeviceImages
+from cifarx_train.data.loaders.device import DeviceImages
+from cifarx_train.distributed import Ranks
 from cifarx_train.evaluation import Evaluation, Judge
-from cifarx_train.ranks import Ranks
 
 CPU = torch.device("cpu")
 CLASSES = 5

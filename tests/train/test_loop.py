@@ -10,16 +10,16 @@ from torch import nn
 from torch.nn import functional
 
 from cifarx_serve.errors import CheckFailed
-from cifarx_serve.preprocess import scale
+from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import InputSpec
+from cifarx_train.callbacks.base import Observer, StepReport
 from cifarx_train.data.dataset import LabelledImages
-from cifarx_train.data.on_device import DeviceImages
-from cifarx_train.ema import Ema
+from cifarx_train.data.loaders.device import DeviceImages
 from cifarx_train.loop import EpochEnd, Loop, require_finite
 from cifarx_train.models.registry import network
-from cifarx_train.observers import Observer, StepReport
+from cifarx_train.optim.ema import Ema
+from cifarx_train.optim.schedule import rate_factor
 from cifarx_train.recipes import Recipe, recipe
-from cifarx_train.schedule import rate_factor
 
 CPU = torch.device("cpu")
 MUON = {"optimizer": "muon", "bias_rate": 0.05, "head_rate": 0.1, "momentum": 0.6, "nesterov": True}

@@ -9,7 +9,7 @@ from cifarx_serve.backends.registry import open_backend, read_spec
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec, ModelSpec
-from cifarx_train.checkpoint import Checkpoint, save_checkpoint
+from cifarx_train.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from cifarx_train.models.registry import network
 from cifarx_train.pytorch_backend import PyTorchBackend
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.on_device import DeviceImages, ToInput
-from cifarx_train.data.streamed import StreamedImages
-from cifarx_train.ranks import Ranks
+from cifarx_train.data.loaders.device import DeviceImages, ToInput
+from cifarx_train.data.loaders.streaming import StreamedImages
+from cifarx_train.distributed import Ranks
 
 # Pixels a batch: large enough to keep any device busy, small enough for the activations of large images. The result
 # does not depend on it but for the order of the loss's sum.

@@ -11,19 +11,19 @@ from torch.nn import functional
 
 from cifarx_serve.errors import CheckFailed
 from cifarx_serve.spec import InputSpec
+from cifarx_train.callbacks.base import LOG_EVERY, Observer, StepReport
+from cifarx_train.checkpoints.rng_state import random_states, set_random_states
 from cifarx_train.cuda_graph import GraphedStep
 from cifarx_train.data.augmentation import Augmentation
-from cifarx_train.data.on_device import DeviceImages, ToInput
-from cifarx_train.data.streamed import StreamedImages
-from cifarx_train.ema import Ema
-from cifarx_train.norms import settle_norms
-from cifarx_train.observers import LOG_EVERY, Observer, StepReport
-from cifarx_train.one_pixel import skip_padding
-from cifarx_train.optimizers import Optimizers
-from cifarx_train.random_states import random_states, set_random_states
-from cifarx_train.ranks import Ranks
+from cifarx_train.data.loaders.device import DeviceImages, ToInput
+from cifarx_train.data.loaders.streaming import StreamedImages
+from cifarx_train.distributed import Ranks
+from cifarx_train.models.layers.batchnorm import settle_norms
+from cifarx_train.models.layers.full_window_conv import skip_padding
+from cifarx_train.optim.ema import Ema
+from cifarx_train.optim.optimizers import Optimizers
+from cifarx_train.optim.schedule import rate_factor
 from cifarx_train.recipes import Recipe
-from cifarx_train.schedule import rate_factor
 
 State: TypeAlias = dict[str, Any]
 

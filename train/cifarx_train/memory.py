@@ -2,7 +2,7 @@
 
 import torch
 
-from cifarx_serve.peak_memory import peak_memory as peak_memory_of_process
+from cifarx_serve.system.peak_memory import peak_memory as peak_memory_of_process
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cifarx.benchmark_baseline import DEFAULT_LIMIT
-from cifarx.benchmark_pick import EXAMPLE, nothing_line, parse_bounds, pick, picked_line
-from cifarx.console import json_result, note, result
+from cifarx.bench_report.baseline import DEFAULT_LIMIT
+from cifarx.bench_report.pick import EXAMPLE, nothing_line, parse_bounds, pick, picked_line
 from cifarx.options import Broken, DataName, DeviceName, Json
+from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from cifarx_serve.benchmark import BenchmarkReport
+    from cifarx_serve.benchmarking.benchmark import BenchmarkReport
 
 
 def command(
@@ -39,8 +39,8 @@ def command(
     json: Json = False,
 ) -> int:
     """Measure files side by side: latency, throughput, and whether they agree with the first."""
-    from cifarx.benchmark_baseline import compare, parse_limit, print_comparison, read_baseline
-    from cifarx.benchmark_report import print_report, require_report, write_report
+    from cifarx.bench_report.baseline import compare, parse_limit, print_comparison, read_baseline
+    from cifarx.bench_report.writers import print_report, require_report, write_report
 
     bounds = parse_bounds(pick_bounds) if pick_bounds is not None else ()
     limit, earlier = parse_limit(max_regression), read_baseline(baseline) if baseline else None
@@ -69,7 +69,7 @@ def command(
 
 def _measure(files: list[str], batches: list[int], device: str, data: str, broken: Broken) -> "BenchmarkReport":
     from cifarx_serve.backends.registry import read_spec
-    from cifarx_serve.benchmark import benchmark
+    from cifarx_serve.benchmarking.benchmark import benchmark
     from cifarx_train.data.selection import select_data_like
 
     spec = read_spec(files[0])

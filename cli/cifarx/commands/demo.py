@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import typer
 from PIL import Image
 
-from cifarx.console import note
+from cifarx.output.console import note
 from cifarx_serve.errors import CheckFailed
 
 # 316 steps: enough for drawings.
@@ -47,8 +47,8 @@ def _run(line: str) -> None:
 
 def _draw_images(out: Path) -> list[Path]:
     """One test drawing of each of three classes, enlarged as a photo would be, as files."""
-    from cifarx_serve.atomic import require_writable
-    from cifarx_train.data.builtin import CLASS_NAMES, draw
+    from cifarx_serve.files.atomic import require_writable
+    from cifarx_train.data.synthetic.draw import CLASS_NAMES, draw
 
     require_writable(out)
     images, labels = draw("test")

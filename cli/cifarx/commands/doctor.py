@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 import msgspec
 
-from cifarx.console import json_result, result, tick
 from cifarx.options import Json
+from cifarx.output.console import json_result, result, tick
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -31,9 +31,9 @@ def command(json: Json = False) -> int:
 def _runtime() -> Iterator[Finding]:
     import onnxruntime
 
-    from cifarx_serve.backends.onnxruntime_backend import provider_problem
+    from cifarx_serve.backends.onnxruntime.backend import provider_problem
     from cifarx_serve.devices import Device
-    from cifarx_serve.environment import environment
+    from cifarx_serve.system.environment import environment
 
     here = environment()
     yield Finding("machine", True, f"{here.system}, {here.cpu}, {here.threads} of {here.cpus} CPUs for this process")
@@ -50,7 +50,7 @@ def _pytorch() -> Iterator[Finding]:
         return
     import torch
 
-    from cifarx_serve.backends.torch_device import cuda_problem
+    from cifarx_serve.backends.torch.device import cuda_problem
 
     yield Finding("torch cpu", bool(torch.ones(2).sum() == 2), f"ran, version {torch.__version__}")
     problem = cuda_problem()

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from cifarx.console import json_result, note, result
 from cifarx.options import (
     AbsoluteTolerance,
     Broken,
@@ -16,7 +15,8 @@ from cifarx.options import (
     RelativeTolerance,
     ReportPage,
 )
-from cifarx_export.formats import FORMATS, PRECISIONS, ExportOptions, export_format
+from cifarx.output.console import json_result, note, result
+from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, export_format
 from cifarx_serve.backends.registry import model_file
 
 _FORMATS_HELP = f"{', '.join(FORMATS)}; repeat it for more."
@@ -49,7 +49,7 @@ def command(
     json: Json = False,
 ) -> int:
     """Make artifacts of a checkpoint, each proved on real images before it gets its name."""
-    from cifarx_export.exporting import export
+    from cifarx_export.export import export
 
     for name in formats:
         if export_format(name).legacy:
@@ -72,7 +72,7 @@ def command(
     if json:
         json_result([artifact.report.row() for artifact in made])
     else:
-        from cifarx.parity_lines import parity_lines
+        from cifarx.output.parity import parity_lines
 
         result("\n".join(parity_lines(artifact.report) for artifact in made))
     for artifact in made:

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from cifarx.answer_writers import Layout, answer_writer
-from cifarx.console import note
 from cifarx.options import DeviceName, Json
+from cifarx.output.console import note
+from cifarx.output.predictions import Layout, answer_writer
 from cifarx_serve.backends.registry import find_model
 from cifarx_serve.errors import ImageError, UsageError
-from cifarx_serve.image_files import STANDARD_INPUT, find_images
-from cifarx_serve.images import ImageSource
+from cifarx_serve.images.paths import STANDARD_INPUT, find_images
+from cifarx_serve.images.reader import ImageSource
 from cifarx_serve.predictor import Prediction, Predictor, load
 
 if TYPE_CHECKING:
-    from cifarx_serve.contact_sheet import ContactSheet
+    from cifarx.output.contact_sheet import ContactSheet
 
 _MANY: Final = 100
 """Images from which on a bar is shown on a terminal."""
@@ -91,7 +91,7 @@ def _sheet(target: Path | None, names: list[str]) -> "ContactSheet | None":
     """The contact sheet that is asked for; it takes the place of no image that it shows."""
     if target is None:
         return None
-    from cifarx_serve.contact_sheet import ContactSheet  # drawing is imported where something is drawn
+    from cifarx.output.contact_sheet import ContactSheet  # drawing is imported where something is drawn
 
     sheet = ContactSheet(target)
     if target.exists() and any(_is_same(target, name) for name in names):

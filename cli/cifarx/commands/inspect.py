@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from cifarx.console import json_result, result
 from cifarx.options import Json
+from cifarx.output.console import json_result, result
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.registry import model_file, read_spec
 from cifarx_serve.errors import CheckFailed
-from cifarx_serve.seal import SealState, damaged_member, read_seal
+from cifarx_serve.files.checksum import SealState, damaged_member, read_seal
 from cifarx_serve.spec import InputSpec, ModelSpec
 
 

@@ -9,17 +9,17 @@ from typing import Annotated
 
 import typer
 
-from cifarx.console import note
 from cifarx.options import DeviceName
+from cifarx.output.console import note
 from cifarx_serve.backends.cuda_libraries import has_driver
 from cifarx_serve.backends.registry import read_spec, registered_backends
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import UsageError
-from cifarx_serve.server.api_keys import ApiKeys
-from cifarx_serve.server.http_server import tls_context
+from cifarx_serve.server.http.api_keys import ApiKeys
+from cifarx_serve.server.http.listener import tls_context
+from cifarx_serve.server.processes.supervisor import Supervisor, listen
 from cifarx_serve.server.settings import Limits, Settings, served_names
-from cifarx_serve.server.supervisor import Supervisor, listen
-from cifarx_serve.threads import available_cpus
+from cifarx_serve.system.cpus import available_cpus
 
 _DEFAULT = Limits()
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cifarx.console import json_result, note, result
 from cifarx.options import Broken, DataName, DeviceName, Json
+from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
 
 
@@ -72,8 +72,8 @@ def command(
     if model is None:
         raise UsageError("no --model was given", "name a network, as --model lzh")
     note("loading PyTorch, then the data")
-    from cifarx.training_progress import training_progress
-    from cifarx_train.run import train
+    from cifarx.output.training import training_progress
+    from cifarx_train.train import train
 
     done = train(
         model,

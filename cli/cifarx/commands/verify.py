@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from cifarx.console import json_result, note, result
 from cifarx.options import (
     AbsoluteTolerance,
     Broken,
@@ -16,6 +15,7 @@ from cifarx.options import (
     RelativeTolerance,
     ReportPage,
 )
+from cifarx.output.console import json_result, note, result
 
 
 def command(
@@ -42,7 +42,7 @@ def command(
     json: Json = False,
 ) -> int:
     """Compare a file with a checkpoint or any other file again, on any data; exit 1 where it does not hold."""
-    from cifarx_export.verification import verify
+    from cifarx_export.verify import verify
 
     report = verify(
         artifact,
@@ -63,7 +63,7 @@ def command(
     if json:
         json_result([report.row()])
     else:
-        from cifarx.parity_lines import parity_lines
+        from cifarx.output.parity import parity_lines
 
         result(parity_lines(report))
     if page:

@@ -27,10 +27,10 @@ class _Target(NamedTuple):
 
 # Known without reading every installed package's metadata (30 ms), without an install, and without an import.
 _targets: dict[str, _Target] = {
-    "onnxruntime": _Target("cifarx_serve.backends.onnxruntime_backend:OnnxRuntimeBackend", (".onnx",)),
-    "torchscript": _Target("cifarx_serve.backends.torchscript_backend:TorchScriptBackend", (".torchscript.pt",)),
-    "exported_program": _Target("cifarx_serve.backends.exported_program_backend:ExportedProgramBackend", (".pt2",)),
-    "aot_inductor": _Target("cifarx_serve.backends.aot_inductor_backend:AotInductorBackend", (".aoti.pt2",)),
+    "onnxruntime": _Target("cifarx_serve.backends.onnxruntime.backend:OnnxRuntimeBackend", (".onnx",)),
+    "torchscript": _Target("cifarx_serve.backends.torch.torchscript:TorchScriptBackend", (".torchscript.pt",)),
+    "exported_program": _Target("cifarx_serve.backends.torch.exported_program:ExportedProgramBackend", (".pt2",)),
+    "aot_inductor": _Target("cifarx_serve.backends.torch.aot_inductor:AotInductorBackend", (".aoti.pt2",)),
 }
 
 

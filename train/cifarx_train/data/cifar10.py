@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from cifarx_serve.errors import DataError
-from cifarx_serve.preprocess import resize
+from cifarx_serve.images.preprocess import resize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data import decoded_cache
 from cifarx_train.data.dataset import DataSet, LabelledImages, Split

@@ -25,8 +25,8 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from cifarx_serve.atomic import atomic_path, cannot_write
 from cifarx_serve.errors import FallbackWarning, OutputError
+from cifarx_serve.files.atomic import atomic_path, cannot_write
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import LabelledImages
 

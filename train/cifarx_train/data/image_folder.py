@@ -18,10 +18,10 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 from PIL import Image
 
 from cifarx_serve.errors import DataError, FallbackWarning, ImageError
-from cifarx_serve.images import read_image
-from cifarx_serve.preprocess import resize
+from cifarx_serve.images.preprocess import resize
+from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
-from cifarx_serve.threads import available_cpus
+from cifarx_serve.system.cpus import available_cpus
 from cifarx_train.data import decoded_cache
 from cifarx_train.data.dataset import Broken, DataSet, LabelledImages, Split
 from cifarx_train.data.decoded_cache import BrokenImage, Decoded, Pixels

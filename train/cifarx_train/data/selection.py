@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import DataRecord
-from cifarx_train.data.builtin_set import BuiltinSet
 from cifarx_train.data.dataset import Broken, DataSet
 from cifarx_train.data.image_folder import open_image_files
+from cifarx_train.data.synthetic.dataset import BuiltinSet
 
 ENVIRONMENT = "CIFARX_DATA"
 

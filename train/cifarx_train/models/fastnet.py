@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cifarx_serve.spec import InputSpec
+from cifarx_train.models.layers.whitening import Whitening
 from cifarx_train.models.registry import register_model
-from cifarx_train.models.whitening import Whitening
 
 _WIDTHS = (64, 256, 256)
 # Running statistics move this far with every batch: training is so short that the usual 0.1 would lag behind it.

@@ -1,0 +1,83 @@
+"""The training notes' own loop, written from its description, and ours at the same settings, a few steps at a time.
+
+The notes: a DataLoader of batch 64 over a data set that turns each image into a tensor by itself, SGD at 0.01 without
+momentum, the loss read and logged every 100 steps.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import ToTensor
+
+from cifarx_serve.spec import InputSpec
+from cifarx_train.callbacks.base import Observer
+from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.loaders.placement import place_images
+from cifarx_train.loop import Loop
+from cifarx_train.recipes import Recipe
+
+
+class SingleImages(Dataset[tuple[torch.Tensor, int]]):
+    """An image at a time through Pillow and ToTensor, as torchvision's CIFAR10 does it."""
+
+    def __init__(self, data: LabelledImages) -> None:
+        self._data = data
+        self._transform = ToTensor()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._transform(Image.fromarray(self._data.images[index])), int(self._data.labels[index])
+
+
+class NotesLoop:
+    """The notes' loop over a network; `train(steps)` goes on where it stopped, epoch after epoch."""
+
+    def __init__(self, module: nn.Module, data: LabelledImages, device: torch.device, logs: Path) -> None:
+        self._module = module.to(device).train()
+        self._device = device
+        self._loss = nn.CrossEntropyLoss().to(device)
+        self._optimizer = torch.optim.SGD(self._module.parameters(), lr=0.01)
+        self._loader = DataLoader(SingleImages(data), batch_size=64, shuffle=True)
+        self._writer = SummaryWriter(str(logs))
+        self._step = 0
+        self._endless = self._steps()
+
+    def train(self, steps: int) -> None:
+        for _ in islice(self._endless, steps):
+            pass
+
+    def _steps(self) -> Iterator[None]:
+        while True:
+            for images, labels in self._loader:
+                inputs, targets = images.to(self._device), labels.to(self._device)
+                loss = self._loss(self._module(inputs), targets)
+                self._optimizer.zero_grad()
+                loss.backward()
+                self._optimizer.step()
+                self._step += 1
+                if self._step % 100 == 0:
+                    self._writer.add_scalar("train_loss", loss.item(), self._step)
+                yield
+
+
+class OurLoop:
+    """Ours over a network by a recipe; `train(steps)` goes on where it stopped."""
+
+    def __init__(
+        self, module: nn.Module, data: LabelledImages, spec: InputSpec, recipe: Recipe, device: torch.device
+    ) -> None:
+        self._loop = Loop(module.to(device), place_images(data, device), spec, recipe, device=device)
+
+    def train(self, steps: int) -> None:
+        last = self._loop.step + steps
+        while self._loop.step < last:
+            for _ in self._loop.epochs(Observer(), lambda: self._loop.step >= last):
+                pass

@@ -1,0 +1,1 @@
+"""Reports of `cifarx bench`: tables, plots, pages, baselines and the pick."""

@@ -1,0 +1,1 @@
+"""What the commands print: notes, tables, predictions, parity reports and training progress."""

@@ -1,0 +1,1 @@
+"""Conversion to ONNX, and what is done to the graph afterwards."""

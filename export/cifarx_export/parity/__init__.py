@@ -1,0 +1,1 @@
+"""The parity check: whether an artifact answers as its reference."""

@@ -1,0 +1,1 @@
+"""Latency and throughput measurements, one process per file."""

@@ -1,0 +1,1 @@
+"""The HTTP API: routes, schemas, the Open Inference Protocol and the pages."""

@@ -1,0 +1,1 @@
+"""HTTP: connections, requests, multipart forms, API keys and the access log."""

@@ -1,0 +1,1 @@
+"""The processes of a server: the supervisor and its workers."""

@@ -1,0 +1,1 @@
+"""The machine and the process: CPUs, memory, versions and worker processes."""

@@ -1,0 +1,226 @@
+"""One package, compiled once: what it answers, what is inside, and what it leaves behind."""
+
+import getpass
+import os
+import re
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from cifarx_export.formats import aot_inductor
+from cifarx_export.formats.aot_inductor import AotInductorArtifact, convert_to_aot_inductor
+from cifarx_serve.backends.torch.aot_inductor import SPEC_FILE, TRUST, AotInductorBackend, target_machine
+from cifarx_serve.devices import Device
+from cifarx_serve.errors import ModelFileError, UsageError
+from cifarx_serve.spec import ModelSpec
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from tests.support.conversion_source import source_of
+
+CPU = Device("cpu")
+
+pytestmark = pytest.mark.timeout(900)  # a busy machine compiles for minutes
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here."""
+    if target_machine() is None:
+        return "AOTInductor packages are for Linux on x86-64 with AVX2"
+    try:
+        aot_inductor._require_compiler()
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(checkpoint)
+
+
+class Compiled(NamedTuple):
+    artifact: AotInductorArtifact
+    spec: ModelSpec
+    path: Path
+    left: list[str]
+    printed: str
+
+
+@contextmanager
+def printing_to(path: Path) -> Iterator[None]:
+    """What this process prints, and what a compiler that it starts prints, in a file."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    with path.open("wb") as file:
+        for number in kept:
+            os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, descriptor in kept.items():
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+@pytest.fixture(scope="module")
+def compiled(loaded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Compiling takes about a minute; what it prints and leaves behind is kept to be looked at."""
+    if reason := why_not():
+        pytest.skip(reason)
+    folder, temporary = tmp_path_factory.mktemp("aoti"), tmp_path_factory.mktemp("temporary")
+    source = source_of(loaded)
+    with pytest.MonkeyPatch.context() as patch, printing_to(folder / "printed"):
+        patch.setattr(tempfile, "tempdir", str(temporary))
+        patch.chdir(temporary)
+        artifact = convert_to_aot_inductor(source)
+    path = folder / "a-name-to-look-for.aoti.pt2"
+    spec = artifact.describe(source.spec)
+    artifact.save(path, spec)
+    return Compiled(artifact, spec, path, [left.name for left in temporary.iterdir()], (folder / "printed").read_text())
+
+
+def entries(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def test_no_compiler_is_told_before_the_work(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot_inductor, "target_machine", lambda: "linux x86_64 avx2")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match="no no-such-compiler") as raised:
+        convert_to_aot_inductor(source_of(loaded))
+    assert "CXX" in raised.value.remedy
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match=r"no g\+\+"):
+        convert_to_aot_inductor(source_of(loaded))
+
+
+def test_another_kind_of_machine_is_told(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot_inductor, "target_machine", lambda: None)
+    with pytest.raises(UsageError, match="x86-64 with AVX2"):
+        convert_to_aot_inductor(source_of(loaded))
+
+
+@pytest.mark.slow
+def test_it_answers_as_the_network_at_any_batch(compiled: Compiled, loaded: Checkpoint) -> None:
+    module = loaded.build()
+    with AotInductorBackend(compiled.path, CPU) as backend:
+        assert (backend.provider, backend.spec) == ("cpu", compiled.spec)
+        for size in (1, 2, 3, 64, 1000):
+            batch = np.random.default_rng(size).random((size, 3, 32, 32), np.float32)
+            with torch.inference_mode():
+                expected = module(torch.from_numpy(batch)).numpy()
+            logits = backend.run(batch)
+            assert (logits.dtype, logits.shape) == (np.float32, (size, 10))
+            np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+            strided = np.ascontiguousarray(batch.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+            np.testing.assert_array_equal(backend.run(strided), logits)
+
+
+@pytest.mark.slow
+def test_nothing_of_an_open_one_lies_in_the_temporary_folder(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed would leave it there."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with AotInductorBackend(compiled.path, CPU) as backend:
+        assert list(tmp_path.iterdir()) == []
+        assert backend.run(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_one_that_this_process_did_not_compile_needs_the_users_word(compiled: Compiled) -> None:
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from cifarx_serve.devices import Device\n"
+        "from cifarx_serve.backends.torch.aot_inductor import AotInductorBackend\n"
+        "with AotInductorBackend(Path(sys.argv[1]), Device('auto')) as backend:\n"
+        "    print(backend.run(np.zeros((1, 3, 32, 32), np.float32)).shape)\n"
+        "    assert 'torch._inductor' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != TRUST}
+    command = [sys.executable, "-c", code, str(compiled.path)]
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert refused.returncode != 0
+    assert f"set {TRUST}=1" in refused.stderr
+    trusted = subprocess.run(command, check=True, capture_output=True, text=True, env={**environment, TRUST: "1"})
+    assert trusted.stdout == "(1, 10)\n"
+
+
+@pytest.mark.slow
+def test_the_spec_says_what_it_was_compiled_for(compiled: Compiled) -> None:
+    assert AotInductorBackend.read_spec(compiled.path) == compiled.spec
+    exporter = compiled.spec.exporter or {}
+    assert exporter["cpu"] == "linux x86_64 avx2"
+    assert exporter["torch"] == str(torch.__version__)
+
+
+@pytest.mark.slow
+def test_the_code_asks_for_no_more_than_the_spec_says(compiled: Compiled) -> None:
+    (metadata,) = {value for name, value in entries(compiled.path).items() if name.endswith("_metadata.json")}
+    assert msgspec.json.decode(metadata)["AOTI_CPU_ISA"] == "AVX2"
+
+
+@pytest.mark.slow
+def test_a_spec_of_another_torch_is_refused(compiled: Compiled, tmp_path: Path) -> None:
+    other = msgspec.structs.replace(compiled.spec, exporter={**(compiled.spec.exporter or {}), "torch": "2.11.0"})
+    compiled.artifact.save(tmp_path / "other.aoti.pt2", other)
+    with pytest.raises(ModelFileError, match=r"torch 2\.11\.0"):
+        AotInductorBackend(tmp_path / "other.aoti.pt2", CPU)
+
+
+@pytest.mark.slow
+def test_nothing_of_this_machine_is_inside(compiled: Compiled) -> None:
+    content = compiled.path.read_bytes()
+    folders = {
+        Path.home(),
+        Path(__file__).parents[3],
+        Path(sys.prefix),
+        Path(sysconfig.get_path("purelib")),
+        Path(tempfile.gettempdir()),
+        compiled.path.parent.parent,
+    }
+    for folder in folders - {Path("/")}:
+        assert os.fsencode(folder) + b"/" not in content
+    assert b"a-name-to-look-for" not in content
+    assert b"site-packages" not in content
+    text = b"\n".join(re.findall(rb"[\x20-\x7e]{6,}", content)).decode()
+    for name in (getpass.getuser(), socket.gethostname()):
+        assert not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text)
+
+
+@pytest.mark.slow
+def test_the_archive_holds_a_library_and_no_source(compiled: Compiled) -> None:
+    names = set(entries(compiled.path))
+    assert not any(name.endswith((".cpp", ".h", ".o", ".pkl")) for name in names)
+    assert len([name for name in names if name.endswith(".so")]) == 1
+    with zipfile.ZipFile(compiled.path) as archive:
+        assert archive.testzip() is None
+
+
+@pytest.mark.slow
+def test_saving_again_changes_nothing_but_the_spec(compiled: Compiled, tmp_path: Path) -> None:
+    other = msgspec.structs.replace(compiled.spec, checkpoint_sha256="0" * 64)
+    compiled.artifact.save(tmp_path / "other.aoti.pt2", other)
+    first, second = entries(compiled.path), entries(tmp_path / "other.aoti.pt2")
+    assert {name for name in first if first[name] != second[name]} == {f"extra/{SPEC_FILE}"}
+    assert first.keys() == second.keys()
+    compiled.artifact.save(tmp_path / "again.aoti.pt2", compiled.spec)
+    assert (tmp_path / "again.aoti.pt2").read_bytes() == compiled.path.read_bytes()
+
+
+@pytest.mark.slow
+def test_compiling_prints_nothing_and_leaves_nothing(compiled: Compiled) -> None:
+    assert compiled.printed == ""
+    assert compiled.left == []

@@ -1,0 +1,341 @@
+"""The proof: its figures, its tolerances and what it forgives. The faults it catches are in `test_planted_faults`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from cifarx_export.export import CPU
+from cifarx_export.parity.compare import (
+    BATCH_SIZES,
+    Proof,
+    ProofData,
+    Reference,
+    ask_reference,
+    prove,
+    proved_batch_sizes,
+)
+from cifarx_export.parity.error_analysis import WorstImage
+from cifarx_export.parity.tolerances import Gate, gate
+from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.errors import DataError, UsageError
+from cifarx_serve.images.preprocess import scale
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cifarx_train.pytorch_backend import PyTorchBackend
+from tests.support.converted import converted
+from tests.support.onnx_faults import (
+    edited,
+    entry_with,
+    frozen_batch,
+    node,
+    output_through,
+    weights_with,
+    wrong_at_batch,
+)
+
+IMAGES = 1003
+"""Of `proof_images`."""
+
+FEW = BATCH_SIZES[-1] + 3
+
+SPECS = {"class names", "preprocessing"}
+RUNS = {"batch 1", "batch 3", "batch 64", "edge inputs"}
+NUMBERS = {"finite", "tolerance", "agreement"}
+
+LAST_WEIGHT_OFF = [entry_with((9, 63), lambda value: value + 1e-2, "model.8.weight")]
+NAN_IN_A_BIAS = [entry_with((3,), lambda _: float("nan"), "model.8.bias")]
+NINE_CLASSES = [
+    *(weights_with(f"model.8.{part}", lambda values: values[:9]) for part in ("weight", "bias")),
+    output_through(lambda: [node("Identity", "raw", "logits")], shape=("batch", 9)),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(decided: Path, proof_images: ProofData) -> Reference:
+    asked = ask(decided, proof_images)
+    assert set(asked.logits.argmax(1)) == set(range(10))
+    return asked
+
+
+@pytest.fixture(scope="module")
+def good_onnx(decided: Path) -> Path:
+    return decided.with_suffix(".onnx")
+
+
+@pytest.fixture(scope="module")
+def good_torchscript(decided: Path) -> Path:
+    return converted(decided, "torchscript", decided.with_suffix(".torchscript.pt"))
+
+
+@pytest.fixture(scope="module")
+def brief(reference: Reference) -> Reference:
+    return briefly(reference)
+
+
+def briefly(reference: Reference) -> Reference:
+    """Of the first images alone: enough to catch a fault, and quick."""
+    data = reference.data
+    assert data.labels is not None
+    return reference._replace(
+        data=data._replace(images=data.images[:FEW], labels=data.labels[:FEW]), logits=reference.logits[:FEW]
+    )
+
+
+LastLayer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def with_last_layer(loaded: Checkpoint, change: LastLayer) -> Checkpoint:
+    state = {key: value.clone() for key, value in loaded.model.items()}
+    state["model.8.weight"], state["model.8.bias"] = change(state["model.8.weight"], state["model.8.bias"])
+    return loaded._replace(model=state)
+
+
+def checkpoint_with(source: Path, change: LastLayer) -> Path:
+    """A copy of a checkpoint in the current folder, with another last layer."""
+    save_checkpoint(Path("edited.pth"), with_last_layer(load_checkpoint(source), change))
+    return Path("edited.pth")
+
+
+def ask(checkpoint: Path, data: ProofData) -> Reference:
+    with PyTorchBackend(checkpoint, CPU) as backend:
+        return ask_reference(backend, data)
+
+
+def proof_of(path: Path, reference: Reference, limits: Gate | None = None) -> Proof:
+    with open_backend(path, device="cpu") as backend:
+        return prove(reference, backend, limits or gate("fp32"))
+
+
+def failed(proof: Proof) -> set[str]:
+    return {check.name for check in proof.failures}
+
+
+def found(proof: Proof, name: str) -> str:
+    return next(check.found for check in proof.checks if check.name == name)
+
+
+def worst_of(path: Path, reference: Reference) -> WorstImage:
+    evidence = proof_of(path, reference).evidence
+    assert evidence is not None
+    return evidence.worst[0]
+
+
+@pytest.mark.parametrize("kind", ["good_onnx", "good_torchscript"])
+def test_a_good_artifact_passes_every_check(kind: str, brief: Reference, request: pytest.FixtureRequest) -> None:
+    proof = proof_of(request.getfixturevalue(kind), brief)
+    assert proof.passed
+    assert proof.failures == []
+    stated = {"interface"} if kind == "good_onnx" else set()  # TorchScript files do not state their inputs
+    assert {check.name for check in proof.checks} == SPECS | stated | RUNS | NUMBERS
+    summary = proof.summary
+    assert (summary.images, summary.batch_sizes) == (FEW, BATCH_SIZES)
+    assert (summary.agreement, summary.forgiven, summary.nonfinite) == (1.0, 0, 0)
+    assert summary.accuracy == summary.reference_accuracy
+    assert (summary.atol, summary.rtol) == (1e-4, 1e-4)
+    assert (summary.data, summary.data_fingerprint) == (brief.data.name, brief.data.fingerprint)
+
+
+def test_what_does_not_run_says_so(good_onnx: Path, brief: Reference) -> None:
+    proof = proof_of(edited(good_onnx, [frozen_batch(2)]), brief)
+    for name in RUNS:
+        assert found(proof, name).startswith("does not run: ")
+    summary = proof.summary
+    assert (summary.max_abs_error, summary.required_tolerance, summary.accuracy) == (None, None, None)
+    assert summary.agreement == 0.0
+    assert proof.evidence is None
+
+
+def test_a_wrong_shape_is_told_beside_the_right_one(good_onnx: Path, brief: Reference) -> None:
+    proof = proof_of(edited(good_onnx, NINE_CLASSES), brief)
+    assert found(proof, "batch 64") == f"float32 ({FEW}, 9) instead of float32 ({FEW}, 10)"
+
+
+def test_a_proof_with_nan_is_still_a_json_document(good_onnx: Path, brief: Reference) -> None:
+    proof = proof_of(edited(good_onnx, NAN_IN_A_BIAS), brief)
+    assert proof.summary.nonfinite == 3 * FEW + 3  # every image at every batch size, and the edges
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    document = json.loads(msgspec.json.encode(proof), parse_constant=refuse)
+    assert document["evidence"]["worst"][0]["artifact"][3] is None
+    assert proof.summary.max_abs_error is not None  # of the other logits
+    assert proof.summary.max_abs_error < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_reference_that_is_not_finite_proves_nothing(
+    value: float, decided: Path, good_onnx: Path, proof_images: ProofData
+) -> None:
+    broken = checkpoint_with(decided, lambda weight, bias: (weight, bias.index_fill(0, torch.tensor(3), value)))
+    asked = briefly(ask(broken, proof_images))
+    same_fault = edited(good_onnx, [entry_with((3,), lambda _: value, "model.8.bias")])
+    assert "finite" in failed(proof_of(same_fault, asked))
+    assert "finite" in failed(proof_of(good_onnx, asked))
+
+
+def answers(path: Path, images: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Logits by ONNX Runtime alone."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, {"input": part})[0] for part in np.array_split(images, 16)]).astype(float)
+
+
+def test_the_figures_are_those_of_a_plain_recomputation(good_onnx: Path, reference: Reference) -> None:
+    path = edited(good_onnx, [entry_with((4,), lambda value: value + 0.25, "model.8.bias")])
+    summary = proof_of(path, reference).summary
+    data = reference.data
+    theirs, ours = answers(path, scale(data.images, reference.spec.input)), reference.logits.astype(np.float64)
+    assert summary.max_abs_error == pytest.approx(0.25, abs=1e-4)
+    assert summary.p999_abs_error == pytest.approx(0.25, abs=1e-4)
+    assert summary.mean_abs_error == pytest.approx(0.25 / 10, abs=1e-4)
+    # Where class 4 comes nearest to 0, among a thousand images and three edge inputs.
+    assert summary.required_tolerance == pytest.approx((0.25 / (1 + np.abs(ours[:, 4]))).max(), rel=0.02)
+    assert summary.agreement == pytest.approx((theirs.argmax(1) == ours.argmax(1)).mean())
+    assert summary.accuracy == (theirs.argmax(1) == data.labels).mean()
+    assert summary.reference_accuracy == (ours.argmax(1) == data.labels).mean()
+    assert summary.accuracy != summary.reference_accuracy
+    assert summary.provider == "CPUExecutionProvider"
+
+
+def test_the_worst_image_is_the_one_with_the_largest_error(good_onnx: Path, brief: Reference) -> None:
+    path = edited(good_onnx, LAST_WEIGHT_OFF)
+    worst = worst_of(path, brief)
+    theirs = answers(path, scale(brief.data.images, brief.spec.input))
+    error = np.abs(theirs - brief.logits).max(axis=1)
+    assert error[worst.image] == pytest.approx(error.max(), abs=1e-4)
+    assert worst.reference == tuple(map(float, brief.logits[worst.image]))
+    np.testing.assert_allclose(worst.artifact, theirs[worst.image], atol=1e-4)
+
+
+@pytest.mark.parametrize("size", BATCH_SIZES)
+def test_the_worst_image_is_found_at_any_batch_size(size: int, good_onnx: Path, brief: Reference) -> None:
+    worst = worst_of(edited(good_onnx, [wrong_at_batch(size)]), brief)
+    np.testing.assert_allclose(np.subtract(worst.artifact, worst.reference), 0.01, atol=1e-4)
+
+
+# Forgiveness: class 1 of the reference is class 0 less a margin, so that whatever is answered with 0 is nearly a 1.
+
+HUNDREDTH = Gate(1e-2, 0.0, 1.0)
+"""Far above what rounding does to these logits."""
+
+
+class Tied(NamedTuple):
+    """A reference, an artifact that adds `steps` to its logits, and which answers that flips."""
+
+    reference: Reference
+    artifact: Path
+    flipped: NDArray[np.bool_]
+    forgiven: NDArray[np.bool_]
+
+
+def tied(decided: Path, good_onnx: Path, proof_images: ProofData, margin: float, steps: dict[int, float]) -> Tied:
+    def tie(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight[1], bias[1] = weight[0], bias[0] - margin
+        return weight, bias
+
+    path = checkpoint_with(decided, tie)
+    layer = load_checkpoint(path).model
+    added = np.array([steps.get(index, 0.0) for index in range(10)], np.float32)
+    artifact = edited(
+        good_onnx,
+        [
+            weights_with("model.8.weight", lambda _: layer["model.8.weight"].numpy()),
+            weights_with("model.8.bias", lambda _: layer["model.8.bias"].numpy() + added),
+        ],
+    )
+    asked = ask(path, proof_images)
+    answers = (asked.logits + added).argmax(1)
+    lost = asked.logits.max(axis=1) - asked.logits[np.arange(len(answers)), answers]
+    return Tied(asked, artifact, lost > 0, (lost > 0) & (lost <= HUNDREDTH.atol))
+
+
+def test_a_flip_inside_the_references_own_margin_is_forgiven_counted_and_shown(
+    decided: Path, good_onnx: Path, proof_images: ProofData
+) -> None:
+    case = tied(decided, good_onnx, proof_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3})
+    count = int(case.flipped.sum())
+    assert count == case.forgiven.sum() > 0
+    proof = proof_of(case.artifact, case.reference, HUNDREDTH)
+    assert proof.passed
+    assert proof.summary.forgiven == count
+    assert proof.summary.agreement == pytest.approx(1 - count / IMAGES)
+    assert f"{1 - count / IMAGES:.4%} of {IMAGES} images, {count} forgiven" in found(proof, "agreement")
+
+
+def test_a_flip_outside_the_references_own_margin_fails_though_every_logit_is_inside(
+    decided: Path, good_onnx: Path, proof_images: ProofData
+) -> None:
+    case = tied(decided, good_onnx, proof_images, margin=1.5e-2, steps={0: -9e-3, 1: 9e-3})
+    assert case.flipped.sum() > case.forgiven.sum()
+    proof = proof_of(case.artifact, case.reference, HUNDREDTH)
+    assert failed(proof) == {"agreement"}
+    assert proof.summary.forgiven == case.forgiven.sum()
+    assert proof.summary.agreement == pytest.approx(1 - case.flipped.mean())
+
+
+def test_forgiving_some_does_not_excuse_the_others(decided: Path, good_onnx: Path, proof_images: ProofData) -> None:
+    case = tied(decided, good_onnx, proof_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3, 5: 0.5})
+    assert case.flipped.sum() > case.forgiven.sum() > 0
+    proof = proof_of(case.artifact, case.reference, HUNDREDTH)
+    assert failed(proof) == {"tolerance", "agreement"}
+    assert proof.summary.forgiven == case.forgiven.sum()
+    assert proof.summary.agreement == pytest.approx(1 - case.flipped.mean())
+
+
+def test_a_tighter_tolerance_fails_and_is_shown(good_onnx: Path, brief: Reference) -> None:
+    proof = proof_of(good_onnx, brief, gate("fp32", atol=0.0, rtol=0.0))
+    assert failed(proof) == {"tolerance"}
+    assert (proof.summary.atol, proof.summary.rtol, proof.summary.agreement) == (0.0, 0.0, 1.0)
+    assert "outside 0 + 0·|ref|" in found(proof, "tolerance")
+
+
+def test_the_required_tolerance_is_the_one_that_would_pass(good_onnx: Path, brief: Reference) -> None:
+    needed = proof_of(good_onnx, brief).summary.required_tolerance
+    assert needed is not None
+    assert proof_of(good_onnx, brief, gate("fp32", needed * 1.0001, needed * 1.0001)).passed
+    assert not proof_of(good_onnx, brief, gate("fp32", needed * 0.9999, needed * 0.9999)).passed
+
+
+def test_without_labels_there_is_no_accuracy(good_onnx: Path, brief: Reference) -> None:
+    unlabelled = brief._replace(data=brief.data._replace(labels=None))
+    proof = proof_of(good_onnx, unlabelled)
+    assert proof.passed
+    assert (proof.summary.accuracy, proof.summary.reference_accuracy) == (None, None)
+
+
+def test_a_proof_wants_a_thousand_images(decided: Path, proof_images: ProofData) -> None:
+    with pytest.raises(DataError, match=f"{proof_images.name} has 999 test images.*at least 1000"):
+        ask(decided, proof_images._replace(images=proof_images.images[:999]))
+    assert len(ask(decided, proof_images._replace(images=proof_images.images[:1000])).logits) == 1000
+
+
+# The batch size that a user names is proved too.
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(None, (1, 3, 64)), (1, (1, 3, 64)), (7, (1, 3, 7, 64)), (100, (1, 3, 64, 100))]
+)
+def test_the_batch_sizes_of_a_proof(largest: int | None, sizes: tuple[int, ...]) -> None:
+    assert proved_batch_sizes(largest, 100) == sizes
+
+
+@pytest.mark.parametrize("largest", [-1, 0, 101])
+def test_a_batch_size_that_no_proof_can_have_is_refused(largest: int) -> None:
+    with pytest.raises(UsageError, match=f"batch size {largest}: give 1 to 100"):
+        proved_batch_sizes(largest, 100)
+
+
+def test_a_fault_at_a_named_batch_size_is_found_there_alone(good_onnx: Path, brief: Reference) -> None:
+    path = edited(good_onnx, [wrong_at_batch(7)])
+    assert proof_of(path, brief).passed
+    with open_backend(path, device="cpu") as backend:
+        proof = prove(brief, backend, gate("fp32"), batch_sizes=proved_batch_sizes(7, FEW))
+    assert failed(proof) == {"tolerance"}
+    assert proof.summary.batch_sizes == (1, 3, 7, 64)

@@ -1,0 +1,291 @@
+"""Verify: an artifact against a checkpoint, on the data it was trained on and on any other."""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import onnx
+import pytest
+
+from cifarx_export.parity.report import ParityReport
+from cifarx_export.verify import verify
+from cifarx_serve.backends.registry import read_spec
+from cifarx_serve.errors import CifarxError, DataError, ModelFileError, SpecError, UsageError
+
+
+def failed(report: ParityReport) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_good_artifact_holds_on_the_data_of_its_training(good_onnx: Path, checkpoint: Path) -> None:
+    before = contents(checkpoint.parent)
+    report = verify(good_onnx, checkpoint)
+    training = read_spec(checkpoint).training
+    assert training is not None
+    assert failed(report) == set()
+    assert report.summary.passed
+    assert (report.artifact, report.artifact_sha256) == (good_onnx.name, sha256(good_onnx))
+    assert (report.checkpoint, report.checkpoint_sha256) == (checkpoint.name, sha256(checkpoint))
+    assert (report.format, report.precision) == ("onnx", "fp32")
+    assert report.summary.data_fingerprint == training.data.test_fingerprint
+    # PyTorch and NumPy may part ways on an image or two whose best logits are equal.
+    assert report.summary.reference_accuracy == pytest.approx(training.test_accuracy, abs=1.1e-3)
+    assert report.summary.accuracy == report.summary.reference_accuracy
+    # The file was written anew once it was proved; it still answers as the one that was.
+    assert report.summary == read_spec(good_onnx).parity
+    assert contents(checkpoint.parent) == before
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_other_data_with_the_same_classes(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+    summary = verify(good_onnx, checkpoint, data=str(pictures)).summary
+    assert summary.passed
+    assert (summary.data, summary.images) == (pictures.name, len(list(pictures.glob("test/*/*"))))
+    assert summary.accuracy is not None
+    assert summary.accuracy == summary.reference_accuracy
+
+
+def test_other_data_with_other_classes_has_no_accuracy(
+    good_torchscript: Path, checkpoint: Path, other_pictures: Path
+) -> None:
+    report = verify(good_torchscript, checkpoint, data=str(other_pictures))
+    assert failed(report) == set()
+    assert (report.format, report.summary.provider) == ("torchscript", "cpu")
+    document = json.loads(msgspec.json.encode(report.row()))
+    assert (document["accuracy"], document["reference_accuracy"]) == (None, None)
+    assert document["agreement"] == 1.0
+
+
+def test_a_stale_checkpoint_fails(good_onnx: Path, stale: Path, pictures: Path) -> None:
+    report = verify(good_onnx, stale, data=str(pictures))
+    assert failed(report) == {"weights", "tolerance", "agreement"}
+    assert not report.summary.passed
+    assert report.summary.required_tolerance is not None
+    assert report.summary.required_tolerance > 1e-3
+    assert report.summary.agreement < 1
+
+
+def test_a_tolerance_of_ones_own_is_held_to_and_shown(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+    report = verify(good_onnx, checkpoint, data=str(pictures), atol=0.0, rtol=1e-12)
+    assert failed(report) == {"tolerance"}
+    assert (report.summary.atol, report.summary.rtol) == (0.0, 1e-12)
+
+
+def test_a_negative_tolerance_is_refused(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+    with pytest.raises(UsageError, match="atol is -1"):
+        verify(good_onnx, checkpoint, data=str(pictures), atol=-1)
+
+
+def test_too_few_images_prove_nothing(good_onnx: Path, checkpoint: Path, few_pictures: Path) -> None:
+    with pytest.raises(DataError, match="few has 990 test images"):
+        verify(good_onnx, checkpoint, data=str(few_pictures))
+
+
+def edited(source: Path, name: str, change: Callable[[onnx.ModelProto], None]) -> Path:
+    model = onnx.load(source)
+    change(model)
+    onnx.save(model, name)
+    return Path(name)
+
+
+def without_spec(model: onnx.ModelProto) -> None:
+    del model.metadata_props[:]
+
+
+def with_newer_spec(model: onnx.ModelProto) -> None:
+    model.metadata_props[0].value = model.metadata_props[0].value.replace('"schema_version":1', '"schema_version":2')
+
+
+def with_unknown_precision(model: onnx.ModelProto) -> None:
+    model.metadata_props[0].value = model.metadata_props[0].value.replace('"fp32"', '"int2"')
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (without_spec, ModelFileError, "carries no model spec"),
+        (with_newer_spec, SpecError, "spec schema 2"),
+        (with_unknown_precision, SpecError, "malformed model spec"),
+    ],
+)
+def test_an_artifact_with_another_spec_is_refused(
+    change: Callable[[onnx.ModelProto], None],
+    error: type[CifarxError],
+    text: str,
+    good_onnx: Path,
+    checkpoint: Path,
+    pictures: Path,
+) -> None:
+    with pytest.raises(error, match=text):
+        verify(edited(good_onnx, "edited.onnx", change), checkpoint, data=str(pictures))
+
+
+def test_files_that_are_none_are_named(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+    Path("broken.onnx").write_bytes(good_onnx.read_bytes()[:1000])
+    Path("broken.torchscript.pt").write_bytes(b"PK")
+    Path("broken.pth").write_bytes(checkpoint.read_bytes()[:1000])
+    for artifact, trained in [
+        ("absent.onnx", checkpoint),
+        ("broken.onnx", checkpoint),
+        ("broken.torchscript.pt", checkpoint),
+        (good_onnx, "absent.pth"),
+        (good_onnx, "broken.pth"),
+    ]:
+        wrong = trained if artifact == good_onnx else artifact
+        with pytest.raises(ModelFileError, match=str(wrong)):
+            verify(artifact, trained, data=str(pictures))
+
+
+def test_a_file_of_no_backend_is_refused(good_onnx: Path, checkpoint: Path) -> None:
+    shutil.copy(good_onnx, "model.bin")
+    with pytest.raises(UsageError, match=r"no backend opens model\.bin"):
+        verify("model.bin", checkpoint)
+
+
+def test_a_checkpoint_by_its_option_may_have_any_name(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+    shutil.copy(checkpoint, "weights.bin")
+    assert verify(good_onnx, checkpoint="weights.bin", data=str(pictures)).summary.passed
+    with pytest.raises(ModelFileError, match=str(good_onnx)):
+        verify(good_onnx, checkpoint=good_onnx)
+
+
+@pytest.mark.parametrize("reference", [None, "b.onnx"])
+def test_one_reference_is_asked_for(reference: str | None) -> None:
+    with pytest.raises(UsageError, match="either a second file or --ckpt"):
+        verify("a.onnx", reference, checkpoint=None if reference is None else "c.pth")
+
+
+def test_two_artifacts_elsewhere(good_onnx: Path, good_torchscript: Path, pictures: Path) -> None:
+    for source, folder in ((good_onnx, "a"), (good_torchscript, "b")):
+        Path(folder).mkdir()
+        shutil.copy(source, folder)
+    report = verify(Path("a") / good_onnx.name, Path("b") / good_torchscript.name, data=str(pictures), batch=5)
+    assert failed(report) == set()
+    assert report.checkpoint == good_torchscript.name
+    assert report.summary.batch_sizes == (1, 3, 5, 64)
+
+
+@pytest.mark.slow
+def test_two_checkpoints(checkpoint: Path, stale: Path, pictures: Path) -> None:
+    assert verify(checkpoint, checkpoint, data=str(pictures)).summary.passed
+    assert failed(verify(checkpoint, stale, data=str(pictures))) == {"tolerance", "agreement"}
+
+
+def as_int8(model: onnx.ModelProto) -> None:
+    model.metadata_props[0].value = model.metadata_props[0].value.replace('"precision":"fp32"', '"precision":"int8"')
+
+
+def test_the_gate_is_of_the_lower_precision(good_onnx: Path, pictures: Path) -> None:
+    lower = edited(good_onnx, "lower.onnx", as_int8)
+    for pair in ((lower, good_onnx), (good_onnx, lower)):
+        report = verify(*pair, data=str(pictures))
+        assert (report.summary.passed, report.summary.atol, report.precision) == (True, None, "int8")
+
+
+def foreign(source: Path, name: str, outputs: int = 1) -> Path:
+    """The network under other names, an inner tensor called `logits`, and no spec."""
+
+    def change(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        names = {"input": "image", "logits": "scores", "linear": "logits"}
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
+        graph.input[0].name, graph.output[0].name = "image", "scores"
+        del graph.value_info[:], model.metadata_props[:]
+        if outputs == 2:
+            graph.output.append(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None))
+
+    return edited(source, name, change)
+
+
+@pytest.fixture
+def spec_file(good_onnx: Path) -> Path:
+    path = Path("spec.json")
+    path.write_text(read_spec(good_onnx).to_json())
+    return path
+
+
+def test_a_file_of_others_with_a_spec(good_onnx: Path, checkpoint: Path, pictures: Path, spec_file: Path) -> None:
+    other = foreign(good_onnx, "other.onnx")
+    report = verify(other, checkpoint, spec=spec_file, data=str(pictures))
+    assert failed(report) == set()
+    assert (report.artifact, report.artifact_sha256) == ("other.onnx", sha256(other))
+    assert "weights" not in {check.name for check in report.checks}  # of those the given document knows nothing
+    onnx.save(onnx.load(other), "apart.onnx", save_as_external_data=True, location="w.bin", size_threshold=100)
+    assert verify("apart.onnx", other, spec=spec_file, data=str(pictures)).summary.max_abs_error == 0
+
+
+def test_a_torchscript_file_of_others(good_torchscript: Path, good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+    with zipfile.ZipFile(good_torchscript) as source, zipfile.ZipFile("other.torchscript.pt", "w") as bare:
+        for name in source.namelist():
+            if "/extra/" not in name:
+                bare.writestr(name, source.read(name))
+    assert verify("other.torchscript.pt", good_onnx, spec=spec_file, data=str(pictures)).summary.passed
+
+
+def test_a_fixed_batch_fails_and_is_no_reference(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+    def fix(model: onnx.ModelProto) -> None:
+        del model.metadata_props[:], model.graph.value_info[:]
+        for port in (model.graph.input[0], model.graph.output[0]):
+            port.type.tensor_type.shape.dim[0].dim_value = 1
+
+    fixed = edited(good_onnx, "fixed.onnx", fix)
+    report = verify(fixed, good_onnx, spec=spec_file, data=str(pictures))
+    assert failed(report) == {"interface", "batch 3", "batch 64", "edge inputs"}
+    with pytest.raises(ModelFileError, match=r"the reference fixed\.onnx does not run"):
+        verify(good_onnx, fixed, spec=spec_file, data=str(pictures))
+
+
+def test_specs_that_cannot_be_used(good_onnx: Path, checkpoint: Path, spec_file: Path, pictures: Path) -> None:
+    other = foreign(good_onnx, "other.onnx")
+    Path("junk.json").write_text('{"model":')
+    Path("text.onnx").write_text("text")
+    Path("text.torchscript.pt").write_text("text")
+    for artifact, spec, error, text in [
+        (good_onnx, spec_file, UsageError, "both files carry a spec"),
+        (other, "junk.json", SpecError, r"junk\.json holds a malformed"),
+        (other, "absent.json", UsageError, r"cannot read absent\.json"),
+        (foreign(good_onnx, "two.onnx", outputs=2), spec_file, ModelFileError, "2 outputs"),
+        ("text.onnx", spec_file, ModelFileError, r"text\.onnx is not an ONNX"),
+        ("text.torchscript.pt", spec_file, ModelFileError, r"text\.torchscript\.pt is not"),
+    ]:
+        with pytest.raises(error, match=text):
+            verify(artifact, checkpoint, spec=spec, data=str(pictures))
+
+
+def test_a_spec_of_other_classes(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+    other = foreign(good_onnx, "other.onnx")
+    spec = read_spec(good_onnx)
+    spec_file.write_text(msgspec.structs.replace(spec, class_names=("a", "b")).to_json())
+    assert "class names" in failed(verify(other, good_onnx, spec=spec_file, data=str(pictures)))
+    with pytest.raises(ModelFileError, match="of 2 classes"):
+        verify(good_onnx, other, spec=spec_file, data=str(pictures))
+    larger = msgspec.structs.replace(spec.input, height=40)
+    spec_file.write_text(msgspec.structs.replace(spec, input=larger).to_json())
+    assert {"preprocessing", "interface"} <= failed(verify(other, good_onnx, spec=spec_file, data=str(pictures)))
+
+
+def test_the_layer_and_the_page(good_onnx: Path, stale: Path, pictures: Path) -> None:
+    report = verify(good_onnx, stale, data=str(pictures), locate=True, page="page.html")
+    assert "model.0 (Conv node" in next(check.found for check in report.checks if check.name == "layer")
+    assert "model.0" in Path("page.html").read_text()
+    with pytest.raises(UsageError, match=r"ends in \.html"):
+        verify(good_onnx, stale, page="page.pdf")
+
+
+def test_layers_of_torchscript_are_hidden(good_torchscript: Path, checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be looked into"):
+        verify(good_torchscript, checkpoint, locate=True)

@@ -1,0 +1,268 @@
+import os
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
+from cifarx_serve.backends.registry import (
+    GROUP,
+    backend_class,
+    backend_for,
+    backend_names,
+    find_model,
+    model_file,
+    open_backend,
+    read_spec,
+)
+from cifarx_serve.backends.torch.torchscript import TorchScriptBackend
+from cifarx_serve.errors import ModelFileError, UsageError
+from tests.support.colour_model import SPEC, write_onnx
+
+# A backend as a third party would write it: it answers with the class that the file's one byte says.
+TINY_BACKEND = """
+import numpy as np
+from cifarx_serve.backends.base import Backend
+from cifarx_serve.spec import InputSpec, ModelSpec
+
+class TinyBackend(Backend):
+    name = "tiny"
+    suffixes = (".tiny", ".fast.onnx")
+    def __init__(self, path, device):
+        self.spec, self.provider = self.read_spec(path), f"tiny on {device}"
+        self.label = path.read_bytes()[0]
+    @classmethod
+    def read_spec(cls, path):
+        return ModelSpec(model="tiny", class_names=("cat", "dog"), input=InputSpec(height=1, width=1))
+    def run(self, batch):
+        return np.eye(2, dtype=np.float32)[[self.label] * len(batch)]
+    def close(self):
+        pass
+
+class NoBackend:
+    name = "none"
+    suffixes = ()
+"""
+
+
+@pytest.fixture
+def third_party(tmp_path: Path, fresh_python: Callable[..., str]) -> Callable[[str, str], str]:
+    """`third_party(entries, code)` runs code where a package with these entry points is installed."""
+    (tmp_path / "tiny_package.py").write_text(TINY_BACKEND)
+    metadata = tmp_path / "tiny_package-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-package\nVersion: 1.0\n")
+
+    def run(entries: str, code: str) -> str:
+        (metadata / "entry_points.txt").write_text(f"[{GROUP}]\n{entries}\n")
+        return fresh_python(
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "from cifarx_serve.backends import registry\n"
+            "from cifarx_serve.errors import UsageError\n" + code,
+            tmp_path,
+        )
+
+    return run
+
+
+def test_this_rooms_own_backends() -> None:
+    assert {"onnxruntime", "torchscript"} <= set(backend_names())
+    assert backend_names() == sorted(backend_names())
+    assert backend_class("onnxruntime") is OnnxRuntimeBackend
+    assert backend_class("torchscript") is TorchScriptBackend
+
+
+def test_the_installed_distribution_offers_the_same() -> None:
+    offered = {entry.name: entry for entry in entry_points(group=GROUP)}
+    assert {"onnxruntime", "torchscript", "pytorch"} <= set(offered)
+    for name, entry in offered.items():
+        assert backend_class(name) is entry.load()
+        assert backend_class(name).name == name
+
+
+@pytest.mark.parametrize(("name", "near"), [("onnxrt", "onnxruntime"), ("TorchScript", "torchscript")])
+def test_an_unknown_backend(name: str, near: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        backend_class(name)
+    assert raised.value.problem == f"unknown backend {name!r}"
+    assert f"did you mean {near!r}?" in raised.value.remedy
+    assert all(known in raised.value.remedy for known in backend_names())
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("lzh_9.onnx", "onnxruntime"),
+        ("lzh_9.int8.onnx", "onnxruntime"),
+        ("runs/lzh_9.torchscript.pt", "torchscript"),
+        ("lzh_9.pth", "pytorch"),
+    ],
+)
+def test_the_suffix_chooses(file: str, name: str) -> None:
+    assert backend_for(Path(file)) is backend_class(name)
+
+
+@pytest.mark.parametrize("file", ["lzh_9.pt", "lzh_9", "onnx", "lzh_9.onnx.parity.json", "lzh_9.ONNX.txt"])
+def test_a_suffix_of_no_backend(file: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        backend_for(Path(file))
+    assert raised.value.problem == f"no backend opens {file}"
+    assert all(suffix in raised.value.remedy for suffix in (".onnx", ".torchscript.pt", ".pth"))
+
+
+def test_a_third_partys_backend_is_found_and_runs(third_party: Callable[[str, str], str]) -> None:
+    Path("model.tiny").write_bytes(b"\x01")
+    code = (
+        "from cifarx_serve.predictor import load; from PIL import Image\n"
+        "assert 'tiny' in registry.backend_names()\n"
+        "with load('model.tiny', device='cpu') as predictor:\n"
+        "    print(predictor.predict(Image.new('RGB', (9, 9))).label, predictor.backend, predictor.provider)"
+    )
+    assert third_party("tiny = tiny_package:TinyBackend", code) == "dog tiny tiny on cpu"
+
+
+def test_the_longest_suffix_wins(third_party: Callable[[str, str], str]) -> None:
+    code = (
+        "from pathlib import Path\n"
+        "registry.register_backend('tiny', 'tiny_package:TinyBackend')\n"
+        "print(*(registry.backend_for(Path(name)).name for name in ('a.onnx', 'a.fast.onnx', 'a.tiny')))"
+    )
+    assert third_party("", code) == "onnxruntime tiny tiny"
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("absent_package:Backend", "cannot be loaded"),
+        ("tiny_package:Absent", "cannot be loaded"),
+        ("tiny_package:NoBackend", "is not a Backend"),
+        ("tiny_package:__name__", "is not a Backend"),
+    ],
+)
+def test_a_third_partys_mistake_is_told_by_its_name(
+    third_party: Callable[[str, str], str], target: str, words: str
+) -> None:
+    code = "try: registry.backend_class('tiny')\nexcept UsageError as error: print(error)"
+    message = third_party(f"tiny = {target}", code)
+    assert message.startswith(f"backend tiny ({target}) {words}")
+
+
+def test_a_third_partys_mistake_does_not_touch_our_own_files(third_party: Callable[[str, str], str]) -> None:
+    code = "from pathlib import Path; print(registry.backend_for(Path('lzh_9.onnx')).name)"
+    assert third_party("tiny = absent_package:Backend", code) == "onnxruntime"
+
+
+def test_a_backend_of_this_process_alone(third_party: Callable[[str, str], str]) -> None:
+    code = (
+        "assert 'mine' not in registry.backend_names()\n"
+        "registry.register_backend('mine', 'tiny_package:TinyBackend')\n"
+        "print('mine' in registry.backend_names(), registry.backend_class('mine').name)"
+    )
+    assert third_party("", code) == "True tiny"
+
+
+def test_opens_by_suffix_and_by_name(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "a.onnx")
+    for backend in (None, "onnxruntime"):
+        for place in (path, str(path)):
+            with open_backend(place, backend, "cpu") as opened:
+                assert isinstance(opened, OnnxRuntimeBackend)
+                assert opened.spec == SPEC
+    assert read_spec(path) == read_spec(str(path)) == SPEC
+
+
+def test_a_model_repository_is_opened_as_its_model(tmp_path: Path) -> None:
+    repository = tmp_path / "a.triton"
+    (repository / "a" / "1").mkdir(parents=True)
+    assert model_file(repository) == repository
+    path = write_onnx(repository / "a" / "1" / "model.onnx")
+    assert model_file(repository) == path
+    assert model_file(path) == path
+    with open_backend(repository, device="cpu") as opened:
+        assert opened.spec == read_spec(repository) == SPEC
+
+
+def test_a_model_repository_of_several_models_is_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "1").mkdir(parents=True)
+        write_onnx(tmp_path / name / "1" / "model.onnx")
+    with pytest.raises(ModelFileError, match="is a folder"):
+        open_backend(tmp_path)
+
+
+def test_a_backend_that_does_not_open_such_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        open_backend(write_onnx(tmp_path / "a.onnx"), "torchscript")
+    assert "backend torchscript does not open" in raised.value.problem
+    assert ".torchscript.pt" in raised.value.remedy
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".torchscript.pt", ".pth"])
+def test_files_that_are_not_there(suffix: str) -> None:
+    path = Path(f"absent{suffix}")
+    for attempt in (lambda: open_backend(path), lambda: read_spec(path)):
+        with pytest.raises(ModelFileError, match=f"no such file absent{suffix}"):
+            attempt()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".torchscript.pt", ".pth"])
+def test_folders_with_the_name_of_a_file(suffix: str) -> None:
+    path = Path(f"folder{suffix}")
+    path.mkdir()
+    for attempt in (lambda: open_backend(path), lambda: read_spec(path)):
+        with pytest.raises(ModelFileError, match="is a folder"):
+            attempt()
+
+
+def test_an_unknown_device(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown device 'gpu'"):
+        open_backend(write_onnx(tmp_path / "a.onnx"), device="gpu")
+
+
+def made(name: str, age: int) -> Path:
+    """An empty file that many seconds old."""
+    path = Path(name)
+    path.touch()
+    os.utime(path, ns=(10**18, 10**18 - age * 10**9))
+    return path
+
+
+def test_find_model_takes_the_newest() -> None:
+    made("a.onnx", age=3)
+    newest = made("b.int8.onnx", age=1)
+    made("c.onnx", age=2)
+    assert find_model(Path(), "onnxruntime") == newest
+
+
+def test_find_model_leaves_out_what_is_no_model_of_the_backend() -> None:
+    wanted = made("lzh_9.onnx", age=9)
+    made(".partial.onnx", age=1)
+    made("lzh_9.onnx.parity.json", age=1)
+    made("lzh_9.torchscript.pt", age=2)
+    made("lzh_9.pth", age=1)
+    Path("folder.onnx").mkdir()
+    Path("below").mkdir()
+    made("below/deeper.onnx", age=1)
+    assert find_model(Path(), "onnxruntime") == wanted
+    assert find_model(Path(), "torchscript") == Path("lzh_9.torchscript.pt")
+
+
+def test_find_model_of_one_age_takes_the_last_by_name() -> None:
+    for name in ("lzh_1.onnx", "lzh_3.onnx", "lzh_2.onnx"):
+        made(name, age=1)
+    assert find_model(Path(), "onnxruntime") == Path("lzh_3.onnx")
+
+
+def test_find_model_where_there_is_none(tmp_path: Path) -> None:
+    made("lzh_9.torchscript.pt", age=1)
+    with pytest.raises(ModelFileError) as raised:
+        find_model(Path(), "onnxruntime")
+    assert "*.onnx" in raised.value.problem
+    assert str(tmp_path) in raised.value.problem
+    assert "--model" in raised.value.remedy
+
+
+def test_find_model_for_an_unknown_backend() -> None:
+    with pytest.raises(UsageError, match="unknown backend"):
+        find_model(Path(), "onnxrt")

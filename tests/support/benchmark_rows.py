@@ -1,0 +1,42 @@
+"""Benchmark rows with figures that are easy to tell apart."""
+
+from typing import Any
+
+import msgspec
+
+from cifarx_serve.benchmarking.benchmark import BenchmarkReport, BenchmarkRow
+from cifarx_serve.system.environment import Environment
+
+ENVIRONMENT = Environment("Linux", "3.11", "A CPU", 4, 2, (), {"numpy": "2.4"}, 3000)
+
+ROW = BenchmarkRow(
+    file="a.onnx",
+    backend="onnxruntime",
+    provider="CPUExecutionProvider",
+    precision="fp32",
+    batch=1,
+    p50_us=100,
+    p90_us=120,
+    p99_us=190,
+    percentiles_us=tuple(float(value) for value in range(50, 151)),
+    samples=1234,
+    images_per_s=9500,
+    stable=True,
+    spread=0.02,
+    agreement=1,
+    accuracy=0.75,
+    load_ms=40,
+    first_call_ms=0.4,
+    size_bytes=640_000,
+    peak_bytes=85_000_000,
+)
+
+
+def row(**changes: Any) -> BenchmarkRow:
+    """`ROW` with some fields changed."""
+    return msgspec.structs.replace(ROW, **changes)
+
+
+def report(*rows: BenchmarkRow, **changes: Any) -> BenchmarkReport:
+    """A report of such rows; `changes` are of its environment."""
+    return BenchmarkReport(msgspec.structs.replace(ENVIRONMENT, **changes), "drawings", 2000, rows or (ROW,))

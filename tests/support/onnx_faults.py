@@ -1,0 +1,261 @@
+"""Faults to plant in a good ONNX file: each changes the model proto and nothing else."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
+from cifarx_serve.spec import ModelSpec
+
+Plant = Callable[[onnx.ModelProto], None]
+Weights = NDArray[np.float32]
+
+
+def edited(source: Path, plants: Iterable[Plant]) -> Path:
+    """A copy of an ONNX file in the current folder, with faults."""
+    model = onnx.load(source)
+    for plant in plants:
+        plant(model)
+    onnx.save(model, "edited.onnx")
+    return Path("edited.onnx")
+
+
+# The spec.
+
+
+def spec_with(change: Callable[[ModelSpec], ModelSpec]) -> Plant:
+    def plant(model: onnx.ModelProto) -> None:
+        entry = next(entry for entry in model.metadata_props if entry.key == SPEC_KEY)
+        entry.value = change(ModelSpec.from_json(entry.value, "test")).to_json()
+
+    return plant
+
+
+def fields_with(**changes: object) -> Plant:
+    return spec_with(lambda spec: msgspec.structs.replace(spec, **changes))
+
+
+def input_with(**changes: object) -> Plant:
+    return spec_with(lambda spec: msgspec.structs.replace(spec, input=msgspec.structs.replace(spec.input, **changes)))
+
+
+def permuted_classes(spec: ModelSpec) -> ModelSpec:
+    names = spec.class_names
+    return msgspec.structs.replace(spec, class_names=(names[1], names[0], *names[2:]))
+
+
+# The weights.
+
+
+def weights_with(name: str, change: Callable[[Weights], Weights]) -> Plant:
+    """`name` is of one tensor, or "" for all of them."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        tensors = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and name in {t.name, ""}]
+        assert tensors
+        for tensor in tensors:
+            values = np.ascontiguousarray(change(numpy_helper.to_array(tensor).copy()))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    return plant
+
+
+def entry_with(place: tuple[int, ...], change: Callable[[float], float], name: str) -> Plant:
+    def one(values: Weights) -> Weights:
+        values[place] = change(float(values[place]))
+        return values
+
+    return weights_with(name, one)
+
+
+def tf32(values: Weights) -> Weights:
+    """What a tensor core takes of a float32: the nearest with 10 bits of mantissa in place of 23."""
+    rounded: Weights = ((values.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+    return rounded
+
+
+# The graph.
+
+
+def node(kind: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs.split(), [output], **attributes)
+
+
+Nodes = Callable[[], list[onnx.NodeProto]]
+Constants = dict[str, NDArray[np.generic]]
+
+
+def output_through(
+    nodes: Nodes, constants: Constants | None = None, shape: tuple[int | str, ...] | None = None
+) -> Plant:
+    """What was the output becomes `raw`, and `nodes` make `logits` of it; they may use `input` too."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        last = next(node for node in graph.node if "logits" in node.output)
+        last.output[0] = "raw"
+        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in (constants or {}).items())
+        graph.node.extend(nodes())
+        if shape is not None:
+            graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
+
+    return plant
+
+
+def input_through(nodes: Nodes, constants: Constants | None = None, kind: int = TensorProto.FLOAT) -> Plant:
+    """`nodes` make `taken` of `input`, and the network takes that."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        for user in graph.node:
+            user.input[:] = ["taken" if name == "input" else name for name in user.input]
+        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in (constants or {}).items())
+        for position, made in enumerate(nodes()):
+            graph.node.insert(position, made)
+        graph.input[0].type.tensor_type.elem_type = kind
+
+    return plant
+
+
+def frozen_batch(size: int) -> Plant:
+    def plant(model: onnx.ModelProto) -> None:
+        for value in [*model.graph.input, *model.graph.output]:
+            value.type.tensor_type.shape.dim[0].dim_value = size
+        del model.graph.value_info[:]
+
+    return plant
+
+
+def output_type(kind: int) -> Plant:
+    def plant(model: onnx.ModelProto) -> None:
+        output_through(lambda: [node("Cast", "raw", "logits", to=kind)])(model)
+        model.graph.output[0].type.tensor_type.elem_type = kind
+
+    return plant
+
+
+def input_type(kind: int) -> Plant:
+    return input_through(lambda: [node("Cast", "input", "taken", to=TensorProto.FLOAT)], kind=kind)
+
+
+def input_renamed(model: onnx.ModelProto) -> None:
+    input_through(lambda: [node("Identity", "images", "taken")])(model)
+    model.graph.input[0].name = "images"
+
+
+def output_renamed(model: onnx.ModelProto) -> None:
+    output_through(lambda: [node("Identity", "raw", "scores")])(model)
+    model.graph.output[0].name = "scores"
+
+
+def output_sequence(model: onnx.ModelProto) -> None:
+    output_through(lambda: [node("SequenceConstruct", "raw", "logits")])(model)
+    model.graph.output[0].CopyFrom(helper.make_tensor_sequence_value_info("logits", TensorProto.FLOAT, None))
+
+
+def mean_baked(mean: float) -> Plant:
+    return input_through(lambda: [node("Sub", "input baked", "taken")], {"baked": np.array([mean], np.float32)})
+
+
+def channels_swapped() -> Plant:
+    return input_through(lambda: [node("Gather", "input bgr", "taken", axis=1)], {"bgr": np.array([2, 1, 0], np.int64)})
+
+
+def quantized(scale: float) -> Plant:
+    """Of the input, with a scale that no calibration would find: 1/255 is right."""
+    return input_through(
+        lambda: [
+            node("QuantizeLinear", "input scale zero", "levels"),
+            node("DequantizeLinear", "levels scale zero", "taken"),
+        ],
+        {"scale": np.array(scale, np.float32), "zero": np.array(0, np.uint8)},
+    )
+
+
+def softmaxed() -> Plant:
+    return output_through(lambda: [node("Softmax", "raw", "logits", axis=1)])
+
+
+def dropout() -> Plant:
+    return output_through(
+        lambda: [node("Dropout", "raw ratio training", "logits", seed=0)],
+        {"ratio": np.array(0.1, np.float32), "training": np.array(True)},
+    )
+
+
+def rounded_to_float16() -> Plant:
+    return output_through(
+        lambda: [
+            node("Cast", "raw", "half", to=TensorProto.FLOAT16),
+            node("Cast", "half", "logits", to=TensorProto.FLOAT),
+        ]
+    )
+
+
+def first_for_all() -> Plant:
+    """Like a batch of one broadcast: every image of a batch gets the answer of its first."""
+    return output_through(
+        lambda: [
+            node("Gather", "raw first", "one", axis=0),
+            node("Shape", "raw", "size"),
+            node("Expand", "one size", "logits"),
+        ],
+        {"first": np.array([0], np.int64)},
+    )
+
+
+def rows_shifted() -> Plant:
+    """Every image of a batch gets the answer of the next."""
+    return output_through(
+        lambda: [
+            node("Slice", "raw one all rows", "others"),
+            node("Slice", "raw none one rows", "first"),
+            node("Concat", "others first", "logits", axis=0),
+        ],
+        {
+            "none": np.array([0], np.int64),
+            "one": np.array([1], np.int64),
+            "all": np.array([2**31 - 1], np.int64),
+            "rows": np.array([0], np.int64),
+        },
+    )
+
+
+def wrong_at_batch(size: int) -> Plant:
+    """A hundredth too much, in batches of one size alone."""
+    return output_through(
+        lambda: [
+            node("Shape", "input", "size", start=0, end=1),
+            node("Equal", "size fault_size", "is_fault"),
+            node("Cast", "is_fault", "fault", to=TensorProto.FLOAT),
+            node("Mul", "fault fault_step", "step"),
+            node("Add", "raw step", "logits"),
+        ],
+        {"fault_size": np.array([size], np.int64), "fault_step": np.array([0.01], np.float32)},
+    )
+
+
+def nan_for_black() -> Plant:
+    """An image is weighed by its maximum over its maximum: 1, and 0 / 0 for a black one."""
+    return output_through(
+        lambda: [
+            node("ReduceMax", "input not_batch", "maximum", keepdims=0),
+            node("Div", "maximum maximum", "one"),
+            node("Unsqueeze", "one last", "weight"),
+            node("Mul", "raw weight", "logits"),
+        ],
+        {"not_batch": np.array([1, 2, 3], np.int64), "last": np.array([1], np.int64)},
+    )
+
+
+def neighbours_seen() -> Plant:
+    """Like a batch norm in training mode: an image's answer depends on the others of its batch."""
+    return output_through(
+        lambda: [node("ReduceMean", "raw first", "mean", keepdims=1), node("Sub", "raw mean", "logits")],
+        {"first": np.array([0], np.int64)},
+    )

@@ -1,1 +1,0 @@
-"""What TensorBoard shows of a run: curves, pictures, the graph, the settings."""

@@ -1,0 +1,1 @@
+"""Callbacks: what happens on the events of a training run."""

@@ -1,0 +1,1 @@
+"""The TensorBoard callback and its images."""

@@ -1,0 +1,1 @@
+"""Legacy checkpoints: files of `torch.save`, read without running their code."""

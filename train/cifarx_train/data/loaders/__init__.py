@@ -1,0 +1,1 @@
+"""Loaders: batches from device memory or streamed from the host."""

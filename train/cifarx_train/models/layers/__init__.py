@@ -1,0 +1,1 @@
+"""Layers and initializations used by the models."""

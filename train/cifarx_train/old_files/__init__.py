@@ -1,1 +1,0 @@
-"""`.pth` files that others wrote, read without running a byte of theirs."""
