@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.support.measured_models import Models, exported, untrained
 from cifarx_export.parity.metrics import find_flips
-from cifarx_export.parity.tolerances import GATES
+from cifarx_export.parity.tolerances import TOLERANCES
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, benchmark
@@ -94,7 +94,7 @@ def test_latency_and_agreement(benchmark: Any, name: str, side: Side, batch: int
         )
     )
     images = side.models.images[:COMPARED]
-    assert find_flips(_logits(reference, images), _logits(backend, images), GATES["fp32"]).forgiven.all()
+    assert find_flips(_logits(reference, images), _logits(backend, images), TOLERANCES["fp32"]).forgiven.all()
 
 
 def _logits(backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -109,7 +109,7 @@ def race(
 ) -> list[Rounds]:
     """All servers in turns, ours first; each is paused while another is measured.
 
-    Ours as it is by default, with its access log: that is judged. The others write none, so it is told without too.
+    Ours as it is by default, with its access log: that is eval_model. The others write none, so it is told without too.
     """
     peers, absent = others(model)
     rounds = [Rounds(contestant) for contestant in (ours(model), ours(model, *QUIET), *peers)]

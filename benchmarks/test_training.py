@@ -17,8 +17,8 @@ from benchmarks.support.notes_loop import NotesLoop, OurLoop
 from cifarx_serve.backends.torch.device import torch_device
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import DeviceError
-from cifarx_train.callbacks.base import EpochReport, Observer, RunStart
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.data.selection import ENVIRONMENT, select_data
 from cifarx_train.models.network import Network
 from cifarx_train.models.registry import network
@@ -36,7 +36,7 @@ MOST_FOR_A_CHECKPOINT = 0.05
 
 
 @pytest.fixture(scope="module")
-def data() -> LabelledImages:
+def data() -> LabeledImages:
     """The training images of `$CIFARX_DATA`, or the built-in drawings."""
     return select_data("auto" if ENVIRONMENT in os.environ else "builtin").load("train", network("lzh").input)
 
@@ -52,7 +52,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.mark.parametrize("name", list(STEPS))
 def test_images_per_s_against_the_notes_loop(
-    name: str, device: torch.device, data: LabelledImages, tmp_path: Path, notes: list[str]
+    name: str, device: torch.device, data: LabeledImages, tmp_path: Path, notes: list[str]
 ) -> None:
     chosen = network(name)
     plan = recipe("notes", overrides={"epochs": 1000})
@@ -108,7 +108,7 @@ def test_two_processes_on_two_cores_against_one(tmp_path: Path, notes: list[str]
     require(ratio >= least, f"{ratio:.2f} is under {least}")
 
 
-class _Costs(Observer):
+class _Costs(Callback):
     def __init__(self) -> None:
         self.shares: list[float] = []
 
@@ -121,7 +121,7 @@ class _Costs(Observer):
 
 def test_a_checkpoint_costs_little_of_an_epoch(tmp_path: Path, notes: list[str]) -> None:
     costs = _Costs()
-    done = train("lzh", data="builtin", epochs=3, learning_rate=0.02, device="cpu", out=tmp_path, observers=[costs])
+    done = train("lzh", data="builtin", epochs=3, learning_rate=0.02, device="cpu", out=tmp_path, callbacks=[costs])
     share = statistics.median(costs.shares)
     notes.append(
         f"a checkpoint of lzh takes {share:.2%} of an epoch of 10,000 images (at most {MOST_FOR_A_CHECKPOINT:.0%}); "

@@ -1,4 +1,4 @@
-"""Limits of speed: judged where a machine is one's own, told where others use it too."""
+"""Limits of speed: eval_model where a machine is one's own, told where others use it too."""
 
 
 class LimitMissed(AssertionError):

@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import ToTensor
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import Observer
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.callbacks.base import Callback
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.data.loaders.placement import place_images
 from cifarx_train.loop import Loop
 from cifarx_train.recipes import Recipe
@@ -26,7 +26,7 @@ from cifarx_train.recipes import Recipe
 class SingleImages(Dataset[tuple[torch.Tensor, int]]):
     """An image at a time through Pillow and ToTensor, as torchvision's CIFAR10 does it."""
 
-    def __init__(self, data: LabelledImages) -> None:
+    def __init__(self, data: LabeledImages) -> None:
         self._data = data
         self._transform = ToTensor()
 
@@ -40,7 +40,7 @@ class SingleImages(Dataset[tuple[torch.Tensor, int]]):
 class NotesLoop:
     """The notes' loop over a network; `train(steps)` goes on where it stopped, epoch after epoch."""
 
-    def __init__(self, module: nn.Module, data: LabelledImages, device: torch.device, logs: Path) -> None:
+    def __init__(self, module: nn.Module, data: LabeledImages, device: torch.device, logs: Path) -> None:
         self._module = module.to(device).train()
         self._device = device
         self._loss = nn.CrossEntropyLoss().to(device)
@@ -72,12 +72,12 @@ class OurLoop:
     """Ours over a network by a recipe; `train(steps)` goes on where it stopped."""
 
     def __init__(
-        self, module: nn.Module, data: LabelledImages, spec: InputSpec, recipe: Recipe, device: torch.device
+        self, module: nn.Module, data: LabeledImages, spec: InputSpec, recipe: Recipe, device: torch.device
     ) -> None:
         self._loop = Loop(module.to(device), place_images(data, device), spec, recipe, device=device)
 
     def train(self, steps: int) -> None:
         last = self._loop.step + steps
         while self._loop.step < last:
-            for _ in self._loop.epochs(Observer(), lambda: self._loop.step >= last):
+            for _ in self._loop.epochs(Callback(), lambda: self._loop.step >= last):
                 pass

@@ -41,7 +41,7 @@ _typer = typer.Typer(
 def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Take an image classifier from training to deployment and prove every hop.
+    """Take an image classifier from training to deployment and check every step.
 
     `cifarx train --model lzh`, `cifarx export --ckpt lzh_9.pth --format onnx`,
     `cifarx infer dog.png --backend onnxruntime`. Exit status: 0 it holds, 1 a check failed, 2 wrong input or usage.

@@ -1,4 +1,4 @@
-"""Export: convert, prove, and only then give the artifact its name."""
+"""Export: convert, check parity, and only then give the artifact its name."""
 
 import tempfile
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from cifarx_export.formats.registry import (
     export_format,
     require_supported,
 )
-from cifarx_export.parity.compare import WHOLE_BATCH, Proof, Reference, ask_reference, prove, proved_batch_sizes
-from cifarx_export.parity.data import proof_data, training_images
+from cifarx_export.parity.compare import WHOLE_BATCH, Proof, Reference, check_parity, proved_batch_sizes, run_reference
+from cifarx_export.parity.data import parity_data, training_images
 from cifarx_export.parity.html import require_page, write_parity_page
 from cifarx_export.parity.report import FAILED_SUFFIX, SUFFIX, ParityReport
-from cifarx_export.parity.tolerances import Gate, gate
+from cifarx_export.parity.tolerances import Tolerance, gate
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import backend_class
 from cifarx_serve.devices import Device
@@ -77,7 +77,7 @@ def export(
         broken: refuse a data set with broken images, or skip them.
         out: the folder for the artifacts.
         options: of the conversion.
-        batch: the largest batch size to prove, beside 1, 3 and 64.
+        batch: the largest batch size to check_parity, beside 1, 3 and 64.
         atol, rtol: in place of the gate's own.
         page: write the proofs there as a page, `.html`.
         progress: told what is being done.
@@ -91,17 +91,17 @@ def export(
     for name, precision in chosen:
         require_supported(name, precision, options)
     require_page(page)
-    gates = {precision: gate(precision, atol, rtol) for _, precision in chosen}
+    tolerances = {precision: gate(precision, atol, rtol) for _, precision in chosen}
     progress(f"reading {path}")
     loaded = load_checkpoint(path, model)._replace(training={})  # the optimizer's state may be twice the weights
     folder = path.parent if out is None else Path(out)
-    images = proof_data(loaded.spec, data, broken)
+    images = parity_data(loaded.spec, data, broken)
     batch_sizes = proved_batch_sizes(batch, len(images.images))
     with PyTorchBackend.of(loaded, CPU) as backend:
-        reference = ask_reference(backend, images, progress)
+        reference = run_reference(backend, images, progress)
     require_writable(folder)
     origin = _Origin(path, file_sha256(path), weights_sha256(loaded.model), loaded, data, broken)
-    job = _Job(origin, folder, options, gates, reference, batch_sizes, progress, {})
+    job = _Job(origin, folder, options, tolerances, reference, batch_sizes, progress, {})
     made = [job.make(name, export_format(name), precision) for name, precision in chosen]
     if page is not None:
         write_parity_page(Path(page), [artifact.report for artifact in made], images.images)
@@ -128,7 +128,7 @@ class _Job(NamedTuple):
     origin: _Origin
     folder: Path
     options: ExportOptions
-    gates: dict[Precision, Gate]
+    tolerances: dict[Precision, Tolerance]
     reference: Reference
     batch_sizes: tuple[int, ...]
     progress: Progress
@@ -147,15 +147,15 @@ class _Job(NamedTuple):
         return self._report(name, spec, target, proof, None)
 
     def _try(self, kind: Format, target: Path, source: Source) -> tuple[ModelSpec, Proof]:
-        """Convert and prove; the artifact has its name where the proof passed."""
+        """Convert and check parity; the artifact has its name where the proof passed."""
         artifact = _convert(kind, source)
         spec = artifact.describe(source.spec)
         try:
             with (atomic_folder if kind.model else atomic_path)(target) as temporary:
                 artifact.save(temporary, spec)
                 with backend_class(kind.backend)(kind.model_file(temporary), CPU) as backend:
-                    limits = self.gates[spec.precision]
-                    proof = prove(self.reference, backend, limits, self.progress, self.batch_sizes)
+                    limits = self.tolerances[spec.precision]
+                    proof = check_parity(self.reference, backend, limits, self.progress, self.batch_sizes)
                     answer = self._probe(backend)
                 if not proof.passed:
                     raise _NotProvedError(proof)

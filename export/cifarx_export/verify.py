@@ -13,8 +13,8 @@ from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_export.layerwise.locate import locate as locate_layer
 from cifarx_export.layerwise.locate import require_locatable
 from cifarx_export.parity.checks import Check
-from cifarx_export.parity.compare import Proof, ProofData, Reference, ask_reference, prove, proved_batch_sizes
-from cifarx_export.parity.data import proof_data
+from cifarx_export.parity.compare import ParityData, Proof, Reference, check_parity, proved_batch_sizes, run_reference
+from cifarx_export.parity.data import parity_data
 from cifarx_export.parity.external_spec import read_given_spec, with_spec
 from cifarx_export.parity.html import require_page, write_parity_page
 from cifarx_export.parity.report import ParityReport
@@ -76,10 +76,10 @@ def verify(
             require_locatable(*map(model_file, sides[:2]))
         opened = _open(sides, device, spec, stack)
         limits = gate(opened.precision, atol, rtol)
-        images = proof_data(opened.reference.spec, data, broken)
+        images = parity_data(opened.reference.spec, data, broken)
         batch_sizes = proved_batch_sizes(batch, len(images.images))
         asked = _ask(opened, sides.reference, images, progress)
-        proof = _with_weights(prove(asked, opened.artifact, limits, progress, batch_sizes), opened)
+        proof = _with_weights(check_parity(asked, opened.artifact, limits, progress, batch_sizes), opened)
         if locate and not proof.passed and proof.evidence:
             progress("looking for the first layer that differs")
             worst = images.images[proof.evidence.worst[0].image][None]
@@ -153,7 +153,7 @@ def _open_one(path: Path, named: Path, device: str, model: str | None) -> Backen
         raise ModelFileError(error.problem.replace(str(path), str(named)), error.remedy) from error
 
 
-def _ask(opened: _Opened, path: Path, images: ProofData, progress: Progress) -> Reference:
+def _ask(opened: _Opened, path: Path, images: ParityData, progress: Progress) -> Reference:
     """The reference's answers; nothing can be compared with a file that does not give logits.
 
     Raises:
@@ -161,7 +161,7 @@ def _ask(opened: _Opened, path: Path, images: ProofData, progress: Progress) -> 
     """
     backend = opened.reference
     try:
-        asked = ask_reference(backend, images, progress)
+        asked = run_reference(backend, images, progress)
     except DataError:
         raise
     except Exception as error:  # a runtime's own errors have no common base

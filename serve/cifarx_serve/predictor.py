@@ -109,7 +109,7 @@ class Predictor:
         """Logits, (N, classes), of a batch that is ready.
 
         Args:
-            batch: float32 (N, 3, height, width), scaled and normalised as the spec has it; for a file that does its
+            batch: float32 (N, 3, height, width), scaled and normalized as the spec has it; for a file that does its
                 own preprocessing uint8 (N, H, W, 3).
 
         Raises:
@@ -143,7 +143,7 @@ class Predictor:
         from cifarx_serve.system.prefetch import ahead  # threads take 15 ms to import, and one image needs none
 
         if self._for_threads is None:
-            self._for_threads = self._backend.for_threads()
+            self._for_threads = self._backend.single_threaded()
         backend, threads = self._for_threads, available_cpus()
         batch = BATCH if self._ready else _EMBEDDED_BATCH
         with closing(DecodingProcesses(self.spec.input, threads if self._ready else 0)) as processes:

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from cifarx_serve.errors import UsageError
 from cifarx_serve.images.reader import without_pillows_warnings
-from cifarx_serve.server.app import compose, prepare_process
+from cifarx_serve.server.app import create_app, prepare_process
 from cifarx_serve.server.http.request import Message, Receive, Scope, Send
 from cifarx_serve.server.settings import Count, Limits, Settings, served_names
 
@@ -70,7 +70,7 @@ class Replica:
         prepare_process(settings)
         self._inside = ExitStack()
         self._inside.enter_context(without_pillows_warnings)
-        self._composition = compose(settings, None)  # Ray has a line in its log for every request
+        self._composition = create_app(settings, None)  # Ray has a line in its log for every request
         self._opening = asyncio.create_task(self._composition.service.open())
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,7 +22,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How an image becomes the network's input.
 
     The image is taken as RGB, resized to (height, width) with Pillow's antialiased `resize` filter, scaled
-    from 0..255 to `value_range`, and normalised by `mean` and `std` a channel.
+    from 0..255 to `value_range`, and normalized by `mean` and `std` a channel.
     """
 
     height: Positive
@@ -51,7 +51,7 @@ class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
 class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How a model was trained: `epochs` whole ones, the recipe as plain data.
 
-    `test_accuracy` is a fraction, of the whole test split; None where a run was interrupted before it was judged.
+    `test_accuracy` is a fraction, of the whole test split; None where a run was interrupted before it was eval_model.
     """
 
     data: DataRecord

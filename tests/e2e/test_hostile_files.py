@@ -15,7 +15,7 @@ from onnx import TensorProto
 from PIL import Image
 
 from cifarx_serve.backends.torch.torchscript import SPEC_FILE
-from tests.support.colour_model import SPEC, write_onnx, write_torchscript
+from tests.support.color_model import SPEC, write_onnx, write_torchscript
 
 pytestmark = [
     pytest.mark.slow,

@@ -51,16 +51,16 @@ def remembered(self, source):
     return conversions[key]
 
 Format.convert = remembered
-ask_reference = export.ask_reference
+run_reference = export.run_reference
 references = {}
 
 def asked(backend, data, progress):
     key = str(backend._module.state_dict()["model.8.bias"].tolist())
     if key not in references:
-        references[key] = ask_reference(backend, data, progress)
+        references[key] = run_reference(backend, data, progress)
     return references[key]
 
-export.ask_reference = asked
+export.run_reference = asked
 
 def export(source, out):
     return export.export(source, [name], data="builtin", out=out)[0]

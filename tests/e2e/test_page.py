@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 import pytest
 from PIL import Image
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.chrome.service import ModelRepository
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 from tests.support.running_server import PROGRAM, Running, serving
 
 pytestmark = pytest.mark.slow
@@ -109,7 +109,7 @@ def browse(tmp_path: Path) -> Iterator[Browse]:
         if phone:
             options.add_experimental_option("mobileEmulation", PHONE)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        pages.append(Page(Chrome(options, Service(str(DRIVER))), server))
+        pages.append(Page(Chrome(options, ModelRepository(str(DRIVER))), server))
         pages[-1].open()
         return pages[-1]
 

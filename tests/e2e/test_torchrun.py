@@ -155,7 +155,7 @@ def test_a_network_with_batch_norm(bench: Bench, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "run" / "resnet18_0.pth")
     assert checkpoint.model["bn1.num_batches_tracked"] == 3
     assert checkpoint.spec.training is not None
-    # What is saved is what was judged: one process finds the same, on every test image once.
+    # What is saved is what was eval_model: one process finds the same, on every test image once.
     again = run([str(CIFARX), *line, "--resume", "auto", "--json"])
     assert json.loads(again.stdout)["test_accuracy"] == checkpoint.spec.training.test_accuracy
 

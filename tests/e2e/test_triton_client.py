@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from cifarx_serve.images.preprocess import scale
 from cifarx_serve.predictor import load
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 from tests.support.running_server import serving
 
 pytestmark = [

@@ -55,34 +55,34 @@ def stale(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def proof_images(checkpoint: Path) -> Any:
+def parity_images(checkpoint: Path) -> Any:
     """Images of the built-in data: more than go through the small batches, and no multiple of any batch size."""
     from cifarx_export.parity.compare import MIN_IMAGES
-    from cifarx_export.parity.data import proof_data
+    from cifarx_export.parity.data import parity_data
     from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
-    whole = proof_data(load_checkpoint(checkpoint).spec, "builtin")
+    whole = parity_data(load_checkpoint(checkpoint).spec, "builtin")
     assert whole.labels is not None
     images = MIN_IMAGES + 3
     return whole._replace(images=whole.images[:images], labels=whole.labels[:images])
 
 
 @pytest.fixture(scope="session")
-def decided(checkpoint: Path, proof_images: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decided(checkpoint: Path, parity_images: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint with every class's logits spread alike over the images, its ONNX file beside it.
 
     However little it has learned: each class is some images' answer, and few answers are close.
     """
     import torch
 
-    from cifarx_export.parity.compare import ask_reference
+    from cifarx_export.parity.compare import run_reference
     from cifarx_serve.devices import Device
     from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
     from cifarx_train.pytorch_backend import PyTorchBackend
     from tests.support.converted import converted
 
     with PyTorchBackend(checkpoint, Device("cpu")) as backend:
-        logits = torch.from_numpy(ask_reference(backend, proof_images).logits)
+        logits = torch.from_numpy(run_reference(backend, parity_images).logits)
     mean, spread = logits.mean(dim=0), logits.std(dim=0) / 2
     loaded = load_checkpoint(checkpoint)
     weights = {key: value.clone() for key, value in loaded.model.items()}

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from cifarx_export.parity.compare import WHOLE_BATCH, ProofData, Reference, ask_reference, prove
+from cifarx_export.parity.compare import WHOLE_BATCH, ParityData, Reference, check_parity, run_reference
 from cifarx_export.parity.tolerances import gate
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
@@ -91,7 +91,7 @@ def in_training(module: nn.Module) -> nn.Module:
 
 
 def with_batch_statistics(module: nn.Module) -> nn.Module:
-    """In eval mode, and yet each batch is normalised by itself."""
+    """In eval mode, and yet each batch is normalized by itself."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.track_running_stats, part.running_mean, part.running_var = False, None, None
@@ -304,13 +304,13 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def normalised(decided: Path, proof_images: ProofData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def normalized(decided: Path, parity_images: ParityData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small ResNet whose batch norms have seen pictures; the classes of `decided`."""
     spec = msgspec.structs.replace(load_checkpoint(decided).spec, model="resnet18", training=None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = network("resnet18").build(len(spec.class_names), spec.input)
-    pictures = torch.from_numpy(proof_images.images[:128]).permute(0, 3, 1, 2).float() / 255
+    pictures = torch.from_numpy(parity_images.images[:128]).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, nn.BatchNorm2d):
@@ -321,25 +321,25 @@ def normalised(decided: Path, proof_images: ProofData, tmp_path_factory: pytest.
         fc = module.get_submodule("fc")
         fc.weight /= logits.std(dim=0)[:, None]  # type: ignore[operator,union-attr]
         fc.bias.copy_((fc.bias - logits.mean(dim=0)) / logits.std(dim=0))  # type: ignore[operator,union-attr]
-    path = tmp_path_factory.mktemp("normalised") / "resnet18_0.pth"
+    path = tmp_path_factory.mktemp("normalized") / "resnet18_0.pth"
     save_checkpoint(path, Checkpoint(spec, module.state_dict(), {}))
     return path
 
 
 @pytest.fixture(scope="module")
-def checkpoints(decided: Path, normalised: Path) -> dict[str, Path]:
-    return {"lzh": decided, "resnet18": normalised}
+def checkpoints(decided: Path, normalized: Path) -> dict[str, Path]:
+    return {"lzh": decided, "resnet18": normalized}
 
 
 @pytest.fixture(scope="module")
-def references(checkpoints: dict[str, Path], proof_images: ProofData) -> dict[str, Reference]:
+def references(checkpoints: dict[str, Path], parity_images: ParityData) -> dict[str, Reference]:
     """Of the first images alone."""
-    return {name: briefly(ask(path, proof_images)) for name, path in checkpoints.items()}
+    return {name: briefly(ask(path, parity_images)) for name, path in checkpoints.items()}
 
 
-def ask(checkpoint: Path, data: ProofData) -> Reference:
+def ask(checkpoint: Path, data: ParityData) -> Reference:
     with PyTorchBackend(checkpoint, Device("cpu")) as backend:
-        return ask_reference(backend, data)
+        return run_reference(backend, data)
 
 
 def briefly(reference: Reference) -> Reference:
@@ -355,7 +355,7 @@ def briefly(reference: Reference) -> Reference:
 def failed_checks(path: Path, reference: Reference) -> tuple[set[str], str]:
     """The names of the checks that fail, and all of them as text."""
     with open_backend(path, device="cpu") as backend:
-        proof = prove(reference, backend, gate(backend.spec.precision))
+        proof = check_parity(reference, backend, gate(backend.spec.precision))
     names = {check.name for check in proof.checks if not check.passed}
     assert proof.passed == proof.summary.passed == (not names)
     assert all(check.found for check in proof.checks)
@@ -428,10 +428,10 @@ def test_what_is_good_passes_every_check(
     assert not failed, text
 
 
-def test_an_answer_too_many_lost_fails_the_accuracy_alone(decided: Path, proof_images: ProofData) -> None:
+def test_an_answer_too_many_lost_fails_the_accuracy_alone(decided: Path, parity_images: ParityData) -> None:
     """Between five and ten flips in a thousand: the agreement holds, and every one of them was right."""
-    reference = ask(decided, proof_images)
-    count = len(proof_images.images)
+    reference = ask(decided, parity_images)
+    count = len(parity_images.images)
     logits = reference.logits.astype(np.float64)
     # How much more of class 4 each image needs to flip; those that are class 4 already never do.
     needed = np.sort((logits.max(axis=1) - logits[:, 4])[logits.argmax(1) != 4])
@@ -439,12 +439,12 @@ def test_an_answer_too_many_lost_fails_the_accuracy_alone(decided: Path, proof_i
     path = onnx_with(entry_with((4,), lambda value: value + step, "model.8.bias"), fields_with(precision="int8"))(
         decided
     )
-    right = reference._replace(data=proof_images._replace(labels=logits.argmax(1)))
+    right = reference._replace(data=parity_images._replace(labels=logits.argmax(1)))
     failed, text = failed_checks(path, right)
     assert failed == {"accuracy"}, text
     assert 0.005 < 8 / count < 0.01
     # Where the reference was wrong, nothing is lost.
-    wrong = reference._replace(data=proof_images._replace(labels=(logits.argmax(1) + 1) % 10))
+    wrong = reference._replace(data=parity_images._replace(labels=(logits.argmax(1) + 1) % 10))
     assert failed_checks(path, wrong)[0] == set()
 
 

@@ -89,7 +89,7 @@ def serve_options() -> frozenset[str]:
 
 def commands() -> dict[str, list[str]]:
     """What follows `cifarx serve` in every file that runs it."""
-    service = unit()["Service"]["ExecStart"].split()
+    service = unit()["ModelRepository"]["ExecStart"].split()
     found = {path.name: json.loads(last(path, "CMD")) for path in DOCKERFILES}
     found |= {name: container(name)["args"] for name in ("kubernetes.yaml", "kserve.yaml")}
     return found | {UNIT.name: service[2:]}
@@ -223,7 +223,7 @@ def test_kubernetes_selectors_match_the_labels() -> None:
     spread = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
     assert all(constraint["labelSelector"]["matchLabels"] == labels for constraint in spread)
     assert deployment["spec"]["selector"]["matchLabels"] == labels
-    assert found["Service"]["spec"]["selector"] == labels
+    assert found["ModelRepository"]["spec"]["selector"] == labels
     assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
     target = found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert target == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
@@ -239,7 +239,7 @@ def test_kubernetes_autoscaler_has_the_replicas_and_what_it_measures() -> None:
 @pytest.mark.parametrize("file", ["kubernetes.yaml", "kserve.yaml"])
 def test_ports_probes_and_user(file: str) -> None:
     served = container(file)
-    (port,) = served["ports"]
+    (port,) = served["tensor_infos"]
     assert port["containerPort"] == PORT == int(option(served["args"], "--port"))
     assert option(served["args"], "--host") == "0.0.0.0"
     probes = {name: probe["httpGet"] for name, probe in served.items() if name.endswith("Probe")}
@@ -259,7 +259,7 @@ def test_kubernetes_user_is_the_image_s_and_its_port_is_found() -> None:
     pod = found["Deployment"]["spec"]["template"]
     context = pod["spec"]["securityContext"]
     assert f"{context['runAsUser']}:{context['runAsGroup']}" == last(DOCKERFILES[0], "USER")
-    assert [port["targetPort"] for port in found["Service"]["spec"]["ports"]] == ["http"]
+    assert [port["targetPort"] for port in found["ModelRepository"]["spec"]["tensor_infos"]] == ["http"]
     assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(PORT)
 
 
@@ -301,7 +301,7 @@ def test_kserve_custom_predictor() -> None:
 
 
 def test_unit_reloads_drains_and_comes_back() -> None:
-    service = unit()["Service"]
+    service = unit()["ModelRepository"]
     command = service["ExecStart"].split()
     assert Path(command[0]).name == "cifarx"
     assert command[1] == "serve"

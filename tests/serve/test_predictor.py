@@ -19,7 +19,7 @@ from cifarx_serve.errors import ImageError, ModelFileError, UsageError
 from cifarx_serve.predictor import Predictor, load, softmax
 from cifarx_serve.spec import ModelSpec
 from cifarx_serve.system.cpus import available_cpus
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 from tests.support.trained_model import Trained
 
 RED, GREEN, BLUE, CYAN, GREY = (

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "docs" / "deploy" / "ray-serve.yaml"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cifarx_serve.errors import SpecError
 from cifarx_serve.spec import SCHEMA_VERSION, DataRecord, InputSpec, ModelSpec, ParitySummary, TrainingRecord
-from tests.support.colour_model import SPEC
+from tests.support.color_model import SPEC
 
 SHA256 = "0123456789abcdef" * 4
 

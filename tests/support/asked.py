@@ -17,7 +17,7 @@ from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.request import Message, Scope
 from cifarx_serve.server.inference.metrics import Metrics
-from cifarx_serve.server.inference.repository import Service
+from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
 
 
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 class Client:
     """Asks an application; the connection stays open after the body, until `left` is set."""
 
-    def __init__(self, application: Application, service: Service, metrics: Metrics) -> None:
+    def __init__(self, application: Application, service: ModelRepository, metrics: Metrics) -> None:
         self.application = application
         self.service = service
         self.metrics = metrics
@@ -126,7 +126,7 @@ async def application(
     named = {name: str(path) for name, path in files.items()}
     settings = Settings(files=named, device="cpu", limits=limits or Limits(), cors_origin=cors_origin)
     metrics = Metrics()
-    service = Service(settings, metrics)
+    service = ModelRepository(settings, metrics)
     with ThreadPoolExecutor(1) as pool:
         table = Routes(service, metrics, pool).table() if routes is None else routes
         app = Application(service, metrics, table, ApiKeys(keys) if keys else None, log)

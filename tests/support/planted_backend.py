@@ -14,7 +14,7 @@ from cifarx_serve.backends.base import Backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ModelFileError
 from cifarx_serve.spec import ModelSpec
-from tests.support.colour_model import SPEC
+from tests.support.color_model import SPEC
 
 POISON = (1, 2, 3)
 """The colour of an image on which the model does not run."""
@@ -24,7 +24,7 @@ BOMB = (3, 2, 1)
 
 
 class PlantedBackend(Backend):
-    """The logits are ten times the mean red, green and blue, as of `colour_model`.
+    """The logits are ten times the mean red, green and blue, as of `color_model`.
 
     The file is a spec. While `FILE.failing` is there it runs on nothing; while `FILE.slow` is there it does not end.
     """

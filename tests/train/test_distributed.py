@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cifarx_serve.errors import UsageError
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from cifarx_train.distributed import Ranks, joined_ranks
+from cifarx_train.distributed import Distributed, init_distributed
 from tests.support.command_line import Ran
 from tests.support.drawn_images import draw_folder
 from tests.support.same_runs import require_same
@@ -34,20 +34,20 @@ import PIL.PngImagePlugin, torch, torch._dynamo, torchvision
 import cifarx.commands.train, cifarx.output.training, cifarx_train.train
 from torch import distributed
 from cifarx.main import main
-from cifarx_train.distributed import joined_ranks
+from cifarx_train.distributed import init_distributed
 
 def probe():
-    with joined_ranks() as ranks:
+    with init_distributed() as ranks:
         module = torch.nn.BatchNorm1d(2)
         module.running_mean.fill_(ranks.rank)
         ranks.align(module)
         order = []
-        with ranks.leader_first():
+        with ranks.main_process_first():
             order.append(len(os.listdir(".")))
             open(f"rank{ranks.rank}", "w").close()
         found = {
             "ranks": list(ranks),
-            "leads": ranks.leads,
+            "is_main_process": ranks.is_main_process,
             "total": ranks.total(torch.tensor([1.0, ranks.rank])).tolist(),
             "any": [ranks.any(False), ranks.any(ranks.rank == 1), ranks.any(True)],
             "gather": [part.tolist() for part in ranks.gather(torch.tensor([ranks.rank, 7]))],
@@ -171,9 +171,9 @@ def require_close(one: Checkpoint, other: Checkpoint) -> None:
 def test_alone_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with joined_ranks() as ranks:
-        assert ranks == Ranks(0, 1, 0, 1)
-        assert ranks.leads
+    with init_distributed() as ranks:
+        assert ranks == Distributed(0, 1, 0, 1)
+        assert ranks.is_main_process
         assert ranks.any(True)
         assert not ranks.any(False)
         assert ranks.total(torch.tensor(3.0)) == 3
@@ -181,7 +181,7 @@ def test_alone_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         module = torch.nn.Linear(2, 2)
         assert ranks.replicate(module) is module
         ranks.align(module)
-        with ranks.leader_first():
+        with ranks.main_process_first():
             pass
         assert not torch.distributed.is_initialized()
 
@@ -189,8 +189,8 @@ def test_alone_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_with_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with joined_ranks() as ranks:
-        assert ranks == Ranks()
+    with init_distributed() as ranks:
+        assert ranks == Distributed()
         assert not torch.distributed.is_initialized()
 
 
@@ -199,15 +199,15 @@ def test_an_environment_of_torchrun_in_part_is_refused(monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match=r"has RANK, WORLD_SIZE alone.*torchrun"), joined_ranks():
+    with pytest.raises(UsageError, match=r"has RANK, WORLD_SIZE alone.*torchrun"), init_distributed():
         pass
 
 
 @given(st.integers(1, 300), st.integers(1, 9))
 def test_the_shares_of_a_batch_are_the_batch(count: int, size: int) -> None:
     batch = torch.arange(count)
-    shares = [Ranks(rank, size).share(batch) for rank in range(size)]
-    together = Ranks(0, size).shared(count)
+    shares = [Distributed(rank, size).share(batch) for rank in range(size)]
+    together = Distributed(0, size).shared(count)
     assert sum(map(len, shares)) == together
     if count < 2 * size:  # BatchNorm cannot train on a single image
         assert all(torch.equal(share, batch) for share in shares)
@@ -221,8 +221,8 @@ def test_the_shares_of_a_batch_are_the_batch(count: int, size: int) -> None:
 def test_the_weighted_mean_over_the_ranks_is_the_mean_over_the_batch(count: int, size: int) -> None:
     """As the loop weighs each rank's loss before DDP averages."""
     losses = torch.rand(count, dtype=torch.float64)
-    shares = [Ranks(rank, size).share(losses) for rank in range(size)]
-    together = Ranks(0, size).shared(count)
+    shares = [Distributed(rank, size).share(losses) for rank in range(size)]
+    together = Distributed(0, size).shared(count)
     mean = sum(share.mean() * len(share) * size / together for share in shares) / size
     assert mean == pytest.approx(losses.mean().item())
 
@@ -237,7 +237,7 @@ def test_what_ranks_do_together(processes: Processes, tmp_path: Path) -> None:
         assert ran.status == 0, ran.err
         found = ran.json
         assert found["ranks"] == [rank, 3, rank, 3]
-        assert found["leads"] is (rank == 0)
+        assert found["is_main_process"] is (rank == 0)
         assert found["total"] == [3.0, 3.0]
         assert found["any"] == [False, True, True]
         assert found["gather"] == [[0, 7], [1, 7], [2, 7]]
@@ -273,8 +273,8 @@ def test_several_ranks_train_what_one_trains(
 def test_momentum_schedule_and_clipping_mean_the_same_with_several_ranks(
     processes: Processes, uneven: Path, tmp_path: Path
 ) -> None:
-    more = ["--set", "momentum=0.9", "--set", "schedule=cosine", "--set", "warm_up=0.3", "--set", "clip_norm=0.5"]
-    more += ["--set", "ema=0.9", "--set", "label_smoothing=0.1", "--set", "normalise=true"]
+    more = ["--set", "momentum=0.9", "--set", "schedule=cosine", "--set", "warm_up=0.3", "--set", "max_grad_norm=0.5"]
+    more += ["--set", "ema=0.9", "--set", "label_smoothing=0.1", "--set", "normalize=true"]
     processes.train(tmp_path / "one", 1, uneven, *more)
     processes.train(tmp_path / "two", 2, uneven, *more)
     one, two = (load_checkpoint(tmp_path / name / "run" / "lzh_1.pth") for name in ("one", "two"))

@@ -30,17 +30,17 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "batch_size": draw(counts),
         "learning_rate": draw(rates),
         "optimizer": optimizer,
-        "bias_rate": draw(rates) if optimizer == "muon" else None,
-        "head_rate": draw(rates) if optimizer == "muon" else None,
+        "bias_lr": draw(rates) if optimizer == "muon" else None,
+        "head_lr": draw(rates) if optimizer == "muon" else None,
         "momentum": momentum,
         "nesterov": bool(momentum) and draw(st.booleans()),
         "weight_decay": draw(amounts),
         "schedule": draw(st.sampled_from(["constant", "linear", "cosine"])),
         "warm_up": draw(shares),
         "label_smoothing": draw(shares),
-        "clip_norm": draw(st.none() | rates),
+        "max_grad_norm": draw(st.none() | rates),
         "ema": draw(st.none() | shares),
-        "normalise": draw(st.booleans()),
+        "normalize": draw(st.booleans()),
         "flip": draw(st.booleans()),
         "crop": draw(pixels),
         "cutout": draw(pixels),
@@ -71,10 +71,10 @@ def test_the_notes_recipe_is_that_of_the_notes() -> None:
 def test_the_notes_recipe_does_nothing_that_the_notes_do_not() -> None:
     notes = recipe("notes")
     assert notes.optimizer == "sgd"
-    off = ("momentum", "weight_decay", "warm_up", "label_smoothing", "normalise", "flip", "crop", "cutout", "jitter")
+    off = ("momentum", "weight_decay", "warm_up", "label_smoothing", "normalize", "flip", "crop", "cutout", "jitter")
     assert not any(getattr(notes, field) for field in off)
     assert (notes.schedule, notes.precision, notes.compile) == ("constant", "fp32", False)
-    assert notes.clip_norm is notes.ema is notes.patience is notes.max_minutes is None
+    assert notes.max_grad_norm is notes.ema is notes.patience is notes.max_minutes is None
 
 
 def test_every_recipe_has_the_name_that_it_is_asked_for_by() -> None:
@@ -134,9 +134,9 @@ def test_values_given_as_text_are_those_values(chosen: Recipe) -> None:
         ("flip", "true", True),
         ("flip", "false", False),
         ("schedule", "cosine", "cosine"),
-        ("clip_norm", "1", 1.0),
-        ("clip_norm", "none", None),
-        ("clip_norm", "null", None),
+        ("max_grad_norm", "1", 1.0),
+        ("max_grad_norm", "none", None),
+        ("max_grad_norm", "null", None),
     ],
 )
 def test_text_from_a_command_line(field: str, text: str, value: object) -> None:
@@ -164,7 +164,7 @@ def test_an_unknown_field_is_told_the_nearest() -> None:
         ("epochs", 1.5),
         ("epochs", True),
         ("weight_decay", -1e-9),
-        ("clip_norm", 0),
+        ("max_grad_norm", 0),
         ("crop", -1),
         ("crop", 65),
         ("patience", 0),
@@ -185,11 +185,11 @@ def test_a_value_that_makes_no_sense_is_refused_and_named(field: str, value: obj
     ("values", "words"),
     [
         ({"nesterov": True}, "nesterov needs a momentum"),
-        ({"optimizer": "muon"}, "muon needs bias_rate and head_rate"),
-        ({"optimizer": "muon", "bias_rate": 0.1}, "muon needs bias_rate and head_rate"),
-        ({"optimizer": "muon", "head_rate": 0.1}, "muon needs bias_rate and head_rate"),
-        ({"bias_rate": 0.1}, "belong to the optimizer muon"),
-        ({"optimizer": "adamw", "head_rate": "0.1"}, "belong to the optimizer muon"),
+        ({"optimizer": "muon"}, "muon needs bias_lr and head_lr"),
+        ({"optimizer": "muon", "bias_lr": 0.1}, "muon needs bias_lr and head_lr"),
+        ({"optimizer": "muon", "head_lr": 0.1}, "muon needs bias_lr and head_lr"),
+        ({"bias_lr": 0.1}, "belong to the optimizer muon"),
+        ({"optimizer": "adamw", "head_lr": "0.1"}, "belong to the optimizer muon"),
         ({"optimizer": "adamw", "momentum": 0.9}, "adamw has no momentum"),
     ],
 )

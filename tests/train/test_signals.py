@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cifarx_serve.errors import FallbackWarning, Interrupted
-from cifarx_train.callbacks.base import EpochReport, Observer
+from cifarx_train.callbacks.base import Callback, EpochReport
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
-from cifarx_train.signals import noted_signals
+from cifarx_train.signals import catch_signals
 from cifarx_train.train import train
 from cifarx_train.trainer import TrainResult
 from tests.support.same_runs import require_same_run, same
@@ -43,21 +43,21 @@ def send(number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_and_nothing_else(number: int) -> None:
-    with noted_signals() as interruption:
+    with catch_signals() as interruption:
         assert interruption.signal_number is None
         send(number)
         assert interruption.signal_number == number
 
 
 def test_sigterm_may_come_often() -> None:
-    with noted_signals() as interruption:
+    with catch_signals() as interruption:
         for _ in range(3):
             send(signal.SIGTERM)
         assert interruption.signal_number == signal.SIGTERM
 
 
 def test_a_second_ctrl_c_is_not_held_back() -> None:
-    with noted_signals() as interruption:
+    with catch_signals() as interruption:
         send(signal.SIGINT)
         assert interruption.signal_number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
@@ -65,7 +65,7 @@ def test_a_second_ctrl_c_is_not_held_back() -> None:
 
 
 def test_one_ctrl_c_after_sigterm_is_noted() -> None:
-    with noted_signals() as interruption:
+    with catch_signals() as interruption:
         send(signal.SIGTERM)
         send(signal.SIGINT)
         assert interruption.signal_number == signal.SIGINT
@@ -79,7 +79,7 @@ def fail() -> None:
 def test_the_handlers_are_as_before_afterwards(ending: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with noted_signals():
+        with catch_signals():
             ending()
     except RuntimeError:
         pass
@@ -90,7 +90,7 @@ def test_the_handlers_are_as_before_afterwards(ending: Callable[[], None]) -> No
 def test_what_is_ignored_stays_ignored() -> None:
     """A run that a shell started in the background is not ended by Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with noted_signals() as interruption:
+    with catch_signals() as interruption:
         send(signal.SIGINT)
         assert interruption.signal_number is None
 
@@ -99,7 +99,7 @@ def test_outside_the_main_thread_nothing_is_changed() -> None:
     seen: list[Any] = []
 
     def block() -> None:
-        with noted_signals() as interruption:
+        with catch_signals() as interruption:
             seen.extend((interruption.signal_number, signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=block)
@@ -111,7 +111,7 @@ def test_outside_the_main_thread_nothing_is_changed() -> None:
 # --- a run
 
 
-class Sender(Observer):
+class Sender(Callback):
     """Sends signals after a step, or while an epoch is reported."""
 
     def __init__(self, *numbers: int, step: int = 0, epoch: int = -1) -> None:
@@ -130,10 +130,10 @@ class Sender(Observer):
             send(number)
 
 
-def run(data: Path, out: Path, *observers: Observer, **more: Any) -> TrainResult:
+def run(data: Path, out: Path, *callbacks: Callback, **more: Any) -> TrainResult:
     settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": 16, "ema": 0.9, "cutout": 8, "jitter": 0.2}
     return train(
-        "lzh", data=str(data), recipe_name="fast", device="cpu", out=out, observers=observers, **{**settings, **more}
+        "lzh", data=str(data), recipe_name="fast", device="cpu", out=out, callbacks=callbacks, **{**settings, **more}
     )
 
 
@@ -195,7 +195,7 @@ def test_the_state_within_an_epoch_vanishes_with_the_next_epochs_file(drawn_once
         run(drawn_once, tmp_path, Sender(signal.SIGTERM, step=2))
     seen: list[bool] = []
 
-    class Watch(Observer):
+    class Watch(Callback):
         def on_step(self, step: int) -> None:
             del step
             seen.append(interrupted.exists())

@@ -12,13 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cifarx_serve.errors import CheckFailed, CifarxError, DataError, OutputError
 from cifarx_serve.spec import DataRecord, InputSpec, TrainingRecord
 from cifarx_serve.system.versions import library_versions
-from cifarx_train.callbacks.base import EpochReport, Observer, RunStart
+from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.data.dataset import fingerprint
 from cifarx_train.data.loaders.device import DeviceImages
 from cifarx_train.data.selection import select_data
-from cifarx_train.distributed import Ranks
-from cifarx_train.evaluation import Judge
+from cifarx_train.distributed import Distributed
+from cifarx_train.evaluation import Evaluator
 from cifarx_train.models.registry import network
 from cifarx_train.recipes import RECIPES, recipe
 from cifarx_train.train import TrainResult, train
@@ -27,7 +27,7 @@ from tests.support.drawn_images import draw_folder, pack
 INPUT = InputSpec(height=32, width=32)
 
 
-class Diary(Observer):
+class Diary(Callback):
     """Writes down what it is told."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def judge_afresh(path: Path, data: Path) -> tuple[float, float]:
     loaded, cpu = load_checkpoint(path), torch.device("cpu")
     spec, classes = loaded.spec.input, len(loaded.spec.class_names)
     test = DeviceImages(select_data(str(data)).load("test", spec), cpu)
-    found = Judge(test, spec, classes, cpu, Ranks()).evaluate(loaded.build())
+    found = Evaluator(test, spec, classes, cpu, Distributed()).evaluate(loaded.build())
     return found.loss, found.accuracy
 
 
@@ -91,7 +91,7 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, diary = tmp_path_factory.mktemp("finished") / "run", Diary()
-    return Finished(folder, run(drawn_once, folder, epochs=3, seed=5, observers=[diary]), diary)
+    return Finished(folder, run(drawn_once, folder, epochs=3, seed=5, callbacks=[diary]), diary)
 
 
 # --- what a run writes
@@ -101,7 +101,7 @@ def test_writes_one_checkpoint_an_epoch(finished: Finished) -> None:
     folder, done, diary = finished
     assert done.checkpoints == [folder / f"lzh_{epoch}.pth" for epoch in range(3)]
     assert sorted(path.name for path in folder.iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
-    # An observer hears of an epoch when its checkpoint is there.
+    # An callback hears of an epoch when its checkpoint is there.
     assert diary.seen == [["lzh_0.pth"], ["lzh_0.pth", "lzh_1.pth"], ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]]
 
 
@@ -184,11 +184,11 @@ def test_observers_hear_what_is_trained_and_how_it_went(finished: Finished) -> N
     assert [report.checkpoint for report in diary.reports] == done.checkpoints
     for report in diary.reports:
         training = record_of(report.checkpoint)
-        judged = report.evaluation
-        assert (judged.loss, judged.accuracy) == (training.test_loss, training.test_accuracy)
-        assert judged.confusion.sum() == 30
-        assert np.array_equal(judged.confusion.sum(1), [10, 10, 10])
-        assert len(judged.mistakes) == min(25, 30 - judged.confusion.trace())
+        eval_model = report.evaluation
+        assert (eval_model.loss, eval_model.accuracy) == (training.test_loss, training.test_accuracy)
+        assert eval_model.confusion.sum() == 30
+        assert np.array_equal(eval_model.confusion.sum(1), [10, 10, 10])
+        assert len(eval_model.mistakes) == min(25, 30 - eval_model.confusion.trace())
         assert report.save_s > 0
     assert done.images_per_s == pytest.approx(sum(report.images_per_s for report in diary.reports) / 3)
     assert diary.ended == 1
@@ -210,7 +210,7 @@ def test_an_archive_trains_as_its_folder(drawn_once: Path, tmp_path: Path, finis
 
 
 def test_the_settings_are_recorded(drawn_once: Path, tmp_path: Path) -> None:
-    settings = {"momentum": "0.9", "nesterov": "true", "weight_decay": 0.01, "ema": 0.9, "crop": 2, "clip_norm": 1}
+    settings = {"momentum": "0.9", "nesterov": "true", "weight_decay": 0.01, "ema": 0.9, "crop": 2, "max_grad_norm": 1}
     done = run(drawn_once, tmp_path, epochs=1, **settings)
     expected = recipe("notes", overrides={"epochs": 1, "batch_size": 16, "learning_rate": 0.05, **settings})
     assert record_of(done.checkpoints[0]).recipe == msgspec.to_builtins(expected)
@@ -224,14 +224,14 @@ def test_a_recipe_from_a_file_is_used_and_recorded(drawn_once: Path, tmp_path: P
 
 
 def test_a_normalised_run_says_so_in_the_spec(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=1, normalise=True)
+    done = run(drawn_once, tmp_path, epochs=1, normalize=True)
     images = select_data(str(drawn_once)).load("train", INPUT).images.astype(np.float64) / 255
     spec = load_checkpoint(done.checkpoints[0]).spec.input
     assert spec.mean == pytest.approx(images.mean((0, 1, 2)), abs=1e-4)
     assert spec.std == pytest.approx(images.std((0, 1, 2)), abs=1e-4)
     training = record_of(done.checkpoints[0])
     assert (training.test_loss, training.test_accuracy) == judge_afresh(done.checkpoints[0], drawn_once)
-    again = run(drawn_once, tmp_path, epochs=2, normalise=True, resume="auto")
+    again = run(drawn_once, tmp_path, epochs=2, normalize=True, resume="auto")
     assert load_checkpoint(again.checkpoints[-1]).spec.input == spec
 
 
@@ -268,7 +268,7 @@ def test_first_weights_that_come_from_the_data(drawn_once: Path, tmp_path: Path)
 
 
 def test_muon_refuses_a_network_without_a_linear_layer_or_trains_it(drawn_once: Path, tmp_path: Path) -> None:
-    muon = {"optimizer": "muon", "bias_rate": 1e-4, "head_rate": 1e-4, "learning_rate": 1e-4, "momentum": 0.6}
+    muon = {"optimizer": "muon", "bias_lr": 1e-4, "head_lr": 1e-4, "learning_rate": 1e-4, "momentum": 0.6}
     try:
         done = run(drawn_once, tmp_path, model="squeezenet1_1", epochs=1, batch_size=60, image_size=64, **muon)
     except CifarxError as error:
@@ -385,7 +385,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(drawn_once: Path, tmp_
     (tmp_path / "lzh_1.pth").mkdir()
     diary = Diary()
     with pytest.raises(OutputError, match=r"cannot write .*lzh_1\.pth"):
-        run(drawn_once, tmp_path, epochs=3, observers=[diary])
+        run(drawn_once, tmp_path, epochs=3, callbacks=[diary])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth"]
     assert judge_afresh(tmp_path / "lzh_0.pth", drawn_once)[1] == record_of(tmp_path / "lzh_0.pth").test_accuracy
     assert diary.ended == 1
@@ -395,7 +395,7 @@ def test_divergence_fails_the_check_and_keeps_good_checkpoints(drawn_once: Path,
     # One step an epoch, each larger than the last by orders of magnitude.
     diary = Diary()
     with pytest.raises(CheckFailed, match=r"training diverged: .*lower --lr") as caught:
-        run(drawn_once, tmp_path, epochs=50, batch_size=60, learning_rate=10.0, observers=[diary])
+        run(drawn_once, tmp_path, epochs=50, batch_size=60, learning_rate=10.0, callbacks=[diary])
     assert caught.value.exit_status == 1
     kept = sorted(tmp_path.glob("*.pth"))
     assert kept

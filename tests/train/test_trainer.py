@@ -11,12 +11,12 @@ import torch
 
 from cifarx_serve.errors import CifarxError, FallbackWarning, Interrupted, ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec, TrainingRecord
-from cifarx_train.callbacks.base import EpochReport, Observer, RunStart
+from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
 from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from cifarx_train.data.loaders.device import DeviceImages
 from cifarx_train.data.selection import select_data
-from cifarx_train.distributed import Ranks
-from cifarx_train.evaluation import Judge
+from cifarx_train.distributed import Distributed
+from cifarx_train.evaluation import Evaluator
 from cifarx_train.train import TrainResult, train
 from tests.support.drawn_images import draw_folder
 
@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-class Diary(Observer):
+class Diary(Callback):
     """Writes down what it is told; sends itself a signal after a step, if told so."""
 
     def __init__(self, signal_after: int | None = None, number: int = signal.SIGTERM) -> None:
@@ -94,7 +94,7 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 
 def test_patience_ends_a_run_that_gets_no_better(drawn_once: Path, tmp_path: Path) -> None:
     diary = Diary()
-    done = run(drawn_once, tmp_path, epochs=9, learning_rate=1e-12, momentum=0, patience=2, observers=[diary])
+    done = run(drawn_once, tmp_path, epochs=9, learning_rate=1e-12, momentum=0, patience=2, callbacks=[diary])
     assert files(tmp_path) == ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
     assert done.epochs == 3
     assert done.stopped is not None
@@ -114,7 +114,7 @@ def test_a_run_out_of_patience_trains_no_more(drawn_once: Path, tmp_path: Path) 
     first = run(drawn_once, tmp_path, **options)
     assert first.epochs == 2
     diary = Diary()
-    again = run(drawn_once, tmp_path, **options, resume="auto", observers=[diary])
+    again = run(drawn_once, tmp_path, **options, resume="auto", callbacks=[diary])
     assert diary.steps == []
     assert again.stopped is not None
     assert "patience" in again.stopped
@@ -128,12 +128,14 @@ def judge_afresh(path: Path, data: Path) -> float:
     spec = InputSpec(height=32, width=32)
     test = select_data(str(data)).load("test", spec)
     cpu = torch.device("cpu")
-    return Judge(DeviceImages(test, cpu), spec, 3, cpu, Ranks()).evaluate(load_checkpoint(path).build()).accuracy
+    return (
+        Evaluator(DeviceImages(test, cpu), spec, 3, cpu, Distributed()).evaluate(load_checkpoint(path).build()).accuracy
+    )
 
 
 def test_a_run_whose_time_is_over_is_judged_saved_and_can_go_on(drawn_once: Path, whole: Path, tmp_path: Path) -> None:
     diary = Diary()
-    done = run(drawn_once, tmp_path, max_minutes=1e-9, observers=[diary])
+    done = run(drawn_once, tmp_path, max_minutes=1e-9, callbacks=[diary])
     assert diary.steps == [1]
     assert files(tmp_path) == ["lzh_interrupted.pth"]
     assert done.checkpoints == [tmp_path / "lzh_interrupted.pth"]
@@ -172,7 +174,7 @@ def test_a_run_that_ends_with_its_time_was_not_stopped(drawn_once: Path, tmp_pat
 def test_the_time_before_counts_when_a_run_goes_on(drawn_once: Path, tmp_path: Path) -> None:
     run(drawn_once, tmp_path, max_minutes=1e-9)
     diary = Diary()
-    run(drawn_once, tmp_path, max_minutes=1e-9, resume="auto", observers=[diary])
+    run(drawn_once, tmp_path, max_minutes=1e-9, resume="auto", callbacks=[diary])
     assert diary.steps == [2]
 
 
@@ -185,7 +187,7 @@ def test_a_signal_ends_the_step_saves_and_leaves_the_rest(
     before, diary = signal.getsignal(number), Diary(step, number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(Interrupted, match=rf"step {step} of 12, saved in .*lzh_interrupted\.pth.*--resume") as caught:
-        run(drawn_once, tmp_path, observers=[diary])
+        run(drawn_once, tmp_path, callbacks=[diary])
     assert caught.value.exit_status == 128 + number
     assert diary.steps == list(range(1, step + 1))
     assert diary.ended == 1
@@ -195,7 +197,7 @@ def test_a_signal_ends_the_step_saves_and_leaves_the_rest(
     record = record_of(tmp_path / "lzh_interrupted.pth")
     assert (record.test_accuracy, record.test_loss, record.epochs) == (None, None, step // 5)
     again = Diary()
-    done = run(drawn_once, tmp_path, resume="auto", observers=[again])
+    done = run(drawn_once, tmp_path, resume="auto", callbacks=[again])
     assert again.steps == list(range(step + 1, 13))
     assert (again.start[0].first_step, again.start[0].steps) == (step, 12)
     assert done.epochs == 3
@@ -207,7 +209,7 @@ def test_a_signal_ends_the_step_saves_and_leaves_the_rest(
 def test_a_signal_at_the_end_of_an_epoch_leaves_a_judged_checkpoint(drawn_once: Path, tmp_path: Path) -> None:
     diary = Diary(4)
     with pytest.raises(Interrupted, match=r"step 4 of 12, saved in .*lzh_0\.pth"):
-        run(drawn_once, tmp_path, observers=[diary])
+        run(drawn_once, tmp_path, callbacks=[diary])
     assert files(tmp_path) == ["lzh_0.pth"]
     assert record_of(tmp_path / "lzh_0.pth").test_accuracy is not None
     assert len(diary.reports) == 1
@@ -256,7 +258,7 @@ def test_the_best_is_known_also_over_a_continuation(drawn_once: Path, tmp_path: 
 def test_a_run_goes_on_from_a_checkpoint_by_name(epoch: int, drawn_once: Path, whole: Path, tmp_path: Path) -> None:
     source = Path(shutil.copy(whole / f"lzh_{epoch}.pth", tmp_path))
     diary = Diary()
-    done = run(drawn_once, tmp_path / "run", resume=str(source), observers=[diary])
+    done = run(drawn_once, tmp_path / "run", resume=str(source), callbacks=[diary])
     assert diary.steps == list(range(4 * epoch + 5, 13))
     assert files(tmp_path / "run") == [f"lzh_{number}.pth" for number in range(epoch + 1, 3)]
     assert equal_weights(done.checkpoints[-1], whole / "lzh_2.pth")
@@ -271,7 +273,7 @@ def test_nothing_to_go_on_from_is_told_and_starts_a_new_run(drawn_once: Path, wh
 def test_a_finished_run_stays_as_it_is(drawn_once: Path, copied: Path) -> None:
     before = {path.name: path.read_bytes() for path in copied.glob("*.pth")}
     diary = Diary()
-    done = run(drawn_once, copied, resume="auto", observers=[diary])
+    done = run(drawn_once, copied, resume="auto", callbacks=[diary])
     assert diary.steps == []
     assert diary.reports == []
     assert {path.name: path.read_bytes() for path in copied.glob("*.pth")} == before

@@ -19,7 +19,7 @@ _OF_A_PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pip
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
-class Ranks(NamedTuple):
+class Distributed(NamedTuple):
     """This process among those that train together.
 
     Attributes:
@@ -35,7 +35,7 @@ class Ranks(NamedTuple):
     local_size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes and logs."""
         return self.rank == 0
 
@@ -82,7 +82,7 @@ class Ranks(NamedTuple):
         return everyone
 
     @contextmanager
-    def leader_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The first rank of each machine runs the block before the others: what it caches they find."""
         if self.local:
             self.meet()
@@ -96,7 +96,7 @@ class Ranks(NamedTuple):
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
+def init_distributed() -> Iterator[Distributed]:
     """Join the other processes that torchrun started, and leave them at the end; alone without torchrun.
 
     Raises:
@@ -106,9 +106,9 @@ def joined_ranks() -> Iterator[Ranks]:
     if len(given) < len(_ENVIRONMENT):
         if "RANK" in given and "WORLD_SIZE" in given:
             raise UsageError(f"the environment has {', '.join(given)} alone", "start several processes with torchrun")
-        yield Ranks()
+        yield Distributed()
         return
-    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    ranks = Distributed(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
     if ranks.size == 1:
         yield ranks
         return

@@ -12,7 +12,7 @@ from torch.nn import functional
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.loaders.device import DeviceImages, ToInput
 from cifarx_train.data.loaders.streaming import StreamedImages
-from cifarx_train.distributed import Ranks
+from cifarx_train.distributed import Distributed
 
 # Pixels a batch: large enough to keep any device busy, small enough for the activations of large images. The result
 # does not depend on it but for the order of the loss's sum.
@@ -44,11 +44,16 @@ class Evaluation(NamedTuple):
     mistakes: Sequence[Mistake]
 
 
-class Judge:
+class Evaluator:
     """Evaluates a model on a split; each rank takes its share, and no image counts twice."""
 
     def __init__(
-        self, images: DeviceImages | StreamedImages, spec: InputSpec, classes: int, device: torch.device, ranks: Ranks
+        self,
+        images: DeviceImages | StreamedImages,
+        spec: InputSpec,
+        classes: int,
+        device: torch.device,
+        ranks: Distributed,
     ) -> None:
         self._images = images
         self._classes = classes

@@ -11,18 +11,18 @@ from torch.nn import functional
 
 from cifarx_serve.errors import CheckFailed
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import LOG_EVERY, Observer, StepReport
+from cifarx_train.callbacks.base import LOG_EVERY, Callback, StepReport
 from cifarx_train.checkpoints.rng_state import random_states, set_random_states
 from cifarx_train.cuda_graph import GraphedStep
 from cifarx_train.data.augmentation import Augmentation
 from cifarx_train.data.loaders.device import DeviceImages, ToInput
 from cifarx_train.data.loaders.streaming import StreamedImages
-from cifarx_train.distributed import Ranks
+from cifarx_train.distributed import Distributed
 from cifarx_train.models.layers.batchnorm import settle_norms
 from cifarx_train.models.layers.full_window_conv import skip_padding
 from cifarx_train.optim.ema import Ema
 from cifarx_train.optim.optimizers import Optimizers
-from cifarx_train.optim.schedule import rate_factor
+from cifarx_train.optim.schedule import lr_factor
 from cifarx_train.recipes import Recipe
 
 State: TypeAlias = dict[str, Any]
@@ -31,7 +31,7 @@ _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 class EpochEnd(NamedTuple):
-    """An epoch trained, not yet judged: its number from 0, the steps done so far, the loss of its last batch.
+    """An epoch trained, not yet eval_model: its number from 0, the steps done so far, the loss of its last batch.
 
     `whole` is false where the run was stopped before the epoch's last step.
     """
@@ -65,7 +65,7 @@ class Loop:
         *,
         device: torch.device,
         seed: int = 0,
-        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
+        ranks: Distributed = Distributed(),  # noqa: B008 - immutable
     ) -> None:
         on_cpu = device.type == "cpu"  # where convolutions gain by the activations' layout and lose by the weights'
         if on_cpu:
@@ -90,22 +90,22 @@ class Loop:
         self._forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(replica) if recipe.compile else replica
         self._train_on: Callable[..., torch.Tensor] = self._train_eagerly
         graphed = device.type == "cuda" and ranks.size == 1 and recipe.precision != "fp16"  # its scaler asks the host
-        self._norm_in_step = graphed or recipe.clip_norm is not None
+        self._norm_in_step = graphed or recipe.max_grad_norm is not None
         if graphed:
             self._train_on = GraphedStep(self._train_eagerly, device)
         self._shuffle = torch.Generator().manual_seed(seed)
         self._shuffle_state = self._shuffle.get_state()
 
     @property
-    def judged(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network that counts: the average of the weights where the recipe has one."""
         return self._ema.module if self._ema else self.module
 
-    def epochs(self, observer: Observer, stop: Callable[[], bool] = lambda: False) -> Iterator[EpochEnd]:
-        """Train, and pause after each epoch to let it be judged and saved.
+    def epochs(self, callback: Callback, stop: Callable[[], bool] = lambda: False) -> Iterator[EpochEnd]:
+        """Train, and pause after each epoch to let it be eval_model and saved.
 
         Args:
-            observer: told of every step.
+            callback: told of every step.
             stop: asked after every step; when it says so the epoch that is being trained is the last.
 
         Raises:
@@ -117,7 +117,7 @@ class Loop:
             self._shuffle.set_state(self._shuffle_state)  # also where an epoch goes on after a stop
             shuffled = torch.randperm(len(self._images), generator=self._shuffle)
             order = epoch_batches(shuffled, self._recipe.batch_size)[first:]
-            loss, stopped = self._epoch(order, observer, stop)
+            loss, stopped = self._epoch(order, callback, stop)
             seconds = time.perf_counter() - started
             self.seconds += seconds
             epoch, trained = self.epoch, sum(map(len, order[: self.done - first]))
@@ -128,13 +128,13 @@ class Loop:
             if stopped:
                 return
 
-    def _epoch(self, order: list[torch.Tensor], observer: Observer, stop: Callable[[], bool]) -> tuple[float, bool]:
+    def _epoch(self, order: list[torch.Tensor], callback: Callback, stop: Callable[[], bool]) -> tuple[float, bool]:
         """The steps of an epoch that `order` still has: the loss of the last one, and whether the run was stopped."""
         logged = time.perf_counter()
         result, stopped = torch.zeros(2), False
         batches = self._images.batches([self._ranks.share(batch) for batch in order])
         for batch, (images, labels) in zip(order, batches, strict=True):
-            factor = rate_factor(self._recipe, self.step, self.steps)
+            factor = lr_factor(self._recipe, self.step, self.steps)
             self._optimizers.set_rate(factor)
             if self._ranks.size == 1:
                 result = self._train_on(images, labels)
@@ -144,12 +144,12 @@ class Loop:
             self.done += 1
             if self._ema:
                 self._ema.update(self.step)
-            observer.on_step(self.step)
+            callback.on_step(self.step)
             if self.step % LOG_EVERY == 0:
                 loss, norm = self._read(result)
                 now = time.perf_counter()
                 speed, logged = LOG_EVERY * self._recipe.batch_size / (now - logged), now
-                observer.on_log(StepReport(self.step, loss, factor * self._recipe.learning_rate, norm, speed))
+                callback.on_log(StepReport(self.step, loss, factor * self._recipe.learning_rate, norm, speed))
             if stopped := stop():
                 break
         return self._read(result)[0], stopped
@@ -170,8 +170,8 @@ class Loop:
         for optimizer in self._optimizers.members:
             self._scaler.unscale_(optimizer)
         norm = self._gradient_norm() if self._norm_in_step else torch.zeros_like(loss)
-        if recipe.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._weights, recipe.clip_norm, norm)
+        if recipe.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._weights, recipe.max_grad_norm, norm)
         for optimizer in self._optimizers.members:
             self._scaler.step(optimizer)
         self._scaler.update()
@@ -192,7 +192,7 @@ class Loop:
         return require_finite(loss, self.step, self.good), norm
 
     def state(self) -> State:
-        """What a bit-exact continuation needs beside the judged weights, as plain types and tensors."""
+        """What a bit-exact continuation needs beside the eval_model weights, as plain types and tensors."""
         return {
             "epoch": self.epoch,
             "done": self.done,
@@ -206,7 +206,7 @@ class Loop:
         }
 
     def restore(self, weights: State, state: State) -> None:
-        """Continue from a checkpoint's judged weights and what `state` gave.
+        """Continue from a checkpoint's eval_model weights and what `state` gave.
 
         Raises:
             KeyError, ValueError, RuntimeError: they are of another recipe or network.
@@ -236,6 +236,6 @@ def require_finite(loss: float, step: int, good: str) -> float:
     if not math.isfinite(loss):
         kept = f"{good} is the last good checkpoint" if good else "nothing was saved yet"
         raise CheckFailed(
-            f"training diverged: the loss is {loss} at step {step}", f"use a lower --lr or clip_norm; {kept}"
+            f"training diverged: the loss is {loss} at step {step}", f"use a lower --lr or max_grad_norm; {kept}"
         )
     return loss

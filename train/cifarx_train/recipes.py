@@ -25,16 +25,16 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         batch_size: images a step, over all ranks; the last step of an epoch may have fewer.
         learning_rate: the peak of the schedule.
         optimizer: `sgd`; `adamw`; or `muon`, which is Muon on the convolutions and SGD on the rest.
-        bias_rate, head_rate: with muon, the peak rates of biases and norms, and of the last layer.
+        bias_lr, head_lr: with muon, the peak rates of biases and norms, and of the last layer.
         momentum: of SGD and Muon; `nesterov` looks ahead by it.
         weight_decay: of weights with two or more dimensions; biases and norms have none. Muon holds the norm of its
             weights, so that with it only the last layer decays.
         schedule: after the warm-up: constant, or to zero along a line or half a cosine.
         warm_up: the share of the run's steps over which the rate rises from zero.
         label_smoothing: the share of each label that is spread over all classes.
-        clip_norm: the largest norm of all gradients together.
-        ema: the decay, a step, of an exponential moving average of the weights; the average is judged and saved.
-        normalise: the input is brought to mean 0 and deviation 1, a channel, of the training images.
+        max_grad_norm: the largest norm of all gradients together.
+        ema: the decay, a step, of an exponential moving average of the weights; the average is eval_model and saved.
+        normalize: the input is brought to mean 0 and deviation 1, a channel, of the training images.
         flip: half of the images are mirrored.
         crop: images are shifted by up to so many pixels, the edge reflected.
         cutout: a square of so many pixels a side is blanked.
@@ -52,17 +52,17 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     batch_size: Count
     learning_rate: Rate
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
-    bias_rate: Rate | None = None
-    head_rate: Rate | None = None
+    bias_lr: Rate | None = None
+    head_lr: Rate | None = None
     momentum: Share = 0.0
     nesterov: bool = False
     weight_decay: Amount = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warm_up: Share = 0.0
     label_smoothing: Share = 0.0
-    clip_norm: Rate | None = None
+    max_grad_norm: Rate | None = None
     ema: Share | None = None
-    normalise: bool = False
+    normalize: bool = False
     flip: bool = False
     crop: Pixels = 0
     cutout: Pixels = 0
@@ -76,10 +76,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
-        if self.optimizer == "muon" and not (self.bias_rate and self.head_rate):
-            raise ValueError("muon needs bias_rate and head_rate")
-        if self.optimizer != "muon" and (self.bias_rate or self.head_rate):
-            raise ValueError("bias_rate and head_rate belong to the optimizer muon")
+        if self.optimizer == "muon" and not (self.bias_lr and self.head_lr):
+            raise ValueError("muon needs bias_lr and head_lr")
+        if self.optimizer != "muon" and (self.bias_lr or self.head_lr):
+            raise ValueError("bias_lr and head_lr belong to the optimizer muon")
         if self.optimizer == "adamw" and self.momentum:
             raise ValueError("adamw has no momentum to set")
 
@@ -113,8 +113,8 @@ RECIPES: Final = {
         schedule="linear",
         warm_up=0.2,
         label_smoothing=0.1,
-        clip_norm=1.0,
-        normalise=True,
+        max_grad_norm=1.0,
+        normalize=True,
         flip=True,
         crop=2,
         channels_last=True,
@@ -130,13 +130,13 @@ NETWORK_RECIPES: Final = {
         batch_size=2000,
         learning_rate=0.24,
         optimizer="muon",
-        bias_rate=0.053,
-        head_rate=0.67,
+        bias_lr=0.053,
+        head_lr=0.67,
         momentum=0.6,
         nesterov=True,
         schedule="linear",
         label_smoothing=0.2,
-        normalise=True,
+        normalize=True,
         flip=True,
         crop=2,
         channels_last=True,

@@ -25,7 +25,7 @@ class Interruption:
 
 
 @contextmanager
-def noted_signals() -> Iterator[Interruption]:
+def catch_signals() -> Iterator[Interruption]:
     """Within the block both signals are noted and nothing else; afterwards they mean what they did before.
 
     Python hands signals to the main thread alone: elsewhere nothing is changed, and nothing is ever noted.

@@ -16,17 +16,17 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import require_writable
 from cifarx_serve.spec import DataRecord, InputSpec
 from cifarx_serve.system.cpus import available_cpus
-from cifarx_train.callbacks.base import Observer, Observers
+from cifarx_train.callbacks.base import Callback, CallbackList
 from cifarx_train.callbacks.tensorboard.callback import TensorBoard
-from cifarx_train.checkpoints.directory import CheckpointFolder
+from cifarx_train.checkpoints.directory import CheckpointDirectory
 from cifarx_train.checkpoints.resume import ResumePoint, continued_recipe, require_agreement, require_same, resume_point
-from cifarx_train.data.dataset import Broken, DataSet, LabelledImages, fingerprint
+from cifarx_train.data.dataset import Broken, Dataset, LabeledImages, fingerprint
 from cifarx_train.data.loaders.device import ToInput
 from cifarx_train.data.loaders.placement import place_images
 from cifarx_train.data.selection import select_data, select_data_like
-from cifarx_train.data.statistics import normalised
-from cifarx_train.distributed import Ranks, joined_ranks
-from cifarx_train.evaluation import Judge
+from cifarx_train.data.statistics import normalized
+from cifarx_train.distributed import Distributed, init_distributed
+from cifarx_train.evaluation import Evaluator
 from cifarx_train.loop import Loop
 from cifarx_train.models.network import Network, Stem
 from cifarx_train.models.registry import network
@@ -51,7 +51,7 @@ def train(
     logdir: Path | None = None,
     resume: str | None = None,
     keep: int | None = None,
-    observers: Sequence[Observer] = (),
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> TrainResult:
     """Train a model and write one checkpoint an epoch. Under torchrun, with the other processes it started.
@@ -69,7 +69,7 @@ def train(
         logdir: the folder for TensorBoard; `logs` in `out` by default.
         resume: a checkpoint's path, or `auto` for the newest good one in `out`, if there is one.
         keep: how many epochs' checkpoints stay, with the best beside them; all by default.
-        observers: told of every step and epoch.
+        callbacks: told of every step and epoch.
         settings: fields of the recipe, in place of its own values.
 
     Raises:
@@ -81,10 +81,10 @@ def train(
         raise UsageError(f"--keep {keep} keeps nothing", "keep at least 1")
     logs = logdir or out / "logs"
 
-    def run(ranks: Ranks) -> TrainResult:
+    def run(ranks: Distributed) -> TrainResult:
         chosen = network(model, stem=stem)
         wanted = _wanted_input(chosen, image_size)
-        folder = CheckpointFolder(out, model, keep)
+        folder = CheckpointDirectory(out, model, keep)
         point = resume_point(resume, folder) if resume else None
         require_agreement(point, ranks)
         if point:
@@ -94,22 +94,22 @@ def train(
         place = _device(device, ranks)
         with _places(out, logs):
             data_set = select_data_like(point.record.data, data, broken) if point else select_data(data, broken)
-            with ranks.leader_first():
+            with ranks.main_process_first():
                 splits = _Splits.read(data_set, wanted)
             input_spec = _input(wanted, chosen_recipe, splits.train, point)
             if point:
                 _require_same_run(point, chosen, wanted, splits.record, seed)
         module = _initial(chosen, input_spec, splits.train, len(data_set.class_names), seed, place)
         plan = Plan(chosen, input_spec, chosen_recipe, data_set.class_names, splits.record, seed, place, ranks)
-        test = Judge(place_images(splits.test, place), input_spec, len(data_set.class_names), place, ranks)
+        test = Evaluator(place_images(splits.test, place), input_spec, len(data_set.class_names), place, ranks)
         loop = Loop(
             module, place_images(splits.train, place), input_spec, chosen_recipe, device=place, seed=seed, ranks=ranks
         )
-        watching = Observers([TensorBoard(logs), *observers] if ranks.leads else [])
+        watching = CallbackList([TensorBoard(logs), *callbacks] if ranks.is_main_process else [])
         session = Session(plan, loop, test, folder, watching)
         return session.run(splits.test, point)
 
-    with joined_ranks() as ranks:
+    with init_distributed() as ranks:
         return run(ranks)  # what it made is gone by the time the ranks part: see there
 
 
@@ -125,7 +125,7 @@ def _wanted_input(chosen: Network, image_size: int | None) -> InputSpec:
     return wanted
 
 
-def _device(name: str, ranks: Ranks) -> torch.device:
+def _device(name: str, ranks: Distributed) -> torch.device:
     """The device of this rank: the GPU of its number on this machine, or its share of the CPUs."""
     wanted = parse_device(name)
     if ranks.size > 1 and wanted.kind in ("auto", "cuda") and torch.cuda.is_available():
@@ -156,12 +156,12 @@ def _places(*folders: Path) -> Iterator[None]:
 class _Splits(NamedTuple):
     """Both splits, with what the spec says of them."""
 
-    train: LabelledImages
-    test: LabelledImages
+    train: LabeledImages
+    test: LabeledImages
     record: DataRecord
 
     @staticmethod
-    def read(data: DataSet, spec: InputSpec) -> "_Splits":
+    def read(data: Dataset, spec: InputSpec) -> "_Splits":
         train, test = data.load("train", spec), data.load("test", spec)
         record = DataRecord(
             name=data.name,
@@ -174,10 +174,10 @@ class _Splits(NamedTuple):
         return _Splits(train, test, record)
 
 
-def _input(wanted: InputSpec, recipe_: Recipe, train_images: LabelledImages, point: ResumePoint | None) -> InputSpec:
+def _input(wanted: InputSpec, recipe_: Recipe, train_images: LabeledImages, point: ResumePoint | None) -> InputSpec:
     if point:
         return point.checkpoint.spec.input
-    return normalised(wanted, train_images.images) if recipe_.normalise else wanted
+    return normalized(wanted, train_images.images) if recipe_.normalize else wanted
 
 
 def _require_same_run(point: ResumePoint, chosen: Network, now: InputSpec, data: DataRecord, seed: int) -> None:
@@ -192,12 +192,12 @@ def _require_same_run(point: ResumePoint, chosen: Network, now: InputSpec, data:
 
 
 def _initial(
-    chosen: Network, spec: InputSpec, images: LabelledImages, classes: int, seed: int, device: torch.device
+    chosen: Network, spec: InputSpec, images: LabeledImages, classes: int, seed: int, device: torch.device
 ) -> nn.Module:
     """The network before its first step, on the device; the seed decides its weights."""
     torch.manual_seed(seed)
     module = chosen.build(classes, spec).to(device)
-    if chosen.initialise:
+    if chosen.initialize:
         first = torch.from_numpy(images.images[:_INITIAL_IMAGES].copy()).to(device)
-        chosen.initialise(module, ToInput(spec, device)(first))
+        chosen.initialize(module, ToInput(spec, device)(first))
     return module

@@ -14,18 +14,18 @@ import torch
 from cifarx_serve.errors import Interrupted, ModelFileError
 from cifarx_serve.spec import DataRecord, InputSpec, ModelSpec, TrainingRecord
 from cifarx_serve.system.versions import library_versions
-from cifarx_train.callbacks.base import EpochReport, Observer, RunStart
+from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
 from cifarx_train.checkpoints.checkpoint import Checkpoint
-from cifarx_train.checkpoints.directory import CheckpointFolder
+from cifarx_train.checkpoints.directory import CheckpointDirectory
 from cifarx_train.checkpoints.resume import ResumePoint
-from cifarx_train.data.dataset import LabelledImages
-from cifarx_train.distributed import Ranks
-from cifarx_train.evaluation import Evaluation, Judge
+from cifarx_train.data.dataset import LabeledImages
+from cifarx_train.distributed import Distributed
+from cifarx_train.evaluation import Evaluation, Evaluator
 from cifarx_train.loop import EpochEnd, Loop, require_finite
 from cifarx_train.memory import peak_memory
 from cifarx_train.models.network import Network
 from cifarx_train.recipes import Recipe
-from cifarx_train.signals import Interruption, noted_signals
+from cifarx_train.signals import Interruption, catch_signals
 
 
 class TrainResult(NamedTuple):
@@ -62,14 +62,16 @@ class Plan(NamedTuple):
     data: DataRecord
     seed: int
     device: torch.device
-    ranks: Ranks
+    ranks: Distributed
 
 
 class Session:
     """One process's part of a run."""
 
-    def __init__(self, plan: Plan, loop: Loop, judge: Judge, folder: CheckpointFolder, observer: Observer) -> None:
-        self._plan, self._loop, self._judge, self._folder, self._observer = plan, loop, judge, folder, observer
+    def __init__(
+        self, plan: Plan, loop: Loop, judge: Evaluator, folder: CheckpointDirectory, callback: Callback
+    ) -> None:
+        self._plan, self._loop, self._judge, self._folder, self._observer = plan, loop, judge, folder, callback
         self._best_epoch, self._best_accuracy = -1, -1.0
         self._written: list[Path] = []
         self._speeds: list[float] = []
@@ -77,7 +79,7 @@ class Session:
         self._stopped: str | None = None
         self._deadline = math.inf
 
-    def run(self, test: LabelledImages, point: ResumePoint | None) -> TrainResult:
+    def run(self, test: LabeledImages, point: ResumePoint | None) -> TrainResult:
         """Train to the end of the recipe, from the start or from where another process stopped.
 
         Raises:
@@ -90,7 +92,7 @@ class Session:
         with ExitStack() as stack:
             stack.callback(self._observer.on_end)
             self._observer.on_start(self._start(test))
-            interruption = stack.enter_context(noted_signals())
+            interruption = stack.enter_context(catch_signals())
             epochs = iter(()) if self._stopped else self._loop.epochs(self._observer, self._stop(interruption))
             for end in epochs:
                 self._end_epoch(end, interruption)
@@ -112,7 +114,7 @@ class Session:
         self._written = [point.path]
         self._accuracy = point.record.test_accuracy or 0.0
 
-    def _start(self, test: LabelledImages) -> RunStart:
+    def _start(self, test: LabeledImages) -> RunStart:
         plan = self._plan
         return RunStart(
             model=plan.network.name,
@@ -146,8 +148,8 @@ class Session:
         if not end.whole and ranks.any(interruption.signal_number is not None):
             path = self._save(end, None)
             raise self._interrupted(end, path, interruption)
-        ranks.align(self._loop.judged)
-        evaluation = self._judge.evaluate(self._loop.judged)
+        ranks.align(self._loop.eval_model)
+        evaluation = self._judge.evaluate(self._loop.eval_model)
         # The last step may have ruined weights whose loss was finite.
         require_finite(evaluation.loss, end.step, self._loop.good)
         started = time.perf_counter()
@@ -168,7 +170,7 @@ class Session:
             self._best_epoch, self._best_accuracy = end.epoch, evaluation.accuracy
         checkpoint = self._checkpoint(end, evaluation)
         path = self._folder.path(end.epoch) if end.whole else self._folder.interrupted
-        if self._plan.ranks.leads:
+        if self._plan.ranks.is_main_process:
             if end.whole:
                 self._folder.save(end.epoch, checkpoint, is_best=best)
             else:
@@ -196,7 +198,7 @@ class Session:
             training=record,
         )
         best = {"best_epoch": self._best_epoch, "best_accuracy": self._best_accuracy}
-        return Checkpoint(spec, self._loop.judged.state_dict(), {**self._loop.state(), **best})
+        return Checkpoint(spec, self._loop.eval_model.state_dict(), {**self._loop.state(), **best})
 
     def _told(self, end: EpochEnd, evaluation: Evaluation, path: Path, save_s: float) -> None:
         self._accuracy = evaluation.accuracy

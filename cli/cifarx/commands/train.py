@@ -88,7 +88,7 @@ def command(
         logdir=logdir,
         resume=resume,
         keep=keep,
-        observers=[training_progress()],
+        callbacks=[training_progress()],
         **settings,
     )
     last = done.checkpoints[-1]

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cifarx.output.console import table_width, tick
-from cifarx_export.parity.error_analysis import Evidence
+from cifarx_export.parity.error_analysis import ErrorAnalysis
 from cifarx_export.parity.report import ParityReport
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _after(report: ParityReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _pairs(evidence: Evidence) -> str:
+def _pairs(evidence: ErrorAnalysis) -> str:
     names = evidence.class_names
     shown = evidence.disagreements[:_PAIRS_SHOWN]
     return ", ".join(f"{names[pair.reference]} as {names[pair.artifact]} ({pair.count:,})" for pair in shown)

@@ -8,18 +8,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cifarx.output.console import note
-from cifarx_train.callbacks.base import EpochReport, Observer, RunStart, StepReport
+from cifarx_train.callbacks.base import Callback, EpochReport, RunStart, StepReport
 
 _REFRESH_S: Final = 0.1
 _HEADING = f"{'epoch':>7} {'step':>8} {'train loss':>11} {'test loss':>10} {'accuracy':>9} {'images/s':>9}  checkpoint"
 
 
-def training_progress() -> Observer:
-    """The observer that suits where standard error goes."""
+def training_progress() -> Callback:
+    """The callback that suits where standard error goes."""
     return _Bar() if sys.stderr.isatty() else _Lines()
 
 
-class _Lines(Observer):
+class _Lines(Callback):
     """One row an epoch; the training loss is that of its last batch."""
 
     def on_start(self, run: RunStart) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cifarx_export.parity.error_analysis import row_errors
 from cifarx_export.parity.metrics import Errors, Logits, compare, find_flips
-from cifarx_export.parity.tolerances import Gate
+from cifarx_export.parity.tolerances import Tolerance
 
 _ROUNDING = 1e-12
 """What a share of the images may be off by for having been divided."""
@@ -56,7 +56,7 @@ def measure(
     edge: Answers | None,
     expected: Logits,
     labels: NDArray[np.int64] | None,
-    gate: Gate,
+    gate: Tolerance,
 ) -> Figures:
     """The figures of an artifact.
 
@@ -80,7 +80,7 @@ def measure(
     )
 
 
-def judge(figures: Figures, gate: Gate) -> list[Check]:
+def judge(figures: Figures, gate: Tolerance) -> list[Check]:
     """Whether the figures hold to the gate; of an artifact that gave no answer there is nothing to judge."""
     if figures.errors is None:
         return []
@@ -108,13 +108,13 @@ def worst_of_each(answers: Sequence[Answers]) -> Answers:
     return Answers(positions[rows], reference[rows], artifact[rows])
 
 
-def _errors(answers: Sequence[Answers], gate: Gate) -> Errors:
+def _errors(answers: Sequence[Answers], gate: Tolerance) -> Errors:
     return compare(
         np.concatenate([part.reference for part in answers]), np.concatenate([part.artifact for part in answers]), gate
     )
 
 
-def _agreement(answers: Sequence[Answers], images: int, gate: Gate) -> tuple[float, int]:
+def _agreement(answers: Sequence[Answers], images: int, gate: Tolerance) -> tuple[float, int]:
     """The share of the images that never flip, and how many of the flipped are forgiven at every batch size."""
     flipped = np.zeros(images, np.bool_)
     unforgiven = np.zeros(images, np.bool_)
@@ -129,7 +129,7 @@ def _accuracy(logits: Logits, labels: NDArray[np.int64] | None) -> float | None:
     return None if labels is None else float((logits.argmax(1) == labels).mean())
 
 
-def _judge_tolerance(errors: Errors, gate: Gate) -> list[Check]:
+def _judge_tolerance(errors: Errors, gate: Tolerance) -> list[Check]:
     """Of precisions that have a tolerance."""
     if not gate.has_tolerance:
         return []
@@ -137,7 +137,7 @@ def _judge_tolerance(errors: Errors, gate: Gate) -> list[Check]:
     return [Check("tolerance", errors.outside == 0, found)]
 
 
-def _judge_agreement(figures: Figures, gate: Gate) -> Check:
+def _judge_agreement(figures: Figures, gate: Tolerance) -> Check:
     forgiven = f", {figures.forgiven} forgiven" if figures.forgiven else ""
     return Check(
         "agreement",
@@ -146,7 +146,7 @@ def _judge_agreement(figures: Figures, gate: Gate) -> Check:
     )
 
 
-def _judge_accuracy(figures: Figures, gate: Gate) -> list[Check]:
+def _judge_accuracy(figures: Figures, gate: Tolerance) -> list[Check]:
     """Of precisions that have a budget, on images whose classes are the model's."""
     before, after, budget = figures.reference_accuracy, figures.accuracy, gate.accuracy_drop
     if budget is None or before is None or after is None:

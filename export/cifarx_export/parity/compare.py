@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.parity.checks import Answers, Check, Figures, judge, measure, worst_of_each
-from cifarx_export.parity.error_analysis import Evidence, find_evidence
+from cifarx_export.parity.error_analysis import ErrorAnalysis, analyze_errors
 from cifarx_export.parity.metrics import Logits
 from cifarx_export.parity.resize import check_resize
-from cifarx_export.parity.tolerances import Gate
-from cifarx_serve.backends.base import Backend, Port
+from cifarx_export.parity.tolerances import Tolerance
+from cifarx_serve.backends.base import Backend, TensorInfo
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.progress import Progress, silent
@@ -33,7 +33,7 @@ MIN_IMAGES: Final = 1000
 _NAMES_SHOWN: Final = 12
 
 
-class ProofData(NamedTuple):
+class ParityData(NamedTuple):
     """Images at the network's size, uint8 (N, height, width, 3), their labels, and what they are.
 
     `labels` is None where the data set's classes are not the model's: accuracy then means nothing.
@@ -50,7 +50,7 @@ class Proof(msgspec.Struct, frozen=True):
 
     checks: tuple[Check, ...]
     summary: ParitySummary
-    evidence: Evidence | None
+    evidence: ErrorAnalysis | None
 
     @property
     def passed(self) -> bool:
@@ -66,12 +66,12 @@ class Reference(NamedTuple):
 
     name: str
     spec: ModelSpec
-    data: ProofData
+    data: ParityData
     logits: Logits
     edge_logits: Logits
 
 
-def ask_reference(backend: Backend, data: ProofData, progress: Progress = silent) -> Reference:
+def run_reference(backend: Backend, data: ParityData, progress: Progress = silent) -> Reference:
     """Run the reference on every image.
 
     Raises:
@@ -98,10 +98,10 @@ def proved_batch_sizes(largest: int | None, images: int) -> tuple[int, ...]:
     return tuple(sorted({*BATCH_SIZES, largest}))
 
 
-def prove(
+def check_parity(
     reference: Reference,
     artifact: Backend,
-    gate: Gate,
+    gate: Tolerance,
     progress: Progress = silent,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Proof:
@@ -148,19 +148,19 @@ def _compare_names(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
 
 def _check_ports(artifact: Backend) -> list[Check]:
     """Names, types and axes; a file that does not state them is told by its answers alone."""
-    ports = artifact.ports()
-    if not ports:
+    tensor_infos = artifact.tensor_infos()
+    if not tensor_infos:
         return []
     spec = artifact.spec
     taken, pixels = spec.input, spec.embedded_preprocessing
     wanted = (
-        Port("input", "uint8", ("batch", "height", "width", 3))
+        TensorInfo("input", "uint8", ("batch", "height", "width", 3))
         if pixels
-        else Port("input", "float32", ("batch", taken.channels, taken.height, taken.width)),
-        Port("logits", "float32", ("batch", len(spec.class_names))),
+        else TensorInfo("input", "float32", ("batch", taken.channels, taken.height, taken.width)),
+        TensorInfo("logits", "float32", ("batch", len(spec.class_names))),
     )
-    found = ", ".join(f"{port.name} {port.dtype} ({', '.join(map(str, port.shape))})" for port in ports)
-    return [Check("interface", ports == wanted, found)]
+    found = ", ".join(f"{port.name} {port.dtype} ({', '.join(map(str, port.shape))})" for port in tensor_infos)
+    return [Check("interface", tensor_infos == wanted, found)]
 
 
 def _describe(spec: InputSpec) -> str:
@@ -219,7 +219,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _summary(
-    figures: Figures, passed: bool, data: ProofData, provider: str, gate: Gate, batch_sizes: Sequence[int]
+    figures: Figures, passed: bool, data: ParityData, provider: str, gate: Tolerance, batch_sizes: Sequence[int]
 ) -> ParitySummary:
     errors = figures.errors
     return ParitySummary(
@@ -248,11 +248,11 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
 
 
-def _evidence(answers: Sequence[Answers], reference: Reference) -> Evidence | None:
+def _evidence(answers: Sequence[Answers], reference: Reference) -> ErrorAnalysis | None:
     if not answers:
         return None
     positions, expected, found = worst_of_each(answers)
     labels = reference.data.labels
-    return find_evidence(
+    return analyze_errors(
         reference.spec.class_names, positions, None if labels is None else labels[positions], expected, found
     )

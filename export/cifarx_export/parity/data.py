@@ -3,13 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.parity.compare import ProofData
+from cifarx_export.parity.compare import ParityData
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.data.dataset import Broken, fingerprint
 from cifarx_train.data.selection import select_data_like
 
 
-def proof_data(spec: ModelSpec, name: str, broken: Broken = "refuse") -> ProofData:
+def parity_data(spec: ModelSpec, name: str, broken: Broken = "refuse") -> ParityData:
     """Read a test split at the model's input size.
 
     Args:
@@ -23,7 +23,7 @@ def proof_data(spec: ModelSpec, name: str, broken: Broken = "refuse") -> ProofDa
     data = select_data_like(spec.training.data if spec.training else None, name, broken)
     split = data.load("test", spec.input)
     labels = split.labels if data.class_names == spec.class_names else None
-    return ProofData(split.images, labels, data.name, fingerprint(split, data.class_names))
+    return ParityData(split.images, labels, data.name, fingerprint(split, data.class_names))
 
 
 def training_images(spec: ModelSpec, name: str, count: int, broken: Broken = "refuse") -> NDArray[np.uint8]:

@@ -74,7 +74,7 @@ class WorstImage(msgspec.Struct, frozen=True):
         return self.reference_answer != self.artifact_answer
 
 
-class Evidence(msgspec.Struct, frozen=True):
+class ErrorAnalysis(msgspec.Struct, frozen=True):
     """Of every image of the data, once: where batch sizes differ, by its worst answer.
 
     Attributes:
@@ -92,14 +92,14 @@ class Evidence(msgspec.Struct, frozen=True):
     worst: tuple[WorstImage, ...]
 
 
-def find_evidence(
+def analyze_errors(
     class_names: tuple[str, ...],
     positions: NDArray[np.int64],
     labels: NDArray[np.int64] | None,
     reference: Logits,
     artifact: Logits,
-) -> Evidence:
-    """Evidence of N images of C classes.
+) -> ErrorAnalysis:
+    """ErrorAnalysis of N images of C classes.
 
     Args:
         class_names: C of them, in label order.
@@ -110,7 +110,7 @@ def find_evidence(
     expected, found = reference.argmax(1), artifact.argmax(1)
     errors = row_errors(reference, artifact)
     severity = np.lexsort((-errors, expected == found))
-    return Evidence(
+    return ErrorAnalysis(
         class_names,
         error_histogram(reference, artifact),
         _by_class(expected, found, len(class_names)),

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_export.parity.error_analysis import ClassAgreement, Disagreement, Evidence, WorstImage
+from cifarx_export.parity.error_analysis import ClassAgreement, Disagreement, ErrorAnalysis, WorstImage
 from cifarx_export.parity.histogram import HistogramChart, histogram_chart
 from cifarx_export.parity.report import ParityReport
-from cifarx_export.parity.tolerances import Gate, gate
+from cifarx_export.parity.tolerances import Tolerance, gate
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import atomic_path, require_writable
 from cifarx_serve.spec import ParitySummary
@@ -166,7 +166,7 @@ def _section(anchor: str, report: ParityReport, images: NDArray[np.uint8]) -> Se
     )
 
 
-def _figures(summary: ParitySummary, limits: Gate) -> tuple[Figure, ...]:
+def _figures(summary: ParitySummary, limits: Tolerance) -> tuple[Figure, ...]:
     tolerance = f"{limits.atol or 0:g} + {limits.rtol or 0:g}·|ref|" if limits.has_tolerance else ""
     figures = [
         Figure("Largest error", _scientific(summary.max_abs_error), tolerance and f"≤ {tolerance}"),
@@ -215,7 +215,7 @@ def _pairs(names: Sequence[str], disagreements: Sequence[Disagreement]) -> tuple
     return tuple((names[one.reference], names[one.artifact], one.count) for one in disagreements[:_LISTED])
 
 
-def _picture(worst: WorstImage, evidence: Evidence, pixels: NDArray[np.uint8]) -> Picture:
+def _picture(worst: WorstImage, evidence: ErrorAnalysis, pixels: NDArray[np.uint8]) -> Picture:
     names = evidence.class_names
     return Picture(
         _png(pixels),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.parity.tolerances import Gate
+from cifarx_export.parity.tolerances import Tolerance
 
 Logits = NDArray[np.float32]
 
@@ -31,7 +31,7 @@ class Flips(NamedTuple):
     forgiven: NDArray[np.bool_]
 
 
-def compare(reference: Logits, artifact: Logits, gate: Gate) -> Errors:
+def compare(reference: Logits, artifact: Logits, gate: Tolerance) -> Errors:
     """Errors of the artifact's logits, both (N, classes), N at least 1."""
     finite = np.isfinite(reference) & np.isfinite(artifact)
     expected = reference.astype(np.float64)[finite]
@@ -48,7 +48,7 @@ def compare(reference: Logits, artifact: Logits, gate: Gate) -> Errors:
     )
 
 
-def find_flips(reference: Logits, artifact: Logits, gate: Gate) -> Flips:
+def find_flips(reference: Logits, artifact: Logits, gate: Tolerance) -> Flips:
     """Where the argmax of the two differs, both (N, classes).
 
     Forgiven where the reference's best logit and its logit of the artifact's answer lie closer together than the

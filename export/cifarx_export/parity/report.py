@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 
 from cifarx_export.parity.checks import Check
-from cifarx_export.parity.error_analysis import Evidence
+from cifarx_export.parity.error_analysis import ErrorAnalysis
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.spec import ParitySummary
 from cifarx_serve.system.environment import Environment, environment
@@ -47,7 +47,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     precision: str
     checks: tuple[Check, ...]
     summary: ParitySummary
-    evidence: Evidence | None
+    evidence: ErrorAnalysis | None
     environment: Environment = msgspec.field(default_factory=environment)
 
     def row(self) -> ParityRow:

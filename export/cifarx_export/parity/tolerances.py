@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cifarx_serve.errors import UsageError, unknown
 
 
-class Gate(NamedTuple):
+class Tolerance(NamedTuple):
     """Every logit within `atol + rtol * |reference|`, and at least `agreement` of the images the same argmax.
 
     A flip of the argmax is forgiven only where the reference's own margin is inside the tolerance. Precisions that
@@ -39,24 +39,24 @@ class Gate(NamedTuple):
         return (self.atol or 0.0) + (self.rtol or 0.0) * np.abs(expected)
 
 
-GATES: Final[Mapping[str, Gate]] = MappingProxyType(
+TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
     {
-        "fp32": Gate(atol=1e-4, rtol=1e-4, agreement=1.0),
-        "fp16": Gate(atol=None, rtol=None, agreement=0.999),
-        "int8": Gate(atol=None, rtol=None, agreement=0.99, accuracy_drop=0.005),
+        "fp32": Tolerance(atol=1e-4, rtol=1e-4, agreement=1.0),
+        "fp16": Tolerance(atol=None, rtol=None, agreement=0.999),
+        "int8": Tolerance(atol=None, rtol=None, agreement=0.99, accuracy_drop=0.005),
     }
 )
 
 
-def gate(precision: str, atol: float | None = None, rtol: float | None = None) -> Gate:
+def gate(precision: str, atol: float | None = None, rtol: float | None = None) -> Tolerance:
     """The gate of a precision, with the tolerances given in place of its own.
 
     Raises:
         UsageError: a precision without a gate, or a tolerance that is negative or not a number.
     """
-    if precision not in GATES:
-        raise unknown("precision", precision, GATES)
-    chosen = GATES[precision]
+    if precision not in TOLERANCES:
+        raise unknown("precision", precision, TOLERANCES)
+    chosen = TOLERANCES[precision]
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not 0 <= value < float("inf"):
             raise UsageError(f"{name} is {value}", "give a number of 0 or more")

@@ -13,7 +13,7 @@ from cifarx_serve.errors import ModelFileError
 from cifarx_serve.spec import ModelSpec
 
 
-class Port(NamedTuple):
+class TensorInfo(NamedTuple):
     """A model's input or output: a name, a numpy type, and a shape in which an axis that may vary is a name."""
 
     name: str
@@ -67,11 +67,11 @@ class Backend(ABC):
         """
         return None
 
-    def ports(self) -> tuple[Port, ...]:
+    def tensor_infos(self) -> tuple[TensorInfo, ...]:
         """The inputs, then the outputs, where the file states them; none where it does not."""
         return ()
 
-    def for_threads(self) -> "Backend":
+    def single_threaded(self) -> "Backend":
         """The model for callers that bring a thread a CPU, so that each call keeps to its caller's; who asks closes it.
 
         It is this one where that makes no difference.

@@ -11,7 +11,7 @@ from cifarx_serve.server.asgi import Application
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.inference.metrics import Metrics
-from cifarx_serve.server.inference.repository import Service
+from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
 from cifarx_serve.system.cpus import share_cpus
 
@@ -22,7 +22,7 @@ _SWITCH_S: Final = 5e-4
 class Composition(NamedTuple):
     """The models, not yet open, the ASGI application that answers with them, and what it counts."""
 
-    service: Service
+    service: ModelRepository
     application: Application
     metrics: Metrics
 
@@ -35,14 +35,14 @@ def prepare_process(settings: Settings) -> None:
     sys.setswitchinterval(_SWITCH_S)
 
 
-def compose(settings: Settings, log: AccessLog | None) -> Composition:
+def create_app(settings: Settings, log: AccessLog | None) -> Composition:
     """Put the parts together, in the event loop that will run them.
 
     Raises:
         UsageError: the API keys cannot be read.
     """
     metrics = Metrics()
-    service = Service(settings, metrics)
+    service = ModelRepository(settings, metrics)
     keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
     routes = Routes(service, metrics, ThreadPoolExecutor(settings.threads, "decode")).table()
     return Composition(service, Application(service, metrics, routes, keys, log), metrics)

@@ -11,13 +11,13 @@ from typing import Final, NamedTuple, TypeAlias
 import msgspec
 
 from cifarx_serve.server.api.schemas import ErrorAnswer
-from cifarx_serve.server.errors import CAUSES, CLIENT_LEFT, ClientLeft, RequestError
+from cifarx_serve.server.errors import CAUSES, CLIENT_CLOSED_REQUEST, ClientDisconnect, RequestError
 from cifarx_serve.server.http.access_log import AccessLog, AccessRecord
 from cifarx_serve.server.http.api_keys import ApiKeys
-from cifarx_serve.server.http.body_budget import HeldBodies
+from cifarx_serve.server.http.body_budget import BodyBudget
 from cifarx_serve.server.http.request import JSON, Receive, Request, Response, Scope, Send
 from cifarx_serve.server.inference.metrics import Metrics
-from cifarx_serve.server.inference.repository import Service
+from cifarx_serve.server.inference.repository import ModelRepository
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -61,12 +61,17 @@ class Application:
     """
 
     def __init__(
-        self, service: Service, metrics: Metrics, routes: list[Route], keys: ApiKeys | None, log: AccessLog | None
+        self,
+        service: ModelRepository,
+        metrics: Metrics,
+        routes: list[Route],
+        keys: ApiKeys | None,
+        log: AccessLog | None,
     ) -> None:
         self._service = service
         self._metrics = metrics
         self._keys = keys
-        self._held = HeldBodies(service.settings.limits.max_body_bytes)
+        self._held = BodyBudget(service.settings.limits.max_body_bytes)
         self._log = log
         self._fixed: dict[str, dict[str, Route]] = {}
         self._varying: list[tuple[re.Pattern[str], dict[str, Route]]] = []
@@ -91,13 +96,13 @@ class Application:
             response = _ALLOWED if preflight else await self._respond(request, methods)
         except RequestError as error:
             response, cause = _error(error), CAUSES[error.status]
-        except ClientLeft:
-            response, cause = Response(b"", CLIENT_LEFT), "client_left"
+        except ClientDisconnect:
+            response, cause = Response(b"", CLIENT_CLOSED_REQUEST), "client_left"
         except Exception as error:
             response, cause = _defect(error), CAUSES[HTTPStatus.INTERNAL_SERVER_ERROR]
         finally:
             request.release()
-        if response.status != CLIENT_LEFT:
+        if response.status != CLIENT_CLOSED_REQUEST:
             await self._send(request, response, send)
         seconds = time.perf_counter() - request.arrived
         self._metrics.request(template, response.status, seconds, cause)

@@ -19,11 +19,11 @@ CAUSES: Final = {
 }
 """What the metrics call each status."""
 
-CLIENT_LEFT: Final = 499
+CLIENT_CLOSED_REQUEST: Final = 499
 """What the log has for a request that nobody waited for; it is never sent."""
 
 
-class ClientLeft(Exception):
+class ClientDisconnect(Exception):
     """Nobody waits for the answer."""
 
 

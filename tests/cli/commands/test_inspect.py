@@ -7,7 +7,7 @@ import torch
 
 from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.files.checksum import seal
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 

@@ -8,7 +8,7 @@ import pytest
 
 from cifarx_serve.server.inference.model import file_version
 from cifarx_serve.server.processes.supervisor import listen
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 from tests.support.command_line import Cli
 from tests.support.running_server import Running, request, serving
 from tests.support.self_signed import self_signed, trusting

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cifarx_train.callbacks.base import Observer
+from cifarx_train.callbacks.base import Callback
 from cifarx_train.recipes import NETWORK_RECIPES, RECIPES, Recipe, recipe
 from tests.support.command_line import Cli
 from tests.support.drawn_images import draw_folder
@@ -149,7 +149,7 @@ def test_a_dry_run_imports_no_pytorch() -> None:
         (["--set", "momentum=1"], "momentum"),
         (["--set", "nesterov=true"], "nesterov needs a momentum"),
         (["--set", "optimizer=adam"], "adam"),
-        (["--set", "optimizer=muon"], "muon needs bias_rate"),
+        (["--set", "optimizer=muon"], "muon needs bias_lr"),
         (["--recipe", "mine.toml"], "mine.toml cannot be read"),
         (["--recipe", "note"], "did you mean 'notes'"),
         (["--precision", "fp8"], "fp8"),
@@ -216,7 +216,7 @@ def test_patience_ends_a_run(cli: Cli, command: tuple[object, ...]) -> None:
 def test_an_interrupted_run_says_that_it_was_not_tested(
     cli: Cli, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopping(Observer):
+    class Stopping(Callback):
         def on_step(self, step: int) -> None:
             if step == 2:
                 signal.raise_signal(signal.SIGTERM)
@@ -242,10 +242,10 @@ def test_keep_leaves_the_newest_and_the_best(cli: Cli, command: tuple[object, ..
 def test_a_better_epoch_than_the_last_is_named(
     cli: Cli, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cifarx_train.evaluation import Judge
+    from cifarx_train.evaluation import Evaluator
 
-    judge, accuracies = Judge.evaluate, iter((0.75, 0.25))
-    monkeypatch.setattr(Judge, "evaluate", lambda *given: judge(*given)._replace(accuracy=next(accuracies)))
+    judge, accuracies = Evaluator.evaluate, iter((0.75, 0.25))
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *given: judge(*given)._replace(accuracy=next(accuracies)))
     ran = cli(*command)
     assert ran.out.startswith("run/lzh_1.pth: 25.00% test accuracy")
     assert "the best was run/lzh_0.pth with 75.00%" in ran.err

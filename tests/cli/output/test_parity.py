@@ -10,7 +10,7 @@ import pytest
 
 from cifarx.output.parity import parity_lines
 from cifarx_export.parity.checks import Check
-from cifarx_export.parity.error_analysis import find_evidence
+from cifarx_export.parity.error_analysis import analyze_errors
 from cifarx_export.parity.report import ParityReport
 from tests.support import parity_summary
 
@@ -50,7 +50,7 @@ def report(**changes: object) -> ParityReport:
             Check("tolerance", True, "max |Δ| 3.34e-06, 0 outside 0.0001 + 0.0001·|ref|"),
         ),
         summary=SUMMARY,
-        evidence=find_evidence(NAMES, np.arange(10), None, reference, artifact),
+        evidence=analyze_errors(NAMES, np.arange(10), None, reference, artifact),
     )
     return msgspec.structs.replace(whole, **changes)
 

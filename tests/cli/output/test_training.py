@@ -12,11 +12,11 @@ from torch import nn
 from cifarx.output.training import training_progress
 from cifarx_serve.spec import InputSpec
 from cifarx_train.callbacks.base import EpochReport, RunStart, StepReport
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation
 from cifarx_train.recipes import recipe
 
-TEST = LabelledImages(np.zeros((1234, 2, 2, 3), np.uint8), np.zeros(1234, np.int64))
+TEST = LabeledImages(np.zeros((1234, 2, 2, 3), np.uint8), np.zeros(1234, np.int64))
 START = RunStart(
     model="net",
     module=nn.Linear(1000, 2),

@@ -203,7 +203,7 @@ CONVERTED = [choice for choice in GOOD if choice[0] != "triton" or choice[2] == 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision", "options"), CONVERTED, ids=label)
 def test_what_is_supported_converts_and_runs(
-    name: str, precision: Precision, options: ExportOptions, checkpoint: Path, proof_images: Any
+    name: str, precision: Precision, options: ExportOptions, checkpoint: Path, parity_images: Any
 ) -> None:
     kind, loaded = FORMATS[name], load_checkpoint(checkpoint)
     source = source_of(loaded, precision, options)
@@ -218,7 +218,7 @@ def test_what_is_supported_converts_and_runs(
         assert spec.precision == precision
         assert spec.embedded_preprocessing == bool(options.embed_preprocessing)
         for size in (1, 5):
-            logits = backend.run(model_input(proof_images.images[:size], spec))
+            logits = backend.run(model_input(parity_images.images[:size], spec))
             assert (logits.shape, logits.dtype.name) == ((size, len(spec.class_names)), "float32")
     assert [entry.name for entry in Path.cwd().iterdir()] == [path.name]
     (shutil.rmtree if path.is_dir() else Path.unlink)(path)

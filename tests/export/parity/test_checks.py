@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cifarx_export.parity.checks import Answers, judge, measure, worst_of_each
-from cifarx_export.parity.tolerances import Gate, gate
+from cifarx_export.parity.tolerances import Tolerance, gate
 
 REFERENCE = np.eye(4, dtype=np.float32).repeat(25, axis=0)
 LABELS = REFERENCE.argmax(1)
@@ -22,7 +22,7 @@ def flips(count: int) -> np.ndarray:
     return change
 
 
-def failed(found: Answers, limits: Gate) -> set[str]:
+def failed(found: Answers, limits: Tolerance) -> set[str]:
     figures = measure([found], None, REFERENCE, LABELS, limits)
     return {check.name for check in judge(figures, limits) if not check.passed}
 

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from cifarx_export.export import CPU
 from cifarx_export.parity.compare import (
     BATCH_SIZES,
+    ParityData,
     Proof,
-    ProofData,
     Reference,
-    ask_reference,
-    prove,
+    check_parity,
     proved_batch_sizes,
+    run_reference,
 )
 from cifarx_export.parity.error_analysis import WorstImage
-from cifarx_export.parity.tolerances import Gate, gate
+from cifarx_export.parity.tolerances import Tolerance, gate
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.images.preprocess import scale
@@ -41,7 +41,7 @@ from tests.support.onnx_faults import (
 )
 
 IMAGES = 1003
-"""Of `proof_images`."""
+"""Of `parity_images`."""
 
 FEW = BATCH_SIZES[-1] + 3
 
@@ -58,8 +58,8 @@ NINE_CLASSES = [
 
 
 @pytest.fixture(scope="module")
-def reference(decided: Path, proof_images: ProofData) -> Reference:
-    asked = ask(decided, proof_images)
+def reference(decided: Path, parity_images: ParityData) -> Reference:
+    asked = ask(decided, parity_images)
     assert set(asked.logits.argmax(1)) == set(range(10))
     return asked
 
@@ -103,14 +103,14 @@ def checkpoint_with(source: Path, change: LastLayer) -> Path:
     return Path("edited.pth")
 
 
-def ask(checkpoint: Path, data: ProofData) -> Reference:
+def ask(checkpoint: Path, data: ParityData) -> Reference:
     with PyTorchBackend(checkpoint, CPU) as backend:
-        return ask_reference(backend, data)
+        return run_reference(backend, data)
 
 
-def proof_of(path: Path, reference: Reference, limits: Gate | None = None) -> Proof:
+def proof_of(path: Path, reference: Reference, limits: Tolerance | None = None) -> Proof:
     with open_backend(path, device="cpu") as backend:
-        return prove(reference, backend, limits or gate("fp32"))
+        return check_parity(reference, backend, limits or gate("fp32"))
 
 
 def failed(proof: Proof) -> set[str]:
@@ -172,10 +172,10 @@ def test_a_proof_with_nan_is_still_a_json_document(good_onnx: Path, brief: Refer
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_reference_that_is_not_finite_proves_nothing(
-    value: float, decided: Path, good_onnx: Path, proof_images: ProofData
+    value: float, decided: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
     broken = checkpoint_with(decided, lambda weight, bias: (weight, bias.index_fill(0, torch.tensor(3), value)))
-    asked = briefly(ask(broken, proof_images))
+    asked = briefly(ask(broken, parity_images))
     same_fault = edited(good_onnx, [entry_with((3,), lambda _: value, "model.8.bias")])
     assert "finite" in failed(proof_of(same_fault, asked))
     assert "finite" in failed(proof_of(good_onnx, asked))
@@ -222,7 +222,7 @@ def test_the_worst_image_is_found_at_any_batch_size(size: int, good_onnx: Path, 
 
 # Forgiveness: class 1 of the reference is class 0 less a margin, so that whatever is answered with 0 is nearly a 1.
 
-HUNDREDTH = Gate(1e-2, 0.0, 1.0)
+HUNDREDTH = Tolerance(1e-2, 0.0, 1.0)
 """Far above what rounding does to these logits."""
 
 
@@ -235,7 +235,7 @@ class Tied(NamedTuple):
     forgiven: NDArray[np.bool_]
 
 
-def tied(decided: Path, good_onnx: Path, proof_images: ProofData, margin: float, steps: dict[int, float]) -> Tied:
+def tied(decided: Path, good_onnx: Path, parity_images: ParityData, margin: float, steps: dict[int, float]) -> Tied:
     def tie(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight[1], bias[1] = weight[0], bias[0] - margin
         return weight, bias
@@ -250,16 +250,16 @@ def tied(decided: Path, good_onnx: Path, proof_images: ProofData, margin: float,
             weights_with("model.8.bias", lambda _: layer["model.8.bias"].numpy() + added),
         ],
     )
-    asked = ask(path, proof_images)
+    asked = ask(path, parity_images)
     answers = (asked.logits + added).argmax(1)
     lost = asked.logits.max(axis=1) - asked.logits[np.arange(len(answers)), answers]
     return Tied(asked, artifact, lost > 0, (lost > 0) & (lost <= HUNDREDTH.atol))
 
 
 def test_a_flip_inside_the_references_own_margin_is_forgiven_counted_and_shown(
-    decided: Path, good_onnx: Path, proof_images: ProofData
+    decided: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
-    case = tied(decided, good_onnx, proof_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3})
+    case = tied(decided, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3})
     count = int(case.flipped.sum())
     assert count == case.forgiven.sum() > 0
     proof = proof_of(case.artifact, case.reference, HUNDREDTH)
@@ -270,9 +270,9 @@ def test_a_flip_inside_the_references_own_margin_is_forgiven_counted_and_shown(
 
 
 def test_a_flip_outside_the_references_own_margin_fails_though_every_logit_is_inside(
-    decided: Path, good_onnx: Path, proof_images: ProofData
+    decided: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
-    case = tied(decided, good_onnx, proof_images, margin=1.5e-2, steps={0: -9e-3, 1: 9e-3})
+    case = tied(decided, good_onnx, parity_images, margin=1.5e-2, steps={0: -9e-3, 1: 9e-3})
     assert case.flipped.sum() > case.forgiven.sum()
     proof = proof_of(case.artifact, case.reference, HUNDREDTH)
     assert failed(proof) == {"agreement"}
@@ -280,8 +280,8 @@ def test_a_flip_outside_the_references_own_margin_fails_though_every_logit_is_in
     assert proof.summary.agreement == pytest.approx(1 - case.flipped.mean())
 
 
-def test_forgiving_some_does_not_excuse_the_others(decided: Path, good_onnx: Path, proof_images: ProofData) -> None:
-    case = tied(decided, good_onnx, proof_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3, 5: 0.5})
+def test_forgiving_some_does_not_excuse_the_others(decided: Path, good_onnx: Path, parity_images: ParityData) -> None:
+    case = tied(decided, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3, 5: 0.5})
     assert case.flipped.sum() > case.forgiven.sum() > 0
     proof = proof_of(case.artifact, case.reference, HUNDREDTH)
     assert failed(proof) == {"tolerance", "agreement"}
@@ -310,10 +310,10 @@ def test_without_labels_there_is_no_accuracy(good_onnx: Path, brief: Reference) 
     assert (proof.summary.accuracy, proof.summary.reference_accuracy) == (None, None)
 
 
-def test_a_proof_wants_a_thousand_images(decided: Path, proof_images: ProofData) -> None:
-    with pytest.raises(DataError, match=f"{proof_images.name} has 999 test images.*at least 1000"):
-        ask(decided, proof_images._replace(images=proof_images.images[:999]))
-    assert len(ask(decided, proof_images._replace(images=proof_images.images[:1000])).logits) == 1000
+def test_a_proof_wants_a_thousand_images(decided: Path, parity_images: ParityData) -> None:
+    with pytest.raises(DataError, match=f"{parity_images.name} has 999 test images.*at least 1000"):
+        ask(decided, parity_images._replace(images=parity_images.images[:999]))
+    assert len(ask(decided, parity_images._replace(images=parity_images.images[:1000])).logits) == 1000
 
 
 # The batch size that a user names is proved too.
@@ -336,6 +336,6 @@ def test_a_fault_at_a_named_batch_size_is_found_there_alone(good_onnx: Path, bri
     path = edited(good_onnx, [wrong_at_batch(7)])
     assert proof_of(path, brief).passed
     with open_backend(path, device="cpu") as backend:
-        proof = prove(brief, backend, gate("fp32"), batch_sizes=proved_batch_sizes(7, FEW))
+        proof = check_parity(brief, backend, gate("fp32"), batch_sizes=proved_batch_sizes(7, FEW))
     assert failed(proof) == {"tolerance"}
     assert proof.summary.batch_sizes == (1, 3, 7, 64)

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cifarx_export.parity.data import proof_data, training_images
+from cifarx_export.parity.data import parity_data, training_images
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
@@ -25,7 +25,7 @@ def trained_on(spec: ModelSpec, **changes: object) -> ModelSpec:
 
 
 def test_auto_is_the_test_split_that_the_model_was_trained_beside(spec: ModelSpec) -> None:
-    data = proof_data(spec, "auto")
+    data = parity_data(spec, "auto")
     assert spec.training is not None
     assert (data.name, data.fingerprint) == (spec.training.data.name, spec.training.data.test_fingerprint)
     assert data.images.shape == (spec.training.data.test_images, 32, 32, 3)
@@ -35,7 +35,7 @@ def test_auto_is_the_test_split_that_the_model_was_trained_beside(spec: ModelSpe
 
 
 def test_a_folder_is_read_whole_and_called_by_its_name(spec: ModelSpec, pictures: Path) -> None:
-    data = proof_data(spec, str(pictures))
+    data = parity_data(spec, str(pictures))
     files = sorted(pictures.glob("test/*/*"))
     assert data.name == pictures.name  # never its path: the name travels inside the artifact
     assert data.images.shape == (len(files), 32, 32, 3)
@@ -47,37 +47,37 @@ def test_the_environment_names_the_data_of_auto(
     spec: ModelSpec, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CIFARX_DATA", str(pictures))
-    assert proof_data(spec, "auto").name == pictures.name
+    assert parity_data(spec, "auto").name == pictures.name
 
 
 def test_images_come_at_the_models_size(spec: ModelSpec, pictures: Path) -> None:
     wide = msgspec.structs.replace(spec, input=InputSpec(height=16, width=24))
-    assert proof_data(wide, str(pictures)).images.shape[1:] == (16, 24, 3)
-    assert proof_data(wide, "builtin").images.shape[1:] == (16, 24, 3)
+    assert parity_data(wide, str(pictures)).images.shape[1:] == (16, 24, 3)
+    assert parity_data(wide, "builtin").images.shape[1:] == (16, 24, 3)
 
 
 def test_labels_of_other_classes_are_left_out(spec: ModelSpec, other_pictures: Path, pictures: Path) -> None:
-    other = proof_data(spec, str(other_pictures))
+    other = parity_data(spec, str(other_pictures))
     assert other.labels is None
-    same = proof_data(spec, str(pictures))
+    same = parity_data(spec, str(pictures))
     assert np.array_equal(other.images, same.images)
     assert other.fingerprint != same.fingerprint
 
 
 def test_labels_of_classes_in_another_order_are_left_out(spec: ModelSpec, pictures: Path) -> None:
     reordered = msgspec.structs.replace(spec, class_names=spec.class_names[::-1])
-    assert proof_data(reordered, str(pictures)).labels is None
+    assert parity_data(reordered, str(pictures)).labels is None
 
 
 @pytest.mark.parametrize("name", ["nowhere", "buildin"])
 def test_data_that_is_asked_for_and_absent_is_an_error(spec: ModelSpec, name: str) -> None:
     with pytest.raises(DataError, match=name):
-        proof_data(spec, name)
+        parity_data(spec, name)
 
 
 def test_auto_falls_back_aloud_where_the_folder_of_the_training_is_not_named(spec: ModelSpec) -> None:
     with pytest.warns(FallbackWarning, match="my photographs"):
-        data = proof_data(trained_on(spec, kind="folder", name="my photographs"), "auto")
+        data = parity_data(trained_on(spec, kind="folder", name="my photographs"), "auto")
     assert data.name == "builtin drawings"
 
 
@@ -103,5 +103,5 @@ def test_no_more_training_images_than_there_are(spec: ModelSpec, pictures: Path)
 
 
 def test_training_images_are_none_of_the_proofs(spec: ModelSpec) -> None:
-    proved = {image.tobytes() for image in proof_data(spec, "builtin").images}
+    proved = {image.tobytes() for image in parity_data(spec, "builtin").images}
     assert not any(image.tobytes() in proved for image in training_images(spec, "builtin", 512))

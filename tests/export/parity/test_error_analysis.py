@@ -17,9 +17,9 @@ from cifarx_export.parity.error_analysis import (
     WORST_IMAGES,
     ClassAgreement,
     Disagreement,
-    Evidence,
+    ErrorAnalysis,
+    analyze_errors,
     error_histogram,
-    find_evidence,
     row_errors,
 )
 
@@ -32,9 +32,9 @@ def logits(*rows: tuple[float, ...]) -> Logits:
     return np.array(rows, np.float32)
 
 
-def evidence(reference: Logits, artifact: Logits, labels: NDArray[np.int64] | None = None) -> Evidence:
+def evidence(reference: Logits, artifact: Logits, labels: NDArray[np.int64] | None = None) -> ErrorAnalysis:
     names = tuple(f"class {index}" for index in range(reference.shape[1]))
-    return find_evidence(names, np.arange(len(reference)), labels, reference, artifact)
+    return analyze_errors(names, np.arange(len(reference)), labels, reference, artifact)
 
 
 @st.composite
@@ -95,12 +95,12 @@ def test_the_worst_are_the_flipped_then_the_largest_errors(pair: tuple[Logits, L
 @given(pairs())
 def test_it_goes_through_json(pair: tuple[Logits, Logits]) -> None:
     found = evidence(*pair)
-    assert msgspec.json.decode(msgspec.json.encode(found), type=Evidence) == found
+    assert msgspec.json.decode(msgspec.json.encode(found), type=ErrorAnalysis) == found
 
 
 def test_positions_and_labels_are_those_of_the_data() -> None:
     reference = logits((2, 1, 0), (0, 3, 1))
-    found = find_evidence(
+    found = analyze_errors(
         NAMES, np.array([70, 40]), np.array([1, 2]), reference, reference + logits((0, 0, 0), (1, 0, 0))
     )
     assert [(worst.image, worst.label, worst.error) for worst in found.worst] == [(40, 2, 1.0), (70, 1, 0.0)]

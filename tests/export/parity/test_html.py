@@ -12,9 +12,9 @@ from PIL import Image
 
 from cifarx_export.export import CPU
 from cifarx_export.parity.checks import Check
-from cifarx_export.parity.compare import ask_reference, prove
-from cifarx_export.parity.data import proof_data
-from cifarx_export.parity.error_analysis import find_evidence
+from cifarx_export.parity.compare import check_parity, run_reference
+from cifarx_export.parity.data import parity_data
+from cifarx_export.parity.error_analysis import analyze_errors
 from cifarx_export.parity.html import parity_page, write_parity_page
 from cifarx_export.parity.report import ParityReport
 from cifarx_export.parity.tolerances import gate
@@ -93,7 +93,7 @@ def report(names: tuple[str, ...] = ("cat", "dog", "frog"), **changes: object) -
         precision="fp32",
         checks=(Check("class names", True, ", ".join(names)), Check("tolerance", False, "max |Δ| 2e-06")),
         summary=SUMMARY,
-        evidence=find_evidence(names, np.arange(40), np.arange(40) % classes, reference, artifact),
+        evidence=analyze_errors(names, np.arange(40), np.arange(40) % classes, reference, artifact),
     )
     return msgspec.structs.replace(whole, **changes)
 
@@ -170,7 +170,7 @@ def test_disagreements_are_a_matrix_where_classes_are_few_and_a_list_where_they_
 
 def test_where_all_agree_there_are_no_disagreements_to_show() -> None:
     same = np.eye(3, dtype=np.float32)
-    agreeing = find_evidence(("cat", "dog", "frog"), np.arange(3), None, same, same)
+    agreeing = analyze_errors(("cat", "dog", "frog"), np.arange(3), None, same, same)
     text = parity_page([report(evidence=agreeing)], IMAGES)
     assert "Where the answers differ" not in text
     assert "other answer</span>" not in text
@@ -190,7 +190,7 @@ def test_an_artifact_that_gave_no_answer_still_has_a_section() -> None:
 def test_what_is_not_finite_is_said() -> None:
     reference = np.zeros((2, 3), np.float32)
     artifact = np.array([[np.nan, 0, 0], [0, 0, 0]], np.float32)
-    found = find_evidence(("cat", "dog", "frog"), np.arange(2), None, reference, artifact)
+    found = analyze_errors(("cat", "dog", "frog"), np.arange(2), None, reference, artifact)
     page = Page(parity_page([report(evidence=found)], IMAGES))
     assert "not finite: 1" in page.words
     assert page.words.count("not finite") >= 3  # beside the histogram, of the logit, and of the image's error
@@ -214,11 +214,11 @@ def test_it_is_written_whole_or_not_at_all() -> None:
 @pytest.mark.slow
 def test_of_a_real_proof(checkpoint: Path, stale: Path, good_onnx: Path) -> None:
     """One that passed and one that failed, against weights of another seed."""
-    data = proof_data(load_checkpoint(checkpoint).spec, "builtin")
+    data = parity_data(load_checkpoint(checkpoint).spec, "builtin")
     reports = []
     for source in (checkpoint, stale):
         with PyTorchBackend(source, CPU) as trained, open_backend(good_onnx, device="cpu") as backend:
-            proof = prove(ask_reference(trained, data), backend, gate("fp32"))
+            proof = check_parity(run_reference(trained, data), backend, gate("fp32"))
         reports.append(report(checks=proof.checks, summary=proof.summary, evidence=proof.evidence))
     page = Page(parity_page(reports, data.images))
     assert "1 of 2 artifacts proved" in page.words

@@ -12,17 +12,19 @@ from hypothesis.extra import numpy as numpy_strategies
 from numpy.typing import NDArray
 
 from cifarx_export.parity.metrics import compare, find_flips
-from cifarx_export.parity.tolerances import Gate
+from cifarx_export.parity.tolerances import Tolerance
 
 Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
 
-FP32 = Gate(1e-4, 1e-4, 1.0)
+FP32 = Tolerance(1e-4, 1e-4, 1.0)
 SHAPES = st.tuples(st.integers(1, 12), st.integers(2, 5))
 ANY_FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 LOGIT = st.floats(-50, 50, width=32)
 # A coarse grid near the tolerance: ties, flips and forgiven flips are all common there.
 GRID = st.integers(-4, 4).map(lambda step: 1 + step * 5e-5)
-GATES = st.sampled_from([FP32, Gate(0.0, 0.0, 1.0), Gate(1e-4, 0.0, 1.0), Gate(0.0, 1e-3, 1.0), Gate(0.5, 0.5, 1.0)])
+TOLERANCES = st.sampled_from(
+    [FP32, Tolerance(0.0, 0.0, 1.0), Tolerance(1e-4, 0.0, 1.0), Tolerance(0.0, 1e-3, 1.0), Tolerance(0.5, 0.5, 1.0)]
+)
 NON_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
 
 exhaustive = settings(deadline=None, max_examples=100)
@@ -51,8 +53,8 @@ def flat(pair: Pair) -> list[tuple[float, float]]:
 
 
 @exhaustive
-@given(ALL_PAIRS, GATES)
-def test_errors_are_those_of_plain_loops(pair: Pair, gate: Gate) -> None:
+@given(ALL_PAIRS, TOLERANCES)
+def test_errors_are_those_of_plain_loops(pair: Pair, gate: Tolerance) -> None:
     errors = [abs(theirs - ours) for ours, theirs in flat(pair)]
     found = compare(*pair, gate)
     assert found.max_abs == max(errors)
@@ -103,7 +105,7 @@ def test_the_gate_holds_exactly_where_the_required_tolerance_is_inside_it(pair: 
 
 def test_equal_logits_need_no_tolerance() -> None:
     logits = np.linspace(-9, 9, 40, dtype=np.float32).reshape(4, 10)
-    assert compare(logits, logits.copy(), Gate(0.0, 0.0, 1.0)) == (0, 0, 0, 0, 0, 0)
+    assert compare(logits, logits.copy(), Tolerance(0.0, 0.0, 1.0)) == (0, 0, 0, 0, 0, 0)
 
 
 def test_errors_are_taken_in_float64() -> None:
@@ -124,7 +126,7 @@ def test_nan_or_inf_on_either_side_is_counted_and_spoils_no_other_figure(pair: P
             side.flat[place] = data.draw(NON_FINITE)
         places |= poisoned
     assume(places)
-    found = compare(sides[0], sides[1], Gate(1e9, 1e9, 1.0))
+    found = compare(sides[0], sides[1], Tolerance(1e9, 1e9, 1.0))
     assert found.nonfinite == len(places)
     if rest := [pair for place, pair in enumerate(flat((sides[0], sides[1]))) if place not in places]:
         assert found.max_abs == max(abs(theirs - ours) for ours, theirs in rest)
@@ -144,8 +146,8 @@ def first_of_the_largest(row: list[float]) -> int:
 
 
 @exhaustive
-@given(st.one_of(pairs(GRID), pairs(LOGIT), pairs(ANY_FINITE)), GATES)
-def test_flips_are_those_of_plain_loops(pair: Pair, gate: Gate) -> None:
+@given(st.one_of(pairs(GRID), pairs(LOGIT), pairs(ANY_FINITE)), TOLERANCES)
+def test_flips_are_those_of_plain_loops(pair: Pair, gate: Tolerance) -> None:
     expected, excused = [], []
     for position, (ours, theirs) in enumerate(zip(pair[0].tolist(), pair[1].tolist(), strict=True)):
         answer, other = first_of_the_largest(ours), first_of_the_largest(theirs)
@@ -169,7 +171,7 @@ def test_a_flip_between_equals_is_forgiven() -> None:
 @pytest.mark.parametrize(("margin", "forgiven"), [(0.9e-4, True), (1.1e-4, False)])
 def test_it_is_the_references_margin_that_forgives(margin: float, forgiven: bool) -> None:
     near, far = [0, margin], [0, 5.0]
-    gate = Gate(1e-4, 0.0, 1.0)
+    gate = Tolerance(1e-4, 0.0, 1.0)
     found = find_flips(np.array([near], np.float32), np.array([far[::-1]], np.float32), gate)
     assert found.forgiven.tolist() == [forgiven]
     # The artifact's own margin is nobody's excuse.
@@ -200,7 +202,7 @@ def test_a_flip_beside_nan_or_inf_is_never_forgiven(side: int, value: float) -> 
 @exhaustive
 @given(pairs(LOGIT))
 def test_without_a_tolerance_nothing_is_outside_and_nothing_forgiven(pair: Pair) -> None:
-    none = Gate(None, None, 0.99)
+    none = Tolerance(None, None, 0.99)
     assert compare(*pair, none).outside == 0
     assert not find_flips(*pair, none).forgiven.any()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cifarx_export.parity.compare import Check
-from cifarx_export.parity.error_analysis import Evidence, find_evidence
+from cifarx_export.parity.error_analysis import ErrorAnalysis, analyze_errors
 from cifarx_export.parity.report import ParityReport, ParityRow
 from cifarx_serve.errors import OutputError
 from cifarx_serve.spec import ParitySummary
@@ -37,7 +37,7 @@ KEYS = [
 """As documented, in this order."""
 
 
-def report(summary: ParitySummary = SUMMARY, evidence: Evidence | None = None) -> ParityReport:
+def report(summary: ParitySummary = SUMMARY, evidence: ErrorAnalysis | None = None) -> ParityReport:
     return ParityReport(
         artifact="lzh_9.onnx",
         artifact_sha256="1" * 64,
@@ -51,10 +51,10 @@ def report(summary: ParitySummary = SUMMARY, evidence: Evidence | None = None) -
     )
 
 
-def evidence(images: int = 1, value: float = 1.5) -> Evidence:
+def evidence(images: int = 1, value: float = 1.5) -> ErrorAnalysis:
     """Of two classes, where the artifact's first logit is `value` in place of 1."""
     reference, artifact = np.array([[[1, 2]], [[value, 2]]], np.float32).repeat(images, axis=1)
-    return find_evidence(("cat", "dog"), np.arange(images), None, reference, artifact)
+    return analyze_errors(("cat", "dog"), np.arange(images), None, reference, artifact)
 
 
 def refuse(constant: str) -> None:

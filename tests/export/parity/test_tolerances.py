@@ -1,27 +1,27 @@
-"""The gates: the figures that were promised, and tolerances of one's own."""
+"""The tolerances: the figures that were promised, and tolerances of one's own."""
 
 import numpy as np
 import pytest
 
 from cifarx_export.formats.registry import PRECISIONS
-from cifarx_export.parity.tolerances import GATES, Gate, gate
+from cifarx_export.parity.tolerances import TOLERANCES, Tolerance, gate
 from cifarx_serve.errors import UsageError
 
 
 def test_fp32_is_a_ten_thousandth_and_every_image() -> None:
-    assert gate("fp32") == Gate(atol=1e-4, rtol=1e-4, agreement=1.0, accuracy_drop=None)
+    assert gate("fp32") == Tolerance(atol=1e-4, rtol=1e-4, agreement=1.0, accuracy_drop=None)
 
 
 def test_fp16_is_answers_alone() -> None:
-    assert gate("fp16") == Gate(atol=None, rtol=None, agreement=0.999, accuracy_drop=None)
+    assert gate("fp16") == Tolerance(atol=None, rtol=None, agreement=0.999, accuracy_drop=None)
 
 
 def test_int8_has_half_a_point_of_accuracy_to_lose() -> None:
-    assert gate("int8") == Gate(atol=None, rtol=None, agreement=0.99, accuracy_drop=0.005)
+    assert gate("int8") == Tolerance(atol=None, rtol=None, agreement=0.99, accuracy_drop=0.005)
 
 
 def test_every_precision_has_a_gate() -> None:
-    assert set(GATES) == set(PRECISIONS)
+    assert set(TOLERANCES) == set(PRECISIONS)
 
 
 def test_without_a_tolerance_everything_is_inside() -> None:
@@ -53,9 +53,9 @@ def test_a_tolerance_given_replaces_the_gates_own(
     assert (chosen.atol, chosen.rtol) == expected
 
 
-@pytest.mark.parametrize("precision", GATES)
+@pytest.mark.parametrize("precision", TOLERANCES)
 def test_no_tolerance_buys_agreement_or_accuracy(precision: str) -> None:
-    assert gate(precision, 100.0, 100.0)[2:] == GATES[precision][2:]
+    assert gate(precision, 100.0, 100.0)[2:] == TOLERANCES[precision][2:]
 
 
 @pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf"), float("-inf")])
@@ -72,6 +72,6 @@ def test_a_precision_without_a_gate_is_refused() -> None:
 
 def test_the_table_cannot_be_loosened() -> None:
     with pytest.raises(TypeError):
-        GATES["fp32"] = Gate(1.0, 1.0, 0.0)  # type: ignore[index]
+        TOLERANCES["fp32"] = Tolerance(1.0, 1.0, 0.0)  # type: ignore[index]
     with pytest.raises(AttributeError):
-        GATES["fp32"].atol = 1.0  # type: ignore[misc]
+        TOLERANCES["fp32"].atol = 1.0  # type: ignore[misc]

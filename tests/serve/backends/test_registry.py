@@ -18,7 +18,7 @@ from cifarx_serve.backends.registry import (
 )
 from cifarx_serve.backends.torch.torchscript import TorchScriptBackend
 from cifarx_serve.errors import ModelFileError, UsageError
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 
 # A backend as a third party would write it: it answers with the class that the file's one byte says.
 TINY_BACKEND = """

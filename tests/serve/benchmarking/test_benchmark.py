@@ -10,7 +10,7 @@ from cifarx_serve.benchmarking.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.environment import environment
-from tests.support.colour_model import SPEC, write_onnx, write_torchscript
+from tests.support.color_model import SPEC, write_onnx, write_torchscript
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
 

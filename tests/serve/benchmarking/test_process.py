@@ -12,7 +12,7 @@ import pytest
 from cifarx_serve.backends import registry
 from cifarx_serve.benchmarking.process import BenchmarkProcess
 from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError, UsageError
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 
 IMAGES = np.zeros((7, SPEC.input.height, SPEC.input.width, 3), np.uint8)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.benchmarking.worker import Open, Peak, Reply, Request, device_times, predicted_labels
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
 LABELS = [0, 1, 2, 0, 1]

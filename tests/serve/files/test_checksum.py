@@ -16,7 +16,7 @@ from cifarx_serve.backends.torch.torchscript import TorchScriptBackend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ModelFileError
 from cifarx_serve.files.checksum import MARKER, SealState, damaged_member, read_seal, seal
-from tests.support.colour_model import SPEC, write_onnx, write_torchscript
+from tests.support.color_model import SPEC, write_onnx, write_torchscript
 from tests.support.trained_model import Trained
 
 CPU = Device("cpu")

@@ -10,7 +10,7 @@ from cifarx_serve.backends.torch.torchscript import SPEC_FILE
 from cifarx_serve.errors import ModelFileError
 from cifarx_serve.files.checksum import seal
 from cifarx_serve.files.zip_safety import read_member, read_members, require_sound_archive
-from tests.support.colour_model import SPEC, write_torchscript
+from tests.support.color_model import SPEC, write_torchscript
 
 
 def problem(path: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cifarx_serve.server.asgi import Route
-from cifarx_serve.server.errors import CAUSES, ClientLeft, RequestError
+from cifarx_serve.server.errors import CAUSES, ClientDisconnect, RequestError
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.request import Request, Response
 from tests.support.asked import Client, application
@@ -31,7 +31,7 @@ async def break_down(_: Request) -> Response:
 
 
 async def leave(_: Request) -> Response:
-    raise ClientLeft
+    raise ClientDisconnect
 
 
 ROUTES = [

@@ -5,13 +5,13 @@ import pytest
 from torch import nn
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import EpochReport, Observer, Observers, RunStart, StepReport
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.callbacks.base import Callback, CallbackList, EpochReport, RunStart, StepReport
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation
 from cifarx_train.recipes import RECIPES
 
 
-class Diary(Observer):
+class Diary(Callback):
     """Writes down what it is told, under its name, in a list that others share."""
 
     def __init__(self, name: str, told: list[tuple[object, ...]]) -> None:
@@ -36,15 +36,15 @@ class Diary(Observer):
 
 @pytest.fixture
 def start() -> RunStart:
-    images = LabelledImages(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64))
+    images = LabeledImages(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64))
     spec, recipe = InputSpec(height=32, width=32), RECIPES["notes"]
     return RunStart("lzh", nn.Identity(), spec, recipe, 0, "cpu", 1, "drawings", ("a", "b"), 60, images, 8)
 
 
 @pytest.fixture
 def first_epoch() -> EpochReport:
-    judged = Evaluation(1.5, 0.5, np.eye(2, dtype=np.int64), [])
-    return EpochReport(0, 2, 4, 1.25, judged, 100.0, 0.5, Path("lzh_0.pth"))
+    eval_model = Evaluation(1.5, 0.5, np.eye(2, dtype=np.int64), [])
+    return EpochReport(0, 2, 4, 1.25, eval_model, 100.0, 0.5, Path("lzh_0.pth"))
 
 
 LOG = StepReport(step=100, loss=0.25, learning_rate=0.01, gradient_norm=2.0, images_per_s=1000.0)
@@ -52,7 +52,7 @@ LOG = StepReport(step=100, loss=0.25, learning_rate=0.01, gradient_norm=2.0, ima
 
 def test_several_observers_are_told_everything_in_turn(start: RunStart, first_epoch: EpochReport) -> None:
     told: list[tuple[object, ...]] = []
-    both = Observers([Diary("a", told), Diary("b", told)])
+    both = CallbackList([Diary("a", told), Diary("b", told)])
     both.on_start(start)
     both.on_step(1)
     both.on_log(LOG)
@@ -67,7 +67,7 @@ def test_several_observers_are_told_everything_in_turn(start: RunStart, first_ep
 
 
 def test_an_observer_need_not_care(start: RunStart, first_epoch: EpochReport) -> None:
-    careless = Observers([Observer()])
+    careless = CallbackList([Callback()])
     careless.on_start(start)
     careless.on_step(1)
     careless.on_log(LOG)

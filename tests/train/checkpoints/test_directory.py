@@ -8,7 +8,7 @@ import torch
 from cifarx_serve.errors import FallbackWarning, OutputError
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from cifarx_train.checkpoints.directory import CheckpointFolder
+from cifarx_train.checkpoints.directory import CheckpointDirectory
 
 SPEC = ModelSpec(model="net", class_names=("cat", "dog"), input=InputSpec(height=4, width=4))
 
@@ -22,7 +22,7 @@ def number_in(path: Path) -> int:
     return int(load_checkpoint(path).training["number"])
 
 
-def saved(folder: CheckpointFolder, epoch: int, *, is_best: bool = False, at: int | None = None) -> Path:
+def saved(folder: CheckpointDirectory, epoch: int, *, is_best: bool = False, at: int | None = None) -> Path:
     """Save an epoch, as if so many seconds after the first."""
     path = folder.save(epoch, checkpoint(epoch), is_best=is_best)
     os.utime(path, (1_000_000 + (epoch if at is None else at),) * 2)
@@ -33,14 +33,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def found(folder: CheckpointFolder) -> tuple[str, int]:
+def found(folder: CheckpointDirectory) -> tuple[str, int]:
     newest = folder.newest()
     assert newest is not None
     return newest[0].name, int(newest[1].training["number"])
 
 
 def test_files_are_named_by_model_and_epoch(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     assert [saved(folder, epoch, is_best=True) for epoch in (0, 1, 10)] == [
         tmp_path / name for name in ("net_0.pth", "net_1.pth", "net_10.pth")
     ]
@@ -58,7 +58,7 @@ def test_files_are_named_by_model_and_epoch(tmp_path: Path) -> None:
     ],
 )
 def test_the_newest_and_the_best_are_kept(keep: int, best: set[int], left: list[str], tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net", keep)
+    folder = CheckpointDirectory(tmp_path, "net", keep)
     for epoch in range(5):
         saved(folder, epoch, is_best=epoch in best)
     assert names(tmp_path) == left
@@ -67,7 +67,7 @@ def test_the_newest_and_the_best_are_kept(keep: int, best: set[int], left: list[
 
 
 def test_epochs_are_counted_as_numbers(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net", 2)
+    folder = CheckpointDirectory(tmp_path, "net", 2)
     for epoch in (8, 9, 10):
         saved(folder, epoch)
     assert names(tmp_path) == ["net_10.pth", "net_9.pth"]
@@ -78,7 +78,7 @@ def test_the_best_is_kept_also_where_there_are_no_links(tmp_path: Path, monkeypa
         raise PermissionError
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    folder = CheckpointFolder(tmp_path, "net", 1)
+    folder = CheckpointDirectory(tmp_path, "net", 1)
     for epoch in range(3):
         saved(folder, epoch, is_best=epoch < 2)
     assert names(tmp_path) == ["net_2.pth", "net_best.pth"]
@@ -89,7 +89,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     others = ["other_0.pth", "net_best_0.pth", "net_00.pth", "net_x.pth", "net_-1.pth", "net_0.pth.bak", "anet_0.pth"]
     for name in others:
         (tmp_path / name).write_text("another's")
-    folder = CheckpointFolder(tmp_path, "net", 1)
+    folder = CheckpointDirectory(tmp_path, "net", 1)
     for epoch in range(3):
         saved(folder, epoch)
     assert names(tmp_path) == sorted([*others, "net_2.pth"])
@@ -97,16 +97,16 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_names_that_are_patterns_are_names(tmp_path: Path) -> None:
-    dotted = CheckpointFolder(tmp_path, "n.t", 1)
-    saved(CheckpointFolder(tmp_path, "net"), 0)
+    dotted = CheckpointDirectory(tmp_path, "n.t", 1)
+    saved(CheckpointDirectory(tmp_path, "net"), 0)
     saved(dotted, 1)
     assert names(tmp_path) == ["n.t_1.pth", "net_0.pth"]
 
 
 def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:
     """The folder may hold the later epochs of an older run."""
-    saved(CheckpointFolder(tmp_path, "net"), 9)
-    folder = CheckpointFolder(tmp_path, "net", 1)
+    saved(CheckpointDirectory(tmp_path, "net"), 9)
+    folder = CheckpointDirectory(tmp_path, "net", 1)
     path = saved(folder, 0, at=99)
     assert path.exists()
     assert number_in(path) == 0
@@ -116,7 +116,7 @@ def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:
 
 
 def test_the_interrupted_one_goes_with_the_next_epoch(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     saved(folder, 0)
     assert folder.save_interrupted(checkpoint(77)) == tmp_path / "net_interrupted.pth"
     assert names(tmp_path) == ["net_0.pth", "net_interrupted.pth"]
@@ -126,7 +126,7 @@ def test_the_interrupted_one_goes_with_the_next_epoch(tmp_path: Path) -> None:
 
 
 def test_nothing_is_removed_where_the_next_cannot_be_written(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net", 1)
+    folder = CheckpointDirectory(tmp_path, "net", 1)
     saved(folder, 0, is_best=True)
     folder.save_interrupted(checkpoint(77))
     folder.path(1).mkdir()
@@ -140,22 +140,22 @@ def test_nothing_is_removed_where_the_next_cannot_be_written(tmp_path: Path) -> 
 
 
 def test_an_empty_or_absent_folder_has_none(tmp_path: Path) -> None:
-    assert CheckpointFolder(tmp_path, "net").newest() is None
-    assert CheckpointFolder(tmp_path / "absent", "net").newest() is None
-    saved(CheckpointFolder(tmp_path, "other"), 0)
-    assert CheckpointFolder(tmp_path, "net").newest() is None
+    assert CheckpointDirectory(tmp_path, "net").newest() is None
+    assert CheckpointDirectory(tmp_path / "absent", "net").newest() is None
+    saved(CheckpointDirectory(tmp_path, "other"), 0)
+    assert CheckpointDirectory(tmp_path, "net").newest() is None
 
 
 @pytest.mark.parametrize(("order", "newest"), [([0, 1, 2], 2), ([2, 1, 0], 0), ([9, 10, 3], 3)])
 def test_time_decides_which_is_the_newest(order: list[int], newest: int, tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     for at, epoch in enumerate(order):
         saved(folder, epoch, at=at)
     assert found(folder) == (f"net_{newest}.pth", newest)
 
 
 def test_an_old_interrupted_one_is_not_the_newest(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     saved(folder, 0)
     path = folder.save_interrupted(checkpoint(77))
     os.utime(path, (5, 5))
@@ -163,7 +163,7 @@ def test_an_old_interrupted_one_is_not_the_newest(tmp_path: Path) -> None:
 
 
 def test_the_best_file_alone_is_found(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net", 1)
+    folder = CheckpointDirectory(tmp_path, "net", 1)
     path = saved(folder, 3, is_best=True)
     path.unlink()
     assert found(folder) == ("net_best.pth", 3)
@@ -184,7 +184,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "emptied", "a flipped bit"])
 def test_a_damaged_one_is_told_and_passed_over(how: str, tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     for epoch in (1, 2, 3):
         saved(folder, epoch)
     damage(folder.path(3), how)
@@ -194,7 +194,7 @@ def test_a_damaged_one_is_told_and_passed_over(how: str, tmp_path: Path) -> None
 
 
 def test_all_damaged_is_none(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     for epoch in (1, 2):
         damage(saved(folder, epoch), "truncated")
     with pytest.warns(FallbackWarning) as told:
@@ -203,7 +203,7 @@ def test_all_damaged_is_none(tmp_path: Path) -> None:
 
 
 def test_good_ones_are_not_warned_of(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     saved(folder, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -211,7 +211,7 @@ def test_good_ones_are_not_warned_of(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path, "net")
+    folder = CheckpointDirectory(tmp_path, "net")
     saved(folder, 0)
     (tmp_path / ".abc123.partial.pth").write_bytes(b"half a checkpoint")
     (tmp_path / ".abc123.partial.onnx").write_bytes(b"of another writer")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cifarx_serve.errors import FallbackWarning, ModelFileError, UsageError
-from cifarx_train.callbacks.base import Observer
+from cifarx_train.callbacks.base import Callback
 from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from cifarx_train.checkpoints.directory import CheckpointFolder
+from cifarx_train.checkpoints.directory import CheckpointDirectory
 from cifarx_train.checkpoints.resume import resume_point
 from cifarx_train.models.registry import network
 from cifarx_train.train import train
@@ -71,7 +71,7 @@ def test_auto_in_an_empty_folder_is_a_new_run_and_says_so(drawn_once: Path, plai
 def test_auto_takes_no_other_networks_checkpoints(plain: Path, tmp_path: Path) -> None:
     out = copy_of(plain, tmp_path / "run", 3)
     with pytest.warns(FallbackWarning, match="nothing to resume"):
-        assert resume_point("auto", CheckpointFolder(out, "fastnet")) is None
+        assert resume_point("auto", CheckpointDirectory(out, "fastnet")) is None
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -88,7 +88,7 @@ def test_the_newest_is_the_one_written_last(plain: Path, tmp_path: Path) -> None
     """A new run in the folder of a longer one: its first epoch is newer than the old run's third."""
     out = copy_of(plain, tmp_path / "run", 3)
     os.utime(out / "lzh_0.pth")
-    point = resume_point("auto", CheckpointFolder(out, "lzh"))
+    point = resume_point("auto", CheckpointDirectory(out, "lzh"))
     assert point is not None
     assert point.path == out / "lzh_0.pth"
 
@@ -136,7 +136,7 @@ def test_a_byte_altered_anywhere_in_the_data_is_found(plain: Path, tmp_path: Pat
         content[header + 30 + names + extra + dice.randrange(member.file_size)] ^= 1 << dice.randrange(8)
         newest.write_bytes(content)
         with pytest.warns(FallbackWarning, match=r"passing over a damaged checkpoint: .*lzh_2\.pth"):
-            point = resume_point("auto", CheckpointFolder(out, "lzh"))
+            point = resume_point("auto", CheckpointDirectory(out, "lzh"))
         assert point is not None
         assert point.path == out / "lzh_1.pth", member.filename
 
@@ -285,7 +285,7 @@ def test_time_counts_from_the_start_of_the_run(drawn_once: Path, plain: Path, tm
 # --- what TensorBoard shows
 
 
-class Breaks(Observer):
+class Breaks(Callback):
     """A run that fails after a step, past what was saved."""
 
     def __init__(self, step: int) -> None:
@@ -300,7 +300,7 @@ def test_the_curves_go_on_without_a_gap_and_without_doubles(drawn_once: Path, tm
     """60 steps an epoch, a reading every 100: what was told after the checkpoint of step 180 is told anew."""
     more: dict[str, Any] = {"batch_size": 1, "epochs": 4, "learning_rate": 0.001}
     with pytest.raises(RuntimeError, match="205"):
-        run(drawn_once, tmp_path / "run", observers=[Breaks(205)], **more)
+        run(drawn_once, tmp_path / "run", callbacks=[Breaks(205)], **more)
     run(drawn_once, tmp_path / "run", resume="auto", **more)
     run(drawn_once, tmp_path / "whole", **more)
     found, expected = curves(tmp_path / "run" / "logs"), curves(tmp_path / "whole" / "logs")

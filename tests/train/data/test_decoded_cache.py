@@ -19,7 +19,7 @@ from PIL import Image
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import DataSet, LabelledImages, fingerprint
+from cifarx_train.data.dataset import Dataset, LabeledImages, fingerprint
 from cifarx_train.data.image_folder import open_image_files
 from tests.support.drawn_images import draw_folder, pack
 
@@ -68,7 +68,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return reads
 
 
-def load(path: Path, spec: InputSpec = SPEC) -> LabelledImages:
+def load(path: Path, spec: InputSpec = SPEC) -> LabeledImages:
     return open_image_files(path).load("train", spec)
 
 
@@ -110,7 +110,7 @@ def test_classes_of_a_kept_archive_need_no_listing(
     load(archive)
     assert cache.exists()
     data = open_image_files(archive)
-    monkeypatch.delattr("cifarx_train.data.image_folder.ArchiveSet._read")
+    monkeypatch.delattr("cifarx_train.data.image_folder.ImageArchiveDataset._read")
     data.load("train", SPEC)
     assert data.class_names == ("blue", "green", "red")
 
@@ -206,7 +206,7 @@ def test_skipped_images_are_named_again_and_refused_later(
     with pytest.raises(DataError, match=r"2 broken images in .*train/blue/0\.png .*train/red/2\.png"):
         load(source)
     assert not files(cache, ".npy")
-    read: list[LabelledImages] = []
+    read: list[LabeledImages] = []
     for _ in range(2):
         with pytest.warns(FallbackWarning, match=r"left out 2 broken images in .*train/blue/0\.png .*train/red/2\.png"):
             read.append(open_image_files(source, "skip").load("train", SPEC))
@@ -356,7 +356,7 @@ def start(folder: Path, pause_s: float) -> "subprocess.Popen[str]":
 
 
 def printed(folder: Path) -> str:
-    data: DataSet = open_image_files(folder)
+    data: Dataset = open_image_files(folder)
     return fingerprint(data.load("train", SPEC), data.class_names)
 
 

@@ -14,7 +14,7 @@ from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import DataSet, Split, fingerprint
+from cifarx_train.data.dataset import Dataset, Split, fingerprint
 from cifarx_train.data.image_folder import open_image_files
 from tests.support.drawn_images import COLOURS, draw, draw_folder, pack
 
@@ -35,23 +35,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["folder", "archive"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path], DataSet]:
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path], Dataset]:
     """Opens a folder as it is, and as an archive."""
 
-    def open_folder(folder: Path) -> DataSet:
+    def open_folder(folder: Path) -> Dataset:
         return open_image_files(folder)
 
-    def open_archive(folder: Path) -> DataSet:
+    def open_archive(folder: Path) -> Dataset:
         return open_image_files(pack(folder, tmp_path / f"{folder.name}.tar.gz"))
 
     return open_folder if request.param == "folder" else open_archive
 
 
-def prints(data: DataSet, spec: InputSpec = SPEC) -> list[str]:
+def prints(data: Dataset, spec: InputSpec = SPEC) -> list[str]:
     return [fingerprint(data.load(split, spec), data.class_names) for split in SPLITS]
 
 
-def failing(data: DataSet) -> DataError:
+def failing(data: Dataset) -> DataError:
     """The error of a data set that can be opened and not read."""
     with pytest.raises(DataError) as caught:
         prints(data)
@@ -62,7 +62,7 @@ def failing(data: DataSet) -> DataError:
 # --- what is read
 
 
-def test_every_image_has_the_label_of_its_class(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_every_image_has_the_label_of_its_class(opened: Callable[[Path], Dataset], folder: Path) -> None:
     data = opened(folder)
     for split, count in zip(SPLITS, (5, 3), strict=True):
         read = data.load(split, SPEC)
@@ -75,7 +75,7 @@ def test_every_image_has_the_label_of_its_class(opened: Callable[[Path], DataSet
         assert np.array_equal(read.images, np.stack([np.asarray(Image.open(path)) for path in paths]))
 
 
-def test_classes_are_in_the_order_of_their_names(opened: Callable[[Path], DataSet], tmp_path: Path) -> None:
+def test_classes_are_in_the_order_of_their_names(opened: Callable[[Path], Dataset], tmp_path: Path) -> None:
     names = ["zebra", "Ant", "ant", "10", "9", "übergang", "two words"]
     rng = np.random.default_rng(0)
     for split in SPLITS:
@@ -86,7 +86,7 @@ def test_classes_are_in_the_order_of_their_names(opened: Callable[[Path], DataSe
     assert opened(tmp_path / "data").class_names == ("10", "9", "Ant", "ant", "two words", "zebra", "übergang")
 
 
-def test_files_are_in_the_order_of_their_names(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_files_are_in_the_order_of_their_names(opened: Callable[[Path], Dataset], folder: Path) -> None:
     for name in COLOURS:
         Image.new("RGB", (32, 32), (1, 2, 3)).save(folder / "train" / name / "10.png")
     images = opened(folder).load("train", SPEC).images
@@ -129,7 +129,7 @@ def test_every_splits_print_is_its_own(folder: Path) -> None:
     assert after[1] != before[1]
 
 
-def test_other_files_are_ignored(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_other_files_are_ignored(opened: Callable[[Path], Dataset], folder: Path) -> None:
     expected = prints(open_image_files(folder))
     for place in (folder, folder / "train", folder / "train" / "blue", folder / "test" / "red"):
         (place / "README.md").write_text("about")
@@ -145,7 +145,7 @@ def test_other_files_are_ignored(opened: Callable[[Path], DataSet], folder: Path
     assert prints(opened(folder)) == expected
 
 
-def test_kinds_of_images_may_be_mixed(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_kinds_of_images_may_be_mixed(opened: Callable[[Path], Dataset], folder: Path) -> None:
     picture = Image.new("RGB", (32, 32), (250, 250, 250))
     for suffix in ("jpg", "JPEG", "bmp", "webp", "PNG"):
         picture.save(folder / "test" / "green" / f"x.{suffix}")
@@ -158,7 +158,7 @@ def test_kinds_of_images_may_be_mixed(opened: Callable[[Path], DataSet], folder:
 
 @pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_other_sizes_are_resized_as_everywhere(
-    opened: Callable[[Path], DataSet], tmp_path: Path, resample: str
+    opened: Callable[[Path], Dataset], tmp_path: Path, resample: str
 ) -> None:
     folder = draw_folder(tmp_path / "large", train=1, test=1, width=50, height=41)
     spec = InputSpec(height=24, width=20, resize=resample)
@@ -169,7 +169,7 @@ def test_other_sizes_are_resized_as_everywhere(
 
 
 def test_the_name_is_that_of_the_file_and_no_path(
-    opened: Callable[[Path], DataSet], folder: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[[Path], Dataset], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = opened(folder)
     assert data.kind == "folder"
@@ -189,7 +189,7 @@ def test_nothing_is_unpacked(folder: Path, tmp_path: Path) -> None:
 # --- what is refused
 
 
-def test_no_class_folders(opened: Callable[[Path], DataSet], tmp_path: Path) -> None:
+def test_no_class_folders(opened: Callable[[Path], Dataset], tmp_path: Path) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "test").mkdir()
     error = failing(opened(tmp_path / "data"))
@@ -197,34 +197,34 @@ def test_no_class_folders(opened: Callable[[Path], DataSet], tmp_path: Path) -> 
     assert "train/<class>/<image> and test/<class>/<image>" in error.remedy
 
 
-def test_one_class(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_one_class(opened: Callable[[Path], Dataset], folder: Path) -> None:
     for split in SPLITS:
         for name in ("blue", "green"):
             shutil.rmtree(folder / split / name)
     assert "has 1 class folders with images under train/" in failing(opened(folder)).problem
 
 
-def test_no_test_split(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_no_test_split(opened: Callable[[Path], Dataset], folder: Path) -> None:
     shutil.rmtree(folder / "test")
     assert "has 0 class folders with images under test/" in failing(opened(folder)).problem
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_classes_that_differ_between_splits(opened: Callable[[Path], DataSet], folder: Path, split: Split) -> None:
+def test_classes_that_differ_between_splits(opened: Callable[[Path], Dataset], folder: Path, split: Split) -> None:
     (folder / split / "red").rename(folder / split / "crimson")
     error = failing(opened(folder))
     assert "classes in one split alone (crimson, red)" in error.problem
     assert "the same class folders" in error.remedy
 
 
-def test_an_empty_class_is_one_that_is_missing(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_an_empty_class_is_one_that_is_missing(opened: Callable[[Path], Dataset], folder: Path) -> None:
     for path in (folder / "test" / "green").iterdir():
         path.unlink()
     assert "one split alone (green)" in failing(opened(folder)).problem
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "magic"])
-def test_a_broken_image_is_named(opened: Callable[[Path], DataSet], folder: Path, content: bytes) -> None:
+def test_a_broken_image_is_named(opened: Callable[[Path], Dataset], folder: Path, content: bytes) -> None:
     (folder / "test" / "green" / "1.png").write_bytes(content)
     data = opened(folder)
     assert len(data.load("train", SPEC)) == 15
@@ -233,7 +233,7 @@ def test_a_broken_image_is_named(opened: Callable[[Path], DataSet], folder: Path
     assert error.remedy == "repair or remove them, or use --broken skip"
 
 
-def test_a_truncated_image_is_named(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_a_truncated_image_is_named(opened: Callable[[Path], Dataset], folder: Path) -> None:
     truncate(folder / "train" / "red" / "4.png")
     assert ": train/red/4.png (truncated or damaged (" in failing(opened(folder)).problem
 
@@ -243,7 +243,7 @@ def truncate(path: Path) -> None:
 
 
 def test_of_many_broken_images_the_first_are_named_and_all_are_counted(
-    opened: Callable[[Path], DataSet], folder: Path
+    opened: Callable[[Path], Dataset], folder: Path
 ) -> None:
     for name in COLOURS:
         for number in (0, 2, 3):
@@ -292,7 +292,7 @@ def test_of_a_broken_and_a_later_sound_file_of_one_name_the_sound_one_counts(fol
 
 @pytest.mark.parametrize("name", ["val", "valid"])
 def test_validation_images_take_the_place_of_missing_test_images(
-    opened: Callable[[Path], DataSet], folder: Path, name: str
+    opened: Callable[[Path], Dataset], folder: Path, name: str
 ) -> None:
     expected = prints(open_image_files(folder))
     (folder / "test").rename(folder / name)
@@ -304,7 +304,7 @@ def test_validation_images_take_the_place_of_missing_test_images(
     assert f"train/ and {name}/" in error.remedy
 
 
-def test_test_images_go_before_validation_images(opened: Callable[[Path], DataSet], folder: Path) -> None:
+def test_test_images_go_before_validation_images(opened: Callable[[Path], Dataset], folder: Path) -> None:
     expected = prints(open_image_files(folder))
     draw_folder(folder / "other", train=1, test=2, seed=1)
     (folder / "other" / "test").rename(folder / "val")

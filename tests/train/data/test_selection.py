@@ -10,9 +10,9 @@ from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import DataRecord, InputSpec
 from cifarx_train.data.cifar10 import Cifar10Set
 from cifarx_train.data.dataset import fingerprint
-from cifarx_train.data.image_folder import ArchiveSet, FolderSet
+from cifarx_train.data.image_folder import ImageArchiveDataset, ImageFolderDataset
 from cifarx_train.data.selection import select_data, select_data_like
-from cifarx_train.data.synthetic.dataset import BuiltinSet
+from cifarx_train.data.synthetic.dataset import SyntheticDataset
 from tests.support.drawn_images import draw_folder, pack
 
 SPEC = InputSpec(height=32, width=32)
@@ -46,14 +46,14 @@ def colours(drawn_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_builtin_is_the_drawings() -> None:
-    assert isinstance(select_data("builtin"), BuiltinSet)
+    assert isinstance(select_data("builtin"), SyntheticDataset)
 
 
 def test_a_folder_and_an_archive(drawn_once: Path, tmp_path: Path) -> None:
     folder = select_data(str(drawn_once))
     archive = select_data(str(pack(drawn_once, tmp_path / "colours.tar.gz")))
-    assert isinstance(folder, FolderSet)
-    assert isinstance(archive, ArchiveSet)
+    assert isinstance(folder, ImageFolderDataset)
+    assert isinstance(archive, ImageArchiveDataset)
     assert folder.class_names == archive.class_names == ("blue", "green", "red")
 
 
@@ -136,7 +136,7 @@ def test_an_explicit_choice_never_falls_back(tmp_path: Path) -> None:
 
 def test_an_explicit_choice_goes_before_the_environment(colours: Path) -> None:
     assert colours.exists()
-    assert isinstance(select_data("builtin"), BuiltinSet)
+    assert isinstance(select_data("builtin"), SyntheticDataset)
     with pytest.raises(DataError):
         select_data("cifar10")
 
@@ -146,7 +146,7 @@ def test_an_explicit_choice_goes_before_the_environment(colours: Path) -> None:
 
 def test_auto_takes_what_the_environment_names(colours: Path) -> None:
     data = select_data("auto")
-    assert isinstance(data, FolderSet)
+    assert isinstance(data, ImageFolderDataset)
     assert data.path == colours
 
 
@@ -169,7 +169,7 @@ def test_auto_falls_back_to_the_drawings_and_says_so_loudly(
         monkeypatch.setenv("CIFARX_DATA", environment)
     with pytest.warns(FallbackWarning, match=r"BUILT-IN DRAWINGS, not photographs: CIFAR-10 .* cannot be downloaded"):
         data = select_data("auto")
-    assert isinstance(data, BuiltinSet)
+    assert isinstance(data, SyntheticDataset)
     assert not (tmp_path / "cifar10").exists()
 
 
@@ -177,7 +177,7 @@ def test_auto_falls_back_to_the_drawings_and_says_so_loudly(
 
 
 def test_a_model_of_the_drawings_is_judged_on_them_without_a_word() -> None:
-    assert isinstance(select_data_like(BUILTIN, "auto"), BuiltinSet)
+    assert isinstance(select_data_like(BUILTIN, "auto"), SyntheticDataset)
 
 
 def test_a_model_of_cifar10_is_judged_on_it(tmp_path: Path) -> None:
@@ -187,31 +187,31 @@ def test_a_model_of_cifar10_is_judged_on_it(tmp_path: Path) -> None:
 
 def test_a_model_of_cifar10_falls_back_loudly() -> None:
     with pytest.warns(FallbackWarning, match=r"DRAWINGS.*cannot be downloaded"):
-        assert isinstance(select_data_like(CIFAR, "auto"), BuiltinSet)
+        assert isinstance(select_data_like(CIFAR, "auto"), SyntheticDataset)
 
 
 def test_a_model_of_a_folder_falls_back_loudly_and_names_it() -> None:
     with pytest.warns(FallbackWarning, match=r"DRAWINGS.*trained on colours.*--data, CIFARX_DATA"):
-        assert isinstance(select_data_like(RECORD, "auto"), BuiltinSet)
+        assert isinstance(select_data_like(RECORD, "auto"), SyntheticDataset)
 
 
 def test_a_model_that_does_not_tell_gets_the_automatic_choice() -> None:
     with pytest.warns(FallbackWarning, match="cannot be downloaded"):
-        assert isinstance(select_data_like(None, "auto"), BuiltinSet)
+        assert isinstance(select_data_like(None, "auto"), SyntheticDataset)
 
 
 @pytest.mark.parametrize("record", [None, RECORD, BUILTIN, CIFAR], ids=["none", "folder", "builtin", "cifar10"])
 def test_what_is_named_goes_before_what_the_model_was_trained_on(
     record: DataRecord | None, drawn_once: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(select_data_like(record, str(drawn_once)), FolderSet)
-    assert isinstance(select_data_like(record, "builtin"), BuiltinSet)
+    assert isinstance(select_data_like(record, str(drawn_once)), ImageFolderDataset)
+    assert isinstance(select_data_like(record, "builtin"), SyntheticDataset)
     with pytest.raises(DataError, match="no such data set"):
         select_data_like(record, "nowhere")
     with pytest.raises(DataError, match="cannot be downloaded"):
         select_data_like(record, "cifar10")
     monkeypatch.setenv("CIFARX_DATA", str(drawn_once))
-    assert isinstance(select_data_like(record, "auto"), FolderSet)
+    assert isinstance(select_data_like(record, "auto"), ImageFolderDataset)
 
 
 def test_the_data_of_a_model_is_the_data_that_was_recorded(colours: Path) -> None:

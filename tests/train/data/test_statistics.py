@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.statistics import normalised
+from cifarx_train.data.statistics import normalized
 
 ranges = st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (0.5, 2.5)])
 
@@ -28,7 +28,7 @@ def test_normalised_inputs_have_mean_zero_and_deviation_one(
     images = rng.integers(0, spread + 1, (count, height, width, 3), dtype=np.uint8)
     images[0, 0, 0], images[0, 0, 1] = 0, spread  # some deviation in every channel
     plain = InputSpec(height=height, width=width, value_range=value_range)
-    spec = normalised(plain, images)
+    spec = normalized(plain, images)
     exact = scale(images, plain).astype(np.float64)
     np.testing.assert_allclose(spec.mean, exact.mean((0, 2, 3)), atol=5.1e-5, rtol=1e-6)
     np.testing.assert_allclose(spec.std, exact.std((0, 2, 3)), atol=5.1e-5, rtol=1e-6)
@@ -41,7 +41,7 @@ def test_normalised_inputs_have_mean_zero_and_deviation_one(
 def test_nothing_else_of_the_spec_is_changed() -> None:
     plain = InputSpec(height=4, width=6, resize="lanczos", value_range=(-1.0, 1.0))
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
-    spec = normalised(plain, images)
+    spec = normalized(plain, images)
     assert msgspec.structs.replace(spec, mean=plain.mean, std=plain.std) == plain
     assert plain.mean == (0.0, 0.0, 0.0)
 
@@ -50,7 +50,7 @@ def test_nothing_else_of_the_spec_is_changed() -> None:
 def test_a_channel_without_deviation_keeps_its_scale(level: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
     images[..., 1] = level
-    spec = normalised(InputSpec(height=4, width=6), images)
+    spec = normalized(InputSpec(height=4, width=6), images)
     assert spec.std[1] == 1.0
     assert spec.std[0] != 1.0 != spec.std[2]
     assert spec.mean[1] == round(level / 255, 4)
@@ -59,7 +59,7 @@ def test_a_channel_without_deviation_keeps_its_scale(level: int) -> None:
 
 
 def test_one_pixel_of_one_image() -> None:
-    spec = normalised(InputSpec(height=1, width=1), np.array([[[[0, 51, 255]]]], np.uint8))
+    spec = normalized(InputSpec(height=1, width=1), np.array([[[[0, 51, 255]]]], np.uint8))
     assert (spec.mean, spec.std) == ((0.0, 0.2, 1.0), (1.0, 1.0, 1.0))
 
 
@@ -68,7 +68,7 @@ def test_every_image_counts_once(count: int) -> None:
     images = np.random.default_rng(count).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
     images[-1] = 255  # a last one that was left out would be seen
     images[: count // 2] //= 2
-    spec = normalised(InputSpec(height=2, width=2), images)
+    spec = normalized(InputSpec(height=2, width=2), images)
     exact = images.astype(np.float64) / 255
     assert spec.mean == tuple(exact.mean((0, 1, 2)).round(4))
     assert spec.std == tuple(exact.std((0, 1, 2)).round(4))
@@ -78,10 +78,10 @@ def test_images_mapped_from_a_file(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     plain = InputSpec(height=4, width=4)
-    assert normalised(plain, np.load(tmp_path / "images.npy", mmap_mode="r")) == normalised(plain, images)
+    assert normalized(plain, np.load(tmp_path / "images.npy", mmap_mode="r")) == normalized(plain, images)
 
 
 def test_the_spec_survives_as_json() -> None:
     images = np.random.default_rng(2).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
-    spec = normalised(InputSpec(height=4, width=4), images)
+    spec = normalized(InputSpec(height=4, width=4), images)
     assert msgspec.json.decode(msgspec.json.encode(spec), type=InputSpec) == spec

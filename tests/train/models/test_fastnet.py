@@ -24,8 +24,8 @@ def fastnet(images: Tensor) -> nn.Module:
     torch.manual_seed(0)
     chosen = network("fastnet")
     module = chosen.build(10)
-    assert chosen.initialise is not None
-    chosen.initialise(module, images)
+    assert chosen.initialize is not None
+    chosen.initialize(module, images)
     with torch.no_grad():
         module(images)
     return module.eval()
@@ -101,10 +101,10 @@ def test_a_logit_a_class_at_any_size_from_32(side: int, training: bool) -> None:
 
 def test_initialising_depends_on_the_images_alone(images: Tensor) -> None:
     chosen = network("fastnet")
-    assert chosen.initialise is not None
+    assert chosen.initialize is not None
     first, second, other = (chosen.build(10) for _ in range(3))
     for module, seen in ((first, images), (second, images), (other, images.square())):
-        chosen.initialise(module, seen)
+        chosen.initialize(module, seen)
     for name in ("whitening.weight", "whitening.bias"):
         assert torch.equal(first.state_dict()[name], second.state_dict()[name])
         assert not torch.equal(first.state_dict()[name], other.state_dict()[name])

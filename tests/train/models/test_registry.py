@@ -56,7 +56,7 @@ def test_a_registered_network_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[nn.Module, torch.Tensor]] = []
 
     @register_model(
-        "linear", InputSpec(height=4, width=5), initialise=lambda module, images: seen.append((module, images))
+        "linear", InputSpec(height=4, width=5), initialize=lambda module, images: seen.append((module, images))
     )
     def linear(classes: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(60, classes))
@@ -68,17 +68,17 @@ def test_a_registered_network_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "linear" in model_names()
     module, images = chosen.build(3), torch.rand(2, 3, 4, 5)
     assert module(images).shape == (2, 3)
-    assert chosen.initialise is not None
-    chosen.initialise(module, images)
+    assert chosen.initialize is not None
+    chosen.initialize(module, images)
     assert seen == [(module, images)]
     with pytest.raises(UsageError, match="linear takes 4x5 images, not 5x5"):
         chosen.build(3, InputSpec(height=5, width=5))
 
 
 def test_only_networks_that_need_it_see_the_images_before_training() -> None:
-    assert network("lzh").initialise is None
-    assert network("resnet18").initialise is None
-    assert network("fastnet").initialise is not None
+    assert network("lzh").initialize is None
+    assert network("resnet18").initialize is None
+    assert network("fastnet").initialize is not None
 
 
 @pytest.mark.parametrize("name", ["lzh", "fastnet"])

@@ -9,7 +9,7 @@ from cifarx_train.optim.muon import Muon
 from cifarx_train.optim.optimizers import Optimizers
 from cifarx_train.recipes import Recipe, recipe
 
-MUON = {"optimizer": "muon", "bias_rate": 0.05, "head_rate": 0.6, "momentum": 0.6, "nesterov": True}
+MUON = {"optimizer": "muon", "bias_lr": 0.05, "head_lr": 0.6, "momentum": 0.6, "nesterov": True}
 KINDS: dict[str, dict[str, Any]] = {
     "plain sgd": {},
     "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},

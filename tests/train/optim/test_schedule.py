@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifarx_train.optim.schedule import rate_factor
+from cifarx_train.optim.schedule import lr_factor
 from cifarx_train.recipes import Recipe, recipe
 
 shares = st.floats(0, 1, exclude_max=True)
@@ -18,7 +18,7 @@ def plan(**values: Any) -> Recipe:
 
 
 def factors(chosen: Recipe, steps: int) -> list[float]:
-    return [rate_factor(chosen, step, steps) for step in range(steps)]
+    return [lr_factor(chosen, step, steps) for step in range(steps)]
 
 
 @given(schedule=schedules, warm_up=shares, steps=st.integers(1, 400))
@@ -28,7 +28,7 @@ def test_every_step_trains_at_a_share_of_the_peak(schedule: str, warm_up: float,
 
 @given(schedule=schedules, warm_up=shares, steps=st.integers(1, 10**7))
 def test_the_last_step_of_a_long_run_still_trains(schedule: str, warm_up: float, steps: int) -> None:
-    assert 0 < rate_factor(plan(schedule=schedule, warm_up=warm_up), steps - 1, steps) <= 1
+    assert 0 < lr_factor(plan(schedule=schedule, warm_up=warm_up), steps - 1, steps) <= 1
 
 
 @given(schedule=schedules, warm_up=shares, steps=st.integers(2, 400))

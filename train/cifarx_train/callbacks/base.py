@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation
 from cifarx_train.recipes import Recipe
 
@@ -34,7 +34,7 @@ class RunStart(NamedTuple):
     data: str
     class_names: tuple[str, ...]
     train_images: int
-    test: LabelledImages
+    test: LabeledImages
     steps: int
     first_step: int = 0
 
@@ -53,7 +53,7 @@ class StepReport(NamedTuple):
 
 
 class EpochReport(NamedTuple):
-    """One epoch, judged and saved; `train_loss` is that of its last batch.
+    """One epoch, eval_model and saved; `train_loss` is that of its last batch.
 
     `images_per_s` is of training alone, without the evaluation and the checkpoint; `save_s` are the seconds that the
     checkpoint took.
@@ -69,7 +69,7 @@ class EpochReport(NamedTuple):
     checkpoint: Path
 
 
-class Observer:
+class Callback:
     """Watches a run and does nothing; override what matters."""
 
     def on_start(self, run: RunStart) -> None:
@@ -88,10 +88,10 @@ class Observer:
         """When the run is over, also when it failed."""
 
 
-class Observers(Observer):
-    """Several observers as one."""
+class CallbackList(Callback):
+    """Several callbacks as one."""
 
-    def __init__(self, members: Sequence[Observer]) -> None:
+    def __init__(self, members: Sequence[Callback]) -> None:
         self._members = members
 
     def on_start(self, run: RunStart) -> None:

@@ -13,7 +13,7 @@ from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.files.checksum import seal
 from cifarx_serve.spec import ModelSpec
-from cifarx_train.checkpoints.legacy.reader import read_notes_file
+from cifarx_train.checkpoints.legacy.reader import read_legacy_checkpoint
 from cifarx_train.checkpoints.legacy.safe_unpickle import load_safely, plain_dict
 from cifarx_train.models.registry import network
 
@@ -86,7 +86,7 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     content = load_safely(path, any_class=model is not None)
     held = plain_dict(content) or {}
     if not isinstance(held.get("spec"), str):
-        spec, weights = read_notes_file(path, content, model)
+        spec, weights = read_legacy_checkpoint(path, content, model)
         return Checkpoint(spec, weights, {})
     spec = ModelSpec.from_json(held["spec"], str(path))
     if not isinstance(held.get("model"), dict) or not isinstance(held.get("training"), dict):

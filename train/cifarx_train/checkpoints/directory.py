@@ -11,7 +11,7 @@ from cifarx_serve.files.atomic import atomic_path, remove_leftovers
 from cifarx_train.checkpoints.checkpoint import SUFFIX, Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 
 
-class CheckpointFolder:
+class CheckpointDirectory:
     """`{model}_{epoch}.pth`, epochs from 0; `{model}_interrupted.pth` of a run stopped within an epoch.
 
     Args:

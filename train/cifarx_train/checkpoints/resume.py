@@ -10,8 +10,8 @@ import torch
 from cifarx_serve.errors import FallbackWarning, ModelFileError, UsageError
 from cifarx_serve.spec import TrainingRecord
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from cifarx_train.checkpoints.directory import CheckpointFolder
-from cifarx_train.distributed import Ranks
+from cifarx_train.checkpoints.directory import CheckpointDirectory
+from cifarx_train.distributed import Distributed
 from cifarx_train.recipes import Recipe, changed, recipe
 
 # What may differ from the run that is continued: when it ends, and what changes no result on purpose.
@@ -26,7 +26,7 @@ class ResumePoint(NamedTuple):
     record: TrainingRecord
 
 
-def resume_point(choice: str, folder: CheckpointFolder) -> ResumePoint | None:
+def resume_point(choice: str, folder: CheckpointDirectory) -> ResumePoint | None:
     """The checkpoint to continue: a file by name, or `auto`, the newest good one of the folder, or None without one.
 
     Raises:
@@ -66,7 +66,7 @@ def continued_recipe(point: ResumePoint, name: str | None, settings: Mapping[str
     return now
 
 
-def require_agreement(point: ResumePoint | None, ranks: Ranks) -> None:
+def require_agreement(point: ResumePoint | None, ranks: Distributed) -> None:
     """Raises UsageError where the ranks would continue from different steps."""
     step = int(point.checkpoint.training["step"]) if point else 0
     steps = {int(value) for value in ranks.gather(torch.tensor(step))}

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from cifarx_train.distributed import Ranks
+from cifarx_train.distributed import Distributed
 
 
-def random_states(device: torch.device, ranks: Ranks) -> dict[str, list[torch.Tensor]]:
+def random_states(device: torch.device, ranks: Distributed) -> dict[str, list[torch.Tensor]]:
     """The generators of the CPU and of the device, one state a rank."""
     states = {"cpu": ranks.gather(torch.get_rng_state())}
     if device.type == "cuda":
@@ -15,7 +15,7 @@ def random_states(device: torch.device, ranks: Ranks) -> dict[str, list[torch.Te
     return states
 
 
-def set_random_states(states: Mapping[str, list[torch.Tensor]], device: torch.device, ranks: Ranks) -> None:
+def set_random_states(states: Mapping[str, list[torch.Tensor]], device: torch.device, ranks: Distributed) -> None:
     """Continue this rank's generators; a rank or a device that was not there keeps its own seed."""
     if ranks.rank < len(states["cpu"]):
         torch.set_rng_state(states["cpu"][ranks.rank])

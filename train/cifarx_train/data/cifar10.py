@@ -16,7 +16,7 @@ from cifarx_serve.errors import DataError
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data import decoded_cache
-from cifarx_train.data.dataset import DataSet, LabelledImages, Split
+from cifarx_train.data.dataset import Dataset, LabeledImages, Split
 from cifarx_train.data.decoded_cache import Decoded, Pixels
 
 ROOT: Final = Path("cifar10")
@@ -25,7 +25,7 @@ ROOT: Final = Path("cifar10")
 _TIMEOUT_S: Final = 10
 
 
-class Cifar10Set(DataSet):
+class Cifar10Set(Dataset):
     """The 60,000 images, from a folder that holds `cifar-10-batches-py`."""
 
     kind = "cifar10"
@@ -38,11 +38,11 @@ class Cifar10Set(DataSet):
     def class_names(self) -> tuple[str, ...]:
         return tuple(self._read("test").classes)
 
-    def load(self, split: Split, spec: InputSpec) -> LabelledImages:
+    def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         read = self._read(split)
         images = np.asarray(read.data, np.uint8)
         if images.shape[1:3] == (spec.height, spec.width):
-            return LabelledImages(images, np.asarray(read.targets, np.int64))
+            return LabeledImages(images, np.asarray(read.targets, np.int64))
         # The files were just found to be those with these checksums.
         key = decoded_cache.cache_key((self.name, split, CIFAR10.train_list, CIFAR10.test_list), spec)
         if kept := decoded_cache.find(key, spec):

@@ -19,7 +19,7 @@ _HASHED_AT_ONCE: Final = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """A split: `images` uint8 (N, height, width, 3) RGB, `labels` int64 (N,).
 
     Images kept on the disk are mapped read-only into memory. `file` is then the `.npy` file of exactly these images,
@@ -34,7 +34,7 @@ class LabelledImages:
         return len(self.labels)
 
 
-class DataSet(ABC):
+class Dataset(ABC):
     """A data set that can be read; nothing is read before `load`.
 
     Attributes:
@@ -51,7 +51,7 @@ class DataSet(ABC):
         """The classes in label order."""
 
     @abstractmethod
-    def load(self, split: Split, spec: InputSpec) -> LabelledImages:
+    def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         """Read a split, every image at the size that `spec` asks for.
 
         Raises:
@@ -59,7 +59,7 @@ class DataSet(ABC):
         """
 
 
-def fingerprint(data: LabelledImages, class_names: tuple[str, ...]) -> str:
+def fingerprint(data: LabeledImages, class_names: tuple[str, ...]) -> str:
     """sha256 over the class names, the pixels and the labels: equal only for equal data in equal order."""
     digest = hashlib.sha256(repr((class_names, data.images.shape)).encode())
     # In parts: images that are mapped from a file may be more than the memory holds.

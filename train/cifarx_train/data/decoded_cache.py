@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from cifarx_serve.errors import FallbackWarning, OutputError
 from cifarx_serve.files.atomic import atomic_path, cannot_write
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 
 # Raised whenever the same files give other pixels, labels or records than before: `read_image` and `resize` count too.
 _FORMAT: Final = 1
@@ -91,7 +91,7 @@ def cache_key(origin: object, spec: InputSpec) -> str:
     return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
-def find(key: str, spec: InputSpec) -> tuple[LabelledImages, Decoded] | None:
+def find(key: str, spec: InputSpec) -> tuple[LabeledImages, Decoded] | None:
     """A split that was kept, its images mapped read-only, or None where there is none or it is damaged."""
     try:
         folder = _folder()
@@ -102,10 +102,10 @@ def find(key: str, spec: InputSpec) -> tuple[LabelledImages, Decoded] | None:
             os.utime(record)  # used now
     except (OSError, ValueError, OutputError):
         return None
-    return LabelledImages(images, np.array(known.labels, np.int64), folder / f"{key}.npy"), known
+    return LabeledImages(images, np.array(known.labels, np.int64), folder / f"{key}.npy"), known
 
 
-def decode(key: str, count: int, spec: InputSpec, fill: Fill) -> tuple[LabelledImages, Decoded]:
+def decode(key: str, count: int, spec: InputSpec, fill: Fill) -> tuple[LabeledImages, Decoded]:
     """Decode a split of up to `count` images straight into a new entry, or into memory if that cannot be.
 
     What keeps an entry from being made - no space, no right to write - is told in a FallbackWarning. Small splits go
@@ -127,7 +127,7 @@ def decode(key: str, count: int, spec: InputSpec, fill: Fill) -> tuple[LabelledI
         )
     memory = _InMemory((count, spec.height, spec.width, 3))
     known = fill(memory)
-    return LabelledImages(memory.images[: len(known.labels)], np.array(known.labels, np.int64)), known
+    return LabeledImages(memory.images[: len(known.labels)], np.array(known.labels, np.int64)), known
 
 
 def _make(key: str, count: int, spec: InputSpec, fill: Fill) -> None:

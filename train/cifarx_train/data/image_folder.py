@@ -23,7 +23,7 @@ from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.cpus import available_cpus
 from cifarx_train.data import decoded_cache
-from cifarx_train.data.dataset import Broken, DataSet, LabelledImages, Split
+from cifarx_train.data.dataset import Broken, Dataset, LabeledImages, Split
 from cifarx_train.data.decoded_cache import BrokenImage, Decoded, Pixels
 
 LAYOUT = "train/<class>/<image> and test/<class>/<image> (or val/ or valid/ in place of test/)"
@@ -48,7 +48,7 @@ class ImageFile(NamedTuple):
     name: str
 
 
-class _ImageFiles(DataSet):
+class _ImageFiles(Dataset):
     """Classes and order come from the sorted names of folders and files, as torchvision's ImageFolder has them.
 
     Args:
@@ -95,7 +95,7 @@ class _ImageFiles(DataSet):
             )
         return tuple(sorted(classes[train]))
 
-    def load(self, split: Split, spec: InputSpec) -> LabelledImages:
+    def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         """Read a split from what was kept of it, or decode it.
 
         With `broken="skip"`, files that cannot be read are left out, and a FallbackWarning names them.
@@ -154,7 +154,7 @@ class _ImageFiles(DataSet):
         warnings.warn(f"left out {problem}", FallbackWarning, stacklevel=3)
 
 
-class FolderSet(_ImageFiles):
+class ImageFolderDataset(_ImageFiles):
     """A folder on disk."""
 
     def _identity(self, split: Split) -> object:
@@ -195,7 +195,7 @@ class FolderSet(_ImageFiles):
             yield file, self.path / place / file.class_name / file.name
 
 
-class ArchiveSet(_ImageFiles):
+class ImageArchiveDataset(_ImageFiles):
     """A `.tar` archive of such a folder, read in place: nothing is unpacked to the disk."""
 
     def _identity(self, split: Split) -> object:  # noqa: ARG002 - one archive holds both
@@ -245,7 +245,7 @@ class ArchiveSet(_ImageFiles):
             raise DataError(f"{self.path} is truncated or damaged ({error})", "copy or download it again") from error
 
 
-def open_image_files(path: Path, broken: Broken = "refuse") -> DataSet:
+def open_image_files(path: Path, broken: Broken = "refuse") -> Dataset:
     """A folder or an archive of image files.
 
     Args:
@@ -256,14 +256,14 @@ def open_image_files(path: Path, broken: Broken = "refuse") -> DataSet:
         DataError: it is neither, or has no classes.
     """
     if path.is_dir():
-        return FolderSet(path, broken)
+        return ImageFolderDataset(path, broken)
     try:
         with tarfile.open(path) as archive:
             next(islice(archive, 1), None)
     except _DAMAGE as error:
         reason = str(error).split(":\n")[0]  # below it, tarfile lists every compression it tried
         raise DataError(f"{path} is not a folder or a .tar.gz of one ({reason})", f"lay it out as {LAYOUT}") from error
-    return ArchiveSet(path, broken)
+    return ImageArchiveDataset(path, broken)
 
 
 def _in_threads(

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import DataRecord
-from cifarx_train.data.dataset import Broken, DataSet
+from cifarx_train.data.dataset import Broken, Dataset
 from cifarx_train.data.image_folder import open_image_files
-from cifarx_train.data.synthetic.dataset import BuiltinSet
+from cifarx_train.data.synthetic.dataset import SyntheticDataset
 
 ENVIRONMENT = "CIFARX_DATA"
 
 
-def select_data(name: str, broken: Broken = "refuse") -> DataSet:
+def select_data(name: str, broken: Broken = "refuse") -> Dataset:
     """The data set for `--data`: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
 
     `auto` is `$CIFARX_DATA` where that is set, else CIFAR-10, else, with a warning, the built-in drawings. Only
@@ -26,7 +26,7 @@ def select_data(name: str, broken: Broken = "refuse") -> DataSet:
         case "auto":
             return _automatic(broken)
         case "builtin":
-            return BuiltinSet()
+            return SyntheticDataset()
         case "cifar10":
             from cifarx_train.data.cifar10 import download
 
@@ -34,7 +34,7 @@ def select_data(name: str, broken: Broken = "refuse") -> DataSet:
     return _from_path(Path(name), broken)
 
 
-def select_data_like(record: DataRecord | None, name: str, broken: Broken = "refuse") -> DataSet:
+def select_data_like(record: DataRecord | None, name: str, broken: Broken = "refuse") -> Dataset:
     """The data set for `--data` of a command about a model: `auto` prefers what the model was trained on.
 
     `broken` is as `select_data` has it.
@@ -52,7 +52,7 @@ def select_data_like(record: DataRecord | None, name: str, broken: Broken = "ref
     return _fall_back(f"the model was trained on {record.name}, which is not named here (--data, {ENVIRONMENT})")
 
 
-def _automatic(broken: Broken) -> DataSet:
+def _automatic(broken: Broken) -> Dataset:
     if path := os.environ.get(ENVIRONMENT):
         return _from_path(Path(path), broken)
     try:
@@ -61,12 +61,12 @@ def _automatic(broken: Broken) -> DataSet:
         return _fall_back(error.problem)
 
 
-def _fall_back(reason: str) -> DataSet:
+def _fall_back(reason: str) -> Dataset:
     warnings.warn(f"using the BUILT-IN DRAWINGS, not photographs: {reason}", FallbackWarning, stacklevel=3)
-    return BuiltinSet()
+    return SyntheticDataset()
 
 
-def _from_path(path: Path, broken: Broken) -> DataSet:
+def _from_path(path: Path, broken: Broken) -> Dataset:
     if not path.exists():
         raise DataError(
             f"no such data set {path}", "use auto, cifar10, builtin, or the path of a folder or .tar.gz of images"

@@ -10,7 +10,7 @@ _ROWS = 1024  # images counted at once: bounds the memory
 _DIGITS = 4  # as such constants are published; a reader can check them
 
 
-def normalised(spec: InputSpec, images: NDArray[np.uint8]) -> InputSpec:
+def normalized(spec: InputSpec, images: NDArray[np.uint8]) -> InputSpec:
     """The input spec that brings these images, uint8 (N, height, width, 3), to mean 0 and deviation 1 a channel.
 
     A channel without any deviation keeps its scale. Exact but for the rounding: computed from counts of grey levels.

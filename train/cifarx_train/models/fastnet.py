@@ -70,6 +70,6 @@ def _fit_whitening(module: nn.Module, images: Tensor) -> None:
     module.whitening.fit(images)
 
 
-@register_model("fastnet", InputSpec(height=32, width=32), initialise=_fit_whitening)
+@register_model("fastnet", InputSpec(height=32, width=32), initialize=_fit_whitening)
 def fastnet(classes: int) -> nn.Module:
     return Fastnet(classes)

@@ -12,7 +12,7 @@ from cifarx_train.models.sizes import check_size
 Stem: TypeAlias = Literal["own", "small"]
 Builder: TypeAlias = Callable[[int], nn.Module]
 SizedBuilder: TypeAlias = Callable[[int, InputSpec], nn.Module]
-Initialise: TypeAlias = Callable[[nn.Module, Tensor], None]
+Initialize: TypeAlias = Callable[[nn.Module, Tensor], None]
 
 RESNETS = ("resnet", "resnext", "wide_resnet")
 """How the names begin of torchvision's networks that have a small stem."""
@@ -26,7 +26,7 @@ class Network(NamedTuple):
         stem: "own", or "small" for a torchvision ResNet whose first layers keep the images' size.
         input: the input it takes unless told otherwise.
         builder: gives the module for a number of classes and an input; `build` also checks the size.
-        initialise: None, or called once before training with the module and the first training images as network
+        initialize: None, or called once before training with the module and the first training images as network
             inputs, float32 (N, 3, H, W), at most 5,000; changes the module in place.
     """
 
@@ -34,7 +34,7 @@ class Network(NamedTuple):
     stem: Stem
     input: InputSpec
     builder: SizedBuilder
-    initialise: Initialise | None = None
+    initialize: Initialize | None = None
 
     def build(self, classes: int, input: InputSpec | None = None) -> nn.Module:  # noqa: A002 - the field's name
         """A new module in training mode: (N, 3, height, width) in, logits (N, classes) out.

@@ -5,24 +5,24 @@ from importlib import import_module
 
 from cifarx_serve.errors import unknown
 from cifarx_serve.spec import InputSpec
-from cifarx_train.models.network import Builder, Initialise, Network, Stem, no_small_stem
+from cifarx_train.models.network import Builder, Initialize, Network, Stem, no_small_stem
 
 _networks: dict[str, Network] = {}
 
 
 def register_model(
-    name: str, input_spec: InputSpec, initialise: Initialise | None = None
+    name: str, input_spec: InputSpec, initialize: Initialize | None = None
 ) -> Callable[[Builder], Builder]:
     """Decorates the builder of one of our own networks: `builder(classes)` gives a module with logits (N, classes).
 
     Args:
         name: what it is asked for by.
         input_spec: the input it takes unless told otherwise.
-        initialise: as in `Network`.
+        initialize: as in `Network`.
     """
 
     def register(builder: Builder) -> Builder:
-        _networks[name] = Network(name, "own", input_spec, lambda classes, _input: builder(classes), initialise)
+        _networks[name] = Network(name, "own", input_spec, lambda classes, _input: builder(classes), initialize)
         return builder
 
     return register

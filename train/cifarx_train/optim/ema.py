@@ -13,7 +13,7 @@ class Ema:
     at once (the warm-up of TensorFlow's ExponentialMovingAverage).
 
     Attributes:
-        module: a copy of the network that holds the averages; what is judged and saved.
+        module: a copy of the network that holds the averages; what is eval_model and saved.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

@@ -74,8 +74,8 @@ def _members(module: nn.Module, recipe: Recipe) -> list[Optimizer]:
     filters, head = matrices[:-1], matrices[-1]  # the last weights turn features into logits
     others = [parameter for parameter in trained if not any(parameter is matrix for matrix in matrices)]
     groups: Groups = [
-        {"params": [head], "lr": recipe.head_rate, "weight_decay": recipe.weight_decay},
-        {"params": others, "lr": recipe.bias_rate, "weight_decay": 0.0},
+        {"params": [head], "lr": recipe.head_lr, "weight_decay": recipe.weight_decay},
+        {"params": others, "lr": recipe.bias_lr, "weight_decay": 0.0},
     ]
     plain = sgd([group for group in groups if group["params"]])
     return [Muon(filters, recipe.learning_rate, recipe.momentum, recipe.nesterov), plain]

@@ -5,7 +5,7 @@ import math
 from cifarx_train.recipes import Recipe
 
 
-def rate_factor(recipe: Recipe, step: int, steps: int) -> float:
+def lr_factor(recipe: Recipe, step: int, steps: int) -> float:
     """The share of the peak rate for step number `step`, from 0, of `steps` in the run.
 
     It rises along a line over the warm-up, then stays, or falls to zero along a line or half a cosine (SGDR,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.backends import cuda_libraries
-from cifarx_serve.backends.base import Backend, Port, require_file
+from cifarx_serve.backends.base import Backend, TensorInfo, require_file
 from cifarx_serve.backends.onnxruntime.model_reader import read_onnx
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError
@@ -96,7 +96,7 @@ class OnnxRuntimeBackend(Backend):
             raise ModelFileError(problem, "export it again") from error
         return logits
 
-    def for_threads(self) -> Backend:
+    def single_threaded(self) -> Backend:
         """A second session on the same file, which starts no threads of its own."""
         if self.provider != _CPU[0][0]:
             return self
@@ -104,9 +104,9 @@ class OnnxRuntimeBackend(Backend):
         other._session = _session(self._path, _CPU, threads=1)
         return other
 
-    def ports(self) -> tuple[Port, ...]:
+    def tensor_infos(self) -> tuple[TensorInfo, ...]:
         return tuple(
-            Port(port.name, _DTYPES.get(port.type, port.type), tuple(port.shape))
+            TensorInfo(port.name, _DTYPES.get(port.type, port.type), tuple(port.shape))
             for port in [*self._session.get_inputs(), *self._session.get_outputs()]
         )
 

@@ -29,7 +29,7 @@ from cifarx_serve.server.errors import RequestError
 from cifarx_serve.server.http.multipart import Upload
 from cifarx_serve.server.http.request import JSON, Request, Response, json_response
 from cifarx_serve.server.inference.metrics import CONTENT_TYPE, Metrics
-from cifarx_serve.server.inference.repository import Service, Serving
+from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.system.versions import package_version
 
 _HTML: Final = b"text/html; charset=utf-8"
@@ -58,7 +58,7 @@ class Routes:
         pool: large images and documents are read there.
     """
 
-    def __init__(self, service: Service, metrics: Metrics, pool: Executor) -> None:
+    def __init__(self, service: ModelRepository, metrics: Metrics, pool: Executor) -> None:
         self._service = service
         self._metrics = metrics
         self._pool = pool
@@ -92,7 +92,7 @@ class Routes:
             top_k = _top_k(query.get("top_k"), len(serving.model.spec.class_names))
             return await self._classify(request, serving, top_k)
 
-    async def _classify(self, request: Request, serving: Serving, top_k: int) -> Response:
+    async def _classify(self, request: Request, serving: ModelInstance, top_k: int) -> Response:
         sent = uploads(request, await request.body())
         serving.require_room(len(sent))  # before the work of decoding: what is refused should cost little
         started = time.perf_counter()
@@ -108,7 +108,7 @@ class Routes:
         return json_response(PredictAnswer(serving.model.name, serving.model.version, named, timing))
 
     async def _read_all(
-        self, sent: list[Upload], serving: Serving, request: Request
+        self, sent: list[Upload], serving: ModelInstance, request: Request
     ) -> list[NDArray[np.uint8] | ImageError]:
         """Pictures that the model resizes are all held at a time: then the limit is that of their pixels together."""
         spec, left = serving.model.spec, self._service.settings.limits.max_pixels
@@ -124,7 +124,7 @@ class Routes:
         return read
 
     async def _answers(
-        self, read: list[NDArray[np.uint8] | ImageError], serving: Serving, request: Request, top_k: int
+        self, read: list[NDArray[np.uint8] | ImageError], serving: ModelInstance, request: Request, top_k: int
     ) -> tuple[dict[int, Any], float, float]:
         """Predictions by position, and the longest wait and work; images of one size go together."""
         sizes: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -187,15 +187,15 @@ class Routes:
             return Response(document, content_type=JSON)
         return Response(document, content_type=_BINARY, headers=((_HEADER_LENGTH, str(length).encode()),))
 
-    async def _tensor(self, request: Request, serving: Serving) -> InferRequest:
+    async def _tensor(self, request: Request, serving: ModelInstance) -> InferRequest:
         body, length = await request.body(), _header_length(request)
         limits = self._service.settings.limits
         asked = (body, length, serving.model.spec, limits.max_images, limits.max_pixels)
         if (len(body) if length is None else length) <= _QUICK_JSON:
             return parse_infer(*asked)
-        return await request.in_pool(self._pool, parse_infer, *asked)
+        return await request.run_in_threadpool(self._pool, parse_infer, *asked)
 
-    def _versioned(self, request: Request) -> Serving:
+    def _versioned(self, request: Request) -> ModelInstance:
         """The model of the path.
 
         Raises:

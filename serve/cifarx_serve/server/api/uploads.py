@@ -52,11 +52,11 @@ async def decode(
         RequestError: the request's deadline has passed (504).
     """
     if len(upload.data) > _QUICK_BYTES:
-        return await request.in_pool(pool, _read, upload.data, max_pixels, spec)
+        return await request.run_in_threadpool(pool, _read, upload.data, max_pixels, spec)
     image = open_image(upload.data, max_pixels)
     if image.width * image.height <= _QUICK_PIXELS:
         return _pixels(image, spec)
-    return await request.in_pool(pool, _pixels, image, spec)
+    return await request.run_in_threadpool(pool, _pixels, image, spec)
 
 
 def refusal(error: ImageError) -> RequestError:

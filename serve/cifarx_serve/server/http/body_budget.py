@@ -9,7 +9,7 @@ BODIES: Final = 8
 """So many of the largest bodies may be held at a time; a thousand connections could send a thousand."""
 
 
-class HeldBodies:
+class BodyBudget:
     """Bytes that may still be held.
 
     Args:

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cifarx_serve.server.asgi import error_body
-from cifarx_serve.server.http.request import HAS_LEFT
+from cifarx_serve.server.http.request import IS_DISCONNECTED
 
 _MAX_HEAD: Final = 64 * 1024
 """Bytes of a request's first line and headers, and of whatever else is not its body."""
@@ -88,7 +88,7 @@ class Connection(HttpToolsProtocol):
     """
 
     def __init__(self, config: Config, server_state: ServerState, header_timeout_s: float) -> None:
-        super().__init__(config, server_state, {HAS_LEFT: self._has_left})
+        super().__init__(config, server_state, {IS_DISCONNECTED: self._is_disconnected})
         self._header_timeout_s = header_timeout_s
         self._in_head = False
         self._head_timer: asyncio.TimerHandle | None = None
@@ -227,7 +227,7 @@ class Connection(HttpToolsProtocol):
         if self.cycle.more_body and not self.transport.is_closing():
             self._await_head()  # and the rest of this body before it
 
-    def _has_left(self) -> bool:
+    def _is_disconnected(self) -> bool:
         self.flow.resume_reading()  # else that it closes may not be heard
         return self.transport.is_closing()
 

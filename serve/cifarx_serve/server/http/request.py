@@ -13,8 +13,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from cifarx_serve.server.errors import ClientLeft, RequestError
-from cifarx_serve.server.http.body_budget import HeldBodies
+from cifarx_serve.server.errors import ClientDisconnect, RequestError
+from cifarx_serve.server.http.body_budget import BodyBudget
 from cifarx_serve.server.settings import Limits
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -24,7 +24,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 JSON: Final = b"application/json"
 
-HAS_LEFT: Final = "cifarx.has_left"
+IS_DISCONNECTED: Final = "cifarx.is_disconnected"
 """In the scope's `state`, where the server has it: a function that says whether the client has closed the connection.
 
 A message that has come says so too, but asking for one takes ten times as long.
@@ -70,7 +70,7 @@ class Request:
         parameters: what the route's pattern found in the path.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, limits: Limits, held: HeldBodies) -> None:
+    def __init__(self, scope: Scope, receive: Receive, limits: Limits, held: BodyBudget) -> None:
         self.arrived = time.perf_counter()
         self.scope = scope
         self.method: str = scope["method"]
@@ -114,7 +114,7 @@ class Request:
         Raises:
             RequestError: compressed (415), too large (413), too much beside those of others (503), or it did not come
                 in time (408).
-            ClientLeft: the client closed before its end.
+            ClientDisconnect: the client closed before its end.
         """
         coding = self.headers.get(b"content-encoding", b"identity")
         if coding.lower() != b"identity":
@@ -143,7 +143,7 @@ class Request:
         self._held.give_back(self._held_bytes)
         self._held_bytes = 0
 
-    async def in_pool(self, pool: Executor, function: Callable[..., Given], *arguments: Any) -> Given:
+    async def run_in_threadpool(self, pool: Executor, function: Callable[..., Given], *arguments: Any) -> Given:
         """What a function gives that would keep the event loop from others.
 
         Raises:
@@ -158,17 +158,17 @@ class Request:
             problem = f"no answer within {deadline_s:g} s"
             raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load") from error
 
-    def has_left(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Whether the client has closed the connection; asked once the body is read, without waiting."""
-        has_left: Callable[[], bool] | None = self.scope.get("state", {}).get(HAS_LEFT)
-        if has_left is not None:
-            return has_left()
+        is_disconnected: Callable[[], bool] | None = self.scope.get("state", {}).get(IS_DISCONNECTED)
+        if is_disconnected is not None:
+            return is_disconnected()
         message = self._at_once()
         return message is not None and bool(message["type"] == "http.disconnect")
 
     async def _read_off(self) -> None:
         """A client that is still sending would not hear the answer: its connection would be reset."""
-        with suppress(TimeoutError, ClientLeft, RequestError):
+        with suppress(TimeoutError, ClientDisconnect, RequestError):
             async with asyncio.timeout(_READ_OFF_S):
                 while not self._ended:
                     await self._next_part()
@@ -188,7 +188,7 @@ class Request:
         # A small body is there with its head: a timer that is not needed would be a thirtieth of the request's time.
         message = self._at_once() or await self._awaited()
         if message["type"] == "http.disconnect":
-            raise ClientLeft
+            raise ClientDisconnect
         self._ended = not message.get("more_body", False)
         part: bytes = message.get("body", b"")
         return part

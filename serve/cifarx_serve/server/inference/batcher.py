@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.predictor import Prediction, predictions
-from cifarx_serve.server.errors import ClientLeft, RequestError
+from cifarx_serve.server.errors import ClientDisconnect, RequestError
 
 Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 """From a batch of images to its logits; called by one thread at a time."""
@@ -70,14 +70,18 @@ class Batch(NamedTuple):
 class _Waiting:
     """The images of one request, (N, ...), and who waits for them."""
 
-    __slots__ = ("answer", "arrived", "has_left", "images", "queued")
+    __slots__ = ("answer", "arrived", "images", "is_disconnected", "queued")
 
     def __init__(
-        self, images: NDArray[Any], answer: "asyncio.Future[Answer]", has_left: Callable[[], bool], arrived: float
+        self,
+        images: NDArray[Any],
+        answer: "asyncio.Future[Answer]",
+        is_disconnected: Callable[[], bool],
+        arrived: float,
     ) -> None:
         self.images = images
         self.answer = answer
-        self.has_left = has_left
+        self.is_disconnected = is_disconnected
         self.arrived = arrived
         self.queued = time.perf_counter()
 
@@ -156,20 +160,22 @@ class Batcher:
             problem = f"{self._queued_images} images are waiting, and {self._max_queue} may"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")
 
-    def submit(self, images: NDArray[Any], arrived: float, has_left: Callable[[], bool]) -> "asyncio.Future[Answer]":
+    def submit(
+        self, images: NDArray[Any], arrived: float, is_disconnected: Callable[[], bool]
+    ) -> "asyncio.Future[Answer]":
         """Queue the images of one request.
 
         Args:
             images: (N, ...), N at least 1; those of one shape and dtype go together.
             arrived: when the request did, by `time.perf_counter`: its deadline and its delay count from there.
-            has_left: asked before the images are computed: whether nobody waits for them any more.
+            is_disconnected: asked before the images are computed: whether nobody waits for them any more.
 
         Raises:
             RequestError: the queue is full (503). From the future also: the deadline has passed (504), the client has
-                left (ClientLeft), or what the model raised.
+                left (ClientDisconnect), or what the model raised.
         """
         self.require_room(len(images))
-        waiting = _Waiting(images, self._loop.create_future(), has_left, arrived)
+        waiting = _Waiting(images, self._loop.create_future(), is_disconnected, arrived)
         self._unanswered.append(waiting)
         if self._looking is None:
             self._look()
@@ -221,7 +227,7 @@ class Batcher:
         images = 0
         while self._queue and images < self._max_batch:
             waiting = self._queue.popleft()
-            if waiting.answer.done() or waiting.has_left():
+            if waiting.answer.done() or waiting.is_disconnected():
                 self._drop(waiting)
             elif taken and not (_alike(waiting, taken[0]) and images + len(waiting.images) <= self._max_batch):
                 others.append(waiting)
@@ -234,7 +240,7 @@ class Batcher:
 
     def _drop(self, waiting: _Waiting) -> None:
         self._queued_images -= len(waiting.images)
-        self._fail(waiting, ClientLeft())
+        self._fail(waiting, ClientDisconnect())
 
     def _compute(self) -> None:
         """The thread: one batch after the other."""

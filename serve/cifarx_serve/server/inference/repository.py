@@ -25,7 +25,7 @@ _AT_ONCE_S: Final = 5e-3
 """Other requests are not read for so long; by default Python lets a thread have the interpreter for as long."""
 
 
-class Serving:
+class ModelInstance:
     """One version of a model, and the requests that wait for it; a context manager around what asks it.
 
     It is not given back while something is inside: a body that takes its time to arrive is still answered.
@@ -61,10 +61,10 @@ class Serving:
 
         Raises:
             RequestError: the queue is full, the deadline has passed, or the model cannot run on them.
-            ClientLeft: nobody waits for them any more.
+            ClientDisconnect: nobody waits for them any more.
         """
         try:
-            return await self._batcher.submit(images, request.arrived, request.has_left)
+            return await self._batcher.submit(images, request.arrived, request.is_disconnected)
         except RequestError:
             raise
         except CifarxError as error:
@@ -90,7 +90,7 @@ class Serving:
         self.model.close()
 
 
-class Service:
+class ModelRepository:
     """All models of a worker.
 
     `awaits_others` says that the server is not whole yet: another worker, which a client may meet next, is not ready.
@@ -105,7 +105,7 @@ class Service:
         self.draining = False
         self.awaits_others = False
         self._metrics = metrics
-        self._servings: dict[str, Serving] = {}
+        self._servings: dict[str, ModelInstance] = {}
         self._swapping = asyncio.Lock()
 
     @property
@@ -118,11 +118,11 @@ class Service:
         return "failed" if any(serving.model.failed for serving in self._servings.values()) else "ready"
 
     @property
-    def servings(self) -> list[Serving]:
+    def servings(self) -> list[ModelInstance]:
         """In the order of the files; fewer while the models are being opened."""
         return [self._servings[name] for name in self.settings.files if name in self._servings]
 
-    def serving(self, name: str | None) -> Serving:
+    def serving(self, name: str | None) -> ModelInstance:
         """The model of that name, or the first.
 
         Raises:
@@ -181,7 +181,7 @@ class Service:
     def _version(self, name: str) -> str:
         return self._servings[name].model.version
 
-    async def _open(self, name: str) -> Serving:
+    async def _open(self, name: str) -> ModelInstance:
         settings = self.settings
         # A thread that ends with the model's opening: a library may leave some of its memory to the thread.
         pool = ThreadPoolExecutor(1, "open")
@@ -197,4 +197,4 @@ class Service:
             )
         finally:
             pool.shutdown(wait=False)  # a server that is told to end meanwhile does not wait for the model
-        return Serving(model, settings, self._metrics)
+        return ModelInstance(model, settings, self._metrics)

@@ -17,7 +17,7 @@ import msgspec
 
 from cifarx_serve.errors import CifarxError
 from cifarx_serve.images.reader import without_pillows_warnings
-from cifarx_serve.server.app import compose, prepare_process
+from cifarx_serve.server.app import create_app, prepare_process
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.listener import HttpServer
 from cifarx_serve.server.processes.messages import ALL_READY, READY, Start
@@ -38,7 +38,7 @@ class Worker:
         self._at_once = start.at_once
         self._status = start.status
         self._log = AccessLog(sys.stdout.buffer) if settings.access_log else None
-        self._service, application, self._metrics = compose(settings, self._log)
+        self._service, application, self._metrics = create_app(settings, self._log)
         self._service.awaits_others = start.at_once
         self._server = HttpServer(application, settings, socket.socket(fileno=start.listener))
         self._ending = asyncio.Event()

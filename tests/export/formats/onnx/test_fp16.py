@@ -1,4 +1,4 @@
-"""ONNX in float16: the same ports, the same answers nearly, no casts to and fro."""
+"""ONNX in float16: the same inputs and outputs, the same answers nearly, no casts to and fro."""
 
 import io
 import warnings

@@ -159,11 +159,11 @@ def test_the_configuration_says_what_the_model_says(
     config = config_of(tmp_path)
     with OnnxRuntimeBackend(tmp_path / "lzh/1/model.onnx", CPU) as backend:
         assert backend.spec == spec
-        ports = backend.ports()
+        tensor_infos = backend.tensor_infos()
         logits = backend.run(np.zeros((2, 32, 32, 3), np.uint8) if embedded else np.zeros((2, 3, 32, 32), np.float32))
     assert logits.shape == (2, 10)
     types = {"TYPE_FP32": "float32", "TYPE_UINT8": "uint8"}
-    for port, said in zip(ports, [*config.input, *config.output], strict=True):
+    for port, said in zip(tensor_infos, [*config.input, *config.output], strict=True):
         assert said.name == port.name
         assert types[said.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[said.data_type].name] == (
             port.dtype

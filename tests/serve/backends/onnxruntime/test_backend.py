@@ -22,7 +22,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
 from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import ModelSpec
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 from tests.support.trained_model import Trained
 
 CPU, CUDA, MPS, AUTO, TENSORRT = (Device(kind) for kind in ("cpu", "cuda", "mps", "auto", "tensorrt"))

@@ -19,7 +19,7 @@ from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend, provid
 from cifarx_serve.backends.onnxruntime.io_binding import BoundSession, TimedSession
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, FallbackWarning
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 
 SHAPE = (3, SPEC.input.height, SPEC.input.width)
 CUDA = Device("cuda", 0)

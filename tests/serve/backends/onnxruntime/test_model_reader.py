@@ -15,7 +15,7 @@ from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY, OnnxRuntimeBacke
 from cifarx_serve.backends.onnxruntime.model_reader import minimum_onnxruntime, read_onnx
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ModelFileError, UsageError
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 from tests.support.trained_model import Trained
 
 CPU = Device("cpu")

@@ -19,7 +19,7 @@ from cifarx_serve.backends.torch.exported_program import ExportedProgramBackend
 from cifarx_serve.backends.torch.exported_program_archive import SAMPLE_INPUTS, SPEC_FILE
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
-from tests.support.colour_model import SPEC
+from tests.support.color_model import SPEC
 
 CPU = Device("cpu")
 PROGRAM = "models/model.json"

@@ -15,7 +15,7 @@ from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecEr
 from cifarx_serve.files.checksum import seal
 from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import ModelSpec
-from tests.support.colour_model import SPEC, write_torchscript
+from tests.support.color_model import SPEC, write_torchscript
 from tests.support.trained_model import Trained
 
 CPU = Device("cpu")

@@ -21,7 +21,7 @@ from cifarx_serve.server.api.open_inference import (
     server_metadata,
 )
 from cifarx_serve.server.errors import RequestError
-from tests.support.colour_model import SPEC
+from tests.support.color_model import SPEC
 
 PICTURES = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
 MAX_IMAGES, MAX_PIXELS = 4, 2000

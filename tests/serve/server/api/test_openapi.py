@@ -14,7 +14,7 @@ from PIL import Image
 from cifarx_serve.server.api.openapi import openapi_document
 from cifarx_serve.server.api.routes import Routes
 from tests.support.asked import application, encoded
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 
 PAGES = {"/", "/docs", "/openapi.json"}
 

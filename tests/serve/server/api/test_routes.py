@@ -18,7 +18,7 @@ from cifarx_serve.predictor import load
 from cifarx_serve.server.settings import Limits
 from cifarx_serve.spec import ModelSpec
 from tests.support.asked import Answer, Client, application, encoded
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 from tests.support.planted_backend import POISON, plant, write_planted
 from tests.support.trained_model import Trained
 

@@ -17,13 +17,13 @@ from cifarx_serve.images.reader import TooManyPixels, read_image
 from cifarx_serve.server.api import uploads as module
 from cifarx_serve.server.api.uploads import decode, refusal, uploads
 from cifarx_serve.server.errors import RequestError
-from cifarx_serve.server.http.body_budget import HeldBodies
+from cifarx_serve.server.http.body_budget import BodyBudget
 from cifarx_serve.server.http.multipart import Upload
 from cifarx_serve.server.http.request import Message, Request
 from cifarx_serve.server.settings import Limits
 from cifarx_serve.spec import ModelSpec
 from tests.support.asked import encoded
-from tests.support.colour_model import SPEC
+from tests.support.color_model import SPEC
 
 EMBEDDED = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
 
@@ -34,7 +34,7 @@ def request(content_type: str | None) -> Request:
 
     headers = [] if content_type is None else [(b"content-type", content_type.encode())]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
-    return Request(scope, receive, Limits(max_images=2), HeldBodies(1 << 20))
+    return Request(scope, receive, Limits(max_images=2), BodyBudget(1 << 20))
 
 
 def sent(body: bytes, content_type: str | None) -> list[Upload]:

@@ -3,11 +3,11 @@
 import pytest
 
 from cifarx_serve.server.errors import RequestError
-from cifarx_serve.server.http.body_budget import BODIES, HeldBodies
+from cifarx_serve.server.http.body_budget import BODIES, BodyBudget
 
 
 def test_refuses_what_has_no_room_and_takes_it_once_there_is_some() -> None:
-    held = HeldBodies(10)
+    held = BodyBudget(10)
     for _ in range(BODIES):
         held.take(10)
     with pytest.raises(RequestError) as raised:

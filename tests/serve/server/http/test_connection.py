@@ -12,7 +12,7 @@ from uvicorn.server import ServerState
 
 from cifarx_serve.server.http.connection import Connection, uvicorn_config
 from cifarx_serve.server.settings import Limits, Settings
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 from tests.support.running_server import Client, Running, request, wait_until, worker
 
 HEAD_S, BODY_S, KEEP_S = 0.5, 1.0, 1.0

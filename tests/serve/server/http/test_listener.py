@@ -11,7 +11,7 @@ import pytest
 from cifarx_serve.errors import UsageError
 from cifarx_serve.server.http.listener import tls_context
 from cifarx_serve.server.settings import Limits, Settings
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 from tests.support.planted_backend import write_planted
 from tests.support.running_server import PLANTED, Client, picture, request, worker
 from tests.support.self_signed import self_signed, trusting

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cifarx_serve.server.errors import ClientLeft, RequestError
-from cifarx_serve.server.http.body_budget import HeldBodies
-from cifarx_serve.server.http.request import HAS_LEFT, Message, Request, json_response
+from cifarx_serve.server.errors import ClientDisconnect, RequestError
+from cifarx_serve.server.http.body_budget import BodyBudget
+from cifarx_serve.server.http.request import IS_DISCONNECTED, Message, Request, json_response
 from cifarx_serve.server.settings import Limits
 
 LIMITS = Limits(max_body_bytes=10, body_timeout_s=20.0)
@@ -45,7 +45,7 @@ def made(
 ) -> Request:
     scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": query}
     scope["headers"] = list((headers or {}).items())
-    return Request(scope, (connection or Connection()).receive, limits, HeldBodies(limits.max_body_bytes))
+    return Request(scope, (connection or Connection()).receive, limits, BodyBudget(limits.max_body_bytes))
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -132,7 +132,7 @@ def test_a_message_may_leave_out_what_it_need_not_say() -> None:
             {"type": "http", "method": "POST", "path": "/", "headers": []},
             receive,
             LIMITS,
-            HeldBodies(LIMITS.max_body_bytes),
+            BodyBudget(LIMITS.max_body_bytes),
         )
         assert await request.body() == b""
 
@@ -183,9 +183,9 @@ def test_what_takes_long_is_given_up_at_the_deadline() -> None:
         free = threading.Event()
         request = made(limits=Limits(deadline_s=0.05))
         with ThreadPoolExecutor(1) as pool:
-            assert await request.in_pool(pool, max, 3, 4) == 4
+            assert await request.run_in_threadpool(pool, max, 3, 4) == 4
             with pytest.raises(RequestError, match=r"no answer within 0\.05 s") as late:
-                await request.in_pool(pool, free.wait)
+                await request.run_in_threadpool(pool, free.wait)
             free.set()
         assert late.value.status == HTTPStatus.GATEWAY_TIMEOUT
 
@@ -210,7 +210,7 @@ def test_a_slow_body_is_given_up(parts: list[bytes]) -> None:
 def test_a_client_that_closes_before_the_bodys_end_has_left() -> None:
     async def test() -> None:
         for parts in ([], [b"x"]):
-            with pytest.raises(ClientLeft):
+            with pytest.raises(ClientDisconnect):
                 await made(Connection(*parts, more=True, closed=True)).body()
 
     run(test)
@@ -221,10 +221,10 @@ def test_whether_a_client_has_left_is_known_without_waiting() -> None:
         connection = Connection(b"x")
         request = made(connection)
         await request.body()
-        assert not request.has_left()
-        assert not request.has_left()
+        assert not request.is_disconnected()
+        assert not request.is_disconnected()
         connection.closed = True
-        assert request.has_left()
+        assert request.is_disconnected()
 
     run(test)
 
@@ -235,10 +235,10 @@ def test_a_server_that_knows_who_has_left_is_believed() -> None:
         request = made(connection)
         await request.body()
         left = False
-        request.scope["state"] = {HAS_LEFT: lambda: left}
-        assert not request.has_left()
+        request.scope["state"] = {IS_DISCONNECTED: lambda: left}
+        assert not request.is_disconnected()
         left = True
-        assert request.has_left()
+        assert request.is_disconnected()
         assert connection.asked == 1
 
     run(test)

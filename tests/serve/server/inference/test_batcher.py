@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.errors import ModelFileError
 from cifarx_serve.predictor import predictions
-from cifarx_serve.server.errors import ClientLeft, RequestError
+from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.inference.batcher import Answer, Batch, Batcher, Computed
 
 BAD = 666
@@ -251,7 +251,7 @@ def test_what_is_late_or_left_makes_room_in_the_queue() -> None:
         await asyncio.sleep(0.2)
         queue.model.release()
         found = await asyncio.gather(*answers, return_exceptions=True)
-        assert [type(answer) for answer in found] == [Answer, ClientLeft, RequestError]
+        assert [type(answer) for answer in found] == [Answer, ClientDisconnect, RequestError]
         await until(lambda: queue.batcher.idle)
         again = [await queue.busy(4), queue.put(5, 6, 7)]
         queue.model.release()
@@ -295,7 +295,7 @@ def test_what_nobody_waits_for_is_not_computed() -> None:
         queue.model.release()
         assert numbers(await stays) == [2]
         await first
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnect):
             await left
 
     assert in_loop(test).model.batches == [[0], [2]]
@@ -303,7 +303,7 @@ def test_what_nobody_waits_for_is_not_computed() -> None:
 
 def test_where_everybody_left_the_model_is_not_called() -> None:
     async def test(queue: Queue) -> None:
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnect):
             await queue.put(1, left=True)
         assert queue.batcher.idle
         assert numbers(await queue.put(2)) == [2]

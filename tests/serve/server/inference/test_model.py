@@ -12,7 +12,7 @@ from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 from cifarx_serve.errors import DeviceError, ModelFileError, UsageError
 from cifarx_serve.files.checksum import seal
 from cifarx_serve.server.inference.model import ServedModel, file_version
-from tests.support.colour_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx
 from tests.support.planted_backend import BOMB, POISON, PlantedBackend, plant, write_planted
 
 

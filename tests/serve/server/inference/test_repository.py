@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from cifarx_serve.errors import ModelFileError
 from cifarx_serve.server.errors import RequestError
-from cifarx_serve.server.http.body_budget import HeldBodies
+from cifarx_serve.server.http.body_budget import BodyBudget
 from cifarx_serve.server.http.request import Message, Request
 from cifarx_serve.server.inference.metrics import Metrics
-from cifarx_serve.server.inference.repository import Service, Serving
+from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
 from tests.support.asked import application
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 from tests.support.planted_backend import BOMB, POISON, PlantedBackend, plant, write_planted
 
 
@@ -31,14 +31,16 @@ def request() -> Request:
         raise AssertionError
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    return Request(scope, receive, Limits(), HeldBodies(1 << 20))
+    return Request(scope, receive, Limits(), BodyBudget(1 << 20))
 
 
 def image(colour: tuple[int, int, int] = (255, 0, 0)) -> NDArray[np.uint8]:
     return np.full((1, 4, 6, 3), colour, np.uint8)
 
 
-def with_service(test: Callable[[Service], Awaitable[None]], *paths: Path, is_open: bool = True, **limits: Any) -> None:
+def with_service(
+    test: Callable[[ModelRepository], Awaitable[None]], *paths: Path, is_open: bool = True, **limits: Any
+) -> None:
     """Run a test with a service of these files; what it opened is closed at the end."""
 
     async def run() -> None:
@@ -50,13 +52,13 @@ def with_service(test: Callable[[Service], Awaitable[None]], *paths: Path, is_op
     assert PlantedBackend.opened == 0
 
 
-async def best(serving: Serving, colour: tuple[int, int, int] = (255, 0, 0)) -> int:
+async def best(serving: ModelInstance, colour: tuple[int, int, int] = (255, 0, 0)) -> int:
     answer = await serving.answer(image(colour), request())
     return int(answer.logits[0].argmax())
 
 
 def test_models_are_opened_in_order_and_found_by_name(tmp_path: Path) -> None:
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         assert service.state == "ready"
         assert [serving.model.name for serving in service.servings] == ["b", "a"]
         assert service.serving(None).model.name == "b"
@@ -70,7 +72,7 @@ def test_models_are_opened_in_order_and_found_by_name(tmp_path: Path) -> None:
 
 
 def test_before_its_models_are_open_it_is_starting(tmp_path: Path) -> None:
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         assert service.state == "starting"
         with pytest.raises(RequestError, match="model a is being opened: try again in a second") as early:
             service.serving("a")
@@ -94,7 +96,7 @@ def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     path = write_planted(tmp_path / "a.planted")
     path.write_text("{}")
 
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         with pytest.raises(Exception, match="malformed model spec"):
             await service.open()
 
@@ -102,7 +104,7 @@ def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
 
 
 def test_while_it_drains_it_says_so(tmp_path: Path) -> None:
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         service.draining = True
         assert service.state == "draining"
 
@@ -112,7 +114,7 @@ def test_while_it_drains_it_says_so(tmp_path: Path) -> None:
 def test_a_new_version_is_taken_into_service(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "a.onnx")
 
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         before = service.serving("a").model.version
         told: list[str] = []
         write_onnx(path, order=(2, 1, 0))
@@ -134,7 +136,7 @@ def test_a_file_that_does_not_open_leaves_the_old_in_service(tmp_path: Path, kin
     other = write_planted(tmp_path / "b.planted")
     contents = {"broken": path.read_bytes()[:-9], "foreign": b"\x89PNG\r\n\x1a\n", "empty": b""}
 
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         version = service.serving("a").model.version
         told: list[str] = []
         if kind == "absent":
@@ -161,7 +163,7 @@ def test_who_came_to_the_old_version_is_answered_by_it(tmp_path: Path) -> None:
     """Whether the images wait for the model, or are still being sent."""
     path = write_planted(tmp_path / "a.planted")
 
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         old = service.serving("a")
         told: list[str] = []
         with old:
@@ -187,7 +189,7 @@ def test_versions_asked_for_while_the_models_are_opened_are_taken_after(tmp_path
     path = write_planted(tmp_path / "a.planted")
     path.with_suffix(".slow").touch()
 
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         told: list[str] = []
         opening = asyncio.create_task(service.open())
         async with asyncio.timeout(20):
@@ -209,7 +211,7 @@ def test_a_model_that_fails_is_told_and_found_well_again(tmp_path: Path) -> None
     path = write_planted(tmp_path / "a.planted")
     failing = path.with_suffix(".failing")
 
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         assert await service.probe()
         failing.touch()
         with pytest.raises(RequestError, match="model a has failed: try again in a second") as failed:
@@ -229,7 +231,7 @@ def test_a_model_that_fails_is_told_and_found_well_again(tmp_path: Path) -> None
 def test_a_new_version_replaces_one_that_failed(tmp_path: Path) -> None:
     path = write_planted(tmp_path / "a.planted")
 
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         path.with_suffix(".failing").touch()
         with pytest.raises(RequestError, match="has failed"):
             await best(service.serving("a"))
@@ -242,7 +244,7 @@ def test_a_new_version_replaces_one_that_failed(tmp_path: Path) -> None:
 
 
 def test_images_that_the_model_does_not_take_are_the_clients_to_mend(tmp_path: Path) -> None:
-    async def test(service: Service) -> None:
+    async def test(service: ModelRepository) -> None:
         problem = r"^model a does not run on uint8 \(1, 4, 6, 3\): send other images$"
         for colour in (POISON, BOMB):
             with pytest.raises(RequestError, match=problem) as refused:
@@ -258,7 +260,7 @@ def test_closing_answers_what_waits(tmp_path: Path) -> None:
     path = write_planted(tmp_path / "a.planted")
 
     async def run() -> None:
-        service = Service(Settings(files={"a": str(path)}, device="cpu"), Metrics())
+        service = ModelRepository(Settings(files={"a": str(path)}, device="cpu"), Metrics())
         await service.open()
         path.with_suffix(".slow").touch()
         waiting = asyncio.create_task(best(service.serving("a")))

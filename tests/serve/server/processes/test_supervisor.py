@@ -15,7 +15,7 @@ from cifarx_serve.files.checksum import seal
 from cifarx_serve.server.inference.model import file_version
 from cifarx_serve.server.processes.supervisor import listen
 from cifarx_serve.system.cpus import available_cpus
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 from tests.support.planted_backend import write_planted
 from tests.support.running_server import (
     PROGRAM,

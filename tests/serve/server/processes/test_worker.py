@@ -12,7 +12,7 @@ from cifarx_serve.server.inference.model import file_version
 from cifarx_serve.server.processes.messages import ALL_READY, READY
 from cifarx_serve.server.processes.worker import FAILED
 from cifarx_serve.server.settings import Settings
-from tests.support.colour_model import write_onnx
+from tests.support.color_model import write_onnx
 from tests.support.planted_backend import write_planted
 from tests.support.running_server import PLANTED, request, wait_until, worker
 

@@ -20,16 +20,16 @@ from torch import nn
 import cifarx_train.train
 from cifarx_serve.errors import FallbackWarning
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import EpochReport, Observer, RunStart, StepReport
+from cifarx_train.callbacks.base import Callback, EpochReport, RunStart, StepReport
 from cifarx_train.callbacks.tensorboard.callback import TensorBoard
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation, Mistake
 from cifarx_train.models.registry import network
 from cifarx_train.recipes import recipe
 from cifarx_train.train import train
 
 NAMES = ("blue", "green", "red")
-IMAGES = LabelledImages(np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8), np.arange(9) % 3)
+IMAGES = LabeledImages(np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8), np.arange(9) % 3)
 EPOCH_STEPS = 250
 
 
@@ -47,8 +47,8 @@ def log(step: int, loss: float) -> StepReport:
 
 def report(epoch: int, loss: float = 1.5, accuracy: float = 0.5, mistakes: int = 2) -> EpochReport:
     wrong = [Mistake(position, 2 - position, 0.75) for position in range(mistakes)]
-    judged = Evaluation(loss, accuracy, np.full((3, 3), epoch + 1), wrong)
-    return EpochReport(epoch, 4, EPOCH_STEPS * (epoch + 1), 0.25, judged, 100.0, 0.5, Path(f"lzh_{epoch}.pth"))
+    eval_model = Evaluation(loss, accuracy, np.full((3, 3), epoch + 1), wrong)
+    return EpochReport(epoch, 4, EPOCH_STEPS * (epoch + 1), 0.25, eval_model, 100.0, 0.5, Path(f"lzh_{epoch}.pth"))
 
 
 def tell(board: TensorBoard, epochs: range, loss: float, *, from_step: int = 0) -> None:
@@ -177,7 +177,7 @@ def test_a_run_continued_within_an_epoch_keeps_what_it_told(tmp_path: Path) -> N
     board.on_start(start())
     tell(board, range(1), 4.0)
     board.on_log(log(300, 4.0))
-    board.on_epoch(report(1, 4.0))  # out of time in the midst of it, and judged
+    board.on_epoch(report(1, 4.0))  # out of time in the midst of it, and eval_model
     board.on_end()
     board = TensorBoard(tmp_path)
     board.on_start(start(first_step=300))
@@ -339,7 +339,7 @@ def test_a_run_is_the_same_to_the_bit_without_tensorboard(
 
     with_it = weights(tmp_path / "with")
     assert read(tmp_path / "with" / "logs").Tags()["images"]
-    monkeypatch.setattr(cifarx_train.train, "TensorBoard", lambda _folder: Observer())
+    monkeypatch.setattr(cifarx_train.train, "TensorBoard", lambda _folder: Callback())
     without = weights(tmp_path / "without")
     assert not list((tmp_path / "without" / "logs").glob("*"))
     assert with_it.keys() == without.keys()

@@ -10,7 +10,7 @@ from PIL import Image
 from cifarx_train.callbacks.tensorboard.confusion_matrix import confusion_picture
 from cifarx_train.callbacks.tensorboard.mistakes import mistakes_picture
 from cifarx_train.callbacks.tensorboard.text import fitted, text_width
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Mistake
 
 WHITE = 255
@@ -80,16 +80,16 @@ def test_a_class_without_images() -> None:
 
 @pytest.mark.parametrize("name", ["", "two\nlines\tof it", "日本語", "a\udcffb", "x" * 500])
 def test_any_folder_name_can_be_written(name: str) -> None:
-    images = LabelledImages(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64))
+    images = LabeledImages(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64))
     assert_clear_margin(confusion_picture(np.eye(2, dtype=np.int64), [name, "b"]))
     picture = mistakes_picture([Mistake(0, 1, 0.5)], images, [name, "b"])
     assert_clear_margin(picture)
     assert picture.width < 300
 
 
-def noise(count: int, height: int = 32, width: int = 32) -> LabelledImages:
+def noise(count: int, height: int = 32, width: int = 32) -> LabeledImages:
     images = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
-    return LabelledImages(images, np.arange(count) % 3)
+    return LabeledImages(images, np.arange(count) % 3)
 
 
 def test_a_mistake_is_shown_pixel_by_pixel() -> None:
@@ -112,7 +112,7 @@ def test_mistakes_stand_in_their_order_in_rows_of_five() -> None:
 
 @pytest.mark.parametrize("change", [{"predicted": 1}, {"score": 0.8}, {"position": 1}])
 def test_true_class_predicted_class_and_score_are_written(change: dict[str, Any]) -> None:
-    images = LabelledImages(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2))  # alike but for their class
+    images = LabeledImages(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2))  # alike but for their class
     mistake = Mistake(0, 2, 0.9)
     plain, changed = (
         pixels(mistakes_picture([one], images, names(3))) for one in (mistake, mistake._replace(**change))

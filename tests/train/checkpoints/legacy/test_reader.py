@@ -14,11 +14,11 @@ from cifarx_serve.backends.registry import open_backend, read_spec
 from cifarx_serve.errors import FallbackWarning, ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec
 from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from cifarx_train.checkpoints.legacy.architecture import recognise
+from cifarx_train.checkpoints.legacy.architecture import identify_architecture
 from cifarx_train.checkpoints.legacy.safe_unpickle import StandIn, load_safely
 from cifarx_train.data.synthetic.draw import CLASS_NAMES
 from cifarx_train.models.registry import model_names, network, register_model
-from tests.support.old_files import both_formats, notes_class, read, same_answers, save, weights, whole
+from tests.support.legacy_files import both_formats, notes_class, read, same_answers, save, weights, whole
 
 # --- whole networks
 
@@ -186,7 +186,7 @@ def test_every_network_is_told_by_its_weights() -> None:
         with torch.device("cpu" if name.startswith((*heavy, "fastnet")) else "meta"):
             own = network(name).build(7).state_dict()
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
-        match = recognise(shapes, "x.pth")
+        match = identify_architecture(shapes, "x.pth")
         assert (match.model, match.stem, match.classes) == (name, "own", 7)
         assert match.keys == {key: key for key in own}
 

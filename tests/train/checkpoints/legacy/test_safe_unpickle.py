@@ -23,7 +23,7 @@ from torchvision import models
 from cifarx_serve.errors import CifarxError, ModelFileError
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.checkpoints.legacy.safe_unpickle import StandIn, load_safely
-from tests.support.old_files import both_formats, save, weights
+from tests.support.legacy_files import both_formats, save, weights
 
 
 class Call:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.data.loaders.device import DeviceImages, ToInput
 
 PLAIN = InputSpec(height=2, width=3)
@@ -22,10 +22,10 @@ means = st.floats(-1, 1, width=32)
 deviations = st.floats(0.0625, 2, width=32)
 
 
-def numbered(count: int) -> LabelledImages:
+def numbered(count: int) -> LabeledImages:
     """Images that are their own numbers in every pixel, with labels that are ten times that."""
     images = np.broadcast_to(np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1), (count, 2, 3, 3)).copy()
-    return LabelledImages(images, np.arange(count, dtype=np.int64) * 10)
+    return LabeledImages(images, np.arange(count, dtype=np.int64) * 10)
 
 
 # --- batches
@@ -65,7 +65,7 @@ def test_images_mapped_from_a_file_give_no_warning(tmp_path: Path) -> None:
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        there = DeviceImages(LabelledImages(mapped, data.labels), CPU)
+        there = DeviceImages(LabeledImages(mapped, data.labels), CPU)
         images, _ = next(iter(there.batches([torch.tensor([8, 2])])))
     assert np.array_equal(images.numpy(), data.images[[8, 2]])
 
@@ -139,7 +139,7 @@ def test_a_gpu_gives_the_same_bits(channels_last: bool) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     spec = InputSpec(height=32, width=32, mean=(0.49, 0.48, 0.44), std=(0.2, 0.2, 0.25))
     device = torch.device("cuda")
-    split = DeviceImages(LabelledImages(pixels, np.zeros(50, np.int64)), device)
+    split = DeviceImages(LabeledImages(pixels, np.zeros(50, np.int64)), device)
     images, _ = next(iter(split.batches([torch.arange(50)])))
     inputs = ToInput(spec, device, channels_last=channels_last)(images)
     assert inputs.cpu().numpy().tobytes() == scale(pixels, spec).tobytes()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cifarx_serve.errors import DataError, FallbackWarning
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.data.loaders.device import DeviceImages
 from cifarx_train.data.loaders.placement import free_memory, place_images
 from cifarx_train.data.loaders.streaming import StreamedImages
@@ -29,23 +29,23 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_memory(file: Path) -> LabelledImages:
-    return LabelledImages(np.load(file), np.arange(COUNT) % 10)
+def in_memory(file: Path) -> LabeledImages:
+    return LabeledImages(np.load(file), np.arange(COUNT) % 10)
 
 
 @pytest.fixture(scope="module")
-def mapped(file: Path) -> LabelledImages:
-    return LabelledImages(np.asarray(np.load(file, mmap_mode="r")), np.arange(COUNT) % 10, file)
+def mapped(file: Path) -> LabeledImages:
+    return LabeledImages(np.asarray(np.load(file, mmap_mode="r")), np.arange(COUNT) % 10, file)
 
 
 @pytest.fixture(params=["in_memory", "mapped"], scope="module")
-def data(request: pytest.FixtureRequest) -> LabelledImages:
-    found: LabelledImages = request.getfixturevalue(request.param)
+def data(request: pytest.FixtureRequest) -> LabeledImages:
+    found: LabeledImages = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture(scope="module")
-def streamed(data: LabelledImages) -> StreamedImages:
+def streamed(data: LabeledImages) -> StreamedImages:
     """One for many epochs, as in a run."""
     return StreamedImages(data, CPU)
 
@@ -64,7 +64,7 @@ def workers() -> list[psutil.Process]:
 )
 @settings(max_examples=60)
 def test_batches_are_those_of_images_on_the_device(
-    streamed: StreamedImages, in_memory: LabelledImages, order: list[list[int]]
+    streamed: StreamedImages, in_memory: LabeledImages, order: list[list[int]]
 ) -> None:
     wanted = [torch.tensor(batch, dtype=torch.int64) for batch in order]
     expected = list(DeviceImages(in_memory, CPU).batches(wanted))
@@ -80,20 +80,20 @@ def test_a_split_is_as_long_as_it_has_images(streamed: StreamedImages) -> None:
     assert len(streamed) == COUNT
 
 
-def test_large_batches(streamed: StreamedImages, in_memory: LabelledImages) -> None:
+def test_large_batches(streamed: StreamedImages, in_memory: LabeledImages) -> None:
     order = [torch.arange(COUNT).repeat(100)] * 5  # 4 MB each, and 320 kB to ask for one: more than a pipe holds
     for images, _ in streamed.batches(order):
         assert torch.equal(images[-COUNT:], torch.from_numpy(in_memory.images))
 
 
-def test_a_batch_is_a_copy(streamed: StreamedImages, in_memory: LabelledImages) -> None:
+def test_a_batch_is_a_copy(streamed: StreamedImages, in_memory: LabeledImages) -> None:
     before = in_memory.images.copy()
     for images, _ in streamed.batches(shuffled(50)):
         images.zero_()
     assert np.array_equal(in_memory.images, before)
 
 
-def test_two_iterators_at_once_do_not_mix(data: LabelledImages) -> None:
+def test_two_iterators_at_once_do_not_mix(data: LabeledImages) -> None:
     streamed = StreamedImages(data, CPU)
     orders = [shuffled(40, seed=1), shuffled(40, seed=2)]
     pairs = zip(*(streamed.batches(order) for order in orders), strict=True)
@@ -103,7 +103,7 @@ def test_two_iterators_at_once_do_not_mix(data: LabelledImages) -> None:
             assert labels.tolist() == (order[number] % 10).tolist()
 
 
-def test_workers_stay_for_the_next_epoch_and_end_with_the_object(mapped: LabelledImages) -> None:
+def test_workers_stay_for_the_next_epoch_and_end_with_the_object(mapped: LabeledImages) -> None:
     others = set(workers())
     streamed = StreamedImages(mapped, CPU)
     assert set(workers()) == others  # none before they are needed
@@ -116,7 +116,7 @@ def test_workers_stay_for_the_next_epoch_and_end_with_the_object(mapped: Labelle
     assert set(workers()) == others
 
 
-def test_closing_early_leaves_no_processes(mapped: LabelledImages) -> None:
+def test_closing_early_leaves_no_processes(mapped: LabeledImages) -> None:
     others = set(workers())
     streamed = StreamedImages(mapped, CPU)
     batches = streamed.batches(shuffled(8))
@@ -127,7 +127,7 @@ def test_closing_early_leaves_no_processes(mapped: LabelledImages) -> None:
     assert len(list(streamed.batches(shuffled(64)))) == 7  # and it can be gone through again
 
 
-def test_a_killed_worker_is_an_error_and_the_next_epoch_has_new_ones(mapped: LabelledImages) -> None:
+def test_a_killed_worker_is_an_error_and_the_next_epoch_has_new_ones(mapped: LabeledImages) -> None:
     others = set(workers())
     streamed = StreamedImages(mapped, CPU)
     batches = streamed.batches(shuffled(4))
@@ -140,8 +140,8 @@ def test_a_killed_worker_is_an_error_and_the_next_epoch_has_new_ones(mapped: Lab
     assert len(list(streamed.batches(shuffled(64)))) == 7
 
 
-def test_a_file_that_is_gone_is_an_error(tmp_path: Path, in_memory: LabelledImages) -> None:
-    streamed = StreamedImages(LabelledImages(in_memory.images, in_memory.labels, tmp_path / "gone.npy"), CPU)
+def test_a_file_that_is_gone_is_an_error(tmp_path: Path, in_memory: LabeledImages) -> None:
+    streamed = StreamedImages(LabeledImages(in_memory.images, in_memory.labels, tmp_path / "gone.npy"), CPU)
     with pytest.raises(DataError, match=r"a process that reads .*gone\.npy ended .*with the file in its place"):
         list(streamed.batches(shuffled(64)))
 
@@ -153,11 +153,11 @@ def main():
     import time
     import numpy as np, torch
     from pathlib import Path
-    from cifarx_train.data.dataset import LabelledImages
+    from cifarx_train.data.dataset import LabeledImages
     from cifarx_train.data.loaders.streaming import StreamedImages
 
     file = Path({str(file)!r})
-    streamed = StreamedImages(LabelledImages(np.load(file), np.arange({COUNT}), file), torch.device("cpu"))
+    streamed = StreamedImages(LabeledImages(np.load(file), np.arange({COUNT}), file), torch.device("cpu"))
     list(streamed.batches([torch.arange(5)] * 20))
     print("ready", flush=True)
     time.sleep(100)
@@ -180,14 +180,14 @@ if __name__ == "__main__":
 # --- placing
 
 
-def test_on_a_cpu_images_stay_where_they_are(data: LabelledImages) -> None:
+def test_on_a_cpu_images_stay_where_they_are(data: LabeledImages) -> None:
     assert free_memory(CPU) is None
     assert isinstance(place_images(data, CPU), DeviceImages)
 
 
 @pytest.mark.parametrize(("spare", "kind"), [(0, DeviceImages), (-1, StreamedImages)])
 def test_more_than_half_of_the_free_memory_is_streamed_and_said(
-    in_memory: LabelledImages, monkeypatch: pytest.MonkeyPatch, spare: int, kind: type
+    in_memory: LabeledImages, monkeypatch: pytest.MonkeyPatch, spare: int, kind: type
 ) -> None:
     monkeypatch.setattr(
         "cifarx_train.data.loaders.placement.free_memory", lambda _: 2 * in_memory.images.nbytes + spare
@@ -203,7 +203,7 @@ def test_more_than_half_of_the_free_memory_is_streamed_and_said(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_the_batches_are_the_same(data: LabelledImages) -> None:
+def test_on_a_gpu_the_batches_are_the_same(data: LabeledImages) -> None:
     device = torch.device("cuda")
     assert (free_memory(device) or 0) > 0
     order = shuffled(64)

@@ -4,21 +4,21 @@ from PIL import Image
 
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import LabelledImages, Split
-from cifarx_train.data.synthetic.dataset import BuiltinSet
+from cifarx_train.data.dataset import LabeledImages, Split
+from cifarx_train.data.synthetic.dataset import SyntheticDataset
 
 SPEC = InputSpec(height=32, width=32)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[Split, LabelledImages]:
-    data = BuiltinSet()
+def splits() -> dict[Split, LabeledImages]:
+    data = SyntheticDataset()
     return {"train": data.load("train", SPEC), "test": data.load("test", SPEC)}
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_splits_are_balanced_images_of_ten_classes(splits: dict[Split, LabelledImages], split: Split) -> None:
+def test_splits_are_balanced_images_of_ten_classes(splits: dict[Split, LabeledImages], split: Split) -> None:
     images, labels = splits[split].images, splits[split].labels
     assert (images.shape[1:], images.dtype, labels.dtype) == ((32, 32, 3), np.uint8, np.int64)
     counts = np.bincount(labels)
@@ -27,33 +27,33 @@ def test_splits_are_balanced_images_of_ten_classes(splits: dict[Split, LabelledI
     assert len(images) == len(labels) == counts.sum()
 
 
-def test_there_are_enough_test_images_for_a_proof(splits: dict[Split, LabelledImages]) -> None:
+def test_there_are_enough_test_images_for_a_proof(splits: dict[Split, LabeledImages]) -> None:
     assert len(splits["test"]) >= 1000
     assert len(splits["train"]) > len(splits["test"])
 
 
-def test_no_test_image_is_a_training_image(splits: dict[Split, LabelledImages]) -> None:
+def test_no_test_image_is_a_training_image(splits: dict[Split, LabeledImages]) -> None:
     seen = {image.tobytes() for image in splits["train"].images}
     assert len(seen) == len(splits["train"])
     assert not any(image.tobytes() in seen for image in splits["test"].images)
 
 
 def test_the_classes_are_cifar10s_and_it_says_that_they_are_drawn() -> None:
-    data = BuiltinSet()
+    data = SyntheticDataset()
     assert data.class_names == CIFAR10_CLASSES
     assert data.kind == "builtin"
     assert "drawings" in data.name
 
 
-def test_it_is_the_same_every_time(splits: dict[Split, LabelledImages]) -> None:
-    again = BuiltinSet().load("test", SPEC)
+def test_it_is_the_same_every_time(splits: dict[Split, LabeledImages]) -> None:
+    again = SyntheticDataset().load("test", SPEC)
     assert np.array_equal(again.images, splits["test"].images)
     assert np.array_equal(again.labels, splits["test"].labels)
 
 
-def test_another_size_is_resized_as_everywhere(splits: dict[Split, LabelledImages]) -> None:
+def test_another_size_is_resized_as_everywhere(splits: dict[Split, LabeledImages]) -> None:
     larger = InputSpec(height=40, width=48, resize="bicubic")
-    data = BuiltinSet().load("test", larger)
+    data = SyntheticDataset().load("test", larger)
     assert data.images.shape == (len(splits["test"]), 40, 48, 3)
     assert np.array_equal(data.labels, splits["test"].labels)
     for number in (0, len(data) - 1):

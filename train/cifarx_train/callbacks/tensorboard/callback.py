@@ -14,9 +14,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from cifarx_serve.errors import FallbackWarning
 from cifarx_serve.files.atomic import cannot_write
-from cifarx_train.callbacks.base import EpochReport, Observer, RunStart, StepReport
+from cifarx_train.callbacks.base import Callback, EpochReport, RunStart, StepReport
 from cifarx_train.callbacks.tensorboard.confusion_matrix import MOST_CLASSES, confusion_picture
-from cifarx_train.callbacks.tensorboard.event_writer import EventFile, shown_summaries
+from cifarx_train.callbacks.tensorboard.event_writer import EventWriter, shown_summaries
 from cifarx_train.callbacks.tensorboard.graph import network_graph
 from cifarx_train.callbacks.tensorboard.mistakes import mistakes_picture
 from cifarx_train.memory import peak_memory
@@ -24,7 +24,7 @@ from cifarx_train.memory import peak_memory
 _BY_EPOCH: Final = frozenset({"test_loss", "accuracy", "memory_mib", "checkpoint_s", "confusion", "mistakes"})
 
 
-class TensorBoard(Observer):
+class TensorBoard(Callback):
     """The notes' scalars: `train_loss` by step; `test_loss` and `accuracy` by epoch; and more.
 
     By step also `learning_rate`, `gradient_norm` and `images_per_s`; by epoch `memory_mib`, `checkpoint_s` and the
@@ -34,14 +34,14 @@ class TensorBoard(Observer):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: EventFile | None = None
+        self._file: EventWriter | None = None
         self._judged = False
 
     def on_start(self, run: RunStart) -> None:
         self._run = run
         with self._or_without():
             earlier = shown_summaries(self._folder) if run.first_step else []
-            self._file = EventFile(self._folder)
+            self._file = EventWriter(self._folder)
             self._go_on(self._file, earlier)
             if graph := network_graph(run.module, run.input):
                 self._file.add(graph)
@@ -76,7 +76,7 @@ class TensorBoard(Observer):
                 self._file.close()
             self._file = None
 
-    def _go_on(self, file: EventFile, earlier: list[Event]) -> None:
+    def _go_on(self, file: EventWriter, earlier: list[Event]) -> None:
         """Hide what an earlier run in the folder told, but for what the continued run had told by its checkpoint.
 
         TensorBoard can only hide the points from some step on, of all curves alike, and an epoch's number is no step:
@@ -96,11 +96,11 @@ class TensorBoard(Observer):
             return bool(event.step < run.first_step // (run.steps // run.recipe.epochs))
         return bool(event.step <= run.first_step)
 
-    def _add_epoch(self, file: EventFile, report: EpochReport) -> None:
-        judged, names = report.evaluation, self._run.class_names
+    def _add_epoch(self, file: EventWriter, report: EpochReport) -> None:
+        eval_model, names = report.evaluation, self._run.class_names
         values = {
-            "test_loss": judged.loss,
-            "accuracy": judged.accuracy,
+            "test_loss": eval_model.loss,
+            "accuracy": eval_model.accuracy,
             "memory_mib": peak_memory(torch.device(self._run.device)) / 2**20,
             "checkpoint_s": report.save_s,
         }
@@ -110,8 +110,8 @@ class TensorBoard(Observer):
             for summary in self._recipe()[:-1]:
                 file.add_summary(0, summary)
         if len(names) <= MOST_CLASSES:
-            file.add_picture(report.epoch, "confusion", confusion_picture(judged.confusion, names))
-        file.add_picture(report.epoch, "mistakes", mistakes_picture(judged.mistakes, self._run.test, names))
+            file.add_picture(report.epoch, "confusion", confusion_picture(eval_model.confusion, names))
+        file.add_picture(report.epoch, "mistakes", mistakes_picture(eval_model.mistakes, self._run.test, names))
 
     def _recipe(self) -> tuple[Summary, Summary, Summary]:
         """The recipe as hyperparameters; what it led to are the last points of the two curves."""

@@ -15,7 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 _NAME: Final = "events.out.tfevents."
 
 
-class EventFile:
+class EventWriter:
     """A new file in a folder, read after all that are there.
 
     TensorBoard's own writer writes in a thread, where a full disk cannot be caught and shows as a traceback; and two

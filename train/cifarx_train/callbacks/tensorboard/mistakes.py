@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cifarx_train.callbacks.tensorboard.text import INK, PAPER, fitted, font, line_height, text_width
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Mistake
 
 _COLUMNS: Final = 5
@@ -19,7 +19,7 @@ _GAP: Final = 12
 _WRONG: Final = (165, 15, 21)
 
 
-def mistakes_picture(mistakes: Sequence[Mistake], images: LabelledImages, class_names: Sequence[str]) -> Image.Image:
+def mistakes_picture(mistakes: Sequence[Mistake], images: LabeledImages, class_names: Sequence[str]) -> Image.Image:
     """A grid of images, each above its true class, the class that it was taken for, and how sure the model was."""
     if not mistakes:
         return _no_mistakes()

@@ -43,7 +43,7 @@ class _Fit(NamedTuple):
     distance: int
 
 
-def recognise(shapes: Shapes, path: object, model: str | None = None) -> Match:
+def identify_architecture(shapes: Shapes, path: object, model: str | None = None) -> Match:
     """The network whose weights have these names and shapes.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 
 from cifarx_serve.errors import FallbackWarning, ModelFileError
 from cifarx_serve.spec import InputSpec, ModelSpec
-from cifarx_train.checkpoints.legacy.architecture import Match, recognise
+from cifarx_train.checkpoints.legacy.architecture import Match, identify_architecture
 from cifarx_train.checkpoints.legacy.safe_unpickle import LZH_CLASSES, REMEDY, StandIn, plain_dict
 from cifarx_train.models.registry import network
 
@@ -27,7 +27,9 @@ _DEEPEST: Final = 50
 _LONGEST: Final = 500
 
 
-def read_notes_file(path: Path, content: Any, model: str | None = None) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
+def read_legacy_checkpoint(
+    path: Path, content: Any, model: str | None = None
+) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
     """The spec and the weights, by our own names, of a file that is no checkpoint of ours.
 
     Args:
@@ -44,7 +46,7 @@ def read_notes_file(path: Path, content: Any, model: str | None = None) -> tuple
         raise ModelFileError(f"{path} is not a cifarx checkpoint, and holds no network's weights", REMEDY)
     tensors, name = found
     weights = _without_wrappers({key: _checked(path, key, value) for key, value in tensors.items()})
-    match = recognise({key: tuple(tensor.shape) for key, tensor in weights.items()}, path, model or name)
+    match = identify_architecture({key: tuple(tensor.shape) for key, tensor in weights.items()}, path, model or name)
     if match.classes < 2:
         raise ModelFileError(f"{path} tells {match.classes} class apart", "give a classifier of at least 2 classes")
     names, called = _class_names(match.classes)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 
 
 class DeviceImages:
     """A split on a device. Takes N·height·width·3 bytes there: 184 MB for all of CIFAR-10."""
 
-    def __init__(self, data: LabelledImages, device: torch.device) -> None:
+    def __init__(self, data: LabeledImages, device: torch.device) -> None:
         with warnings.catch_warnings():
             # Images mapped from a file are read-only; PyTorch warns that it cannot say so. Nothing writes here.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)

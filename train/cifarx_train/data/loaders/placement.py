@@ -6,7 +6,7 @@ from typing import Final, TypeAlias
 import torch
 
 from cifarx_serve.errors import FallbackWarning
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.data.loaders.device import DeviceImages
 from cifarx_train.data.loaders.streaming import StreamedImages
 
@@ -15,7 +15,7 @@ PlacedImages: TypeAlias = DeviceImages | StreamedImages
 _SHARE: Final = 0.5  # of the device's free memory; the network, its gradients and activations need the rest
 
 
-def place_images(data: LabelledImages, device: torch.device) -> PlacedImages:
+def place_images(data: LabeledImages, device: torch.device) -> PlacedImages:
     """Put a split on the device, or stream it there, with a FallbackWarning, if it takes over half of the free memory.
 
     On a CPU nothing is copied: images in memory stay where they are, and mapped ones are read as they are needed.

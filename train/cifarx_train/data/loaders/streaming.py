@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.errors import DataError
 from cifarx_serve.system.cpus import available_cpus
-from cifarx_train.data.dataset import LabelledImages
+from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.data.loaders.streaming_worker import serve
 
 _Connection: TypeAlias = "Connection[bytes, bytes]"
@@ -36,7 +36,7 @@ class StreamedImages:
     # Not torch's DataLoader: its workers take seconds to start, hold PyTorch in memory each, now and then abort when
     # they are ended early, and a signal handler raises what ended them wherever the process that trains happens to be.
 
-    def __init__(self, data: LabelledImages, device: torch.device) -> None:
+    def __init__(self, data: LabeledImages, device: torch.device) -> None:
         self.labels = torch.from_numpy(data.labels).to(device)
         self._data = data
         self._idle: _Workers | None = None

@@ -13,7 +13,7 @@ from cifarx_export.formats.onnx.int8.layers import float_tensors, quiet, shortcu
 
 _OPERATIONS: Final = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Flatten")
 """What ONNX Runtime's CPU kernels run in int8, and what integers pass through unchanged. Softmax, normalisation and
-gates (HardSwish, Mul) stay in fp32: they are a small part of the work and a large part of the error."""
+tolerances (HardSwish, Mul) stay in fp32: they are a small part of the work and a large part of the error."""
 
 _FLOAT_OUTPUT: Final = ("Gemm", "MatMul")
 """May end in fp32, where nothing follows that takes integers."""
