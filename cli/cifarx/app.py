@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 from typer.main import get_command as build_command
 
 import cifarx
-from cifarx_serve.errors import unknown
+from cifarx_serve.errors import unknown_name_error
 
 COMMANDS: Final = ("train", "export", "verify", "infer", "bench", "serve", "inspect", "doctor", "demo")
 """Each is the function `command` in the module `cifarx.commands.<name>`, in the order of the help page."""
@@ -24,7 +24,7 @@ class LazyCommands(TyperGroup):
         if cmd_name not in COMMANDS:
             if cmd_name.startswith("-"):
                 return None  # the parser names a wrong option better
-            raise unknown("command", cmd_name, COMMANDS)
+            raise unknown_name_error("command", cmd_name, COMMANDS)
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
         single.command(cmd_name)(import_module(f"cifarx.commands.{cmd_name}").command)
         command = build_command(single)

@@ -10,7 +10,7 @@ import typer
 import cifarx_train  # noqa: F401  offers its backend, also where no entry point does
 from cifarx.app import app
 from cifarx.output.console import failure, note
-from cifarx_serve.errors import CifarxError, FallbackWarning
+from cifarx_serve.errors import CifarxError, FallbackWarning, error_message
 
 # The base of every usage error; Typer exports none of its ancestors by a name that stays.
 _UsageProblem: Final[type[Exception]] = typer.BadParameter.__mro__[2]
@@ -57,7 +57,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
             told = "interrupted: what was finished is kept", _CTRL_C
         case OSError():
             where = f" {error.filename}" if error.filename else ""
-            told = f"the system refused{where} ({error.strerror or error}): check the path and the disk", 2
+            told = f"the system refused{where} ({error_message(error)}): check the path and the disk", 2
         case _:
             what = f"{type(error).__name__} {error}"
             told = f"a defect of cifarx ({what}): report it with what CIFARX_DEBUG=1 shows", 2

@@ -5,6 +5,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
+from cifarx_serve.errors import UsageError
+
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 DeviceName: TypeAlias = Annotated[
     str,
@@ -22,10 +24,12 @@ DataName: TypeAlias = Annotated[
         help="auto, cifar10, builtin, or the path of a folder or .tar.gz with train/CLASS/ and test/CLASS/.",
     ),
 ]
-Broken: TypeAlias = Annotated[
-    Literal["refuse", "skip"],
-    typer.Option("--broken", help="Images that cannot be read: refuse the data, or skip them."),
+OnError: TypeAlias = Annotated[
+    Literal["raise", "skip"] | None,
+    typer.Option("--on-error", help="Stop at images that cannot be read, or skip them. [default: raise]"),
 ]
+Broken: TypeAlias = Annotated[Literal["refuse", "skip"] | None, typer.Option("--broken", hidden=True)]
+"""The former name of `--on-error`, which still works."""
 Checkpoint: TypeAlias = Annotated[
     str,
     typer.Option(
@@ -46,3 +50,16 @@ AbsoluteTolerance: TypeAlias = Annotated[
 RelativeTolerance: TypeAlias = Annotated[
     float | None, typer.Option("--rtol", help="Relative tolerance of a logit. [default: by precision]")
 ]
+
+
+def resolve_on_error(
+    on_error: Literal["raise", "skip"] | None, broken: Literal["refuse", "skip"] | None
+) -> Literal["raise", "skip"]:
+    """Return what to do about unreadable images, from `--on-error` or from `--broken`, its former name.
+
+    Raises:
+        UsageError: both options were given.
+    """
+    if on_error and broken:
+        raise UsageError("--on-error and --broken were both given", "--broken is the old name: use --on-error alone")
+    return on_error or ("skip" if broken == "skip" else "raise")

@@ -30,7 +30,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     channels: Literal[3] = 3
     layout: Literal["NCHW"] = "NCHW"
     dtype: Literal["float32"] = "float32"
-    colour: Literal["RGB"] = "RGB"
+    color: Literal["RGB"] = msgspec.field(name="colour", default="RGB")
     value_range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[Spread, Spread, Spread] = (1.0, 1.0, 1.0)

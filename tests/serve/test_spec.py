@@ -118,6 +118,7 @@ def test_is_json_with_its_version_first() -> None:
     assert fields["schema_version"] == SCHEMA_VERSION
     assert fields["class_names"] == ["cat", "dog"]
     assert fields["input"]["layout"] == "NCHW"
+    assert fields["input"]["colour"] == "RGB"  # the key in schema 1; the attribute is `color`
 
 
 @given(st.data())

@@ -1,13 +1,13 @@
 """`cifarx bench`"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cifarx.bench_report.baseline import DEFAULT_LIMIT
 from cifarx.bench_report.pick import EXAMPLE, nothing_line, parse_bounds, pick, picked_line
-from cifarx.options import Broken, DataName, DeviceName, Json
+from cifarx.options import Broken, DataName, DeviceName, Json, OnError, resolve_on_error
 from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
 
@@ -20,7 +20,8 @@ def command(
     batch: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes.")] = "1,64",
     device: DeviceName = "auto",
     data: DataName = "auto",
-    broken: Broken = "refuse",
+    on_error: OnError = None,
+    broken: Broken = None,
     report: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Write the report there too: .json, .csv, .md, .html, .png. Again for more."),
@@ -47,7 +48,7 @@ def command(
     batches = _batch_sizes(batch)
     for path in report or []:
         require_report(path)
-    measured = _measure(files, batches, device, data, broken)
+    measured = _measure(files, batches, device, data, resolve_on_error(on_error, broken))
     for path in report or []:
         write_report(measured, path)
         note(f"wrote {path}")
@@ -67,13 +68,15 @@ def command(
     return 1 if (compared and not compared.passed) or (bounds and not picked) else 0
 
 
-def _measure(files: list[str], batches: list[int], device: str, data: str, broken: Broken) -> "BenchmarkReport":
+def _measure(
+    files: list[str], batches: list[int], device: str, data: str, on_error: Literal["raise", "skip"]
+) -> "BenchmarkReport":
     from cifarx_serve.backends.registry import read_spec
     from cifarx_serve.benchmarking.benchmark import benchmark
-    from cifarx_train.data.selection import select_data_like
+    from cifarx_train.data.selection import select_dataset_for_model
 
     spec = read_spec(files[0])
-    chosen = select_data_like(spec.training.data if spec.training else None, data, broken)
+    chosen = select_dataset_for_model(spec.training.data if spec.training else None, data, on_error)
     loaded = chosen.load("test", spec.input)
     paths = [Path(file) for file in files]
     return benchmark(paths, loaded.images, chosen.name, batches, device, labels=loaded.labels, progress=note)

@@ -77,12 +77,12 @@ def _data() -> Iterator[Finding]:
     import os
     from pathlib import Path
 
-    from cifarx_train.data.selection import ENVIRONMENT
+    from cifarx_train.data.selection import DATA_ENV_VAR
 
-    named = os.environ.get(ENVIRONMENT)
+    named = os.environ.get(DATA_ENV_VAR)
     if named:
         there = Path(named).exists()
-        yield Finding(ENVIRONMENT, there, named if there else f"{named} does not exist")
+        yield Finding(DATA_ENV_VAR, there, named if there else f"{named} does not exist")
     else:
         there = Path("cifar10/cifar-10-batches-py").is_dir()
         found = "./cifar10" if there else "not in ./cifar10; `--data auto` downloads it or takes the built-in drawings"

@@ -12,8 +12,10 @@ from cifarx.options import (
     DataName,
     Json,
     ModelName,
+    OnError,
     RelativeTolerance,
     ReportPage,
+    resolve_on_error,
 )
 from cifarx.output.console import json_result, note, result
 from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, export_format
@@ -32,7 +34,8 @@ def command(
     ] = None,
     model: ModelName = None,
     data: DataName = "auto",
-    broken: Broken = "refuse",
+    on_error: OnError = None,
+    broken: Broken = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder. [default: the checkpoint's]")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, 18 to 23. [default: 18]")] = None,
     calibration_images: Annotated[
@@ -60,11 +63,11 @@ def command(
         precisions or ["fp32"],
         model=model,
         data=data,
-        broken=broken,
+        on_error=resolve_on_error(on_error, broken),
         out=out,
         options=ExportOptions(opset, calibration_images, embed_preprocessing or None),
         batch=batch,
-        page=page,
+        html_report=page,
         atol=atol,
         rtol=rtol,
         progress=note,

@@ -9,7 +9,7 @@ from cifarx.options import Json
 from cifarx.output.console import json_result, result
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.registry import model_file, read_spec
-from cifarx_serve.errors import CheckFailed
+from cifarx_serve.errors import CheckFailed, error_message
 from cifarx_serve.files.checksum import SealState, damaged_member, read_seal
 from cifarx_serve.spec import InputSpec, ModelSpec
 
@@ -51,9 +51,8 @@ def _check_members(path: Path) -> str:
     try:
         damaged = damaged_member(path)
     except Exception as error:  # what zipfile raises on damaged archives has no common base
-        reason = " ".join(str(error).split())
         raise CheckFailed(
-            f"{path} carries no seal and no checksums ({reason})", "train again, or save it anew"
+            f"{path} carries no seal and no checksums ({error_message(error)})", "train again, or save it anew"
         ) from error
     if damaged:
         raise CheckFailed(f"{path} was changed: {damaged} has another CRC-32", "get it again from where it came")
@@ -76,8 +75,8 @@ def _facts(spec: ModelSpec) -> list[tuple[str, str]]:
 def _input(spec: ModelSpec) -> str:
     taken = spec.input
     if spec.embedded_preprocessing:
-        return f"uint8 NHWC (N, any height, any width, {taken.channels}), {taken.colour}"
-    return f"{taken.dtype} {taken.layout} (N, {taken.channels}, {taken.height}, {taken.width}), {taken.colour}"
+        return f"uint8 NHWC (N, any height, any width, {taken.channels}), {taken.color}"
+    return f"{taken.dtype} {taken.layout} (N, {taken.channels}, {taken.height}, {taken.width}), {taken.color}"
 
 
 def _preprocessing(taken: InputSpec, embedded: bool) -> str:

@@ -16,9 +16,9 @@ from cifarx_serve.backends.registry import read_spec, registered_backends
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.server.http.api_keys import ApiKeys
-from cifarx_serve.server.http.listener import tls_context
+from cifarx_serve.server.http.listener import create_ssl_context
 from cifarx_serve.server.processes.supervisor import Supervisor, listen
-from cifarx_serve.server.settings import Limits, Settings, served_names
+from cifarx_serve.server.settings import Limits, Settings, files_by_name
 from cifarx_serve.system.cpus import available_cpus
 
 _DEFAULT = Limits()
@@ -59,13 +59,13 @@ def command(
     ] = True,
 ) -> int:
     """Serve model files over HTTP: /docs of the server says how to ask."""
-    names = served_names(files)
+    names = files_by_name(files)
     for path in files:
         read_spec(path)  # what is wrong with a file is told before anything is started
     _require_origin(cors_origin)
     if api_key_file:
         ApiKeys(api_key_file)
-    tls = tls_context(_text(certfile), _text(keyfile))
+    tls = create_ssl_context(_text(certfile), _text(keyfile))
     count = _workers(workers, device)
     settings = Settings(
         files=names,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cifarx.options import Broken, DataName, DeviceName, Json
+from cifarx.options import Broken, DataName, DeviceName, Json, OnError, resolve_on_error
 from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
 
@@ -16,7 +16,8 @@ def command(
         str | None, typer.Option(metavar="NAME", help="lzh, fastnet, or a torchvision classifier: resnet34, vgg16, …")
     ] = None,
     data: DataName = "auto",
-    broken: Broken = "refuse",
+    on_error: OnError = None,
+    broken: Broken = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="notes, fast, or a TOML file. [default: notes]")
     ] = None,
@@ -78,7 +79,7 @@ def command(
     done = train(
         model,
         data=data,
-        broken=broken,
+        on_error=resolve_on_error(on_error, broken),
         recipe_name=recipe,
         stem=stem,
         image_size=image_size,
@@ -100,7 +101,7 @@ def command(
         note(f"note: stopped early: {done.stopped}")
     result(
         f"{last}: {done.test_accuracy:.2%} test accuracy on {done.data}, {done.epochs} epochs on {done.device}, "
-        f"{done.memory_bytes / 2**20:,.0f} MiB at most"
+        f"{done.peak_memory_bytes / 2**20:,.0f} MiB at most"
     )
     if done.best and done.best[1] > done.test_accuracy:
         note(f"note: the best was {done.best[0]} with {done.best[1]:.2%}")

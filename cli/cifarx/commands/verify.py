@@ -12,8 +12,10 @@ from cifarx.options import (
     DeviceName,
     Json,
     ModelName,
+    OnError,
     RelativeTolerance,
     ReportPage,
+    resolve_on_error,
 )
 from cifarx.output.console import json_result, note, result
 
@@ -28,7 +30,8 @@ def command(
     ] = None,
     model: ModelName = None,
     data: DataName = "auto",
-    broken: Broken = "refuse",
+    on_error: OnError = None,
+    broken: Broken = None,
     device: DeviceName = "cpu",
     batch: Annotated[int | None, typer.Option(help="Compare this batch size too, beside 1, 3 and 64.")] = None,
     spec: Annotated[
@@ -50,12 +53,12 @@ def command(
         checkpoint=ckpt,
         model=model,
         data=data,
-        broken=broken,
+        on_error=resolve_on_error(on_error, broken),
         device=device,
         batch=batch,
         spec=spec,
         locate=locate,
-        page=page,
+        html_report=page,
         atol=atol,
         rtol=rtol,
         progress=note,

@@ -73,8 +73,8 @@ def _after(report: ParityReport) -> list[tuple[str, str]]:
         rows += [("errors", errors), ("would pass", f"a tolerance of {summary.required_tolerance:.2e}")]
     if summary.reference_accuracy is not None and summary.accuracy is not None:
         rows.append(("accuracy", f"{summary.accuracy:.2%}, the checkpoint {summary.reference_accuracy:.2%}"))
-    if report.evidence is not None and report.evidence.disagreements:
-        rows.append(("differs most", _pairs(report.evidence)))
+    if report.error_analysis is not None and report.error_analysis.disagreements:
+        rows.append(("differs most", _pairs(report.error_analysis)))
     return rows
 
 
