@@ -1,0 +1,38 @@
+"""Self-contained HTML reports: the Jinja environment and the base template that all report pages share."""
+
+import unicodedata
+from collections.abc import Callable, Mapping
+
+BASE_PACKAGE = "cifarx_export"
+"""The package whose `templates` folder holds `report_base.html`."""
+
+
+def render_page(package: str, template: str, filters: Mapping[str, Callable[..., str]], **context: object) -> str:
+    """Render one page as text.
+
+    The names of files, classes and data sets in a report come from anywhere, so all text is escaped, and characters
+    that neither XML nor UTF-8 can hold are replaced.
+
+    Args:
+        package: The package whose `templates` folder holds the template, which extends `report_base.html`.
+        template: The template's file name.
+        filters: Filters of the template by name, in addition to Jinja's own.
+        context: The variables of the template.
+    """
+    import jinja2  # part of the `train` extra
+
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader(BASE_PACKAGE)]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters.update(filters)
+    return environment.get_template(template).render(context)
+
+
+def printable(text: str) -> str:
+    """Return the text with every control character, surrogate and unassigned code point replaced by U+FFFD."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(letter)[0] == "C" else letter for letter in text)
