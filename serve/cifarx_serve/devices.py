@@ -1,28 +1,33 @@
-"""The names of devices, as users write them."""
+"""The devices that a model can run on, by the names that users write."""
 
 import re
 from typing import Literal, NamedTuple
 
 from cifarx_serve.errors import UsageError
 
-DEVICES = "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps"
+_DEVICES = "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps"
 
 
 class Device(NamedTuple):
-    """A device as asked for; `number` is meaningful for CUDA and TensorRT, which counts the same GPUs."""
+    """A requested device.
 
-    kind: Literal["auto", "cpu", "cuda", "tensorrt", "mps"]
-    number: int = 0
+    Attributes:
+        type: the type of device. `auto` selects the best one that is available.
+        index: the number of the GPU, for CUDA and TensorRT.
+    """
+
+    type: Literal["auto", "cpu", "cuda", "tensorrt", "mps"]
+    index: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.number}" if self.kind in ("cuda", "tensorrt") else self.kind
+        return f"{self.type}:{self.index}" if self.type in ("cuda", "tensorrt") else self.type
 
 
 def parse_device(name: str) -> Device:
-    """Read `auto`, `cpu`, `cuda`, `cuda:N`, `tensorrt`, `tensorrt:N` or `mps`.
+    """Parse the name of a device: `auto`, `cpu`, `cuda`, `cuda:N`, `tensorrt`, `tensorrt:N` or `mps`.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the name is not one of these.
     """
     match name:
         case "auto" | "cpu" | "mps" | "cuda" | "tensorrt":
@@ -31,4 +36,4 @@ def parse_device(name: str) -> Device:
         return Device("cuda", int(match_[1]))
     if match_ := re.fullmatch(r"tensorrt:([0-9]{1,3})", name):
         return Device("tensorrt", int(match_[1]))
-    raise UsageError(f"unknown device {name!r}", f"use one of {DEVICES}")
+    raise UsageError(f"unknown device {name!r}", f"choose from {_DEVICES}")

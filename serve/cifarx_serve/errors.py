@@ -1,14 +1,17 @@
-"""Every error a user can meet: what was wrong, with the value, and how to mend it."""
+"""The exceptions that cifarx raises. Each one says what is wrong, with the value, and how to fix it."""
 
 from collections.abc import Iterable
 
 
 class CifarxError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all cifarx exceptions.
 
     Args:
-        problem: what was wrong, naming the value.
-        remedy: how to mend it.
+        problem: what is wrong, including the offending value.
+        remedy: how to fix it.
+
+    Attributes:
+        exit_status: the status with which the command line exits after this error.
     """
 
     exit_status: int = 2
@@ -20,60 +23,82 @@ class CifarxError(Exception):
 
 
 class FallbackWarning(UserWarning):
-    """Something less than the best was taken, as `auto` may: told once, never silently."""
+    """Warns that a slower or lesser alternative is used in place of the preferred one."""
 
 
 class UsageError(CifarxError):
-    """An option, a name or a combination of them that means nothing."""
+    """Raised for an invalid option, name or combination of options."""
 
 
 class SpecError(CifarxError):
-    """A model spec that is missing, malformed or of a newer schema."""
+    """Raised when a model spec is missing, malformed or has a newer schema."""
 
 
 class ImageError(CifarxError):
-    """A file that cannot be read as an image."""
+    """Raised when a file cannot be read as an image."""
 
 
 class ModelFileError(CifarxError):
-    """A checkpoint or artifact that cannot be read or run."""
+    """Raised when a checkpoint or artifact cannot be read or run."""
 
 
 class DataError(CifarxError):
-    """A data set that is absent, empty or damaged."""
+    """Raised when a dataset is missing, empty or damaged."""
 
 
 class DeviceError(CifarxError):
-    """A device that was asked for and cannot be had."""
+    """Raised when the requested device is not available."""
 
 
 class OutputError(CifarxError):
-    """A file or folder that cannot be written."""
+    """Raised when a file or directory cannot be written."""
 
 
-class PeerLost(CifarxError):
-    """Another process that this one works with has ended."""
+class DistributedError(CifarxError):
+    """Raised when another process of a distributed run has exited or cannot be reached."""
 
 
 class Interrupted(CifarxError):
-    """A signal ended long work; what was done is saved, and told how to go on with."""
+    """Raised when a signal interrupts a long operation, after the finished work has been saved.
+
+    Args:
+        problem: what was interrupted.
+        remedy: how to resume.
+        signal_number: the number of the signal. The exit status is 128 plus this number, as in a shell.
+    """
 
     def __init__(self, problem: str, remedy: str, signal_number: int) -> None:
         super().__init__(problem, remedy)
-        self.exit_status = 128 + signal_number  # as a shell reports a process that a signal ended
+        self.exit_status = 128 + signal_number
 
 
 class CheckFailed(CifarxError):
-    """A proof or a budget that does not hold; nothing was wrong with the input."""
+    """Raised when a parity check or a requirement fails although the input is valid."""
 
     exit_status = 1
 
 
-def unknown(kind: str, value: str, choices: Iterable[str]) -> UsageError:
-    """The error for a name that is none of `choices`, with the nearest of them."""
-    from difflib import get_close_matches  # only a mistake should pay for it
+def error_message(error: BaseException) -> str:
+    """Return the message of any exception on one line.
+
+    This is the system's message for an `OSError`, without its number and path. For other exceptions it is the first
+    line of the message, or the name of the type if the message is empty.
+    """
+    message = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return (message.strip() or type(error).__name__).splitlines()[0]
+
+
+def unknown_name_error(kind: str, value: str, choices: Iterable[str]) -> UsageError:
+    """Return the error for a name that is not in `choices`. It suggests the closest match.
+
+    Args:
+        kind: what the name is for, such as "backend".
+        value: the unknown name.
+        choices: all valid names.
+    """
+    from difflib import get_close_matches  # imported here because it is needed only after a mistake
 
     known = sorted(choices)
     near = get_close_matches(value.lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {kind} {value!r}", f"{hint}known are {', '.join(known)}")
+    return UsageError(f"unknown {kind} {value!r}", f"{hint}choose from {', '.join(known)}")

@@ -1,12 +1,12 @@
-"""Telling the caller of long work what is being done."""
+"""Report the progress of long operations."""
 
 from collections.abc import Callable
 from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[str], None]
-"""Takes one line without a newline."""
+"""Called with one line of text, without a newline, for each step of the work."""
 
 
 def silent(message: str) -> None:
-    """Tells nobody."""
+    """Ignore the message."""
     del message

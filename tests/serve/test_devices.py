@@ -10,21 +10,21 @@ from cifarx_serve.errors import UsageError
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "mps"])
-def test_names(name: str) -> None:
+def test_devices_without_an_index(name: str) -> None:
     device = parse_device(name)
-    assert device.kind == name
+    assert device.type == name
     assert str(device) == name
 
 
-@pytest.mark.parametrize("kind", ["cuda", "tensorrt"])
-def test_one_without_a_number_is_the_first(kind: Literal["cuda", "tensorrt"]) -> None:
-    assert parse_device(kind) == parse_device(f"{kind}:0") == Device(kind, 0)
+@pytest.mark.parametrize("type_", ["cuda", "tensorrt"])
+def test_the_default_index_is_zero(type_: Literal["cuda", "tensorrt"]) -> None:
+    assert parse_device(type_) == parse_device(f"{type_}:0") == Device(type_, 0)
 
 
 @given(st.sampled_from(["cuda", "tensorrt"]), st.integers(0, 999))
-def test_by_number(kind: Literal["cuda", "tensorrt"], number: int) -> None:
-    device = parse_device(f"{kind}:{number}")
-    assert device == Device(kind, number)
+def test_devices_with_an_index(type_: Literal["cuda", "tensorrt"], index: int) -> None:
+    device = parse_device(f"{type_}:{index}")
+    assert device == Device(type_, index)
     assert parse_device(str(device)) == device
 
 
@@ -37,7 +37,7 @@ def test_by_number(kind: Literal["cuda", "tensorrt"], number: int) -> None:
 @example("CUDA")
 @example("gpu")
 @example("")
-def test_everything_else_is_refused(name: str) -> None:
+def test_all_other_names_are_refused(name: str) -> None:
     if re.fullmatch(r"auto|cpu|mps|(cuda|tensorrt)(:[0-9]{1,3})?", name):
         parse_device(name)
     else:

@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not there at all."""
+"""Write files and directories atomically: the target either has its whole content or does not change."""
 
 import os
 import tempfile
@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cifarx_serve.errors import OutputError
+from cifarx_serve.errors import OutputError, error_message
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, renamed to it when the block ends well and removed when it does not.
+    """Yield a temporary path that is renamed to `target` if the block succeeds, and removed otherwise.
 
-    The bytes are flushed to the disk before the rename, so that a power cut leaves the old file or the new one.
-    The temporary name keeps the target's suffix and starts with a dot: nothing takes it for a finished file.
+    The content is flushed to the disk before the rename, so that a power failure leaves either the old file or the
+    new one. The temporary name is in the same directory. It starts with a dot, so that it is not mistaken for a
+    finished file, and has the suffix of the target.
 
     Raises:
-        OutputError: the folder cannot be made or written, or the disk is full.
+        OutputError: the directory cannot be created or written, or the disk is full.
     """
     temporary: Path | None = None
     try:
@@ -33,21 +34,21 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.replace(target)
         _flush(target.parent)
     except OSError as error:
-        raise cannot_write(target, error) from error
+        raise write_error(target, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and is removed when not.
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory that replaces `target` if the block succeeds, and is removed otherwise.
 
-    A folder cannot be renamed over another that has content: the old one steps aside first and comes back where
-    the new one cannot take its place.
+    A directory cannot be renamed over one that is not empty. So the old directory is moved aside first, and moved back
+    if the new one cannot take its place.
 
     Raises:
-        OutputError: the place cannot be made or written, or the disk is full.
+        OutputError: the directory cannot be created or written, or the disk is full.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,45 +64,45 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 if target.exists():
                     target.rename(old)
                 new.rename(target)
-            except BaseException:  # an interrupt too: the old folder would go with the temporary one
+            except BaseException:  # also an interrupt: the old directory would be removed with the temporary one
                 if old.exists() and not target.exists():
                     old.rename(target)
                 raise
             _flush(target.parent)
     except OSError as error:
-        raise cannot_write(target, error) from error
+        raise write_error(target, error) from error
 
 
-def remove_leftovers(folder: Path, suffix: str) -> None:
-    """Remove what killed writers of files with that suffix left half written; nobody else may be writing there."""
-    for leftover in folder.glob(f".*.partial{suffix}"):
+def remove_partial_files(directory: Path, suffix: str) -> None:
+    """Remove the temporary files that killed processes left while they wrote files with this suffix.
+
+    No other process may be writing such files in the directory.
+    """
+    for leftover in directory.glob(f".*.partial{suffix}"):
         leftover.unlink(missing_ok=True)
 
 
-def require_writable(folder: Path) -> None:
-    """Make `folder` and find out now, not after an hour of training, whether files can be made in it.
+def require_writable(directory: Path) -> None:
+    """Create `directory` and check that files can be created in it, so that a long run does not fail at its end.
 
     Raises:
-        OutputError: they cannot.
+        OutputError: the directory cannot be created or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"\0")
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise write_error(directory, error) from error
 
 
-def cannot_write(target: Path, error: OSError) -> OutputError:
-    """The error for a path that the system would not write."""
-    return OutputError(
-        f"cannot write {target} ({error.strerror or error})",
-        "free some space or name another place",
-    )
+def write_error(target: Path, error: OSError) -> OutputError:
+    """Return the exception for a path that the system could not write."""
+    return OutputError(f"cannot write {target} ({error_message(error)})", "free some space or choose another path")
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder to flush it
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a directory
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

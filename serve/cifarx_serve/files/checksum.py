@@ -1,10 +1,11 @@
-"""A sha256 inside the file it is of, so that one changed byte is found with nothing but the file.
+"""Store the checksum of a file in the file itself, so that a changed byte is detected without any other file.
 
-A sealed file ends with `cifarx-seal:` and 64 hexadecimal digits: the sha256 of every byte before the digits. Both kinds
-of file that are sealed have a place at their end that their readers leave alone: in ONNX an entry of `metadata_props`,
-which protobuf takes after all else; in a zip archive, PyTorch's files among them, the archive's comment.
+The file ends with `cifarx-seal:` and 64 hexadecimal digits: the SHA-256 of all bytes before the digits. Both supported
+formats have a place at their end that other readers ignore: an entry of `metadata_props` in ONNX, which protobuf allows
+after all other fields, and the comment of a zip archive, such as PyTorch's files.
 
-A seal finds accidents: a bad copy, a bad disk. It is no signature: who changes a file on purpose can seal it again.
+The checksum detects accidental damage from a bad copy or a bad disk. It is not a signature: anyone who changes a file
+on purpose can also write a new checksum.
 """
 
 import hashlib
@@ -18,83 +19,92 @@ from typing import IO, Final, NamedTuple
 from cifarx_serve.errors import ModelFileError
 
 MARKER: Final = b"cifarx-seal:"
-KEY: Final = b"cifarx.seal"
-"""The key of the seal in an ONNX file's `metadata_props`."""
+"""The bytes before the digits."""
+
+_ONNX_KEY: Final = b"cifarx.seal"
+"""The key of the checksum in the `metadata_props` of an ONNX file."""
 
 _DIGITS: Final = 64
 LENGTH: Final = len(MARKER) + _DIGITS
-"""Of a seal, in bytes."""
+"""The size of the marker and the digits, in bytes."""
 
 _BLOCK: Final = 1 << 20
 
-# End of central directory (APPNOTE.TXT, 4.3.16): 22 bytes, the last two of them the length of the comment.
+# End of central directory (APPNOTE.TXT, 4.3.16): 22 bytes, the last two of which are the length of the comment.
 _ZIP_START: Final = b"PK\x03\x04"
 _ZIP_END: Final = b"PK\x05\x06"
 _ZIP_END_SIZE: Final = 22
 
 
-class SealState(Enum):
-    """What a seal says of its file."""
+class ChecksumState(Enum):
+    """The result of comparing a file with its checksum."""
 
     INTACT = "intact"
     CHANGED = "changed"
     ABSENT = "absent"
 
 
-class Seal(NamedTuple):
-    """A file's seal: its state, and the sha256 it states, in hexadecimal; empty where there is none."""
+class Checksum(NamedTuple):
+    """The checksum of a file.
 
-    state: SealState
+    Attributes:
+        state: whether the checksum matches the content.
+        sha256: the stored checksum in hexadecimal, or an empty string if there is no valid one.
+    """
+
+    state: ChecksumState
     sha256: str = ""
 
 
-def seal(path: Path) -> None:
-    """Put a seal on a file, or renew the one it has; in place, so before the file gets its name.
+def write_checksum(path: Path) -> None:
+    """Add a checksum to a file, or update the existing one.
 
-    The rest of the file keeps its bytes (of an archive, but for the length of its comment).
+    The file is changed in place, so call this before the file gets its final name. The other bytes do not change,
+    except for the length of the comment of a zip archive.
 
     Raises:
-        ModelFileError: neither `.onnx` nor a zip archive, or an archive with a comment of its own.
-        OSError: it cannot be written.
+        ModelFileError: the file is neither `.onnx` nor a zip archive, or the archive already has a comment.
+        OSError: the file cannot be written.
     """
     with path.open("r+b") as file:
-        if _marker(file) != MARKER:
-            _make_room(file, path)
+        if _read_marker(file) != MARKER:
+            _append_placeholder(file, path)
         size = file.seek(0, os.SEEK_END)
         digits = _sha256(file, size - _DIGITS).encode()
         file.seek(size - _DIGITS)
         file.write(digits)
 
 
-def read_seal(path: Path) -> Seal:
-    """Whether a file is as it was sealed; reads all of it, a block at a time.
+def read_checksum(path: Path) -> Checksum:
+    """Compare a file with its checksum. The whole file is read, one block at a time.
 
-    A file that lost its end has lost its seal: it is ABSENT, not CHANGED.
+    The state of a file that was truncated is ABSENT rather than CHANGED, because the checksum is at the end.
     """
     with path.open("rb") as file:
-        if _marker(file) != MARKER:
-            return Seal(SealState.ABSENT)
-        stated = file.read(_DIGITS)
-        found = _sha256(file, file.tell() - _DIGITS)
-    if not re.fullmatch(rb"[0-9a-f]{64}", stated):
-        return Seal(SealState.CHANGED)
-    return Seal(SealState.INTACT if stated == found.encode() else SealState.CHANGED, stated.decode())
+        if _read_marker(file) != MARKER:
+            return Checksum(ChecksumState.ABSENT)
+        stored = file.read(_DIGITS)
+        actual = _sha256(file, file.tell() - _DIGITS)
+    if not re.fullmatch(rb"[0-9a-f]{64}", stored):
+        return Checksum(ChecksumState.CHANGED)
+    state = ChecksumState.INTACT if stored == actual.encode() else ChecksumState.CHANGED
+    return Checksum(state, stored.decode())
 
 
 def damaged_member(path: Path) -> str | None:
-    """The first member of a zip archive whose CRC-32 is not that of its content, or None.
+    """Return the name of the first member of a zip archive whose CRC-32 does not match its content, or None.
 
-    A checksum of members says nothing of what lies between them: dates, padding, comments.
+    The bytes between members, such as dates, padding and comments, are not covered.
 
     Raises:
-        zipfile.BadZipFile: not an archive, or one whose directory is damaged.
+        zipfile.BadZipFile: the file is not a zip archive, or its directory is damaged.
     """
     with zipfile.ZipFile(path) as archive:
         return archive.testzip()
 
 
-def _marker(file: IO[bytes]) -> bytes:
-    """What stands where a seal's marker is; the file is then at the digits."""
+def _read_marker(file: IO[bytes]) -> bytes:
+    """Return the bytes where the marker would be, and leave the file at the digits."""
     size = file.seek(0, os.SEEK_END)
     if size < LENGTH:
         return b""
@@ -103,7 +113,7 @@ def _marker(file: IO[bytes]) -> bytes:
 
 
 def _sha256(file: IO[bytes], size: int) -> str:
-    """Of a file's first bytes."""
+    """Return the SHA-256 of the first `size` bytes."""
     digest = hashlib.sha256()
     file.seek(0)
     while size and (block := file.read(min(_BLOCK, size))):
@@ -112,26 +122,26 @@ def _sha256(file: IO[bytes], size: int) -> str:
     return digest.hexdigest()
 
 
-def _make_room(file: IO[bytes], path: Path) -> None:
-    """Append the marker and digits still to be written, as the file's format has it."""
-    room = MARKER + b"0" * _DIGITS
+def _append_placeholder(file: IO[bytes], path: Path) -> None:
+    """Append the marker and zeros for the digits, where the format of the file allows them."""
+    placeholder = MARKER + b"0" * _DIGITS
     file.seek(0)
     if file.read(len(_ZIP_START)) == _ZIP_START:
         size = file.seek(0, os.SEEK_END)
         file.seek(size - _ZIP_END_SIZE)
         end = file.read()
         if not end.startswith(_ZIP_END) or end[-2:] != b"\0\0":
-            raise ModelFileError(f"{path} is an archive with a comment, or damaged", "export it again")
+            raise ModelFileError(f"{path} is a zip archive with a comment, or is damaged", "export it again")
         file.seek(size - 2)
-        file.write(LENGTH.to_bytes(2, "little") + room)
+        file.write(LENGTH.to_bytes(2, "little") + placeholder)
     elif path.suffix == ".onnx":
         file.seek(0, os.SEEK_END)
-        entry = _field(1, KEY) + _field(2, room)
+        entry = _field(1, _ONNX_KEY) + _field(2, placeholder)
         file.write(_field(14, entry))
     else:
-        raise ModelFileError(f"{path} has no place for a seal", "seal ONNX files and zip archives")
+        raise ModelFileError(f"{path} cannot hold a checksum", "use an ONNX file or a zip archive")
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A field of protobuf's wire format: tag, length, content; below 128 both take one byte."""
+    """Return a field in protobuf's wire format: tag, length and content. Tag and length must be below 128."""
     return bytes([number << 3 | 2, len(content)]) + content

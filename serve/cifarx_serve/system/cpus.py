@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: affinity and cgroup limits, not what the machine has."""
+"""The CPUs this process may use, according to its affinity mask and cgroup quota rather than the machine's count."""
 
 import math
 import os
@@ -7,40 +7,40 @@ from pathlib import Path
 _CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 
-_share: int | None = None
+_limit: int | None = None
 
 
-def share_cpus(count: int) -> None:
-    """Leave the other CPUs to other processes: from now on this one takes `count`, and its threads do not spin.
+def set_cpu_limit(count: int) -> None:
+    """Limit this process to `count` CPUs because other processes need the rest. Idle threads then do not spin.
 
-    To be called before a model is opened.
+    Call this before a model is opened.
     """
-    global _share  # noqa: PLW0603  a process has one share
-    _share = count
+    global _limit  # noqa: PLW0603  the limit belongs to the process
+    _limit = count
 
 
-def shares_cpus() -> bool:
-    """Whether other processes wait for the CPUs that this one does not need."""
-    return _share is not None
+def has_cpu_limit() -> bool:
+    """Return whether `set_cpu_limit` was called, so that other processes compete for the CPUs."""
+    return _limit is not None
 
 
 def available_cpus() -> int:
-    """CPUs by the scheduler's affinity mask, cut to the cgroup's quota and to this process's share, at least 1.
+    """Return the number of CPUs this process may use, at least 1.
 
-    `os.cpu_count()` counts the whole machine, so a container with two CPUs of sixty-four would start
-    sixty-four threads.
+    This is the size of the scheduler's affinity mask, limited by the cgroup's quota and by `set_cpu_limit`.
+    `os.cpu_count()` counts the whole machine, so a container with two of 64 CPUs would start 64 threads.
     """
     try:
         affinity = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
+    except AttributeError:  # macOS and Windows
         affinity = os.cpu_count() or 1
     quota = _cgroup_quota()
     allowed = affinity if quota is None else min(affinity, math.ceil(quota))
-    return max(1, allowed if _share is None else min(allowed, _share))
+    return max(1, allowed if _limit is None else min(allowed, _limit))
 
 
 def _cgroup_quota() -> float | None:
-    """CPUs allowed by the container's quota, or None where there is none."""
+    """Return the number of CPUs that the cgroup allows, or None without a quota."""
     try:
         if _CGROUP_V2.exists():
             quota, period = _CGROUP_V2.read_text().split()
@@ -49,5 +49,5 @@ def _cgroup_quota() -> float | None:
             period = (_CGROUP_V1 / "cpu.cfs_period_us").read_text()
         allowed = int(quota)
         return allowed / int(period) if allowed > 0 else None
-    except (OSError, ValueError):  # no cgroup file system, or "max"
+    except (OSError, ValueError):  # no cgroup file system, or the quota is "max"
         return None

@@ -1,4 +1,4 @@
-"""The machine and the libraries a figure was measured with: every report carries them."""
+"""The hardware and software that a measurement was made with. Every report includes it."""
 
 import os
 import platform
@@ -13,9 +13,17 @@ from cifarx_serve.system.versions import library_versions
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """`threads` is the number of CPUs this process may use, `cpus` what the machine has.
+    """The machine, operating system and libraries of a process.
 
-    `clock_mhz` is their mean clock now, None where the system does not say.
+    Attributes:
+        system: the operating system, its release and the machine type.
+        python: the version of Python.
+        cpu: the CPU model.
+        cpus: the number of CPUs of the machine.
+        threads: the number of CPUs this process may use.
+        gpus: the names of the NVIDIA GPUs.
+        versions: the installed version of each library.
+        clock_mhz: the current mean clock rate of the CPUs, or None if the system does not report it.
     """
 
     system: str
@@ -28,34 +36,34 @@ class Environment(msgspec.Struct, frozen=True):
     clock_mhz: float | None = None
 
 
-def environment() -> Environment:
-    """Of this process, now."""
+def current_environment() -> Environment:
+    """Return the environment of this process."""
     return Environment(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        cpu=next(_cpu_facts("model name"), platform.processor() or platform.machine()),
+        cpu=next(_cpuinfo("model name"), platform.processor() or platform.machine()),
         cpus=os.cpu_count() or 1,
         threads=available_cpus(),
         gpus=_gpu_names(),
         versions=library_versions(),
-        clock_mhz=_clock(),
+        clock_mhz=_mean_clock(),
     )
 
 
-def _cpu_facts(name: str) -> Iterator[str]:
-    """One of each CPU; none where it is not Linux."""
+def _cpuinfo(key: str) -> Iterator[str]:
+    """Iterate over the values of a key in /proc/cpuinfo, one per CPU. There are none outside Linux."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return (line.partition(":")[2].strip() for line in lines if line.startswith(key))
 
 
-def _clock() -> float | None:
-    clocks = [float(clock) for clock in _cpu_facts("cpu MHz")]
+def _mean_clock() -> float | None:
+    clocks = [float(clock) for clock in _cpuinfo("cpu MHz")]
     return round(sum(clocks) / len(clocks)) if clocks else None
 
 
 def _gpu_names() -> tuple[str, ...]:
-    """NVIDIA GPUs as the driver's /proc lists them: no library is loaded to ask."""
+    """Return the NVIDIA GPUs that the driver lists in /proc, without loading a library."""
     folder = Path("/proc/driver/nvidia/gpus")
     if sys.platform != "linux" or not folder.is_dir():
         return ()

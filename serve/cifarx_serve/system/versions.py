@@ -1,4 +1,4 @@
-"""The versions of the libraries that decide what a model answers."""
+"""The installed versions of cifarx and of the libraries that affect a model's outputs."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +6,7 @@ _LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "
 
 
 def package_version() -> str:
-    """Of cifarx, as installed; "0" where it is not."""
+    """Return the installed version of cifarx, or "0" if it is not installed."""
     try:
         return version("cifarx")
     except PackageNotFoundError:
@@ -14,7 +14,7 @@ def package_version() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Installed version by distribution name; what is not installed is left out."""
+    """Return the installed version of each library by its distribution name. Libraries not installed are omitted."""
     found = {}
     for name in _LIBRARIES:
         try:

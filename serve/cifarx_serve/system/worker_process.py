@@ -1,6 +1,7 @@
-"""A program of this package in a process of its own, which answers requests; both sides of it.
+"""Run a module of this package in a worker process that answers requests. This module has both sides.
 
-Requests go by its standard input, replies by its standard output; the end of the requests ends it.
+Requests go to the worker's standard input and replies come from its standard output. The worker exits when its input
+is closed.
 """
 
 import os
@@ -10,36 +11,39 @@ import sys
 from contextlib import suppress
 from typing import BinaryIO, Final
 
-_PATIENCE_S: Final = 10.0
-"""How long it may take to end."""
+_EXIT_TIMEOUT_S: Final = 10.0
 
 _PIPE_BYTES: Final = 2**20
-"""What a reply may have without waiting to be read; Linux gives no user more. Other systems keep their own."""
+"""The size of the pipe for replies, the maximum that Linux allows an ordinary user. Other systems ignore it."""
 
 
-class ChildEnded(Exception):
-    """It ended before it replied; `status` is its exit status."""
+class WorkerExited(Exception):
+    """Raised when the worker exited before it sent a whole reply.
+
+    Attributes:
+        status: the exit status; negative for the signal that ended the worker.
+    """
 
     def __init__(self, status: int) -> None:
         self.status = status
-        super().__init__(f"ended with {status}")
+        super().__init__(f"the worker exited with status {status}")
 
 
-class ChildProgram:
-    """The parent's side.
+class WorkerProcess:
+    """The parent's side of a worker.
 
     Args:
-        module: what the process runs, as `python -m` would, with this process's modules and current folder.
-        numpy_threads: see `child_environment`.
+        module: the module to run, as with `python -m`, using this process's import path and working directory.
+        numpy_threads: as for `worker_environment`.
     """
 
     def __init__(self, module: str, numpy_threads: int | None = None) -> None:
         self._process = subprocess.Popen(
-            child_command(module),
+            worker_command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pipesize=_PIPE_BYTES,
-            env=child_environment(numpy_threads),
+            env=worker_environment(numpy_threads),
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -47,70 +51,76 @@ class ChildProgram:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process ID."""
         return self._process.pid
 
     def send(self, line: bytes) -> None:
-        """A request, without its newline; one that has ended is not told of here."""
+        """Send a request: one line, without its newline. If the worker has exited, reading the reply reports it."""
         with suppress(OSError):
             self._requests.write(line + b"\n")
             self._requests.flush()
 
-    def read_line(self) -> bytes:
-        """The next line of a reply, with its newline.
+    def readline(self) -> bytes:
+        """Read one line of a reply, including its newline.
 
         Raises:
-            ChildEnded: there is none.
+            WorkerExited: the worker exited before the end of the line.
         """
-        return self._whole(line := self._replies.readline(), line.endswith(b"\n"))
+        line = self._replies.readline()
+        return self._require_whole(line, line.endswith(b"\n"))
 
     def read(self, size: int) -> bytes:
-        """So many bytes of a reply; raises as `read_line` does."""
-        return self._whole(found := self._replies.read(size), len(found) == size)
+        """Read `size` bytes of a reply.
+
+        Raises:
+            WorkerExited: the worker exited before it sent them.
+        """
+        content = self._replies.read(size)
+        return self._require_whole(content, len(content) == size)
 
     def kill(self) -> None:
-        """End it at once, whatever it is doing."""
+        """Kill the worker immediately."""
         self._process.kill()
         self.close()
 
     def close(self) -> None:
-        """End it; a second call does nothing."""
+        """Close the pipes and wait until the worker has exited; kill it after a timeout. Calling it twice is safe."""
         for pipe in (self._requests, self._replies):
             with suppress(OSError):
                 pipe.close()
         try:
-            self._process.wait(_PATIENCE_S)
+            self._process.wait(_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
-    def _whole(self, reply: bytes, is_whole: bool) -> bytes:
+    def _require_whole(self, content: bytes, is_whole: bool) -> bytes:
         if not is_whole:
-            raise ChildEnded(self._process.wait(_PATIENCE_S))
-        return reply
+            raise WorkerExited(self._process.wait(_EXIT_TIMEOUT_S))
+        return content
 
 
-def child_command(module: str) -> list[str]:
-    """What runs a module as a program; what lies in the current folder is not imported (-P)."""
+def worker_command(module: str) -> list[str]:
+    """Return the command that runs a module. Files in the working directory are not importable (`-P`)."""
     return [sys.executable, "-P", "-m", module]
 
 
-def child_environment(numpy_threads: int | None = None) -> dict[str, str]:
-    """This process's, with its modules.
+def worker_environment(numpy_threads: int | None = None) -> dict[str, str]:
+    """Return the environment variables for a worker: those of this process, with its import path in `PYTHONPATH`.
 
     Args:
-        numpy_threads: of numpy's own, unless the user says how many. None for one a CPU, which take a quarter of the
-            CPU time of a worker's start on two CPUs.
+        numpy_threads: the number of threads that numpy's BLAS starts, unless the user has set it. None leaves the
+            default of one per CPU, whose start takes a quarter of the CPU time of a worker's start on two CPUs.
     """
     threads = {} if numpy_threads is None else {"OPENBLAS_NUM_THREADS": str(numpy_threads)}
     return {**threads, **os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
-def take_replies() -> BinaryIO:
-    """The child's side, called first: the file for its replies, which nothing else writes to.
+def init_worker() -> BinaryIO:
+    """Set up this process as a worker and return the stream for its replies. Call this first in the worker.
 
-    What libraries print goes to standard error. Ctrl-C, which reaches every process of a terminal, is left to the
-    parent: it ends the child.
+    Whatever libraries print goes to standard error instead. Ctrl-C, which the terminal sends to all processes, is
+    ignored because the parent ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cifarx_serve.errors import OutputError, UsageError
-from cifarx_serve.files.atomic import atomic_folder, atomic_path, require_writable
+from cifarx_serve.files.atomic import atomic_directory, atomic_path, require_writable
 
 OLD, NEW = b"old content", b"new content, and longer"
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_makes_the_file_and_its_folders(tmp_path: Path) -> None:
+def test_creates_the_file_and_its_parent_directories(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "today" / "lzh_0.pth"
     with atomic_path(target) as temporary:
         temporary.write_bytes(NEW)
@@ -38,7 +38,7 @@ def test_replaces_the_old_file_only_at_the_end(tmp_path: Path) -> None:
     assert content(tmp_path) == {"lzh_0.pth": NEW}
 
 
-def test_a_temporary_name_is_taken_for_no_finished_file(tmp_path: Path) -> None:
+def test_the_temporary_name_is_hidden_and_has_the_suffix(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "lzh_0.onnx") as temporary:
         temporary.write_bytes(NEW)
         assert temporary.parent == tmp_path
@@ -46,7 +46,7 @@ def test_a_temporary_name_is_taken_for_no_finished_file(tmp_path: Path) -> None:
         assert temporary.suffix == ".onnx"
 
 
-def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_concurrent_writers_use_different_temporary_files(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     with atomic_path(target) as first, atomic_path(target) as second:
         first.write_bytes(OLD)
@@ -61,7 +61,9 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     written=st.none() | st.binary(max_size=64),
     existing=st.none() | st.binary(max_size=64),
 )
-def test_old_or_absent_whatever_is_raised(raised: BaseException, written: bytes | None, existing: bytes | None) -> None:
+def test_any_exception_leaves_the_old_file_or_none(
+    raised: BaseException, written: bytes | None, existing: bytes | None
+) -> None:
     with tempfile.TemporaryDirectory() as name:
         target = Path(name) / "lzh_0.pth"
         if existing is not None:
@@ -75,7 +77,7 @@ def test_old_or_absent_whatever_is_raised(raised: BaseException, written: bytes 
         assert content(Path(name)) == before
 
 
-def test_a_system_error_is_told_of_the_target(tmp_path: Path) -> None:
+def test_a_system_error_names_the_target(tmp_path: Path) -> None:
     target = tmp_path / "lzh_0.pth"
     target.write_bytes(OLD)
     with pytest.raises(OutputError, match="No space left") as raised, atomic_path(target) as temporary:
@@ -86,7 +88,7 @@ def test_a_system_error_is_told_of_the_target(tmp_path: Path) -> None:
     assert content(tmp_path) == {"lzh_0.pth": OLD}
 
 
-def test_a_disk_that_fills_up_at_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_during_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "lzh_0.pth"
     target.write_bytes(OLD)
 
@@ -99,8 +101,8 @@ def test_a_disk_that_fills_up_at_the_flush(tmp_path: Path, monkeypatch: pytest.M
     assert content(tmp_path) == {"lzh_0.pth": OLD}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a folder")
-def test_flushes_the_bytes_before_the_rename_and_the_name_after(
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a directory")
+def test_the_file_is_flushed_before_the_rename_and_the_directory_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "lzh_0.pth"
@@ -111,7 +113,7 @@ def test_flushes_the_bytes_before_the_rename_and_the_name_after(
     assert renamed == [False, True]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill a process outright")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "lzh_0.pth"
     target.write_bytes(OLD)
@@ -129,7 +131,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+def test_the_permissions_are_those_of_a_new_file(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         with atomic_path(tmp_path / "lzh_0.pth") as temporary:
@@ -141,7 +143,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int, mode:
 
 
 @pytest.mark.parametrize("name", ["folder", "file/lzh_0.pth", "x" * 300])
-def test_places_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+def test_paths_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(OLD)
     with pytest.raises(OutputError) as raised, atomic_path(tmp_path / name) as temporary:
@@ -150,48 +152,50 @@ def test_places_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def test_a_folder_in_the_way_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_directory_at_the_target_is_reported_before_the_block_runs(tmp_path: Path) -> None:
     worked = False
     with pytest.raises(OutputError, match="Is a directory"), atomic_path(tmp_path):
         worked = True
     assert not worked
 
 
-def test_require_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+def test_require_writable_creates_an_empty_directory(tmp_path: Path) -> None:
     require_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_require_writable_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(OLD)
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError) as raised:
-            require_writable(folder)
-        assert str(folder) in raised.value.problem
+            require_writable(directory)
+        assert str(directory) in raised.value.problem
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def tree(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
 
 
-def fill(folder: Path, content: bytes, name: str = "model/1/model.onnx") -> None:
-    (folder / name).parent.mkdir(parents=True)
-    (folder / name).write_bytes(content)
+def fill(directory: Path, content: bytes, name: str = "model/1/model.onnx") -> None:
+    (directory / name).parent.mkdir(parents=True)
+    (directory / name).write_bytes(content)
 
 
-def test_a_folder_is_made_with_the_folders_above_it(tmp_path: Path) -> None:
+def test_creates_the_directory_and_its_parents(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "lzh_0.triton"
-    with atomic_folder(target) as temporary:
+    with atomic_directory(target) as temporary:
         fill(temporary, NEW)
         assert not target.exists()
     assert tree(tmp_path) == {"runs/lzh_0.triton/model/1/model.onnx": NEW}
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_folder_is_replaced_wholly_and_only_at_the_end(tmp_path: Path) -> None:
+def test_replaces_the_old_directory_only_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "lzh_0.triton"
     fill(target, OLD, "model/labels.txt")
-    with atomic_folder(target) as temporary:
+    with atomic_directory(target) as temporary:
         fill(temporary, NEW)
         assert tree(target) == {"model/labels.txt": OLD}
         assert temporary.parent.name.startswith(".")
@@ -201,12 +205,12 @@ def test_a_folder_is_replaced_wholly_and_only_at_the_end(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), ValueError("x"), UsageError("x", "y"), SystemExit(1)])
 @pytest.mark.parametrize("existing", [True, False])
-def test_the_old_folder_or_none_whatever_is_raised(tmp_path: Path, raised: BaseException, existing: bool) -> None:
+def test_any_exception_leaves_the_old_directory_or_none(tmp_path: Path, raised: BaseException, existing: bool) -> None:
     target = tmp_path / "lzh_0.triton"
     if existing:
         fill(target, OLD)
     before = tree(tmp_path)
-    with pytest.raises(type(raised)) as caught, atomic_folder(target) as temporary:
+    with pytest.raises(type(raised)) as caught, atomic_directory(target) as temporary:
         fill(temporary, NEW)
         raise raised
     assert caught.value is raised
@@ -216,10 +220,10 @@ def test_the_old_folder_or_none_whatever_is_raised(tmp_path: Path, raised: BaseE
 
 @pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
 @pytest.mark.parametrize("moment", ["first", "second", "after"])
-def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
+def test_the_old_directory_is_restored_if_the_new_one_cannot_be_renamed(
     tmp_path: Path, raised: BaseException, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before the old folder steps aside, between the two renames, and just after both."""
+    """Fail before the old directory is moved aside, between the two renames, and just after both."""
     target = tmp_path / "lzh_0.triton"
     fill(target, OLD)
     rename = Path.rename
@@ -235,40 +239,42 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
 
     monkeypatch.setattr(Path, "rename", failing)
     expected = OutputError if isinstance(raised, OSError) else KeyboardInterrupt
-    with pytest.raises(expected), atomic_folder(target) as temporary:
+    with pytest.raises(expected), atomic_directory(target) as temporary:
         fill(temporary, NEW)
     monkeypatch.undo()
     assert tree(tmp_path) == {"lzh_0.triton/model/1/model.onnx": NEW if moment == "after" else OLD}
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a folder")
-def test_a_folder_is_flushed_with_all_in_it_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a directory")
+def test_the_directory_is_flushed_with_its_content_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "lzh_0.triton"
     flushed: list[tuple[bool, bool]] = []
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: flushed.append((target.exists(), stat.S_ISDIR(os.fstat(descriptor).st_mode)))
     )
-    with atomic_folder(target) as temporary:
+    with atomic_directory(target) as temporary:
         fill(temporary, NEW)
-    before = [is_folder for there, is_folder in flushed if not there]
-    assert sorted(before) == [False, True, True, True]  # the file, its two folders, the folder itself
-    assert [is_folder for there, is_folder in flushed if there] == [True]
+    before = [is_directory for there, is_directory in flushed if not there]
+    assert sorted(before) == [False, True, True, True]  # the file, its two directories, the directory itself
+    assert [is_directory for there, is_directory in flushed if there] == [True]
 
 
-def test_a_system_error_of_a_folder_is_told_of_the_target(tmp_path: Path) -> None:
+def test_a_system_error_in_a_directory_names_the_target(tmp_path: Path) -> None:
     target = tmp_path / "lzh_0.triton"
-    with pytest.raises(OutputError, match="No space left") as raised, atomic_folder(target) as temporary:
+    with pytest.raises(OutputError, match="No space left") as raised, atomic_directory(target) as temporary:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
     assert str(target) in raised.value.problem
     assert ".partial" not in str(raised.value)
 
 
-def test_a_file_in_the_way_of_a_folder_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_file_at_the_target_is_reported_before_the_block_runs(tmp_path: Path) -> None:
     target = tmp_path / "lzh_0.triton"
     target.write_bytes(OLD)
     worked = False
-    with pytest.raises(OutputError, match="Is a file"), atomic_folder(target):
+    with pytest.raises(OutputError, match="Is a file"), atomic_directory(target):
         worked = True
     assert not worked
     assert content(tmp_path) == {"lzh_0.triton": OLD}
@@ -276,23 +282,23 @@ def test_a_file_in_the_way_of_a_folder_is_told_before_the_work(tmp_path: Path) -
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750), (0o077, 0o700)])
-def test_permissions_are_those_of_any_new_folder(tmp_path: Path, umask: int, mode: int) -> None:
+def test_the_permissions_are_those_of_a_new_directory(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
-        with atomic_folder(tmp_path / "lzh_0.triton") as temporary:
+        with atomic_directory(tmp_path / "lzh_0.triton") as temporary:
             fill(temporary, NEW)
     finally:
         os.umask(before)
     assert (tmp_path / "lzh_0.triton").stat().st_mode & 0o777 == mode
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill a process outright")
-def test_a_killed_process_leaves_the_old_folder(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_killed_process_leaves_the_old_directory(tmp_path: Path) -> None:
     target = tmp_path / "lzh_0.triton"
     fill(target, OLD)
     code = (
-        "import os, signal, sys; from pathlib import Path; from cifarx_serve.files.atomic import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1])) as temporary:\n"
+        "import os, signal, sys; from pathlib import Path; from cifarx_serve.files.atomic import atomic_directory\n"
+        "with atomic_directory(Path(sys.argv[1])) as temporary:\n"
         "    (temporary / 'half').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     ran = subprocess.run([sys.executable, "-c", code, target], check=False)

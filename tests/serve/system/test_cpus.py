@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cifarx_serve.system import cpus
-from cifarx_serve.system.cpus import available_cpus, share_cpus, shares_cpus
+from cifarx_serve.system.cpus import available_cpus, set_cpu_limit, has_cpu_limit
 from tests.support.trained_model import Trained
 
 CPUS = 64
@@ -13,7 +13,7 @@ CPUS = 64
 
 @pytest.fixture
 def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of 64 CPUs whose control groups are in a folder: `cpu.max` (v2) or `cpu` (v1), both absent."""
+    """Simulate a machine with 64 CPUs and return the directory for its cgroup files, `cpu.max` (v2) or `cpu` (v1)."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(CPUS)), raising=False)
     monkeypatch.setattr(cpus, "_CGROUP_V2", tmp_path / "cpu.max")
     monkeypatch.setattr(cpus, "_CGROUP_V1", tmp_path / "cpu")
@@ -37,20 +37,20 @@ def test_without_a_limit(cgroups: Path) -> None:
         ("what is this", CPUS),
     ],
 )
-def test_quota_of_cgroup_v2(cgroups: Path, limit: str, expected: int) -> None:
+def test_a_cgroup_v2_quota(cgroups: Path, limit: str, expected: int) -> None:
     (cgroups / "cpu.max").write_text(limit)
     assert available_cpus() == expected
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("300000\n", 3), ("250000\n", 3), ("-1\n", CPUS), ("\n", CPUS)])
-def test_quota_of_cgroup_v1(cgroups: Path, quota: str, expected: int) -> None:
+def test_a_cgroup_v1_quota(cgroups: Path, quota: str, expected: int) -> None:
     (cgroups / "cpu").mkdir()
     (cgroups / "cpu" / "cpu.cfs_quota_us").write_text(quota)
     (cgroups / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert available_cpus() == expected
 
 
-def test_where_the_system_knows_no_affinity(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_affinity_masks(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     assert available_cpus() == 12
@@ -60,8 +60,8 @@ def test_where_the_system_knows_no_affinity(cgroups: Path, monkeypatch: pytest.M
     assert available_cpus() == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
-def test_affinity_of_the_process(fresh_python: Callable[..., str]) -> None:
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks on this system")
+def test_the_affinity_mask_of_the_process(fresh_python: Callable[..., str]) -> None:
     code = (
         "import os; from cifarx_serve.system.cpus import available_cpus\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(available_cpus())"
@@ -69,31 +69,31 @@ def test_affinity_of_the_process(fresh_python: Callable[..., str]) -> None:
     assert fresh_python(code) == "1"
 
 
-def test_here() -> None:
+def test_on_this_machine() -> None:
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)
 
 
-def test_a_share_is_an_upper_limit(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpus, "_share", None)
-    assert not shares_cpus()
-    share_cpus(3)
-    assert shares_cpus()
+def test_the_limit_is_an_upper_bound(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "_limit", None)
+    assert not has_cpu_limit()
+    set_cpu_limit(3)
+    assert has_cpu_limit()
     assert available_cpus() == 3
     (cgroups / "cpu.max").write_text("200000 100000\n")
     assert available_cpus() == 2
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU: a model starts no thread that could spin")
-def test_a_model_that_shares_its_cpus_starts_so_many_threads_and_they_do_not_spin(
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="with one CPU a model starts no thread that could spin")
+def test_with_a_limit_the_threads_of_an_idle_model_do_not_spin(
     fresh_python: Callable[..., str], trained: Trained
 ) -> None:
-    """By the time that the process's threads take while nothing is asked."""
+    """Compare the CPU time that the process spends between runs."""
     code = (
         "import os, sys, time, numpy as np\n"
         "os.sched_setaffinity(0, range(os.cpu_count()))\n"
-        "from cifarx_serve.system.cpus import share_cpus\n"
+        "from cifarx_serve.system.cpus import set_cpu_limit\n"
         "from cifarx_serve.backends.registry import open_backend\n"
-        "if sys.argv[2] == 'share': share_cpus(2)\n"
+        "if sys.argv[2] == 'limit': set_cpu_limit(2)\n"
         "model = open_backend(sys.argv[1], device='cpu')\n"
         "batch = np.zeros((8, 3, 32, 32), np.float32)\n"
         "spent = 0.0\n"
@@ -102,4 +102,4 @@ def test_a_model_that_shares_its_cpus_starts_so_many_threads_and_they_do_not_spi
         "    before = time.process_time(); time.sleep(0.005); spent += time.process_time() - before\n"
         "print(spent)\n"
     )
-    assert 3 * float(fresh_python(code, trained.onnx, "share")) < float(fresh_python(code, trained.onnx, "alone"))
+    assert 3 * float(fresh_python(code, trained.onnx, "limit")) < float(fresh_python(code, trained.onnx, "no limit"))

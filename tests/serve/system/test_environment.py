@@ -12,12 +12,12 @@ import PIL
 
 import cifarx_serve
 from cifarx_serve.system.cpus import available_cpus
-from cifarx_serve.system.environment import Environment, environment
+from cifarx_serve.system.environment import Environment, current_environment
 from cifarx_serve.system.versions import library_versions
 
 
-def test_says_what_this_process_runs_on() -> None:
-    here = environment()
+def test_the_environment_describes_this_process() -> None:
+    here = current_environment()
     assert platform.system() in here.system
     assert platform.machine() in here.system
     assert here.python == platform.python_version()
@@ -27,19 +27,19 @@ def test_says_what_this_process_runs_on() -> None:
     assert here.versions == library_versions()
 
 
-def test_gpus_are_those_of_the_driver() -> None:
+def test_the_gpus_are_those_that_the_driver_lists() -> None:
     folder = Path("/proc/driver/nvidia/gpus")
     found = len(list(folder.iterdir())) if folder.is_dir() else 0
-    assert len(environment().gpus) == found
-    assert all(environment().gpus)
+    assert len(current_environment().gpus) == found
+    assert all(current_environment().gpus)
 
 
-def test_travels_as_json() -> None:
-    here = environment()
+def test_json_round_trip() -> None:
+    here = current_environment()
     assert msgspec.json.decode(msgspec.json.encode(here), type=Environment) == here
 
 
-def test_versions_are_of_the_libraries_in_use() -> None:
+def test_the_versions_are_those_of_the_imported_libraries() -> None:
     versions = library_versions()
     assert versions["numpy"] == np.__version__
     assert versions["pillow"] == PIL.__version__
@@ -47,20 +47,20 @@ def test_versions_are_of_the_libraries_in_use() -> None:
     assert "onnxruntime-gpu" in versions or "onnxruntime" in versions
 
 
-def test_what_is_not_installed_is_left_out() -> None:
+def test_libraries_that_are_not_installed_are_omitted() -> None:
     code = (
         "import sys; sys.path.append(sys.argv[1])\n"
         "from cifarx_serve.system.versions import library_versions; print(library_versions())"
     )
     rooms = Path(cifarx_serve.__file__).parents[1]
-    # Isolated and without site-packages: a Python in which nothing is installed.
+    # Isolated mode without site-packages: nothing is installed in this Python.
     ran = subprocess.run([sys.executable, "-I", "-S", "-c", code, rooms], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "{}"
 
 
-def test_asking_loads_no_library(fresh_python: Callable[..., str]) -> None:
+def test_no_library_is_imported(fresh_python: Callable[..., str]) -> None:
     code = (
-        "import sys; from cifarx_serve.system.environment import environment; environment()\n"
+        "import sys; from cifarx_serve.system.environment import current_environment; current_environment()\n"
         "print(*{'torch', 'onnxruntime', 'onnx', 'numpy', 'PIL'} & set(sys.modules))"
     )
     assert fresh_python(code) == ""

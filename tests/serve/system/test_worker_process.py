@@ -8,13 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cifarx_serve.system.worker_process import ChildEnded, ChildProgram
+from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
 
 _ECHO = """
 import sys
-from cifarx_serve.system.worker_process import take_replies
+from cifarx_serve.system.worker_process import init_worker
 
-replies = take_replies()
+replies = init_worker()
 print("a library prints", flush=True)
 for line in sys.stdin.buffer:
     if line == b"die\\n":
@@ -27,67 +27,67 @@ for line in sys.stdin.buffer:
 
 
 @pytest.fixture
-def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChildProgram]:
-    """A program that replies in capitals, in a module that this process alone knows where to find."""
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
+    """Start a worker that replies in upper case. Its module is only on the import path of this process."""
     (tmp_path / "echo_program.py").write_text(_ECHO)
     monkeypatch.syspath_prepend(tmp_path)
-    program = ChildProgram("echo_program")
+    program = WorkerProcess("echo_program")
     yield program
     program.close()
 
 
-def test_a_reply_a_request(child: ChildProgram) -> None:
+def test_each_request_gets_a_reply(worker: WorkerProcess) -> None:
     for word in (b"one", b"two"):
-        child.send(word)
-        assert child.read_line() == word.upper() + b"\n"
-    child.send(b"three")
-    assert child.read(3) == b"THR"
-    assert child.read(3) == b"EE\n"
+        worker.send(word)
+        assert worker.readline() == word.upper() + b"\n"
+    worker.send(b"three")
+    assert worker.read(3) == b"THR"
+    assert worker.read(3) == b"EE\n"
 
 
-def test_closing_ends_it(child: ChildProgram) -> None:
-    process = psutil.Process(child.pid)
-    child.send(b"one")
-    child.close()
+def test_closing_ends_the_worker(worker: WorkerProcess) -> None:
+    process = psutil.Process(worker.pid)
+    worker.send(b"one")
+    worker.close()
     assert not process.is_running()
-    child.close()
+    worker.close()
 
 
 @pytest.mark.parametrize(("request_line", "status"), [(b"die", 7), (b"half", 8)])
-def test_one_that_ended_is_told_with_its_status(child: ChildProgram, request_line: bytes, status: int) -> None:
-    child.send(request_line)
-    with pytest.raises(ChildEnded) as raised:
-        child.read_line()
+def test_the_exit_status_of_a_worker_is_reported(worker: WorkerProcess, request_line: bytes, status: int) -> None:
+    worker.send(request_line)
+    with pytest.raises(WorkerExited) as raised:
+        worker.readline()
     assert raised.value.status == status
-    child.send(b"are you there?")
+    worker.send(b"are you there?")
 
 
-def test_one_that_was_killed_in_the_middle_of_a_reply(child: ChildProgram) -> None:
-    child.send(b"one")
-    child.read(1)
-    os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(ChildEnded) as raised:
-        child.read(100)
+def test_a_worker_that_is_killed_during_a_reply(worker: WorkerProcess) -> None:
+    worker.send(b"one")
+    worker.read(1)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerExited) as raised:
+        worker.read(100)
     assert raised.value.status == -signal.SIGKILL
 
 
-def test_ctrl_c_does_not_end_it(child: ChildProgram) -> None:
-    child.send(b"one")
-    child.read_line()
-    os.kill(child.pid, signal.SIGINT)
+def test_ctrl_c_does_not_end_the_worker(worker: WorkerProcess) -> None:
+    worker.send(b"one")
+    worker.readline()
+    os.kill(worker.pid, signal.SIGINT)
     time.sleep(0.1)
-    child.send(b"two")
-    assert child.read_line() == b"TWO\n"
+    worker.send(b"two")
+    assert worker.readline() == b"TWO\n"
 
 
-def test_what_lies_in_the_current_folder_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_in_the_working_directory_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "echo_program.py").write_text(_ECHO)
     (tmp_path / "signal.py").write_text("raise SystemExit(99)")
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != tmp_path and entry])
     monkeypatch.chdir(tmp_path)
-    program = ChildProgram("echo_program")
+    program = WorkerProcess("echo_program")
     program.send(b"one")
-    assert program.read_line() == b"ONE\n"
+    assert program.readline() == b"ONE\n"
     program.close()
