@@ -1,4 +1,7 @@
-"""The tables at the end: every backend that runs here, side by side, and what tests add; and what a missed limit is."""
+"""Options, fixtures and the tables of the benchmarks.
+
+`pytest benchmarks/` runs the comparison of the backends alone. `--all`, or the name of a file, runs the others.
+"""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -8,57 +11,81 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.support.limits import LimitMissed
-from benchmarks.support.measured_models import Models, exported
-from cifarx.bench_report.writers import environment_line
+from benchmarks.support.models import Models, exported
+from benchmarks.support.progress_bar import ProgressBar
+from cifarx.bench_report.summary import environment_line
 from cifarx_serve.system.environment import environment
 from cifarx_train.train import train
+
+COMPARISON = "test_backends.py"
 
 _ROWS = pytest.StashKey[list[tuple[str, ...]]]()
 _TABLES = pytest.StashKey[list[Table]]()
 _NOTES = pytest.StashKey[list[str]]()
+_BAR = pytest.StashKey[ProgressBar]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--limits",
-        choices=["judge", "tell"],
-        default="judge",
-        help="a figure of time outside its limit: a failure, or told as an expected one, where a machine is shared",
+        choices=["enforce", "report"],
+        default="enforce",
+        help="fail when a measured figure misses its limit, or report it as an expected failure (shared machines)",
     )
-    parser.addoption("--ckpt", type=Path, help="the checkpoint to measure; else a quick one on the built-in data")
+    parser.addoption("--all", action="store_true", help="run every benchmark, not only the comparison of backends")
+    parser.addoption("--ckpt", type=Path, help="checkpoint to measure; default: a short run on the built-in data")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS], config.stash[_TABLES], config.stash[_NOTES] = [], [], []
-    config.option.benchmark_quiet = True  # its own tables have no agreement and no provider; -v shows them
+    config.stash[_BAR] = ProgressBar()
+    config.option.benchmark_quiet = True  # its own table lacks agreement and provider; -v shows it
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the long benchmarks unless `--all` is given or their file is named."""
+    if config.getoption("all"):
+        return
+    named = {Path(argument.partition("::")[0]).name for argument in config.args}
+    kept = [item for item in items if item.path.name == COMPARISON or item.path.name in named]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
 def rows(pytestconfig: pytest.Config) -> list[tuple[str, ...]]:
-    """Where a test puts its row of the table."""
+    """Collect the rows of the comparison table."""
     return pytestconfig.stash[_ROWS]
 
 
 @pytest.fixture(scope="session")
 def tables(pytestconfig: pytest.Config) -> list[Table]:
-    """Where a test puts a table of its own, to be printed after that one."""
+    """Collect further tables, printed after the comparison."""
     return pytestconfig.stash[_TABLES]
 
 
 @pytest.fixture(scope="session")
 def notes(pytestconfig: pytest.Config) -> list[str]:
-    """Where a test puts a line to print below the table."""
+    """Collect lines to print below the tables."""
     return pytestconfig.stash[_NOTES]
 
 
 @pytest.fixture(scope="session")
-def models(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """The checkpoint of `--ckpt`, or of a short run on the built-in data, exported to every format."""
+def bar(pytestconfig: pytest.Config) -> ProgressBar:
+    """The progress bar of the session."""
+    return pytestconfig.stash[_BAR]
+
+
+@pytest.fixture(scope="session")
+def models(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, bar: ProgressBar) -> Models:
+    """Return the checkpoint of `--ckpt`, or one of a short run on the built-in data, exported to every format."""
     folder = tmp_path_factory.mktemp("models")
     checkpoint = pytestconfig.getoption("ckpt")
     if checkpoint is None:
-        checkpoint = train("lzh", data="builtin", epochs=1, learning_rate=0.02, out=folder).checkpoints[-1]
-    return exported(checkpoint, folder)
+        with bar.stage("train lzh", share=0.1, steps=1):
+            checkpoint = train("lzh", data="builtin", epochs=1, learning_rate=0.02, out=folder).checkpoints[-1]
+    with bar.stage("export lzh", share=0.2, steps=10) as stage:
+        return exported(checkpoint, folder, progress=stage)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -69,7 +96,7 @@ def pytest_runtest_makereport(
     if (
         call.excinfo is not None
         and call.excinfo.errisinstance(LimitMissed)
-        and item.config.getoption("limits") == "tell"
+        and item.config.getoption("limits") == "report"
     ):
         report.outcome, report.wasxfail = "skipped", f"limit missed: {call.excinfo.value}"
     return report

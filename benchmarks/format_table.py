@@ -17,7 +17,7 @@ from cifarx_export.export import Exported, export
 from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_serve.errors import CifarxError
 from cifarx_serve.spec import ParitySummary
-from cifarx_serve.system.environment import environment
+from cifarx_serve.system.environment import current_environment
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
 HEADINGS = ("format", "precision", "MB", "max abs error", "agreement", "accuracy", "")
@@ -95,7 +95,7 @@ def main(
     data: Annotated[str, typer.Option(help="The images of the proofs.")] = "auto",
 ) -> None:
     """Write the table."""
-    here = environment()
+    here = current_environment()
     versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
     sections = [
         "# Formats and precisions",

@@ -1,19 +1,21 @@
-"""Latency and agreement of PyTorch, TorchScript and ONNX Runtime on the same checkpoint.
+"""Latency and argmax agreement of PyTorch, TorchScript and ONNX Runtime on the same checkpoints.
 
-The table is `cifarx bench`'s: each file in a process of its own, in turns of a tenth of a second. pytest-benchmark's
-own figures, for its files and comparisons, are of this process.
+The table holds the figures of `cifarx bench`: one process per file, measured in turns of a tenth of a second. The
+figures of pytest-benchmark, which its own files and comparisons use, come from this process.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.support.measured_models import Models, exported, untrained
+from benchmarks.support.models import Models, exported, untrained
+from benchmarks.support.progress_bar import ProgressBar
 from cifarx_export.parity.metrics import find_flips
 from cifarx_export.parity.tolerances import TOLERANCES
 from cifarx_serve.backends.base import Backend
@@ -22,40 +24,43 @@ from cifarx_serve.benchmarking.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.errors import DeviceError
 from cifarx_serve.images.preprocess import scale
 
-ROUNDS = {"lzh": {1: 500, 64: 30}, "resnet34": {1: 50, 64: 5}}
+ROUNDS = {"lzh": {1: 200, 64: 10}, "resnet34": {1: 20, 64: 3}}
 BATCHES = (1, 64)
 BACKENDS = ("pytorch", "torchscript", "onnxruntime")
 
 COMPARED = 1000
-"""Images whose logits are compared; the share of equal answers is of all."""
+"""Number of images whose logits are compared; of Lzh, agreement is measured on all images."""
 
-TURNS_S = 1.0
+SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Side:
-    """One network on one device: every backend's file opened, and measured."""
+    """One network on one device: the opened backends and the report of `cifarx bench`."""
 
     models: Models
     backends: dict[str, Backend]
     report: BenchmarkReport
 
 
+@pytest.fixture(scope="module")
+def resnet34(tmp_path_factory: pytest.TempPathFactory, bar: ProgressBar) -> Models:
+    """Return ResNet-34 with its initial weights, exported to every format."""
+    folder: Path = tmp_path_factory.mktemp("resnet34")
+    with bar.stage("export resnet34", share=0.3, steps=10) as stage:
+        return exported(untrained("resnet34", folder / "resnet34_0.pth"), folder, "builtin", stage)
+
+
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to run."""
+    """Return the name of a device of this machine."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module", params=list(ROUNDS))
-def side(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
-    """Lzh as the other benchmarks have it; ResNet-34 with the weights it begins with."""
-    if request.param == "lzh":
-        models: Models = request.getfixturevalue("models")
-    else:
-        folder = tmp_path_factory.mktemp(request.param)
-        models = exported(untrained(request.param, folder / f"{request.param}_0.pth"), folder, "builtin")
+def side(request: pytest.FixtureRequest, device: str, bar: ProgressBar) -> Iterator[Side]:
+    models: Models = request.getfixturevalue("models" if request.param == "lzh" else request.param)
     with ExitStack() as stack:
         try:
             backends = {name: stack.enter_context(open_backend(models.files[name], device=device)) for name in BACKENDS}
@@ -63,7 +68,9 @@ def side(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.T
             pytest.skip(str(error))
         images = models.images if request.param == "lzh" else models.images[:COMPARED]
         files = [models.files[name] for name in BACKENDS]
-        yield Side(models, backends, benchmark(files, images, models.data, BATCHES, device, TURNS_S))
+        with bar.stage(f"measure {request.param} on {device}", share=0.2, steps=8) as stage:
+            report = benchmark(files, images, models.data, BATCHES, device, SECONDS, progress=stage)
+        yield Side(models, backends, report)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

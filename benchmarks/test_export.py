@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.support.limits import require
-from benchmarks.support.measured_models import Models
+from benchmarks.support.models import Models
 from cifarx_export.export import export
 from cifarx_export.formats.onnx.converter import DEFAULT_OPSET
 from cifarx_serve.backends.registry import open_backend
@@ -25,8 +25,8 @@ from cifarx_serve.images.preprocess import scale
 from cifarx_serve.spec import ModelSpec
 from cifarx_serve.system.cpus import available_cpus
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cifarx_train.data.selection import ENVIRONMENT, select_data
-from cifarx_train.models.registry import network
+from cifarx_train.data.selection import DATA_ENV_VAR, select_dataset
+from cifarx_train.models.registry import get_architecture
 from cifarx_train.train import train
 
 ROUNDS = 3
@@ -40,9 +40,9 @@ def test_export_and_proof_cost_at_most_twice_the_bare_exporter(
     models: Models, tmp_path: Path, notes: list[str], benchmark: Any
 ) -> None:
     """Both in one process with everything loaded, in turns; both read the checkpoint and write a file."""
-    data = "auto" if ENVIRONMENT in os.environ else "builtin"
+    data = "auto" if DATA_ENV_VAR in os.environ else "builtin"
     checkpoint = models.files["pytorch"]
-    images = select_data(data).load("test", load_checkpoint(checkpoint).spec.input).images
+    images = select_dataset(data).load("test", load_checkpoint(checkpoint).spec.input).images
 
     def ours() -> None:
         made = export(checkpoint, ["onnx"], data=data, out=tmp_path)[0]
@@ -120,8 +120,10 @@ def test_a_resnet_in_int8_is_faster_where_the_cpu_can(tmp_path: Path, notes: lis
 @pytest.mark.timeout(900)
 def test_vgg16_is_exported_in_4_gb(tmp_path: Path, notes: list[str]) -> None:
     """134 million parameters, and in the checkpoint a momentum of each."""
-    spec = ModelSpec(model="vgg16", class_names=tuple(select_data("builtin").class_names), input=network("vgg16").input)
-    module = network("vgg16").build(len(spec.class_names))
+    spec = ModelSpec(
+        model="vgg16", class_names=tuple(select_dataset("builtin").class_names), input=get_architecture("vgg16").input
+    )
+    module = get_architecture("vgg16").build(len(spec.class_names))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)

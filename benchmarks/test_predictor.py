@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.support.limits import require
-from benchmarks.support.measured_models import Models
+from benchmarks.support.models import Models
 from cifarx_serve.benchmarking.timing import Runner, measure
 from cifarx_serve.images.preprocess import scale
 from cifarx_serve.predictor import Predictor, load

@@ -26,12 +26,12 @@ from rich.table import Table
 
 from benchmarks.support.http_load import Answers, Post, answer_by_answer, generator, open_load
 from benchmarks.support.limits import require
-from benchmarks.support.measured_models import Models
+from benchmarks.support.models import Models
 from benchmarks.support.server_process import ServerProcess, memory, serving
-from benchmarks.support.serving_contestants import PEERS, Contestant, others, ours, versions
+from benchmarks.support.servers import PEERS, Contestant, others, ours, versions
 from cifarx_serve.predictor import load
-from cifarx_train.data.selection import select_data
-from cifarx_train.models.registry import network
+from cifarx_train.data.selection import select_dataset
+from cifarx_train.models.registry import get_architecture
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs can be chosen on Linux only")
 
@@ -94,7 +94,7 @@ def cores() -> Iterator[list[int]]:
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One drawn image of 32x32."""
     path = tmp_path_factory.mktemp("picture") / "drawn.png"
-    Image.fromarray(select_data("builtin").load("test", network("lzh").input).images[0]).save(path)
+    Image.fromarray(select_dataset("builtin").load("test", get_architecture("lzh").input).images[0]).save(path)
     return path
 
 

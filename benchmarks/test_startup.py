@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.support.limits import require
-from benchmarks.support.measured_models import Models
+from benchmarks.support.models import Models
 
 ROUNDS = 20
 MAX_RATIO = 1.25

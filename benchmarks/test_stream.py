@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.support.decode_alone import decode, decode_and_drop
 from benchmarks.support.limits import require
-from benchmarks.support.measured_models import Models
+from benchmarks.support.models import Models
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.predictor import load
 from cifarx_serve.system.cpus import available_cpus

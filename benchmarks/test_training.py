@@ -17,12 +17,12 @@ from benchmarks.support.notes_loop import NotesLoop, OurLoop
 from cifarx_serve.backends.torch.device import torch_device
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import DeviceError
-from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
+from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo
 from cifarx_train.data.dataset import LabeledImages
-from cifarx_train.data.selection import ENVIRONMENT, select_data
-from cifarx_train.models.network import Network
-from cifarx_train.models.registry import network
-from cifarx_train.recipes import recipe
+from cifarx_train.data.selection import DATA_ENV_VAR, select_dataset
+from cifarx_train.models.architecture import Architecture
+from cifarx_train.models.registry import get_architecture
+from cifarx_train.recipes import load_recipe
 from cifarx_train.train import train
 
 ROUNDS = 6
@@ -38,7 +38,9 @@ MOST_FOR_A_CHECKPOINT = 0.05
 @pytest.fixture(scope="module")
 def data() -> LabeledImages:
     """The training images of `$CIFARX_DATA`, or the built-in drawings."""
-    return select_data("auto" if ENVIRONMENT in os.environ else "builtin").load("train", network("lzh").input)
+    return select_dataset("auto" if DATA_ENV_VAR in os.environ else "builtin").load(
+        "train", get_architecture("lzh").input
+    )
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
@@ -54,8 +56,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def test_images_per_s_against_the_notes_loop(
     name: str, device: torch.device, data: LabeledImages, tmp_path: Path, notes: list[str]
 ) -> None:
-    chosen = network(name)
-    plan = recipe("notes", overrides={"epochs": 1000})
+    chosen = get_architecture(name)
+    plan = load_recipe("notes", overrides={"epochs": 1000})
     theirs = NotesLoop(_first(chosen), data, device, tmp_path)
     ours = OurLoop(_first(chosen), data, chosen.input, plan, device)
     steps = GPU_STEPS if device.type == "cuda" else STEPS[name]
@@ -70,7 +72,7 @@ def test_images_per_s_against_the_notes_loop(
     require(ratio >= least, f"{ratio:.2f} is under {least}")
 
 
-def _first(chosen: Network) -> nn.Module:
+def _first(chosen: Architecture) -> nn.Module:
     torch.manual_seed(0)
     return chosen.build(10)
 
@@ -112,11 +114,11 @@ class _Costs(Callback):
     def __init__(self) -> None:
         self.shares: list[float] = []
 
-    def on_start(self, run: RunStart) -> None:
+    def on_train_start(self, run: RunInfo) -> None:
         self._images = run.train_images
 
-    def on_epoch(self, report: EpochReport) -> None:
-        self.shares.append(report.save_s * report.images_per_s / self._images)
+    def on_epoch_end(self, report: EpochReport) -> None:
+        self.shares.append(report.checkpoint_s * report.images_per_s / self._images)
 
 
 def test_a_checkpoint_costs_little_of_an_epoch(tmp_path: Path, notes: list[str]) -> None:
@@ -125,6 +127,6 @@ def test_a_checkpoint_costs_little_of_an_epoch(tmp_path: Path, notes: list[str])
     share = statistics.median(costs.shares)
     notes.append(
         f"a checkpoint of lzh takes {share:.2%} of an epoch of 10,000 images (at most {MOST_FOR_A_CHECKPOINT:.0%}); "
-        f"the run took {done.memory_bytes / 2**20:,.0f} MiB at most"
+        f"the run took {done.peak_memory_bytes / 2**20:,.0f} MiB at most"
     )
     require(share <= MOST_FOR_A_CHECKPOINT, f"{share:.2%} is over {MOST_FOR_A_CHECKPOINT:.0%}")

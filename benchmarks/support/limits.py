@@ -1,15 +1,11 @@
-"""Limits of speed: eval_model where a machine is one's own, told where others use it too."""
+"""Limits on measured figures: enforced on a quiet machine, only reported on a shared one."""
 
 
 class LimitMissed(AssertionError):
-    """A figure of time outside its limit; what is wrong, whatever the machine, is an assertion of its own."""
+    """A measured figure is outside its limit. What is wrong on any machine is a plain assertion instead."""
 
 
-def require(held: bool, limit: str) -> None:
-    """Raise where a limit does not hold.
-
-    Raises:
-        LimitMissed: with `limit`, the figure and what it should be.
-    """
-    if not held:
-        raise LimitMissed(limit)
+def require(holds: bool, missed: str) -> None:
+    """Raise LimitMissed with the text `missed` unless the limit holds."""
+    if not holds:
+        raise LimitMissed(missed)

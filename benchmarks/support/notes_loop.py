@@ -18,8 +18,8 @@ from torchvision.transforms import ToTensor
 from cifarx_serve.spec import InputSpec
 from cifarx_train.callbacks.base import Callback
 from cifarx_train.data.dataset import LabeledImages
-from cifarx_train.data.loaders.placement import place_images
-from cifarx_train.loop import Loop
+from cifarx_train.data.loaders.selection import select_loader
+from cifarx_train.loop import TrainingLoop
 from cifarx_train.recipes import Recipe
 
 
@@ -74,7 +74,7 @@ class OurLoop:
     def __init__(
         self, module: nn.Module, data: LabeledImages, spec: InputSpec, recipe: Recipe, device: torch.device
     ) -> None:
-        self._loop = Loop(module.to(device), place_images(data, device), spec, recipe, device=device)
+        self._loop = TrainingLoop(module.to(device), select_loader(data, device), spec, recipe, device=device)
 
     def train(self, steps: int) -> None:
         last = self._loop.step + steps

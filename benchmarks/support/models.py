@@ -1,4 +1,4 @@
-"""What the benchmarks measure."""
+"""The models that the benchmarks measure."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cifarx_export.export import export
 from cifarx_serve.backends.registry import read_spec
+from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from cifarx_train.data.selection import select_data, select_data_like
@@ -17,7 +18,14 @@ from cifarx_train.models.registry import network
 
 @dataclass(frozen=True)
 class Models:
-    """One checkpoint and its artifacts by their backends' names, and the images they are compared on."""
+    """A checkpoint and its artifacts, by backend name, and the images to compare them on.
+
+    Attributes:
+        network: name of the network.
+        files: model file per backend name.
+        images: uint8 (N, height, width, 3), the test split.
+        data: name of the data set.
+    """
 
     network: str
     files: dict[str, Path]
@@ -25,11 +33,11 @@ class Models:
     data: str
 
 
-def exported(checkpoint: Path, folder: Path, data: str = "auto") -> Models:
-    """A checkpoint, as TorchScript and as ONNX, each with its proof on a data set."""
-    made = export(checkpoint, ["torchscript", "onnx"], data=data, out=folder)
-    assert all(artifact.report.summary.passed for artifact in made)
-    torchscript, onnx = (artifact.path for artifact in made)
+def exported(checkpoint: Path, folder: Path, data: str = "auto", progress: Progress = silent) -> Models:
+    """Export a checkpoint to TorchScript and ONNX; both must pass the parity check on the data set."""
+    results = export(checkpoint, ["torchscript", "onnx"], data=data, out=folder, progress=progress)
+    assert all(result.report.summary.passed for result in results)
+    torchscript, onnx = (result.path for result in results)
     spec = read_spec(checkpoint)
     chosen = select_data_like(spec.training.data if spec.training else None, data)
     files = {"pytorch": checkpoint, "torchscript": torchscript, "onnxruntime": onnx}
@@ -37,7 +45,7 @@ def exported(checkpoint: Path, folder: Path, data: str = "auto") -> Models:
 
 
 def untrained(name: str, path: Path) -> Path:
-    """A checkpoint of a network with the weights it begins with: it is as fast as any."""
+    """Save a checkpoint of a network with its initial weights: training does not change its speed."""
     torch.manual_seed(0)
     spec = ModelSpec(model=name, class_names=tuple(select_data("builtin").class_names), input=network(name).input)
     save_checkpoint(path, Checkpoint(spec, network(name).build(len(spec.class_names)).state_dict(), {}))
