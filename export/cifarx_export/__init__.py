@@ -1,1 +1,1 @@
-"""From a checkpoint to artifacts, each proved before it gets its name."""
+"""Export checkpoints to deployment formats, and check the parity of every artifact."""

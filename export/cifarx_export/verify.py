@@ -1,4 +1,4 @@
-"""Verify: whether a file answers as a checkpoint or another file does, at any time, on any data."""
+"""Check the parity of an existing file with a checkpoint or with another file, on any data."""
 
 import tempfile
 from contextlib import ExitStack
@@ -13,19 +13,19 @@ from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_export.layerwise.locate import locate as locate_layer
 from cifarx_export.layerwise.locate import require_locatable
 from cifarx_export.parity.checks import Check
-from cifarx_export.parity.compare import ParityData, Proof, Reference, check_parity, proved_batch_sizes, run_reference
-from cifarx_export.parity.data import parity_data
-from cifarx_export.parity.external_spec import read_given_spec, with_spec
-from cifarx_export.parity.html import require_page, write_parity_page
+from cifarx_export.parity.compare import ParityResult, Reference, check_parity, parity_batch_sizes, run_reference
+from cifarx_export.parity.data import ParityData, load_parity_data
+from cifarx_export.parity.external_spec import embed_spec, read_external_spec
+from cifarx_export.parity.html import require_html_path, write_html_report
 from cifarx_export.parity.report import ParityReport
-from cifarx_export.parity.tolerances import gate
+from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.base import Backend, require_file
 from cifarx_serve.backends.registry import backend_for, model_file, open_backend
 from cifarx_serve.devices import parse_device
-from cifarx_serve.errors import CifarxError, DataError, ModelFileError, UsageError
+from cifarx_serve.errors import CifarxError, DataError, ModelFileError, UsageError, error_message
 from cifarx_serve.progress import Progress, silent
 from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint, weights_sha256
-from cifarx_train.data.dataset import Broken
+from cifarx_train.data.dataset import OnError
 from cifarx_train.pytorch_backend import PyTorchBackend
 
 
@@ -36,62 +36,65 @@ def verify(
     checkpoint: str | Path | None = None,
     model: str | None = None,
     data: str = "auto",
-    broken: Broken = "refuse",
+    on_error: OnError = "raise",
     device: str = "cpu",
-    batch: int | None = None,
+    batch_size: int | None = None,
     spec: str | Path | None = None,
     locate: bool = False,
-    page: str | Path | None = None,
+    html_report: str | Path | None = None,
     atol: float | None = None,
     rtol: float | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Compare a file with another, or with a checkpoint. The report says whether it holds; its gate is that of the
-    lower precision of the two.
+    """Check the parity of a file with another file or with a checkpoint.
+
+    The tolerance is that of the lower precision of the two. A failed check does not raise: see
+    `ParityReport.summary.passed`.
 
     Args:
-        artifact: a file that a backend opens.
-        reference: another, to agree with; or
-        checkpoint: a `.pth` file, of any name.
-        model: the network's name, for a checkpoint that does not say it itself.
-        data: the images: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
-        broken: refuse a data set with broken images, or skip them.
-        device: where the artifact runs; the reference runs on the CPU.
-        batch: the largest batch size to compare, beside 1, 3 and 64.
-        spec: a model spec as JSON, for files that carry none.
-        locate: name the first layer that differs, where one does.
-        page: write the report there as a page, `.html`.
-        atol, rtol: in place of the gate's own.
-        progress: told what is being done.
+        artifact: file to check, of any format that a backend opens.
+        reference: file to compare it with. Give either this or `checkpoint`.
+        checkpoint: checkpoint to compare it with; its file may have any name.
+        model: name of the network, for a checkpoint that does not state it.
+        data: data set: auto, cifar10, builtin, or the path of a folder or a `.tar.gz` file.
+        on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
+        device: device of the artifact; the reference runs on the CPU.
+        batch_size: another batch size to check, in addition to 1, 3 and 64.
+        spec: JSON file with the model spec of files that carry none.
+        locate: if the check fails, find the first layer that differs and add it to the checks.
+        html_report: path of an HTML parity report to write, ending in `.html`.
+        atol, rtol: replacements for the tolerance of the precision.
+        progress: called with a line about each step.
 
     Raises:
-        UsageError, ModelFileError, SpecError, DataError, OutputError: one of the inputs cannot be used.
+        UsageError, ModelFileError, SpecError, DataError, OutputError: an argument or a file cannot be used.
     """
     if (reference is None) == (checkpoint is None):
-        raise UsageError("one file is compared with one other", "give either a second file or --ckpt")
-    require_page(page)
+        raise UsageError("verify compares a file with one other", "give either a second file or --ckpt")
+    require_html_path(html_report)
     with ExitStack() as stack:
-        sides = _Sides(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, model)
+        paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, model)
         if locate:
-            require_locatable(*map(model_file, sides[:2]))
-        opened = _open(sides, device, spec, stack)
-        limits = gate(opened.precision, atol, rtol)
-        images = parity_data(opened.reference.spec, data, broken)
-        batch_sizes = proved_batch_sizes(batch, len(images.images))
-        asked = _ask(opened, sides.reference, images, progress)
-        proof = _with_weights(check_parity(asked, opened.artifact, limits, progress, batch_sizes), opened)
-        if locate and not proof.passed and proof.evidence:
+            require_locatable(model_file(paths.artifact), model_file(paths.reference))
+        opened = _open(paths, device, spec, stack)
+        tolerance = get_tolerance(opened.precision, atol, rtol)
+        parity_data = load_parity_data(opened.reference.spec, data, on_error)
+        batch_sizes = parity_batch_sizes(batch_size, len(parity_data.images))
+        reference_logits = _run_reference(opened, paths.reference, parity_data, progress)
+        result = check_parity(reference_logits, opened.artifact, tolerance, progress, batch_sizes)
+        result = _with_weights_check(result, opened)
+        if locate and not result.passed and result.error_analysis:
             progress("looking for the first layer that differs")
-            worst = images.images[proof.evidence.worst[0].image][None]
-            proof = msgspec.structs.replace(proof, checks=(*proof.checks, _layer_check(opened, worst, model)))
-        report = _report(sides, opened, proof)
-        if page is not None:
-            write_parity_page(Path(page), [report], images.images)
+            worst = parity_data.images[result.error_analysis.worst[0].image][None]
+            result = msgspec.structs.replace(result, checks=(*result.checks, _layer_check(opened, worst, model)))
+        report = _report(paths, opened, result)
+        if html_report is not None:
+            write_html_report(Path(html_report), [report], parity_data.images)
         return report
 
 
-class _Sides(NamedTuple):
-    """The files as the user names them."""
+class _Paths(NamedTuple):
+    """The files as the user gave them."""
 
     artifact: Path
     reference: Path
@@ -100,120 +103,121 @@ class _Sides(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """The files made ready to run.
+    """Both files, opened.
 
     Attributes:
         artifact, reference: the backends.
-        files: what they opened: a copy where a spec had to be put inside.
-        weights: sha256 of the weights of a reference that is a checkpoint.
+        files: the files that were opened: copies where a spec had to be embedded.
+        weights_sha256: checksum of the reference's weights, if it is a checkpoint.
     """
 
     artifact: Backend
     reference: Backend
     files: tuple[Path, Path]
-    weights: str | None
+    weights_sha256: str | None
 
     @property
     def precision(self) -> str:
-        """The lower of the two; what a checkpoint says is not what it runs in."""
+        """The lower precision of the two. A checkpoint always runs in fp32, whatever its spec states."""
         specs = [side.spec for side in (self.artifact, self.reference) if not isinstance(side, PyTorchBackend)]
         return max((spec.precision for spec in specs), key=PRECISIONS.index, default=PRECISIONS[0])
 
 
-def _open(sides: _Sides, device: str, spec: str | Path | None, stack: ExitStack) -> _Opened:
-    """Open both, each with the spec where it carries none.
+def _open(paths: _Paths, device: str, spec: str | Path | None, stack: ExitStack) -> _Opened:
+    """Open both files, with the given spec where a file carries none.
 
     Raises:
-        UsageError: both carry one, so that the spec would say nothing.
+        UsageError: a spec was given, but both files carry one.
     """
-    files = (model_file(sides.artifact), model_file(sides.reference))
+    files = (model_file(paths.artifact), model_file(paths.reference))
     if spec is not None:
-        given = read_given_spec(Path(spec))
+        external = read_external_spec(Path(spec))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        copies = [with_spec(path, given, folder / str(number)) for number, path in enumerate(files)]
+        copies = [embed_spec(path, external, folder / str(index)) for index, path in enumerate(files)]
         if copies == list(files):
-            raise UsageError(f"both files carry a spec of their own, and {spec} says nothing", "leave --spec out")
+            raise UsageError(f"both files carry a spec, so {spec} has no use", "leave --spec out")
         files = (copies[0], copies[1])
-    artifact = stack.enter_context(_open_one(files[0], sides.artifact, device, sides.model))
-    if not sides.is_checkpoint and backend_for(files[1]) is not PyTorchBackend:
-        reference = stack.enter_context(_open_one(files[1], sides.reference, "cpu", None))
+    artifact = stack.enter_context(_open_one(files[0], paths.artifact, device, paths.model))
+    if not paths.is_checkpoint and backend_for(files[1]) is not PyTorchBackend:
+        reference = stack.enter_context(_open_one(files[1], paths.reference, "cpu", None))
         return _Opened(artifact, reference, files, None)
-    loaded = load_checkpoint(files[1], sides.model)
-    trained = stack.enter_context(PyTorchBackend.of(loaded, parse_device("cpu")))
+    loaded = load_checkpoint(files[1], paths.model)
+    trained = stack.enter_context(PyTorchBackend.from_checkpoint(loaded, parse_device("cpu")))
     return _Opened(artifact, trained, files, weights_sha256(loaded.model))
 
 
-def _open_one(path: Path, named: Path, device: str, model: str | None) -> Backend:
+def _open_one(path: Path, original: Path, device: str, model: str | None) -> Backend:
+    """Open one file; errors name the user's file where `path` is a copy of it."""
     require_file(path)
     try:
         if backend_for(path) is PyTorchBackend:
             return PyTorchBackend(path, parse_device(device), model)
         return open_backend(path, device=device)
-    except ModelFileError as error:  # of a copy, where a spec had to be put inside
-        raise ModelFileError(error.problem.replace(str(path), str(named)), error.remedy) from error
+    except ModelFileError as error:
+        raise ModelFileError(error.problem.replace(str(path), str(original)), error.remedy) from error
 
 
-def _ask(opened: _Opened, path: Path, images: ParityData, progress: Progress) -> Reference:
-    """The reference's answers; nothing can be compared with a file that does not give logits.
+def _run_reference(opened: _Opened, path: Path, data: ParityData, progress: Progress) -> Reference:
+    """Run the reference and check that it returns logits.
 
     Raises:
-        ModelFileError: it does not run at these batch sizes, or gives something else.
+        ModelFileError: the reference does not run, or returns something else.
     """
     backend = opened.reference
     try:
-        asked = run_reference(backend, images, progress)
+        reference = run_reference(backend, data, progress)
     except DataError:
         raise
-    except Exception as error:  # a runtime's own errors have no common base
-        reason = str(error).strip().partition("\n")[0].replace(str(opened.files[1]), str(path))
+    except Exception as error:  # the errors of the runtimes have no common base class
+        reason = error_message(error).replace(str(opened.files[1]), str(path))
         raise ModelFileError(
-            f"the reference {path} does not run ({reason})", "give one that takes a batch of any size"
+            f"the reference {path} does not run ({reason})", "give one that accepts any batch size"
         ) from error
     classes = len(backend.spec.class_names)
-    if asked.logits.shape != (len(images.images), classes) or asked.logits.dtype != np.float32:
+    if reference.logits.shape != (len(data.images), classes) or reference.logits.dtype != np.float32:
         raise ModelFileError(
-            f"the reference {path} gives {asked.logits.dtype} {asked.logits.shape} for {len(images.images)} images "
-            f"of {classes} classes",
+            f"the reference {path} returns {reference.logits.dtype} {reference.logits.shape} for {len(data.images)} "
+            f"images of {classes} classes",
             "give a classifier with float32 logits, and a spec with its class names",
         )
-    return asked
+    return reference
 
 
-def _with_weights(proof: Proof, opened: _Opened) -> Proof:
-    """The proof and whether the artifact was made from the checkpoint's weights, where both are known."""
+def _with_weights_check(result: ParityResult, opened: _Opened) -> ParityResult:
+    """Add a check that the artifact was made from the checkpoint's weights, if both checksums are known."""
     recorded = opened.artifact.spec.weights_sha256
-    if recorded is None or opened.weights is None:
-        return proof
-    same = recorded == opened.weights
-    check = Check("weights", same, "recorded as the checkpoint's" if same else "made from other weights")
-    summary = msgspec.structs.replace(proof.summary, passed=proof.passed and same)
-    return msgspec.structs.replace(proof, checks=(check, *proof.checks), summary=summary)
+    if recorded is None or opened.weights_sha256 is None:
+        return result
+    same = recorded == opened.weights_sha256
+    check = Check("weights", same, "same as the checkpoint's" if same else "exported from other weights")
+    summary = msgspec.structs.replace(result.summary, passed=result.passed and same)
+    return msgspec.structs.replace(result, checks=(check, *result.checks), summary=summary)
 
 
 def _layer_check(opened: _Opened, images: NDArray[np.uint8], model: str | None) -> Check:
     try:
-        found = locate_layer(*opened.files, images, model)
+        difference = locate_layer(*opened.files, images, model)
     except CifarxError as error:
         return Check("layer", False, str(error))
-    if found is None:
-        return Check("layer", True, "no layer differs: look at the checks above, and at the runtime's optimizations")
-    return Check("layer", False, str(found))
+    if difference is None:
+        return Check("layer", True, "no layer differs: see the other checks and the optimizations of the runtime")
+    return Check("layer", False, str(difference))
 
 
-def _report(sides: _Sides, opened: _Opened, proof: Proof) -> ParityReport:
+def _report(paths: _Paths, opened: _Opened, result: ParityResult) -> ParityReport:
     return ParityReport(
-        artifact=sides.artifact.name,
-        artifact_sha256=file_sha256(model_file(sides.artifact)),
-        checkpoint=sides.reference.name,
-        checkpoint_sha256=file_sha256(model_file(sides.reference)),
-        format=_format_name(sides.artifact),
+        artifact=paths.artifact.name,
+        artifact_sha256=file_sha256(model_file(paths.artifact)),
+        checkpoint=paths.reference.name,
+        checkpoint_sha256=file_sha256(model_file(paths.reference)),
+        format=_format_name(paths.artifact),
         precision=opened.precision,
-        checks=proof.checks,
-        summary=proof.summary,
-        evidence=proof.evidence,
+        checks=result.checks,
+        summary=result.summary,
+        error_analysis=result.error_analysis,
     )
 
 
 def _format_name(path: Path) -> str:
-    """The format that has this suffix; a file of another package's backend has none of ours."""
+    """Return the name of the export format with this suffix, or the suffix if no format has it."""
     return next((name for name, kind in FORMATS.items() if path.name.endswith(kind.suffix)), path.suffix)

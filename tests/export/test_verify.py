@@ -1,4 +1,4 @@
-"""Verify: an artifact against a checkpoint, on the data it was trained on and on any other."""
+"""Verify: an artifact against a checkpoint or another file, on the training data set and on others."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_good_artifact_holds_on_the_data_of_its_training(good_onnx: Path, checkpoint: Path) -> None:
+def test_a_good_artifact_passes_on_the_data_set_of_its_training(good_onnx: Path, checkpoint: Path) -> None:
     before = contents(checkpoint.parent)
     report = verify(good_onnx, checkpoint)
     training = read_spec(checkpoint).training
@@ -40,10 +40,10 @@ def test_a_good_artifact_holds_on_the_data_of_its_training(good_onnx: Path, chec
     assert (report.checkpoint, report.checkpoint_sha256) == (checkpoint.name, sha256(checkpoint))
     assert (report.format, report.precision) == ("onnx", "fp32")
     assert report.summary.data_fingerprint == training.data.test_fingerprint
-    # PyTorch and NumPy may part ways on an image or two whose best logits are equal.
+    # PyTorch and NumPy may choose different classes for an image or two whose largest logits are equal.
     assert report.summary.reference_accuracy == pytest.approx(training.test_accuracy, abs=1.1e-3)
     assert report.summary.accuracy == report.summary.reference_accuracy
-    # The file was written anew once it was proved; it still answers as the one that was.
+    # The file was written again with the parity summary; it must still return the same logits.
     assert report.summary == read_spec(good_onnx).parity
     assert contents(checkpoint.parent) == before
     assert list(Path.cwd().iterdir()) == []
@@ -68,7 +68,7 @@ def test_other_data_with_other_classes_has_no_accuracy(
     assert document["agreement"] == 1.0
 
 
-def test_a_stale_checkpoint_fails(good_onnx: Path, stale: Path, pictures: Path) -> None:
+def test_other_weights_fail(good_onnx: Path, stale: Path, pictures: Path) -> None:
     report = verify(good_onnx, stale, data=str(pictures))
     assert failed(report) == {"weights", "tolerance", "agreement"}
     assert not report.summary.passed
@@ -77,19 +77,19 @@ def test_a_stale_checkpoint_fails(good_onnx: Path, stale: Path, pictures: Path) 
     assert report.summary.agreement < 1
 
 
-def test_a_tolerance_of_ones_own_is_held_to_and_shown(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_a_given_tolerance_is_used_and_reported(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
     report = verify(good_onnx, checkpoint, data=str(pictures), atol=0.0, rtol=1e-12)
     assert failed(report) == {"tolerance"}
     assert (report.summary.atol, report.summary.rtol) == (0.0, 1e-12)
 
 
-def test_a_negative_tolerance_is_refused(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_a_negative_tolerance_is_rejected(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
     with pytest.raises(UsageError, match="atol is -1"):
         verify(good_onnx, checkpoint, data=str(pictures), atol=-1)
 
 
-def test_too_few_images_prove_nothing(good_onnx: Path, checkpoint: Path, few_pictures: Path) -> None:
-    with pytest.raises(DataError, match="few has 990 test images"):
+def test_too_few_images_are_rejected(good_onnx: Path, checkpoint: Path, few_pictures: Path) -> None:
+    with pytest.raises(DataError, match="few has 990 test images: the parity check needs at least 1000"):
         verify(good_onnx, checkpoint, data=str(few_pictures))
 
 
@@ -120,7 +120,7 @@ def with_unknown_precision(model: onnx.ModelProto) -> None:
         (with_unknown_precision, SpecError, "malformed model spec"),
     ],
 )
-def test_an_artifact_with_another_spec_is_refused(
+def test_an_artifact_without_a_valid_spec_is_rejected(
     change: Callable[[onnx.ModelProto], None],
     error: type[CifarxError],
     text: str,
@@ -132,7 +132,7 @@ def test_an_artifact_with_another_spec_is_refused(
         verify(edited(good_onnx, "edited.onnx", change), checkpoint, data=str(pictures))
 
 
-def test_files_that_are_none_are_named(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_missing_and_damaged_files_are_named(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
     Path("broken.onnx").write_bytes(good_onnx.read_bytes()[:1000])
     Path("broken.torchscript.pt").write_bytes(b"PK")
     Path("broken.pth").write_bytes(checkpoint.read_bytes()[:1000])
@@ -148,13 +148,13 @@ def test_files_that_are_none_are_named(good_onnx: Path, checkpoint: Path, pictur
             verify(artifact, trained, data=str(pictures))
 
 
-def test_a_file_of_no_backend_is_refused(good_onnx: Path, checkpoint: Path) -> None:
+def test_a_file_that_no_backend_opens_is_rejected(good_onnx: Path, checkpoint: Path) -> None:
     shutil.copy(good_onnx, "model.bin")
     with pytest.raises(UsageError, match=r"no backend opens model\.bin"):
         verify("model.bin", checkpoint)
 
 
-def test_a_checkpoint_by_its_option_may_have_any_name(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_a_checkpoint_given_by_keyword_may_have_any_name(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
     shutil.copy(checkpoint, "weights.bin")
     assert verify(good_onnx, checkpoint="weights.bin", data=str(pictures)).summary.passed
     with pytest.raises(ModelFileError, match=str(good_onnx)):
@@ -162,16 +162,16 @@ def test_a_checkpoint_by_its_option_may_have_any_name(good_onnx: Path, checkpoin
 
 
 @pytest.mark.parametrize("reference", [None, "b.onnx"])
-def test_one_reference_is_asked_for(reference: str | None) -> None:
-    with pytest.raises(UsageError, match="either a second file or --ckpt"):
+def test_exactly_one_reference_is_required(reference: str | None) -> None:
+    with pytest.raises(UsageError, match="verify compares a file with one other: give either a second file or --ckpt"):
         verify("a.onnx", reference, checkpoint=None if reference is None else "c.pth")
 
 
-def test_two_artifacts_elsewhere(good_onnx: Path, good_torchscript: Path, pictures: Path) -> None:
+def test_two_artifacts_in_other_folders(good_onnx: Path, good_torchscript: Path, pictures: Path) -> None:
     for source, folder in ((good_onnx, "a"), (good_torchscript, "b")):
         Path(folder).mkdir()
         shutil.copy(source, folder)
-    report = verify(Path("a") / good_onnx.name, Path("b") / good_torchscript.name, data=str(pictures), batch=5)
+    report = verify(Path("a") / good_onnx.name, Path("b") / good_torchscript.name, data=str(pictures), batch_size=5)
     assert failed(report) == set()
     assert report.checkpoint == good_torchscript.name
     assert report.summary.batch_sizes == (1, 3, 5, 64)
@@ -187,7 +187,7 @@ def as_int8(model: onnx.ModelProto) -> None:
     model.metadata_props[0].value = model.metadata_props[0].value.replace('"precision":"fp32"', '"precision":"int8"')
 
 
-def test_the_gate_is_of_the_lower_precision(good_onnx: Path, pictures: Path) -> None:
+def test_the_tolerance_is_that_of_the_lower_precision(good_onnx: Path, pictures: Path) -> None:
     lower = edited(good_onnx, "lower.onnx", as_int8)
     for pair in ((lower, good_onnx), (good_onnx, lower)):
         report = verify(*pair, data=str(pictures))
@@ -195,7 +195,7 @@ def test_the_gate_is_of_the_lower_precision(good_onnx: Path, pictures: Path) -> 
 
 
 def foreign(source: Path, name: str, outputs: int = 1) -> Path:
-    """The network under other names, an inner tensor called `logits`, and no spec."""
+    """Write the network with other tensor names, an inner tensor called `logits`, and no spec."""
 
     def change(model: onnx.ModelProto) -> None:
         graph = model.graph
@@ -218,17 +218,21 @@ def spec_file(good_onnx: Path) -> Path:
     return path
 
 
-def test_a_file_of_others_with_a_spec(good_onnx: Path, checkpoint: Path, pictures: Path, spec_file: Path) -> None:
+def test_a_foreign_onnx_file_with_an_external_spec(
+    good_onnx: Path, checkpoint: Path, pictures: Path, spec_file: Path
+) -> None:
     other = foreign(good_onnx, "other.onnx")
     report = verify(other, checkpoint, spec=spec_file, data=str(pictures))
     assert failed(report) == set()
     assert (report.artifact, report.artifact_sha256) == ("other.onnx", sha256(other))
-    assert "weights" not in {check.name for check in report.checks}  # of those the given document knows nothing
+    assert "weights" not in {check.name for check in report.checks}  # the external spec states no checksum
     onnx.save(onnx.load(other), "apart.onnx", save_as_external_data=True, location="w.bin", size_threshold=100)
     assert verify("apart.onnx", other, spec=spec_file, data=str(pictures)).summary.max_abs_error == 0
 
 
-def test_a_torchscript_file_of_others(good_torchscript: Path, good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+def test_a_foreign_torchscript_file_with_an_external_spec(
+    good_torchscript: Path, good_onnx: Path, pictures: Path, spec_file: Path
+) -> None:
     with zipfile.ZipFile(good_torchscript) as source, zipfile.ZipFile("other.torchscript.pt", "w") as bare:
         for name in source.namelist():
             if "/extra/" not in name:
@@ -236,29 +240,38 @@ def test_a_torchscript_file_of_others(good_torchscript: Path, good_onnx: Path, p
     assert verify("other.torchscript.pt", good_onnx, spec=spec_file, data=str(pictures)).summary.passed
 
 
-def test_a_fixed_batch_fails_and_is_no_reference(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+def test_a_fixed_batch_size_fails_and_cannot_be_the_reference(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
     def fix(model: onnx.ModelProto) -> None:
         del model.metadata_props[:], model.graph.value_info[:]
-        for port in (model.graph.input[0], model.graph.output[0]):
-            port.type.tensor_type.shape.dim[0].dim_value = 1
+        for info in (model.graph.input[0], model.graph.output[0]):
+            info.type.tensor_type.shape.dim[0].dim_value = 1
 
     fixed = edited(good_onnx, "fixed.onnx", fix)
     report = verify(fixed, good_onnx, spec=spec_file, data=str(pictures))
     assert failed(report) == {"interface", "batch 3", "batch 64", "edge inputs"}
-    with pytest.raises(ModelFileError, match=r"the reference fixed\.onnx does not run"):
+    with pytest.raises(
+        ModelFileError, match=r"the reference fixed\.onnx does not run \(.*\): give one that accepts any batch size"
+    ):
         verify(good_onnx, fixed, spec=spec_file, data=str(pictures))
 
 
-def test_specs_that_cannot_be_used(good_onnx: Path, checkpoint: Path, spec_file: Path, pictures: Path) -> None:
+def test_unusable_external_specs_are_rejected(
+    good_onnx: Path, checkpoint: Path, spec_file: Path, pictures: Path
+) -> None:
     other = foreign(good_onnx, "other.onnx")
     Path("junk.json").write_text('{"model":')
     Path("text.onnx").write_text("text")
     Path("text.torchscript.pt").write_text("text")
     for artifact, spec, error, text in [
-        (good_onnx, spec_file, UsageError, "both files carry a spec"),
+        (good_onnx, spec_file, UsageError, r"both files carry a spec, so spec\.json has no use: leave --spec out"),
         (other, "junk.json", SpecError, r"junk\.json holds a malformed"),
         (other, "absent.json", UsageError, r"cannot read absent\.json"),
-        (foreign(good_onnx, "two.onnx", outputs=2), spec_file, ModelFileError, "2 outputs"),
+        (
+            foreign(good_onnx, "two.onnx", outputs=2),
+            spec_file,
+            ModelFileError,
+            r"2 outputs \(.*\): give a classifier with one input and one output",
+        ),
         ("text.onnx", spec_file, ModelFileError, r"text\.onnx is not an ONNX"),
         ("text.torchscript.pt", spec_file, ModelFileError, r"text\.torchscript\.pt is not"),
     ]:
@@ -266,26 +279,26 @@ def test_specs_that_cannot_be_used(good_onnx: Path, checkpoint: Path, spec_file:
             verify(artifact, checkpoint, spec=spec, data=str(pictures))
 
 
-def test_a_spec_of_other_classes(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+def test_an_external_spec_with_other_classes(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
     other = foreign(good_onnx, "other.onnx")
     spec = read_spec(good_onnx)
     spec_file.write_text(msgspec.structs.replace(spec, class_names=("a", "b")).to_json())
     assert "class names" in failed(verify(other, good_onnx, spec=spec_file, data=str(pictures)))
-    with pytest.raises(ModelFileError, match="of 2 classes"):
+    with pytest.raises(ModelFileError, match=r"returns float32 \(\d+, 10\) for \d+ images of 2 classes"):
         verify(good_onnx, other, spec=spec_file, data=str(pictures))
     larger = msgspec.structs.replace(spec.input, height=40)
     spec_file.write_text(msgspec.structs.replace(spec, input=larger).to_json())
     assert {"preprocessing", "interface"} <= failed(verify(other, good_onnx, spec=spec_file, data=str(pictures)))
 
 
-def test_the_layer_and_the_page(good_onnx: Path, stale: Path, pictures: Path) -> None:
-    report = verify(good_onnx, stale, data=str(pictures), locate=True, page="page.html")
+def test_the_layer_is_in_the_report_and_the_page(good_onnx: Path, stale: Path, pictures: Path) -> None:
+    report = verify(good_onnx, stale, data=str(pictures), locate=True, html_report="page.html")
     assert "model.0 (Conv node" in next(check.found for check in report.checks if check.name == "layer")
     assert "model.0" in Path("page.html").read_text()
-    with pytest.raises(UsageError, match=r"ends in \.html"):
-        verify(good_onnx, stale, page="page.pdf")
+    with pytest.raises(UsageError, match=r"cannot write a report named page\.pdf: give a name that ends in \.html"):
+        verify(good_onnx, stale, html_report="page.pdf")
 
 
-def test_layers_of_torchscript_are_hidden(good_torchscript: Path, checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be looked into"):
+def test_the_layers_of_torchscript_cannot_be_located(good_torchscript: Path, checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
         verify(good_torchscript, checkpoint, locate=True)

@@ -1,4 +1,4 @@
-"""Faults to plant in a good ONNX file: each changes the model proto and nothing else."""
+"""Faults to plant in a good ONNX file; each changes only the model proto."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ Weights = NDArray[np.float32]
 
 
 def edited(source: Path, plants: Iterable[Plant]) -> Path:
-    """A copy of an ONNX file in the current folder, with faults."""
+    """Write a copy of an ONNX file with faults to the current folder."""
     model = onnx.load(source)
     for plant in plants:
         plant(model)
@@ -53,7 +53,7 @@ def permuted_classes(spec: ModelSpec) -> ModelSpec:
 
 
 def weights_with(name: str, change: Callable[[Weights], Weights]) -> Plant:
-    """`name` is of one tensor, or "" for all of them."""
+    """Change the weights of the tensor called `name`, or of all tensors if it is empty."""
 
     def plant(model: onnx.ModelProto) -> None:
         tensors = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and name in {t.name, ""}]
@@ -65,16 +65,16 @@ def weights_with(name: str, change: Callable[[Weights], Weights]) -> Plant:
     return plant
 
 
-def entry_with(place: tuple[int, ...], change: Callable[[float], float], name: str) -> Plant:
+def entry_with(index: tuple[int, ...], change: Callable[[float], float], name: str) -> Plant:
     def one(values: Weights) -> Weights:
-        values[place] = change(float(values[place]))
+        values[index] = change(float(values[index]))
         return values
 
     return weights_with(name, one)
 
 
 def tf32(values: Weights) -> Weights:
-    """What a tensor core takes of a float32: the nearest with 10 bits of mantissa in place of 23."""
+    """Round float32 to TF32, the format of tensor cores: 10 bits of mantissa instead of 23."""
     rounded: Weights = ((values.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
     return rounded
 
@@ -93,7 +93,7 @@ Constants = dict[str, NDArray[np.generic]]
 def output_through(
     nodes: Nodes, constants: Constants | None = None, shape: tuple[int | str, ...] | None = None
 ) -> Plant:
-    """What was the output becomes `raw`, and `nodes` make `logits` of it; they may use `input` too."""
+    """Rename the output to `raw` and compute `logits` from it by `nodes`, which may use `input` too."""
 
     def plant(model: onnx.ModelProto) -> None:
         graph = model.graph
@@ -108,15 +108,15 @@ def output_through(
 
 
 def input_through(nodes: Nodes, constants: Constants | None = None, kind: int = TensorProto.FLOAT) -> Plant:
-    """`nodes` make `taken` of `input`, and the network takes that."""
+    """Compute `changed` from `input` by `nodes` and make it the input of the network."""
 
     def plant(model: onnx.ModelProto) -> None:
         graph = model.graph
-        for user in graph.node:
-            user.input[:] = ["taken" if name == "input" else name for name in user.input]
+        for consumer in graph.node:
+            consumer.input[:] = ["changed" if name == "input" else name for name in consumer.input]
         graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in (constants or {}).items())
-        for position, made in enumerate(nodes()):
-            graph.node.insert(position, made)
+        for position, new in enumerate(nodes()):
+            graph.node.insert(position, new)
         graph.input[0].type.tensor_type.elem_type = kind
 
     return plant
@@ -140,11 +140,11 @@ def output_type(kind: int) -> Plant:
 
 
 def input_type(kind: int) -> Plant:
-    return input_through(lambda: [node("Cast", "input", "taken", to=TensorProto.FLOAT)], kind=kind)
+    return input_through(lambda: [node("Cast", "input", "changed", to=TensorProto.FLOAT)], kind=kind)
 
 
 def input_renamed(model: onnx.ModelProto) -> None:
-    input_through(lambda: [node("Identity", "images", "taken")])(model)
+    input_through(lambda: [node("Identity", "images", "changed")])(model)
     model.graph.input[0].name = "images"
 
 
@@ -159,19 +159,21 @@ def output_sequence(model: onnx.ModelProto) -> None:
 
 
 def mean_baked(mean: float) -> Plant:
-    return input_through(lambda: [node("Sub", "input baked", "taken")], {"baked": np.array([mean], np.float32)})
+    return input_through(lambda: [node("Sub", "input baked", "changed")], {"baked": np.array([mean], np.float32)})
 
 
 def channels_swapped() -> Plant:
-    return input_through(lambda: [node("Gather", "input bgr", "taken", axis=1)], {"bgr": np.array([2, 1, 0], np.int64)})
+    return input_through(
+        lambda: [node("Gather", "input bgr", "changed", axis=1)], {"bgr": np.array([2, 1, 0], np.int64)}
+    )
 
 
 def quantized(scale: float) -> Plant:
-    """Of the input, with a scale that no calibration would find: 1/255 is right."""
+    """Quantize the input with the given scale; 1/255 is the right one."""
     return input_through(
         lambda: [
             node("QuantizeLinear", "input scale zero", "levels"),
-            node("DequantizeLinear", "levels scale zero", "taken"),
+            node("DequantizeLinear", "levels scale zero", "changed"),
         ],
         {"scale": np.array(scale, np.float32), "zero": np.array(0, np.uint8)},
     )
@@ -198,7 +200,7 @@ def rounded_to_float16() -> Plant:
 
 
 def first_for_all() -> Plant:
-    """Like a batch of one broadcast: every image of a batch gets the answer of its first."""
+    """Return the logits of the first image for every image of the batch, like a broadcast batch of one."""
     return output_through(
         lambda: [
             node("Gather", "raw first", "one", axis=0),
@@ -210,7 +212,7 @@ def first_for_all() -> Plant:
 
 
 def rows_shifted() -> Plant:
-    """Every image of a batch gets the answer of the next."""
+    """Return the logits of the next image for every image of the batch."""
     return output_through(
         lambda: [
             node("Slice", "raw one all rows", "others"),
@@ -227,7 +229,7 @@ def rows_shifted() -> Plant:
 
 
 def wrong_at_batch(size: int) -> Plant:
-    """A hundredth too much, in batches of one size alone."""
+    """Add 0.01 to the logits, only in batches of this size."""
     return output_through(
         lambda: [
             node("Shape", "input", "size", start=0, end=1),
@@ -241,7 +243,7 @@ def wrong_at_batch(size: int) -> Plant:
 
 
 def nan_for_black() -> Plant:
-    """An image is weighed by its maximum over its maximum: 1, and 0 / 0 for a black one."""
+    """Multiply the logits by maximum / maximum of the image, which is 1, but NaN for a black image."""
     return output_through(
         lambda: [
             node("ReduceMax", "input not_batch", "maximum", keepdims=0),
@@ -253,8 +255,8 @@ def nan_for_black() -> Plant:
     )
 
 
-def neighbours_seen() -> Plant:
-    """Like a batch norm in training mode: an image's answer depends on the others of its batch."""
+def batch_mean_subtracted() -> Plant:
+    """Subtract the mean over the batch, as a BatchNorm in training mode does."""
     return output_through(
         lambda: [node("ReduceMean", "raw first", "mean", keepdims=1), node("Sub", "raw mean", "logits")],
         {"first": np.array([0], np.int64)},

@@ -1,4 +1,4 @@
-"""A summary of a proof, for what writes and shows one."""
+"""A parity summary, for tests of the code that writes and displays one."""
 
 from cifarx_serve.spec import ParitySummary
 

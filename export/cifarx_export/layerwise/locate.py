@@ -1,9 +1,9 @@
-"""Locating: the first layer of an artifact that answers otherwise than its reference's.
+"""Locate the first layer of an artifact whose output differs from the reference's.
 
-Both networks are read as a list of layers, the operations that have a weight. A layer of one belongs to a layer of the
-other by the name of its weight, and where names say nothing by the weight's shape, in the order of execution. A
-BatchNorm that an optimizer folded into the convolution before it is compared where the convolution now ends. What lies
-between two layers has no weight, and is told by what it feeds to the next one.
+Both networks are read as a list of layers, the operations that have a weight. Layers are matched by the name and call
+of their weight, and where names do not match by the shape of the weight, in the order of execution. A BatchNorm that
+an optimizer folded into the convolution before it is compared at the output of the convolution. Operations between two
+layers have no weight, so they are compared at the input of the next layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,38 +14,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.formats.registry import PRECISIONS
-from cifarx_export.layerwise.network import Key, Layer, Network
+from cifarx_export.layerwise.network import Layer, LayerwiseNetwork, TensorKey
 from cifarx_export.layerwise.onnx import OnnxNetwork
 from cifarx_export.layerwise.torch import TorchNetwork
 from cifarx_serve.backends.registry import backend_for
 from cifarx_serve.errors import UsageError
 
 TOLERANCE: Final = 2e-5
-"""Of a value in fp32, absolute as a share of the layer's largest value, and relative to the value itself.
+"""Tolerance of a value in fp32: absolute, as a share of the layer's largest value, plus relative to the value itself.
 
-Sums in another order cost a few parts in a million; the gate of the logits is 1e-4, so this is inside it.
+Summation in another order causes errors of a few parts in a million, and the tolerance of the logits is 1e-4: this
+lies between the two.
 """
 
-FLOORS: Final = {"fp32": 0.0, "fp16": 2.0**-9, "int8": 2.0**-5}
-"""A relative error (root of squares) that rounding alone gives any layer: a few units in the last place."""
+ROUNDING: Final = {"fp32": 0.0, "fp16": 2.0**-9, "int8": 2.0**-5}
+"""Relative error (L2) that rounding alone causes in any layer, by precision: a few units in the last place."""
 
-_LAYERS_AT_ONCE: Final = 16
-"""The values of so many layers of both networks are in memory."""
+_LAYERS_PER_RUN: Final = 16
+"""Number of layers whose values are held in memory at once, for each network."""
 
 
-class Located(NamedTuple):
-    """The layer, and its worst value.
+class LayerDifference(NamedTuple):
+    """The layer that differs, and its largest error.
 
     Attributes:
-        rule: what singles it out.
-        layer: its name, of the reference's module or weight.
-        node: what it is in the artifact; empty where that says no more.
-        shape: of its output.
-        error: the largest absolute error; infinite where a value is not finite.
-        position: of that error.
-        reference, artifact: the values there.
-        before: layers before it, in the order of execution.
-        before_error: the largest absolute error of those.
+        rule: why this layer was chosen.
+        layer: name of the reference's module or weight.
+        node: description of the layer in the artifact; may be empty.
+        shape: shape of its output.
+        error: largest absolute error; infinite if a value is not finite.
+        position: index of that error in the output.
+        reference, artifact: the values at that index.
+        before: number of layers that run before it.
+        before_error: largest absolute error of these layers.
     """
 
     rule: str
@@ -61,48 +62,51 @@ class Located(NamedTuple):
 
     def __str__(self) -> str:
         node = f" ({self.node})" if self.node else ""
+        before = "1 layer" if self.before == 1 else f"{self.before} layers"
         return (
-            f"{self.rule}: {self.layer}{node}, {self.shape}: max |Δ| {self.error:.1e} at {self.position}: "
+            f"{self.rule}: {self.layer}{node}, output {self.shape}: max |Δ| {self.error:.1e} at {self.position}, "
             f"reference {self.reference:.6g}, artifact {self.artifact:.6g}; "
-            f"of {self.before} before it, max |Δ| {self.before_error:.0e}"
+            f"{before} before it, max |Δ| {self.before_error:.0e}"
         )
 
 
-def locate(artifact: Path, reference: Path, images: NDArray[np.uint8], model: str | None = None) -> Located | None:
-    """Where an artifact leaves its reference, on the CPU; None where no layer that both have does.
+def locate(
+    artifact: Path, reference: Path, images: NDArray[np.uint8], model: str | None = None
+) -> LayerDifference | None:
+    """Return the layer where an artifact starts to differ from its reference, or None if no common layer differs.
 
-    In fp32 it is the first layer outside `TOLERANCE`. Lower precisions round in every layer: there it is the layer
-    whose relative error rises most above that of what it was fed.
+    In fp32 this is the first layer outside `TOLERANCE`. Lower precisions round in every layer: there it is the layer
+    whose relative error increases most over the relative error of its input. Both networks run on the CPU.
 
     Args:
         artifact: an ONNX file or a checkpoint.
-        reference: the same.
-        images: uint8 (N, height, width, 3) at the network's size, best the one with the worst answer.
-        model: the network's name, for a checkpoint that does not say it itself.
+        reference: an ONNX file or a checkpoint.
+        images: uint8 (N, height, width, 3) at the network's input size, preferably the image with the largest error.
+        model: name of the network, for a checkpoint that does not state it.
 
     Raises:
-        UsageError: a file of another format: its layers cannot be looked into.
+        UsageError: the format of a file gives no access to its layers.
         ModelFileError: a file is damaged, does not run on the images, or is over 2 GB.
     """
     require_locatable(artifact, reference)
-    ours, theirs = _open(reference, model), _open(artifact, model)
-    precision = max(ours.spec.precision, theirs.spec.precision, key=PRECISIONS.index)
-    points = _points(ours, theirs, images)
+    expected, actual = _open(reference, model), _open(artifact, model)
+    precision = max(expected.spec.precision, actual.spec.precision, key=PRECISIONS.index)
+    comparisons = _compare_all(expected, actual, images)
     if precision == "fp32":
-        return _first_outside(points)
-    return _largest_rise(points, FLOORS[precision])
+        return _first_outside(comparisons)
+    return _largest_increase(comparisons, ROUNDING[precision])
 
 
 def require_locatable(*paths: Path) -> None:
-    """Refuse files whose layers cannot be looked into.
+    """Check that the layers of these files can be read.
 
     Raises:
-        UsageError: neither an ONNX file nor a checkpoint.
+        UsageError: a file is neither an ONNX file nor a checkpoint.
     """
     for path in paths:
         if not _is_onnx(path) and not _is_checkpoint(path):
             raise UsageError(
-                f"the layers of {path} cannot be looked into", "leave --locate out, or give ONNX files or checkpoints"
+                f"the layers of {path} cannot be read", "leave --locate out, or give ONNX files or checkpoints"
             )
 
 
@@ -111,29 +115,29 @@ def _is_onnx(path: Path) -> bool:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """A file of no backend's may be a checkpoint under another name."""
+    """Return whether this is a checkpoint; a file that no backend opens may be one with another suffix."""
     try:
         return backend_for(path).name == "pytorch"
     except UsageError:
         return True
 
 
-def _open(path: Path, model: str | None) -> Network:
+def _open(path: Path, model: str | None) -> LayerwiseNetwork:
     return OnnxNetwork(path) if _is_onnx(path) else TorchNetwork(path, model)
 
 
 class _Pair(NamedTuple):
-    """A place that both networks have: what each calls its value there, and what the report calls it."""
+    """The same tensor in both networks: its names for the report, and its key in each network."""
 
     name: str
     node: str
-    ours: Key
-    theirs: Key
+    reference: TensorKey
+    artifact: TensorKey
     is_layer: bool
 
 
-class _Point(NamedTuple):
-    """What was found at a place. `relative` is the root of the squares of the error over that of the reference."""
+class _Comparison(NamedTuple):
+    """The values of a pair. `relative` is the relative error in the L2 norm."""
 
     pair: _Pair
     shape: tuple[int, ...]
@@ -144,109 +148,120 @@ class _Point(NamedTuple):
     relative: float
     outside: bool
 
-    def located(self, rule: str, before: Sequence["_Point"]) -> Located:
-        errors = [point.error for point in before]
-        layers = sum(point.pair.is_layer for point in before)
-        return Located(rule, self.pair.name, self.pair.node, *self[1:6], layers, max(errors, default=0.0))
+    def difference(self, rule: str, before: Sequence["_Comparison"]) -> LayerDifference:
+        return LayerDifference(
+            rule=rule,
+            layer=self.pair.name,
+            node=self.pair.node,
+            shape=self.shape,
+            error=self.error,
+            position=self.position,
+            reference=self.reference,
+            artifact=self.artifact,
+            before=sum(other.pair.is_layer for other in before),
+            before_error=max((other.error for other in before), default=0.0),
+        )
 
 
-def _points(ours: Network, theirs: Network, images: NDArray[np.uint8]) -> Iterator[_Point]:
-    """Each place that can be compared, in the order of the artifact's execution; some layers in memory at a time."""
-    pairs = _pairs(ours, theirs)
-    for start in range(0, len(pairs), 2 * _LAYERS_AT_ONCE):
-        part = pairs[start : start + 2 * _LAYERS_AT_ONCE]
-        expected = ours.values({pair.ours for pair in part}, images)
-        found = theirs.values({pair.theirs for pair in part}, images)
+def _compare_all(
+    reference: LayerwiseNetwork, artifact: LayerwiseNetwork, images: NDArray[np.uint8]
+) -> Iterator[_Comparison]:
+    """Compare every pair in the order of the artifact's execution, with a few layers in memory at a time."""
+    pairs = _pairs(reference, artifact)
+    for start in range(0, len(pairs), 2 * _LAYERS_PER_RUN):
+        part = pairs[start : start + 2 * _LAYERS_PER_RUN]
+        expected = reference.activations({pair.reference for pair in part}, images)
+        actual = artifact.activations({pair.artifact for pair in part}, images)
         for pair in part:
-            point = _compare(pair, expected[pair.ours], found[pair.theirs])
-            if point is not None:
-                yield point
+            comparison = _compare(pair, expected[pair.reference], actual[pair.artifact])
+            if comparison is not None:
+                yield comparison
 
 
-def _pairs(ours: Network, theirs: Network) -> list[_Pair]:
-    """What each layer takes and gives, and the logits."""
+def _pairs(reference: LayerwiseNetwork, artifact: LayerwiseNetwork) -> list[_Pair]:
+    """Return the input and output of each layer, and the logits."""
     pairs = []
-    for mine, other in _matched(ours, theirs):
-        mine_norm, other_norm = ours.norm_after(mine), theirs.norm_after(other)
-        name, result, other_result = mine.name, mine.result, other.result
-        if mine_norm and not other_norm:
-            name, result = f"{mine.name} + {mine_norm.name}", mine_norm.result
-        if other_norm and not mine_norm:
-            other_result = other_norm.result
-        pairs.append(_Pair(f"what feeds {mine.name}", other.feeder, mine.fed, other.fed, False))
-        pairs.append(_Pair(name, other.label, result, other_result, True))
-    return [*pairs, _Pair("the logits", theirs.output_label, ours.output, theirs.output, True)]
+    for expected, actual in _match_layers(reference, artifact):
+        expected_norm, actual_norm = reference.batch_norm_after(expected), artifact.batch_norm_after(actual)
+        name, expected_output, actual_output = expected.name, expected.output, actual.output
+        if expected_norm and not actual_norm:
+            name, expected_output = f"{expected.name} + {expected_norm.name}", expected_norm.output
+        if actual_norm and not expected_norm:
+            actual_output = actual_norm.output
+        pairs.append(_Pair(f"input of {expected.name}", actual.input_label, expected.input, actual.input, False))
+        pairs.append(_Pair(name, actual.label, expected_output, actual_output, True))
+    return [*pairs, _Pair("logits", artifact.output_label, reference.output, artifact.output, True)]
 
 
-def _matched(ours: Network, theirs: Network) -> list[tuple[Layer, Layer]]:
-    """Layers of both that are the same one, in the order of the artifact's."""
-    left = list(ours.layers)
-    found: dict[Layer, Layer] = {}
+def _match_layers(reference: LayerwiseNetwork, artifact: LayerwiseNetwork) -> list[tuple[Layer, Layer]]:
+    """Return the layers that both networks have, as (reference, artifact), in the order of the artifact's execution."""
+    left = list(reference.layers)
+    matched: dict[Layer, Layer] = {}
 
-    def match(other: Layer, same: Callable[[Layer], bool]) -> None:
-        mine = next((layer for layer in left if same(layer)), None)
-        if mine is not None:
-            left.remove(mine)
-            found[other] = mine
+    def match(layer: Layer, same: Callable[[Layer, Layer], bool]) -> None:
+        candidate = next((candidate for candidate in left if same(candidate, layer)), None)
+        if candidate is not None:
+            left.remove(candidate)
+            matched[layer] = candidate
 
-    for other in theirs.layers:
-        match(other, lambda mine, other=other: mine[:2] == other[:2] and mine.is_norm == other.is_norm)  # type: ignore[misc]
-    for other, mine in list(found.items()):
-        folded = None if theirs.norm_after(other) else ours.norm_after(mine)
+    for layer in artifact.layers:
+        match(layer, lambda a, b: (a.name, a.call, a.is_norm) == (b.name, b.call, b.is_norm))
+    for layer, candidate in list(matched.items()):
+        folded = None if artifact.batch_norm_after(layer) else reference.batch_norm_after(candidate)
         if folded in left:
             left.remove(folded)
-    for other in theirs.layers:
-        if other not in found:
-            match(other, lambda mine, other=other: mine[3:5] == other[3:5])  # type: ignore[misc]
-    return [(found[other], other) for other in theirs.layers if other in found]
+    for layer in artifact.layers:
+        if layer not in matched:
+            match(layer, lambda a, b: (a.weight_shape, a.is_norm) == (b.weight_shape, b.is_norm))
+    return [(matched[layer], layer) for layer in artifact.layers if layer in matched]
 
 
-def _compare(pair: _Pair, reference: NDArray[Any], artifact: NDArray[Any]) -> _Point | None:
-    """None where the two have not as many values, so that they are not the same thing."""
+def _compare(pair: _Pair, reference: NDArray[Any], artifact: NDArray[Any]) -> _Comparison | None:
+    """Return None if the sizes differ: then the two are not the same tensor."""
     if reference.size != artifact.size or not reference.size:
         return None
     expected = reference.astype(np.float64)
-    found = artifact.astype(np.float64).reshape(expected.shape)
+    actual = artifact.astype(np.float64).reshape(expected.shape)
     with np.errstate(invalid="ignore"):
-        delta = np.abs(found - expected)
+        delta = np.abs(actual - expected)
     delta = np.where(np.isfinite(delta), delta, np.inf)
     worst = np.unravel_index(int(delta.argmax()), delta.shape)
     largest = float(np.abs(expected).max())
     norm = float(np.linalg.norm(expected))
-    return _Point(
+    return _Comparison(
         pair,
         expected.shape,
         float(delta[worst]),
         tuple(map(int, worst)),
         float(expected[worst]),
-        float(found[worst]),
+        float(actual[worst]),
         float(np.linalg.norm(delta)) / norm if norm else float(delta.max() and np.inf),
         bool((delta > TOLERANCE * (largest + np.abs(expected))).any()),
     )
 
 
-def _first_outside(points: Iterator[_Point]) -> Located | None:
-    before: list[_Point] = []
-    for point in points:
-        if point.outside:
-            return point.located("first layer outside the tolerance", before)
-        before.append(point)
+def _first_outside(comparisons: Iterator[_Comparison]) -> LayerDifference | None:
+    before: list[_Comparison] = []
+    for comparison in comparisons:
+        if comparison.outside:
+            return comparison.difference("first layer outside the tolerance", before)
+        before.append(comparison)
     return None
 
 
-def _largest_rise(points: Iterator[_Point], floor: float) -> Located | None:
-    """What feeds a layer is held against the layers before it, and a layer against what feeds it."""
-    best, located = 1.0, None
-    fed = given = floor
-    before: list[_Point] = []
-    for point in points:
-        base = fed if point.pair.is_layer else given
-        rise = point.relative / max(base, floor)
-        if rise > best:
-            rule = f"largest rise of the relative error, from {base:.1%} to {point.relative:.1%}"
-            best, located = rise, point.located(rule, before)
-        if point.pair.is_layer:
-            given = max(given, point.relative)
-        fed = point.relative
-        before.append(point)
-    return located
+def _largest_increase(comparisons: Iterator[_Comparison], rounding: float) -> LayerDifference | None:
+    """Compare the error of a layer's output with that of its input, and its input with the outputs before it."""
+    largest, difference = 1.0, None
+    input_error = output_error = rounding
+    before: list[_Comparison] = []
+    for comparison in comparisons:
+        base = input_error if comparison.pair.is_layer else output_error
+        increase = comparison.relative / max(base, rounding)
+        if increase > largest:
+            rule = f"largest increase of the relative error, from {base:.1%} to {comparison.relative:.1%}"
+            largest, difference = increase, comparison.difference(rule, before)
+        if comparison.pair.is_layer:
+            output_error = max(output_error, comparison.relative)
+        input_error = comparison.relative
+        before.append(comparison)
+    return difference

@@ -1,4 +1,4 @@
-"""The layers of an ONNX file, and the values between them."""
+"""The layers of an ONNX file."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.layerwise.network import Key, Layer, Network, Values
+from cifarx_export.layerwise.network import Activations, Layer, LayerwiseNetwork, TensorKey
 from cifarx_serve.backends.registry import read_spec
-from cifarx_serve.errors import ModelFileError
+from cifarx_serve.errors import ModelFileError, error_message
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.system.cpus import available_cpus
 
@@ -28,12 +28,16 @@ _WEIGHTED: Final = frozenset(
 )
 """ONNX operators whose second input is the weight."""
 
-_SAME_WEIGHT: Final = frozenset({"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape"})
-"""ONNX operators between a stored weight and the layer that has it."""
+_PASS_THROUGH: Final = frozenset({"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape"})
+"""ONNX operators that may stand between a stored weight and its layer."""
 
 
-class OnnxNetwork(Network):
-    """An ONNX file; inside values are made outputs of the graph, for ONNX Runtime to give."""
+class OnnxNetwork(LayerwiseNetwork):
+    """An ONNX file. Intermediate tensors are read by adding them to the outputs of the graph.
+
+    Raises:
+        ModelFileError: the file is not an ONNX model.
+    """
 
     def __init__(self, path: Path) -> None:
         import onnx
@@ -43,12 +47,12 @@ class OnnxNetwork(Network):
         self._path = path
         try:
             model = onnx.load(path)
-        except Exception as error:  # what its parsers raise has no common base
+        except Exception as error:  # the errors of onnx's parsers have no common base class
             raise ModelFileError(f"{path} is not an ONNX model ({error})", "export it again") from error
         self._model = inliner.inline_local_functions(model) if model.functions else model
         graph = self._model.graph
         stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-        self._input = next(port.name for port in graph.input if port.name not in stored)
+        self._input = next(info.name for info in graph.input if info.name not in stored)
         self._producers = {name: node for node in graph.node for name in node.output}
         self._constants = stored | {
             node.output[0]: tuple(attribute.t.dims)
@@ -59,7 +63,7 @@ class OnnxNetwork(Network):
         }
         self.layers = list(self._find_layers())
         self.output = graph.output[0].name
-        self.output_label = self._maker(graph.output[0].name)
+        self.output_label = self._producer_label(graph.output[0].name)
 
     def _find_layers(self) -> Iterator[Layer]:
         calls: Counter[str] = Counter()
@@ -69,68 +73,68 @@ class OnnxNetwork(Network):
                 continue
             name = weight.partition(".weight")[0]
             yield Layer(
-                name,
-                calls[name],
-                _describe(node),
-                tuple(sorted(self._constants[weight])),
-                node.op_type == "BatchNormalization",
-                node.input[0],
-                self._maker(node.input[0]),
-                self._with_bias(node),
+                name=name,
+                call=calls[name],
+                label=_describe(node),
+                weight_shape=tuple(sorted(self._constants[weight])),
+                is_norm=node.op_type == "BatchNormalization",
+                input=node.input[0],
+                input_label=self._producer_label(node.input[0]),
+                output=self._output_with_bias(node),
             )
             calls[name] += 1
 
     def _stored_weight(self, name: str) -> str | None:
-        """The initializer or constant that an input comes from, or None where it is computed from the image."""
+        """Return the initializer or constant that a tensor comes from, or None if it depends on the image."""
         while name not in self._constants:
             producer = self._producers.get(name)
-            if producer is None or producer.op_type not in _SAME_WEIGHT:
+            if producer is None or producer.op_type not in _PASS_THROUGH:
                 return None
             name = producer.input[0]
         return name
 
-    def _with_bias(self, node: Any) -> str:
-        """A layer's result; a MatMul's is that of the Add of its bias, where one follows."""
-        result: str = node.output[0]
+    def _output_with_bias(self, node: Any) -> str:
+        """Return the output of a layer; for a MatMul followed by the Add of its bias, the output of the Add."""
+        output: str = node.output[0]
         if node.op_type == "MatMul":
-            takers = [other for other in self._model.graph.node if result in other.input]
-            if len(takers) == 1 and takers[0].op_type == "Add":
-                other = next((name for name in takers[0].input if name != result), "")
+            consumers = [other for other in self._model.graph.node if output in other.input]
+            if len(consumers) == 1 and consumers[0].op_type == "Add":
+                other = next((name for name in consumers[0].input if name != output), "")
                 if len(self._constants.get(other, ())) == 1:
-                    return str(takers[0].output[0])
-        return result
+                    return str(consumers[0].output[0])
+        return output
 
-    def _maker(self, name: str) -> str:
+    def _producer_label(self, name: str) -> str:
         return _describe(self._producers[name]) if name in self._producers else "the network's input"
 
-    def values(self, keys: set[Key], images: NDArray[np.uint8]) -> Values:
-        feed = model_input(images, self.spec)
+    def activations(self, keys: set[TensorKey], images: NDArray[np.uint8]) -> Activations:
+        inputs = model_input(images, self.spec)
         names = [str(key) for key in keys if key != self._input]
         try:
-            found = self._session(names).run(names, {self._input: feed})
-        except Exception as error:  # the library's errors have no common base
-            reason = str(error).strip().partition("\n")[0]
+            outputs = self._session(names).run(names, {self._input: inputs})
+        except Exception as error:  # the errors of ONNX Runtime have no common base class
             raise ModelFileError(
-                f"{self._path} does not run layer by layer ({reason})", "leave --locate out"
+                f"{self._path} does not run layer by layer ({error_message(error)})", "leave --locate out"
             ) from error
-        return dict(zip([*names, self._input], [*found, feed], strict=True))
+        return dict(zip([*names, self._input], [*outputs, inputs], strict=True))
 
     def _session(self, names: Sequence[str]) -> Any:
+        """Return a session of the model with these tensors as additional outputs."""
         import onnx
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised too
+        options.log_severity_level = 4  # errors are raised as exceptions too
         options.intra_op_num_threads = available_cpus()
         outputs = self._model.graph.output
-        own = len(outputs)
+        original = len(outputs)
         outputs.extend(onnx.ValueInfoProto(name=name) for name in names if name != self.output)
         try:
             return onnxruntime.InferenceSession(
                 self._model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         finally:
-            del outputs[own:]
+            del outputs[original:]
 
 
 def _describe(node: Any) -> str:

@@ -1,4 +1,4 @@
-"""The layers of a checkpoint's network, and the values between them."""
+"""The layers of a checkpoint's network."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.layerwise.network import Key, Layer, Network, Values
+from cifarx_export.layerwise.network import Activations, Layer, LayerwiseNetwork, TensorKey
 from cifarx_serve.images.preprocess import model_input
 
+_Hook = Callable[[tuple[str, int, bool], Any, Any], None]
+"""Called with a key, the module and the tensor."""
 
-class TorchNetwork(Network):
-    """A checkpoint's network; inside values are seen by hooks."""
+
+class TorchNetwork(LayerwiseNetwork):
+    """A checkpoint's network. Intermediate tensors are read by forward hooks."""
 
     def __init__(self, path: Path, model: str | None) -> None:
         from cifarx_train.checkpoints.checkpoint import load_checkpoint
@@ -26,55 +29,62 @@ class TorchNetwork(Network):
         self.layers = self._find_layers()
 
     def _find_layers(self) -> list[Layer]:
-        """By running it once; a module that is called several times is several layers."""
+        """Run the network once to find the order of execution; each call of a shared module is a layer."""
         from torch.nn.modules.batchnorm import _BatchNorm
 
-        taken = self.spec.input
+        size = self.spec.input
         layers: list[Layer] = []
-        last: tuple[Any, int, Key] = (None, 0, "")
+        previous: tuple[Any, int, TensorKey] = (None, 0, "")  # output of the previous layer, its version and key
 
-        def see(key: tuple[str, int, bool], module: Any, tensor: Any) -> None:
-            nonlocal last
+        def record(key: tuple[str, int, bool], module: Any, tensor: Any) -> None:
+            nonlocal previous
             name, call, is_output = key
             if not name:
                 return
-            if not is_output:
-                # The very tensor that the last layer gave, and nothing wrote into it since.
-                straight = tensor is last[0] and tensor._version == last[1]
-                is_norm = isinstance(module, _BatchNorm)
-                weight = tuple(sorted(module.weight.shape))
-                fed = last[2] if straight else key
-                label = type(module).__name__
-                layers.append(Layer(name, call, label, weight, is_norm, fed, "", (name, call, True)))
-            else:
-                last = (tensor, tensor._version, key)
+            if is_output:
+                previous = (tensor, tensor._version, key)
+                return
+            # The previous layer's output itself, which no in-place operation has changed since.
+            direct = tensor is previous[0] and tensor._version == previous[1]
+            layers.append(
+                Layer(
+                    name=name,
+                    call=call,
+                    label=type(module).__name__,
+                    weight_shape=tuple(sorted(module.weight.shape)),
+                    is_norm=isinstance(module, _BatchNorm),
+                    input=previous[2] if direct else key,
+                    input_label="",
+                    output=(name, call, True),
+                )
+            )
 
-        self._run(np.zeros((1, taken.height, taken.width, taken.channels), np.uint8), see)
+        self._run(np.zeros((1, size.height, size.width, size.channels), np.uint8), record)
         return layers
 
-    def values(self, keys: set[Key], images: NDArray[np.uint8]) -> Values:
-        found: Values = {}
+    def activations(self, keys: set[TensorKey], images: NDArray[np.uint8]) -> Activations:
+        found: Activations = {}
 
-        def see(key: tuple[str, int, bool], _module: Any, tensor: Any) -> None:
+        def record(key: tuple[str, int, bool], _module: Any, tensor: Any) -> None:
             if key in keys:
-                found[key] = tensor.clone().numpy()  # a layer that works in place would change it
+                found[key] = tensor.clone().numpy()  # a later in-place operation would change it
 
-        self._run(images, see)
+        self._run(images, record)
         return found
 
-    def _run(self, images: NDArray[np.uint8], see: Callable[[tuple[str, int, bool], Any, Any], None]) -> None:
-        """Run the network and show what each module with a weight takes and gives, and the logits."""
+    def _run(self, images: NDArray[np.uint8], hook: _Hook) -> None:
+        """Run the network; call `hook` with the input and output of each module that has a weight, and the logits."""
         import torch
 
         calls: Counter[str] = Counter()
         handles = []
 
         def watch(name: str, module: Any) -> None:
-            def before(_module: Any, taken: tuple[Any, ...]) -> None:
-                see((name, calls[name], False), module, taken[0])
+            def before(_module: Any, inputs: tuple[Any, ...]) -> None:
+                hook((name, calls[name], False), module, inputs[0])
 
-            def after(_module: Any, _taken: Any, given: Any) -> None:
-                see((name, calls[name], True), module, given)
+            def after(_module: Any, _inputs: Any, output: Any) -> None:
+                hook((name, calls[name], True), module, output)
                 calls[name] += 1
 
             handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])

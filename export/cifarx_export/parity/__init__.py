@@ -1,1 +1,1 @@
-"""The parity check: whether an artifact answers as its reference."""
+"""Check that an artifact returns the logits of its reference, and report the result."""

@@ -1,4 +1,4 @@
-"""The verdict on an artifact's answers: what they are measured by, and whether each figure holds to the gate."""
+"""The checks of the parity check: compute the metrics of an artifact's logits and compare them with the tolerance."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,121 +7,130 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.parity.error_analysis import row_errors
-from cifarx_export.parity.metrics import Errors, Logits, compare, find_flips
+from cifarx_export.parity.error_analysis import max_error_per_image
+from cifarx_export.parity.metrics import LogitErrors, Logits, compute_errors, find_flips
 from cifarx_export.parity.tolerances import Tolerance
 
 _ROUNDING = 1e-12
-"""What a share of the images may be off by for having been divided."""
+"""Slack for the floating-point rounding of a share."""
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One thing that was checked, and what was found."""
+    """One check of the parity check: its name, whether it passed, and what was found, as text."""
 
     name: str
     passed: bool
     found: str
 
 
-class Answers(NamedTuple):
-    """Logits of both for the images of one batch size; `positions` says which images, empty for edge inputs."""
+class PairedLogits(NamedTuple):
+    """The logits of the reference and of the artifact for the same N images.
+
+    Attributes:
+        positions: positions of the images in the data, (N,); empty for edge inputs, which are not in the data.
+        reference, artifact: logits, (N, classes).
+    """
 
     positions: NDArray[np.int64]
     reference: Logits
     artifact: Logits
 
 
-class Figures(NamedTuple):
-    """What was measured; `errors` is None where the artifact gave no answer, an accuracy where there is none.
+class ParityMetrics(NamedTuple):
+    """The metrics of one artifact.
 
     Attributes:
-        images: of the data.
-        errors: of all logits at every batch size, edge inputs among them.
-        agreement: the share of the images that have the reference's argmax at every batch size.
-        forgiven: how many of the others are forgiven.
-        reference_accuracy: of the reference.
-        accuracy: of the artifact, where every image had an answer.
+        images: number of images in the data.
+        errors: errors of all logits at every batch size, including edge inputs; None if no batch size ran.
+        agreement: share of the images whose argmax is the reference's at every batch size.
+        forgiven: number of the other images whose flips are all forgiven.
+        reference_accuracy: accuracy of the reference; None without labels.
+        accuracy: accuracy of the artifact; None without labels, or if not every image has logits.
     """
 
     images: int
-    errors: Errors | None
+    errors: LogitErrors | None
     agreement: float
     forgiven: int
     reference_accuracy: float | None
     accuracy: float | None
 
 
-def measure(
-    answers: Sequence[Answers],
-    edge: Answers | None,
-    expected: Logits,
+def compute_metrics(
+    pairs: Sequence[PairedLogits],
+    edge: PairedLogits | None,
+    reference: Logits,
     labels: NDArray[np.int64] | None,
-    gate: Tolerance,
-) -> Figures:
-    """The figures of an artifact.
+    tolerance: Tolerance,
+) -> ParityMetrics:
+    """Return the metrics of an artifact.
 
     Args:
-        answers: at each batch size that ran.
-        edge: to the edge inputs, where they ran.
-        expected: the reference's logits for all images, (N, classes).
-        labels: (N,), or None where the data's classes are not the model's.
-        gate: what is forgiven.
+        pairs: logits of each batch size that ran.
+        edge: logits of the edge inputs, if they ran.
+        reference: the reference's logits for all images, (N, classes).
+        labels: labels of all images, (N,); None if the classes of the data are not the model's.
+        tolerance: the tolerance for logits and forgiven flips.
     """
-    images = len(expected)
-    whole = next((part for part in answers if len(part.positions) == images), None)
-    agreement, forgiven = _agreement(answers, images, gate) if answers else (0.0, 0)
-    return Figures(
+    images = len(reference)
+    whole = next((pair for pair in pairs if len(pair.positions) == images), None)
+    agreement, forgiven = _agreement(pairs, images, tolerance) if pairs else (0.0, 0)
+    return ParityMetrics(
         images,
-        _errors(answers if edge is None else [*answers, edge], gate) if answers else None,
+        _errors(pairs if edge is None else [*pairs, edge], tolerance) if pairs else None,
         agreement,
         forgiven,
-        _accuracy(expected, labels),
+        _accuracy(reference, labels),
         _accuracy(whole.artifact, labels) if whole else None,
     )
 
 
-def judge(figures: Figures, gate: Tolerance) -> list[Check]:
-    """Whether the figures hold to the gate; of an artifact that gave no answer there is nothing to judge."""
-    if figures.errors is None:
+def check_metrics(metrics: ParityMetrics, tolerance: Tolerance) -> list[Check]:
+    """Compare the metrics with the tolerance; return no checks if the artifact returned no logits."""
+    if metrics.errors is None:
         return []
-    errors = figures.errors
+    errors = metrics.errors
     return [
-        Check("finite", errors.nonfinite == 0, f"{errors.nonfinite} NaN or Inf"),
-        *_judge_tolerance(errors, gate),
-        _judge_agreement(figures, gate),
-        *_judge_accuracy(figures, gate),
+        Check("finite", errors.nonfinite == 0, f"{errors.nonfinite} NaN or Inf logits"),
+        *_check_logits(errors, tolerance),
+        _check_agreement(metrics, tolerance),
+        *_check_accuracy(metrics, tolerance),
     ]
 
 
-def worst_of_each(answers: Sequence[Answers]) -> Answers:
-    """Every image that had an answer, once: where batch sizes differ, a flipped answer, then the largest error.
+def worst_per_image(pairs: Sequence[PairedLogits]) -> PairedLogits:
+    """Return one row for each image: if batch sizes differ, a row with a flip, then the one with the largest error.
 
-    `answers` has at least one; its positions come out in their order.
+    Args:
+        pairs: at least one.
+
+    Returns:
+        The rows in ascending order of position.
     """
-    positions = np.concatenate([part.positions for part in answers])
-    reference = np.concatenate([part.reference for part in answers])
-    artifact = np.concatenate([part.artifact for part in answers])
+    positions = np.concatenate([pair.positions for pair in pairs])
+    reference = np.concatenate([pair.reference for pair in pairs])
+    artifact = np.concatenate([pair.artifact for pair in pairs])
     agrees = reference.argmax(1) == artifact.argmax(1)
-    order = np.lexsort((-row_errors(reference, artifact), agrees, positions))
+    order = np.lexsort((-max_error_per_image(reference, artifact), agrees, positions))
     _, first = np.unique(positions[order], return_index=True)
     rows = order[first]
-    return Answers(positions[rows], reference[rows], artifact[rows])
+    return PairedLogits(positions[rows], reference[rows], artifact[rows])
 
 
-def _errors(answers: Sequence[Answers], gate: Tolerance) -> Errors:
-    return compare(
-        np.concatenate([part.reference for part in answers]), np.concatenate([part.artifact for part in answers]), gate
+def _errors(pairs: Sequence[PairedLogits], tolerance: Tolerance) -> LogitErrors:
+    return compute_errors(
+        np.concatenate([pair.reference for pair in pairs]), np.concatenate([pair.artifact for pair in pairs]), tolerance
     )
 
 
-def _agreement(answers: Sequence[Answers], images: int, gate: Tolerance) -> tuple[float, int]:
-    """The share of the images that never flip, and how many of the flipped are forgiven at every batch size."""
+def _agreement(pairs: Sequence[PairedLogits], images: int, tolerance: Tolerance) -> tuple[float, int]:
+    """Return the share of images that never flip, and the number of flipped images forgiven at every batch size."""
     flipped = np.zeros(images, np.bool_)
     unforgiven = np.zeros(images, np.bool_)
-    for part in answers:
-        flips = find_flips(part.reference, part.artifact, gate)
-        flipped[part.positions[flips.positions]] = True
-        unforgiven[part.positions[flips.positions[~flips.forgiven]]] = True
+    for pair in pairs:
+        flips = find_flips(pair.reference, pair.artifact, tolerance)
+        flipped[pair.positions[flips.positions]] = True
+        unforgiven[pair.positions[flips.positions[~flips.forgiven]]] = True
     return 1 - float(flipped.mean()), int((flipped & ~unforgiven).sum())
 
 
@@ -129,27 +138,31 @@ def _accuracy(logits: Logits, labels: NDArray[np.int64] | None) -> float | None:
     return None if labels is None else float((logits.argmax(1) == labels).mean())
 
 
-def _judge_tolerance(errors: Errors, gate: Tolerance) -> list[Check]:
-    """Of precisions that have a tolerance."""
-    if not gate.has_tolerance:
+def _check_logits(errors: LogitErrors, tolerance: Tolerance) -> list[Check]:
+    """Check every logit, for precisions whose tolerance bounds them."""
+    if not tolerance.bounds_logits:
         return []
-    found = f"max |Δ| {errors.max_abs:.2e}, {errors.outside} outside {gate.atol or 0:g} + {gate.rtol or 0:g}·|ref|"
-    return [Check("tolerance", errors.outside == 0, found)]
+    bound = f"{tolerance.atol or 0:g} + {tolerance.rtol or 0:g}·|ref|"
+    return [
+        Check(
+            "tolerance", errors.outside == 0, f"max |Δ| {errors.max_abs:.2e}, {errors.outside} logits outside {bound}"
+        )
+    ]
 
 
-def _judge_agreement(figures: Figures, gate: Tolerance) -> Check:
-    forgiven = f", {figures.forgiven} forgiven" if figures.forgiven else ""
+def _check_agreement(metrics: ParityMetrics, tolerance: Tolerance) -> Check:
+    forgiven = f", {metrics.forgiven} flips forgiven" if metrics.forgiven else ""
     return Check(
         "agreement",
-        figures.agreement + figures.forgiven / figures.images >= gate.agreement - _ROUNDING,
-        f"{figures.agreement:.4%} of {figures.images} images{forgiven} (at least {gate.agreement:.4g})",
+        metrics.agreement + metrics.forgiven / metrics.images >= tolerance.agreement - _ROUNDING,
+        f"{metrics.agreement:.4%} of {metrics.images} images{forgiven} (minimum {tolerance.agreement * 100:g}%)",
     )
 
 
-def _judge_accuracy(figures: Figures, gate: Tolerance) -> list[Check]:
-    """Of precisions that have a budget, on images whose classes are the model's."""
-    before, after, budget = figures.reference_accuracy, figures.accuracy, gate.accuracy_drop
-    if budget is None or before is None or after is None:
+def _check_accuracy(metrics: ParityMetrics, tolerance: Tolerance) -> list[Check]:
+    """Check the accuracy, for precisions with a bound on its loss and data with the model's classes."""
+    before, after, drop = metrics.reference_accuracy, metrics.accuracy, tolerance.accuracy_drop
+    if drop is None or before is None or after is None:
         return []
-    found = f"{after:.2%}, {(after - before) * 100:+.2f} points (at least {-budget * 100:+.2f})"
-    return [Check("accuracy", before - after <= budget + _ROUNDING, found)]
+    found = f"{after:.2%}, a change of {(after - before) * 100:+.2f} points (minimum {-drop * 100:+.2f})"
+    return [Check("accuracy", before - after <= drop + _ROUNDING, found)]

@@ -1,4 +1,4 @@
-"""What lies behind the figures of a proof: how the errors are spread, which classes differ, and the worst images."""
+"""Analyze the errors of an artifact: their distribution, the classes that disagree, and the worst images."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -11,25 +11,28 @@ from cifarx_export.parity.metrics import Logits
 
 LOWEST_EXPONENT: Final = -10
 HIGHEST_EXPONENT: Final = 2
-BINS_A_DECADE: Final = 4
+BINS_PER_DECADE: Final = 4
+"""The bins of the histogram: four per power of ten, from 1e-10 to 1e2."""
 
-WORST_IMAGES: Final = 8
-MOST_DISAGREEMENTS: Final = 100
-"""Kinds of disagreement that are kept: all of ten classes' ninety."""
+MAX_WORST_IMAGES: Final = 8
+"""Number of worst images to keep."""
+
+MAX_DISAGREEMENTS: Final = 100
+"""Number of (reference class, artifact class) pairs to keep; ten classes have 90."""
 
 _CHUNK_LOGITS: Final = 1 << 20
-"""As many errors are in memory at once, in double precision."""
+"""Number of errors held in memory at once, in float64."""
 
 
 class Histogram(msgspec.Struct, frozen=True):
-    """Absolute errors of logits, counted by their decimal logarithm in bins of equal width.
+    """Histogram of the absolute errors of logits, with bins of equal width in log10(error).
 
     Attributes:
-        lowest: the exponent where the first bin begins; smaller errors are in the first bin too.
-        highest: the exponent where the last bin ends; larger errors are in the last bin too.
-        counts: of each bin.
-        zero: logits that are the same to the last bit, in no bin.
-        nonfinite: logits that are NaN or Inf on either side, in no bin.
+        lowest: log10 of the lower edge of the first bin, which also counts smaller errors.
+        highest: log10 of the upper edge of the last bin, which also counts larger errors.
+        counts: number of logits in each bin.
+        zero: number of logits with no error; they are in no bin.
+        nonfinite: number of logits that are NaN or Inf on either side; they are in no bin.
     """
 
     lowest: float
@@ -40,14 +43,14 @@ class Histogram(msgspec.Struct, frozen=True):
 
 
 class ClassAgreement(msgspec.Struct, frozen=True):
-    """Images that the reference gives one class, and those of them that the artifact gives the same."""
+    """Number of images the reference predicts as one class, and of those the artifact predicts as the same class."""
 
     images: int
     agreeing: int
 
 
 class Disagreement(msgspec.Struct, frozen=True):
-    """So many images are class `reference` to the reference and class `artifact` to the artifact, by index."""
+    """Number of images predicted as class `reference` by the reference and class `artifact` by the artifact."""
 
     reference: int
     artifact: int
@@ -55,34 +58,38 @@ class Disagreement(msgspec.Struct, frozen=True):
 
 
 class WorstImage(msgspec.Struct, frozen=True):
-    """An image by its position in the data, its label where the data has the model's classes, and both logits.
+    """One of the images with the worst errors.
 
-    A logit that is not finite is None, as JSON has it; `error` is the largest of a logit, None where one is not finite.
-    The answers are the classes of the largest logit.
+    Attributes:
+        image: position of the image in the data.
+        label: its label, or None if the classes of the data are not the model's.
+        reference_prediction, artifact_prediction: argmax of the logits, a class index.
+        reference, artifact: the logits, one per class; None for a logit that is NaN or Inf.
+        error: largest absolute error of a logit; None if a logit is NaN or Inf.
     """
 
     image: int
     label: int | None
-    reference_answer: int
-    artifact_answer: int
+    reference_prediction: int = msgspec.field(name="reference_answer")
+    artifact_prediction: int = msgspec.field(name="artifact_answer")
     reference: tuple[float | None, ...]
     artifact: tuple[float | None, ...]
     error: float | None
 
     @property
     def flipped(self) -> bool:
-        return self.reference_answer != self.artifact_answer
+        return self.reference_prediction != self.artifact_prediction
 
 
 class ErrorAnalysis(msgspec.Struct, frozen=True):
-    """Of every image of the data, once: where batch sizes differ, by its worst answer.
+    """Error analysis over the images of the data, with one row of logits per image.
 
     Attributes:
-        class_names: what every index here means.
-        histogram: of the errors of all logits.
-        by_class: one for each class, in their order.
-        disagreements: the `MOST_DISAGREEMENTS` most frequent, most frequent first.
-        worst: at most `WORST_IMAGES`: first those whose answer differs, then by the largest error of a logit.
+        class_names: class names, in label order.
+        histogram: histogram of the errors of all logits.
+        by_class: agreement for each class, in label order.
+        disagreements: the most frequent disagreements, most frequent first, at most `MAX_DISAGREEMENTS`.
+        worst: the worst images, at most `MAX_WORST_IMAGES`: flips first, then by the largest error of a logit.
     """
 
     class_names: tuple[str, ...]
@@ -99,16 +106,16 @@ def analyze_errors(
     reference: Logits,
     artifact: Logits,
 ) -> ErrorAnalysis:
-    """ErrorAnalysis of N images of C classes.
+    """Analyze the errors of N images and C classes.
 
     Args:
-        class_names: C of them, in label order.
-        positions: of the images in the data, (N,).
-        labels: of these images, (N,), or None where the data's classes are not the model's.
+        class_names: the C class names, in label order.
+        positions: positions of the images in the data, (N,).
+        labels: labels of these images, (N,); None if the classes of the data are not the model's.
         reference, artifact: logits, (N, C), N at least 1.
     """
     expected, found = reference.argmax(1), artifact.argmax(1)
-    errors = row_errors(reference, artifact)
+    errors = max_error_per_image(reference, artifact)
     severity = np.lexsort((-errors, expected == found))
     return ErrorAnalysis(
         class_names,
@@ -117,44 +124,44 @@ def analyze_errors(
         _disagreements(expected, found, len(class_names)),
         tuple(
             WorstImage(
-                int(positions[row]),
-                None if labels is None else int(labels[row]),
-                int(expected[row]),
-                int(found[row]),
-                _numbers(reference[row]),
-                _numbers(artifact[row]),
-                float(errors[row]) if np.isfinite(errors[row]) else None,
+                image=int(positions[row]),
+                label=None if labels is None else int(labels[row]),
+                reference_prediction=int(expected[row]),
+                artifact_prediction=int(found[row]),
+                reference=_finite_or_none(reference[row]),
+                artifact=_finite_or_none(artifact[row]),
+                error=float(errors[row]) if np.isfinite(errors[row]) else None,
             )
-            for row in severity[:WORST_IMAGES]
+            for row in severity[:MAX_WORST_IMAGES]
         ),
     )
 
 
-def row_errors(reference: Logits, artifact: Logits) -> NDArray[np.float64]:
-    """The largest error of each image, (N,), of logits (N, C); Inf where a logit is not finite."""
-    return np.concatenate([error.max(axis=1) for error in _errors(reference, artifact)])
+def max_error_per_image(reference: Logits, artifact: Logits) -> NDArray[np.float64]:
+    """Return the largest error of each image, (N,), from logits (N, C); Inf if a logit is not finite."""
+    return np.concatenate([error.max(axis=1) for error in _absolute_errors(reference, artifact)])
 
 
 def error_histogram(reference: Logits, artifact: Logits) -> Histogram:
-    """The absolute errors of logits, both (N, C), N at least 1."""
-    bins = (HIGHEST_EXPONENT - LOWEST_EXPONENT) * BINS_A_DECADE
+    """Return the histogram of the absolute errors of logits, both (N, C), N at least 1."""
+    bins = (HIGHEST_EXPONENT - LOWEST_EXPONENT) * BINS_PER_DECADE
     counts = np.zeros(bins, np.int64)
     zero = nonfinite = 0
-    for error in _errors(reference, artifact):
+    for error in _absolute_errors(reference, artifact):
         zero += int((error == 0).sum())
         nonfinite += int(np.isinf(error).sum())
         exponents = np.log10(error[(error > 0) & np.isfinite(error)])
-        places = np.floor((exponents - LOWEST_EXPONENT) * BINS_A_DECADE).astype(np.int64)
-        counts += np.bincount(places.clip(0, bins - 1), minlength=bins)
+        bin_indices = np.floor((exponents - LOWEST_EXPONENT) * BINS_PER_DECADE).astype(np.int64)
+        counts += np.bincount(bin_indices.clip(0, bins - 1), minlength=bins)
     return Histogram(LOWEST_EXPONENT, HIGHEST_EXPONENT, tuple(map(int, counts)), zero, nonfinite)
 
 
-def _errors(reference: Logits, artifact: Logits) -> Iterator[NDArray[np.float64]]:
-    """Absolute errors of some rows at a time, (n, C); Inf where either side is not finite."""
+def _absolute_errors(reference: Logits, artifact: Logits) -> Iterator[NDArray[np.float64]]:
+    """Yield the absolute errors of some rows at a time, (n, C); Inf where either side is not finite."""
     step = max(1, _CHUNK_LOGITS // reference.shape[1])
     for start in range(0, len(reference), step):
         rows = slice(start, start + step)
-        with np.errstate(invalid="ignore"):  # Inf of both gives NaN, which is as bad
+        with np.errstate(invalid="ignore"):  # Inf - Inf is NaN, which becomes Inf below
             error = np.abs(artifact[rows].astype(np.float64) - reference[rows])
         yield np.where(np.isfinite(error), error, np.inf)
 
@@ -162,15 +169,15 @@ def _errors(reference: Logits, artifact: Logits) -> Iterator[NDArray[np.float64]
 def _by_class(expected: NDArray[np.int64], found: NDArray[np.int64], classes: int) -> tuple[ClassAgreement, ...]:
     images = np.bincount(expected, minlength=classes)
     agreeing = np.bincount(expected[expected == found], minlength=classes)
-    return tuple(ClassAgreement(int(all_), int(same)) for all_, same in zip(images, agreeing, strict=True))
+    return tuple(ClassAgreement(int(total), int(same)) for total, same in zip(images, agreeing, strict=True))
 
 
 def _disagreements(expected: NDArray[np.int64], found: NDArray[np.int64], classes: int) -> tuple[Disagreement, ...]:
     flipped = expected != found
     pairs, counts = np.unique(expected[flipped] * classes + found[flipped], return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MOST_DISAGREEMENTS]
-    return tuple(Disagreement(*divmod(int(pairs[place]), classes), int(counts[place])) for place in order)
+    order = np.argsort(-counts, kind="stable")[:MAX_DISAGREEMENTS]
+    return tuple(Disagreement(*divmod(int(pairs[index]), classes), int(counts[index])) for index in order)
 
 
-def _numbers(logits: NDArray[np.float32]) -> tuple[float | None, ...]:
+def _finite_or_none(logits: NDArray[np.float32]) -> tuple[float | None, ...]:
     return tuple(float(value) if np.isfinite(value) else None for value in logits)

@@ -1,4 +1,4 @@
-"""A spec from a file of its own, for a model of someone else's that carries none."""
+"""Read a model spec from a JSON file, and embed it in a copy of a model file that carries no spec."""
 
 import shutil
 import zipfile
@@ -9,79 +9,93 @@ import msgspec
 
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
-from cifarx_serve.backends.torch.torchscript import SPEC_FILE
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import ModelFileError, SpecError, UsageError
 from cifarx_serve.spec import ModelSpec
 
 
-def read_given_spec(path: Path) -> ModelSpec:
-    """What the user says of a file; the records of where it came from are of the file that the document is from."""
+def read_external_spec(path: Path) -> ModelSpec:
+    """Read a model spec from a JSON file.
+
+    Checksums, exporter and parity summary are removed: they describe the file the spec was printed from.
+
+    Raises:
+        UsageError: the file cannot be read.
+        SpecError: the file holds no valid spec.
+    """
     try:
         spec = ModelSpec.from_json(path.read_bytes(), str(path))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror})", "give a spec as a JSON file") from error
     except SpecError as error:
-        raise SpecError(error.problem, "write it as `cifarx inspect FILE --json` prints one") from error
+        raise SpecError(error.problem, "use the form that `cifarx inspect FILE --json` prints") from error
     return msgspec.structs.replace(spec, checkpoint_sha256=None, weights_sha256=None, exporter=None, parity=None)
 
 
-def with_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
-    """The file itself where it carries a spec or is a checkpoint, else a copy of it in `folder` with this one inside.
+def embed_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
+    """Return a copy of a model file, in `folder`, that carries this spec.
 
-    Only ONNX and TorchScript files can be given one; others are opened as they are.
+    Only ONNX and TorchScript files without a spec are copied; for any other file `path` itself is returned.
+
+    Raises:
+        ModelFileError: the file is missing or damaged, or is not a classifier with one input and one output.
     """
     require_file(path)
     if path.name.endswith(".onnx"):
-        return _onnx_with_spec(path, spec, folder)
+        return _embed_in_onnx(path, spec, folder)
     if path.name.endswith(".torchscript.pt"):
-        return _torchscript_with_spec(path, spec, folder)
+        return _embed_in_torchscript(path, spec, folder)
     return path
 
 
-def _onnx_with_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
-    """Its one input and output become `input` and `logits`; weights in files beside it come inside."""
+def _embed_in_onnx(path: Path, spec: ModelSpec, folder: Path) -> Path:
+    """Rename the input and output to `input` and `logits` too; external weights become part of the copy."""
     import onnx
 
     try:
         model = onnx.load(path)
-    except Exception as error:  # what its parsers raise has no common base
+    except Exception as error:  # the errors of onnx's parsers have no common base class
         raise ModelFileError(f"{path} is not an ONNX model ({error})", "check the file") from error
     if any(entry.key == SPEC_KEY for entry in model.metadata_props):
         return path
-    model = _with_our_names(model, path)
+    model = _with_standard_names(model, path)
     onnx.helper.set_model_props(model, {SPEC_KEY: spec.to_json()})
     if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
-        raise ModelFileError(f"{path} is over 2 GB", "put the spec into the file that holds its weights apart")
+        raise ModelFileError(
+            f"{path} is over 2 GB with its weights", f"add the spec to its metadata yourself, under the key {SPEC_KEY}"
+        )
     folder.mkdir()
     copy = folder / path.name
     copy.write_bytes(model.SerializeToString())
     return copy
 
 
-def _with_our_names(model: Any, path: Path) -> Any:
-    """Identities carry the names to and from the graph: renaming would have to reach into every subgraph."""
+def _with_standard_names(model: Any, path: Path) -> Any:
+    """Connect `input` and `logits` to the graph by Identity nodes: renaming would have to reach into every subgraph."""
     import onnx
 
     graph = model.graph
-    stored = {tensor.name for tensor in graph.initializer}
-    ports = [port for port in graph.input if port.name not in stored]  # before IR 4 weights were inputs too
-    for kind, found in (("inputs", ports), ("outputs", graph.output)):
-        if len(found) != 1:
-            names = ", ".join(port.name for port in found)
-            raise ModelFileError(f"{path} has {len(found)} {kind} ({names})", "give a classifier with one of each")
-    if (ports[0].name, graph.output[0].name) == ("input", "logits"):
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [info for info in graph.input if info.name not in weights]  # before IR 4 weights were inputs too
+    for kind, infos in (("inputs", inputs), ("outputs", graph.output)):
+        if len(infos) != 1:
+            names = ", ".join(info.name for info in infos)
+            raise ModelFileError(
+                f"{path} has {len(infos)} {kind} ({names})", "give a classifier with one input and one output"
+            )
+    if (inputs[0].name, graph.output[0].name) == ("input", "logits"):
         return model
-    model = onnx.compose.add_prefix(model, f"{path.stem}/")  # so that ours are free
+    model = onnx.compose.add_prefix(model, f"{path.stem}/")  # inner tensors may be called `input` or `logits`
     graph = model.graph
-    stored = {tensor.name for tensor in graph.initializer}
-    port, output = next(port for port in graph.input if port.name not in stored), graph.output[0]
-    graph.node.insert(0, onnx.helper.make_node("Identity", ["input"], [port.name]))
+    weights = {tensor.name for tensor in graph.initializer}
+    input_, output = next(info for info in graph.input if info.name not in weights), graph.output[0]
+    graph.node.insert(0, onnx.helper.make_node("Identity", ["input"], [input_.name]))
     graph.node.append(onnx.helper.make_node("Identity", [output.name], ["logits"]))
-    port.name, output.name = "input", "logits"
+    input_.name, output.name = "input", "logits"
     return model
 
 
-def _torchscript_with_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
+def _embed_in_torchscript(path: Path, spec: ModelSpec, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -1,4 +1,7 @@
-"""The histogram of a proof's errors as shapes to draw: both axes logarithmic, so that one logit in 100,000 shows."""
+"""Lay out the error histogram of a parity report for drawing.
+
+Both axes are logarithmic, so that a single logit among 100,000 is visible.
+"""
 
 from math import ceil, floor, log10
 from typing import Final, NamedTuple
@@ -10,14 +13,14 @@ HEIGHT: Final = 250
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 22, 24, 38
 _ZERO_WIDTH: Final = 26
-"""The bar of the logits without an error stands apart, left of the axis."""
+"""Width of the bar of logits without an error, which stands to the left of the axis."""
 
 _MIN_DECADES: Final = 2
 _GAP: Final = 1
 
 
 class Bar(NamedTuple):
-    """A rectangle, what it stands for, and whether a logit of it may be outside the tolerance."""
+    """A rectangle, its tooltip, and whether errors of this size are outside the absolute tolerance."""
 
     x: float
     y: float
@@ -27,51 +30,51 @@ class Bar(NamedTuple):
     outside: bool
 
 
-class Mark(NamedTuple):
-    """A place on an axis, in the chart's units, and its text; a power of ten is in two parts."""
+class Tick(NamedTuple):
+    """A position on an axis, in the units of the chart, and its label; `exponent` is a superscript after the label."""
 
-    place: float
-    text: str
+    position: float
+    label: str
     exponent: str = ""
 
 
-class HistogramChart(NamedTuple):
-    """What to draw in a box of `width` by `height`.
+class HistogramLayout(NamedTuple):
+    """The shapes of a histogram in a box of `width` by `height`.
 
     Attributes:
-        bars: of the histogram.
-        exponents: along the axis of the errors.
-        counts: along the axis of the logits.
-        gate: where the absolute tolerance is, None where there is none or it is beyond the axis.
-        baseline: of the bars.
-        left, right: ends of the baseline.
+        bars: the bars.
+        x_ticks: ticks of the axis of errors.
+        y_ticks: ticks of the axis of counts.
+        tolerance: x of the absolute tolerance; None if there is none or it is outside the axis.
+        baseline: y of the bottom of the bars.
+        left, right: x of the ends of the axis of errors.
     """
 
     width: int
     height: int
     bars: tuple[Bar, ...]
-    exponents: tuple[Mark, ...]
-    counts: tuple[Mark, ...]
-    gate: float | None
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    tolerance: float | None
     baseline: float
     left: float
     right: float
 
 
-def histogram_chart(histogram: Histogram, atol: float | None) -> HistogramChart:
-    """Lay the histogram out, from the decade of its first bar to that of its last, and of the gate.
+def layout_histogram(histogram: Histogram, atol: float | None) -> HistogramLayout:
+    """Lay out a histogram over the decades of its filled bins and of the tolerance.
 
     Args:
-        histogram: of absolute errors.
-        atol: the absolute tolerance of the gate; None or 0 for none to show.
+        histogram: histogram of absolute errors.
+        atol: the absolute tolerance to mark; None or 0 for no mark.
     """
     first, last = _decades(histogram, atol)
     left = _LEFT + (_ZERO_WIDTH + 26 if histogram.zero else 0)
     right, baseline = WIDTH - _RIGHT, HEIGHT - _BOTTOM
-    most = max(1, ceil(log10(max(*histogram.counts, histogram.zero, 1))))
-    scale = (baseline - _TOP) / (most + 0.3)  # a bar of one has a height too
+    top_power = max(1, ceil(log10(max(*histogram.counts, histogram.zero, 1))))
+    scale = (baseline - _TOP) / (top_power + 0.3)  # 0.3 gives a bar of one logit a height
 
-    def across(exponent: float) -> float:
+    def x_of(exponent: float) -> float:
         return left + (exponent - first) / (last - first) * (right - left)
 
     def bar(x: float, width: float, count: int, title: str, outside: bool) -> Bar:
@@ -80,19 +83,19 @@ def histogram_chart(histogram: Histogram, atol: float | None) -> HistogramChart:
 
     step = (histogram.highest - histogram.lowest) / len(histogram.counts)
     bars = [bar(_LEFT, _ZERO_WIDTH, histogram.zero, "no error", False)] if histogram.zero else []
-    for number, count in enumerate(histogram.counts):
-        start = histogram.lowest + number * step
+    for index, count in enumerate(histogram.counts):
+        start = histogram.lowest + index * step
         if count:
             title = f"{10**start:.1e} to {10 ** (start + step):.1e}"
             outside = bool(atol) and 10 ** (start + step / 2) > (atol or 0)
-            bars.append(bar(across(start), across(start + step) - across(start) - _GAP, count, title, outside))
-    return HistogramChart(
+            bars.append(bar(x_of(start), x_of(start + step) - x_of(start) - _GAP, count, title, outside))
+    return HistogramLayout(
         WIDTH,
         HEIGHT,
         tuple(bars),
-        tuple(Mark(across(exponent), "10", f"{exponent}") for exponent in range(first, last + 1)),
-        tuple(Mark(baseline - (power + 0.3) * scale, _short(power)) for power in range(most + 1)),
-        across(log10(atol)) if atol and first <= log10(atol) <= last else None,
+        tuple(Tick(x_of(exponent), "10", f"{exponent}") for exponent in range(first, last + 1)),
+        tuple(Tick(baseline - (power + 0.3) * scale, _short(power)) for power in range(top_power + 1)),
+        x_of(log10(atol)) if atol and first <= log10(atol) <= last else None,
         baseline,
         left,
         right,
@@ -100,9 +103,9 @@ def histogram_chart(histogram: Histogram, atol: float | None) -> HistogramChart:
 
 
 def _decades(histogram: Histogram, atol: float | None) -> tuple[int, int]:
-    """The exponents where the axis begins and ends."""
+    """Return the first and the last power of ten of the axis of errors."""
     step = (histogram.highest - histogram.lowest) / len(histogram.counts)
-    filled = [number for number, count in enumerate(histogram.counts) if count] or [len(histogram.counts) // 2]
+    filled = [index for index, count in enumerate(histogram.counts) if count] or [len(histogram.counts) // 2]
     first = floor(histogram.lowest + filled[0] * step)
     last = ceil(histogram.lowest + (filled[-1] + 1) * step)
     if atol and histogram.lowest <= log10(atol) <= histogram.highest:
@@ -111,5 +114,5 @@ def _decades(histogram: Histogram, atol: float | None) -> tuple[int, int]:
 
 
 def _short(power: int) -> str:
-    """A power of ten: 1, 10, 100, 1k, 10k."""
+    """Return a power of ten as 1, 10, 100, 1k, 10k, …"""
     return f"{10 ** (power % 3)}{'kMGT'[power // 3 - 1] if power >= 3 else ''}"

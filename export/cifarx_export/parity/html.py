@@ -1,210 +1,199 @@
-"""Proofs as one HTML page that stands alone: no script, nothing loaded from elsewhere, readable from the disk."""
+"""Write parity reports as one self-contained HTML page: no scripts, and nothing loaded from other files."""
 
 import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cifarx_export.html_report import render_page
 from cifarx_export.parity.error_analysis import ClassAgreement, Disagreement, ErrorAnalysis, WorstImage
-from cifarx_export.parity.histogram import HistogramChart, histogram_chart
+from cifarx_export.parity.histogram import HistogramLayout, layout_histogram
 from cifarx_export.parity.report import ParityReport
-from cifarx_export.parity.tolerances import Tolerance, gate
+from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import atomic_path, require_writable
 from cifarx_serve.spec import ParitySummary
 
-if TYPE_CHECKING:
-    import jinja2
-
 SUFFIX: Final = ".html"
 
-_TEMPLATE: Final = "parity_page.html"
+_TEMPLATE: Final = "parity_report.html"
 
 _MATRIX_CLASSES: Final = 12
-"""As many classes fit a matrix of disagreements; of more, the most frequent are listed."""
+"""Maximum number of classes for a matrix of disagreements; with more classes the most frequent ones are listed."""
 
-_LISTED: Final = 15
-"""Rows of a list that would be longer with more classes."""
+_MAX_ROWS: Final = 15
+"""Maximum number of rows of a list whose length depends on the number of classes."""
 
-_PICTURE_PIXELS: Final = 160
-"""Small images are enlarged by a whole factor to about this; those of twice as many are made smaller."""
+_THUMBNAIL_PIXELS: Final = 160
+"""Small images are enlarged by an integer factor to about this size; larger ones are reduced to at most twice this."""
 
 
-class Figure(NamedTuple):
-    """A row of the table of figures; `gate` is empty where nothing is asked of it."""
+class MetricRow(NamedTuple):
+    """A row of the table of metrics; `tolerance` is empty if the metric has none."""
 
     name: str
     value: str
-    gate: str = ""
+    tolerance: str = ""
 
 
 class ClassRow(NamedTuple):
-    """How often one class is answered alike; `bar` is the share that differs, 1 for the class that differs most."""
+    """The agreement for one class.
+
+    Attributes:
+        name: name of the class.
+        images: number of images that the reference predicts as this class.
+        agreement: share of them that the artifact predicts as the same class.
+        flips: number of the others.
+        bar: share of flips, relative to the class with the largest share.
+    """
 
     name: str
     images: int
     agreement: float
-    differing: int
+    flips: int
     bar: float
 
 
-class Matrix(NamedTuple):
-    """Disagreements: `rows[reference][artifact]` images, with the names of the classes that occur."""
+class DisagreementMatrix(NamedTuple):
+    """The number of images for each reference class (row) and artifact class (column), over the classes that occur."""
 
     names: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]
-    most: int
+    max_count: int
 
 
 class LogitRow(NamedTuple):
-    """The logit of one class by both; None where it is not finite."""
+    """The logits of one class; None if a logit is not finite. The flags mark the predicted class of each side."""
 
     name: str
     reference: float | None
     artifact: float | None
-    reference_answer: bool
-    artifact_answer: bool
+    reference_prediction: bool
+    artifact_prediction: bool
 
 
-class Picture(NamedTuple):
+class Thumbnail(NamedTuple):
     """One of the worst images; `source` is its data URI."""
 
     source: str
     image: int
     label: str | None
-    reference: str
-    artifact: str
     flipped: bool
     logits: tuple[LogitRow, ...]
     error: float | None
 
 
 class Section(NamedTuple):
-    """One artifact's part of the page; what evidence shows is empty where the artifact gave no answer."""
+    """The section of one artifact; the parts of the error analysis are empty if the artifact returned no logits."""
 
     anchor: str
     report: ParityReport
-    figures: tuple[Figure, ...]
-    chart: HistogramChart | None
+    metrics: tuple[MetricRow, ...]
+    histogram: HistogramLayout | None
     classes: tuple[ClassRow, ...]
-    matrix: Matrix | None
+    matrix: DisagreementMatrix | None
     pairs: tuple[tuple[str, str, int], ...]
-    pictures: tuple[Picture, ...]
+    worst: tuple[Thumbnail, ...]
 
 
-def require_page(page: str | Path | None) -> None:
-    """Find out before long work whether a page of that name can be written; None is no page.
+def require_html_path(path: str | Path | None) -> None:
+    """Check that a report can be written to this path, before any long computation; None means no report.
 
     Raises:
         UsageError: the name does not end in `.html`.
-        OutputError: its folder cannot be written.
+        OutputError: the folder cannot be written.
     """
-    if page is None:
+    if path is None:
         return
-    if not str(page).endswith(SUFFIX):
-        raise UsageError(f"a report as {page}", f"give a name that ends in {SUFFIX}")
-    require_writable(Path(page).parent)
+    if not str(path).endswith(SUFFIX):
+        raise UsageError(f"cannot write a report named {path}", f"give a name that ends in {SUFFIX}")
+    require_writable(Path(path).parent)
 
 
-def write_parity_page(path: Path, reports: Sequence[ParityReport], images: NDArray[np.uint8]) -> None:
-    """Write the page, whole or not at all.
+def write_html_report(path: Path, reports: Sequence[ParityReport], images: NDArray[np.uint8]) -> None:
+    """Write an HTML page with a section for each report, atomically.
 
     Args:
-        path: of the page.
-        reports: of artifacts, at least one, in the order of their sections.
-        images: of their proof, uint8 (N, height, width, 3): the positions of the worst images count in these.
+        path: path of the page.
+        reports: reports of artifacts, at least one, in the order of their sections.
+        images: the images of the parity check, uint8 (N, height, width, 3).
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the page cannot be written.
     """
-    text = parity_page(reports, images)
+    text = render_html_report(reports, images)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def parity_page(reports: Sequence[ParityReport], images: NDArray[np.uint8]) -> str:
-    """The page as text; see `write_parity_page`."""
+def render_html_report(reports: Sequence[ParityReport], images: NDArray[np.uint8]) -> str:
+    """Return the page as text; for the arguments see `write_html_report`."""
     sections = [_section(f"artifact-{number}", report, images) for number, report in enumerate(reports, 1)]
-    return _templates().get_template(_TEMPLATE).render(sections=sections)
-
-
-def _templates() -> "jinja2.Environment":
-    """Names of classes and files come from anywhere: all text is escaped."""
-    import jinja2
-
-    found = jinja2.Environment(
-        loader=jinja2.PackageLoader("cifarx_export.parity"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters["scientific"] = _scientific
-    return found
+    return render_page("cifarx_export.parity", _TEMPLATE, {"scientific": _scientific}, sections=sections)
 
 
 def _section(anchor: str, report: ParityReport, images: NDArray[np.uint8]) -> Section:
-    summary, evidence = report.summary, report.evidence
-    figures = _figures(summary, gate(report.precision, summary.atol, summary.rtol))
-    if evidence is None:
-        return Section(anchor, report, figures, None, (), None, (), ())
-    few = len(evidence.class_names) <= _MATRIX_CLASSES
+    summary, analysis = report.summary, report.error_analysis
+    metrics = _metric_rows(summary, get_tolerance(report.precision, summary.atol, summary.rtol))
+    if analysis is None:
+        return Section(anchor, report, metrics, None, (), None, (), ())
+    few = len(analysis.class_names) <= _MATRIX_CLASSES
     return Section(
         anchor,
         report,
-        figures,
-        histogram_chart(evidence.histogram, summary.atol),
-        _class_rows(evidence.class_names, evidence.by_class),
-        _matrix(evidence.class_names, evidence.disagreements) if few and evidence.disagreements else None,
-        () if few else _pairs(evidence.class_names, evidence.disagreements),
-        tuple(_picture(worst, evidence, images[worst.image]) for worst in evidence.worst),
+        metrics,
+        layout_histogram(analysis.histogram, summary.atol),
+        _class_rows(analysis.class_names, analysis.by_class),
+        _matrix(analysis.class_names, analysis.disagreements) if few and analysis.disagreements else None,
+        () if few else _pairs(analysis.class_names, analysis.disagreements),
+        tuple(_thumbnail(worst, analysis, images[worst.image]) for worst in analysis.worst),
     )
 
 
-def _figures(summary: ParitySummary, limits: Tolerance) -> tuple[Figure, ...]:
-    tolerance = f"{limits.atol or 0:g} + {limits.rtol or 0:g}·|ref|" if limits.has_tolerance else ""
-    figures = [
-        Figure("Largest error", _scientific(summary.max_abs_error), tolerance and f"≤ {tolerance}"),
-        Figure("Mean error", _scientific(summary.mean_abs_error)),
-        Figure("99.9th percentile", _scientific(summary.p999_abs_error)),
-        Figure("Tolerance needed", _scientific(summary.required_tolerance)),
-        Figure("NaN or Inf", f"{summary.nonfinite:,}", "0"),
-        Figure("Same answer", f"{summary.agreement:.4%}", f"≥ {limits.agreement * 100:g}%"),
-        Figure("Flips forgiven", f"{summary.forgiven:,}"),
+def _metric_rows(summary: ParitySummary, tolerance: Tolerance) -> tuple[MetricRow, ...]:
+    bound = f"≤ {tolerance.atol or 0:g} + {tolerance.rtol or 0:g}·|ref|" if tolerance.bounds_logits else ""
+    rows = [
+        MetricRow("Max error", _scientific(summary.max_abs_error), bound),
+        MetricRow("Mean error", _scientific(summary.mean_abs_error)),
+        MetricRow("99.9th percentile of errors", _scientific(summary.p999_abs_error)),
+        MetricRow("Smallest passing tolerance", _scientific(summary.required_tolerance)),
+        MetricRow("NaN or Inf", f"{summary.nonfinite:,}", "0"),
+        MetricRow("Agreement", f"{summary.agreement:.4%}", f"≥ {tolerance.agreement * 100:g}%"),
+        MetricRow("Forgiven flips", f"{summary.forgiven:,}"),
     ]
     before, after = summary.reference_accuracy, summary.accuracy
     if before is not None and after is not None:
-        budget = "" if limits.accuracy_drop is None else f"≥ {-limits.accuracy_drop * 100:+.2f}"
-        figures += [
-            Figure("Accuracy, checkpoint", f"{before:.2%}"),
-            Figure("Accuracy, artifact", f"{after:.2%}"),
-            Figure("Difference in points", f"{(after - before) * 100:+.2f}", budget),
+        drop = "" if tolerance.accuracy_drop is None else f"≥ {-tolerance.accuracy_drop * 100:+.2f}"
+        rows += [
+            MetricRow("Accuracy of the reference", f"{before:.2%}"),
+            MetricRow("Accuracy of the artifact", f"{after:.2%}"),
+            MetricRow("Difference in points", f"{(after - before) * 100:+.2f}", drop),
         ]
-    return tuple(figures)
-
-
-def _class_rows(names: Sequence[str], by_class: Sequence[ClassAgreement]) -> tuple[ClassRow, ...]:
-    """In label order; of many classes, those that differ most."""
-    shares = [1 - row.agreeing / row.images if row.images else 0.0 for row in by_class]
-    most = max(shares) or 1.0
-    rows = [
-        ClassRow(name, row.images, 1 - share, row.images - row.agreeing, share / most)
-        for name, row, share in zip(names, by_class, shares, strict=True)
-    ]
-    if len(rows) > _MATRIX_CLASSES:
-        rows = sorted(rows, key=lambda row: row.agreement)[:_LISTED]
     return tuple(rows)
 
 
-def _matrix(names: Sequence[str], disagreements: Sequence[Disagreement]) -> Matrix:
+def _class_rows(names: Sequence[str], by_class: Sequence[ClassAgreement]) -> tuple[ClassRow, ...]:
+    """Return all classes in label order, or the classes with the lowest agreement if there are many."""
+    shares = [1 - row.agreeing / row.images if row.images else 0.0 for row in by_class]
+    largest = max(shares) or 1.0
+    rows = [
+        ClassRow(name, row.images, 1 - share, row.images - row.agreeing, share / largest)
+        for name, row, share in zip(names, by_class, shares, strict=True)
+    ]
+    if len(rows) > _MATRIX_CLASSES:
+        rows = sorted(rows, key=lambda row: row.agreement)[:_MAX_ROWS]
+    return tuple(rows)
+
+
+def _matrix(names: Sequence[str], disagreements: Sequence[Disagreement]) -> DisagreementMatrix:
     counts = {(one.reference, one.artifact): one.count for one in disagreements}
     occurring = sorted({index for pair in counts for index in pair})
-    return Matrix(
+    return DisagreementMatrix(
         tuple(names[index] for index in occurring),
         tuple(tuple(counts.get((row, column), 0) for column in occurring) for row in occurring),
         max(counts.values()),
@@ -212,17 +201,15 @@ def _matrix(names: Sequence[str], disagreements: Sequence[Disagreement]) -> Matr
 
 
 def _pairs(names: Sequence[str], disagreements: Sequence[Disagreement]) -> tuple[tuple[str, str, int], ...]:
-    return tuple((names[one.reference], names[one.artifact], one.count) for one in disagreements[:_LISTED])
+    return tuple((names[one.reference], names[one.artifact], one.count) for one in disagreements[:_MAX_ROWS])
 
 
-def _picture(worst: WorstImage, evidence: ErrorAnalysis, pixels: NDArray[np.uint8]) -> Picture:
-    names = evidence.class_names
-    return Picture(
-        _png(pixels),
+def _thumbnail(worst: WorstImage, analysis: ErrorAnalysis, pixels: NDArray[np.uint8]) -> Thumbnail:
+    names = analysis.class_names
+    return Thumbnail(
+        _png_data_uri(pixels),
         worst.image,
         None if worst.label is None else names[worst.label],
-        names[worst.reference_answer],
-        names[worst.artifact_answer],
         worst.flipped,
         _logit_rows(worst, names),
         worst.error,
@@ -230,34 +217,34 @@ def _picture(worst: WorstImage, evidence: ErrorAnalysis, pixels: NDArray[np.uint
 
 
 def _logit_rows(worst: WorstImage, names: Sequence[str]) -> tuple[LogitRow, ...]:
-    """Of both answers; where they are the same, of the reference's second choice too."""
-    chosen = list(dict.fromkeys([worst.reference_answer, worst.artifact_answer]))
-    if len(chosen) == 1:
-        others = [index for index in range(len(names)) if index not in chosen]
-        chosen.append(max(others, key=lambda index: _or_least(worst.reference[index])))
+    """Return the predicted classes of both sides, or, if they agree, that class and the reference's second choice."""
+    shown = list(dict.fromkeys([worst.reference_prediction, worst.artifact_prediction]))
+    if len(shown) == 1:
+        others = [index for index in range(len(names)) if index not in shown]
+        shown.append(max(others, key=lambda index: _or_minus_infinity(worst.reference[index])))
     return tuple(
         LogitRow(
             names[index],
             worst.reference[index],
             worst.artifact[index],
-            index == worst.reference_answer,
-            index == worst.artifact_answer,
+            index == worst.reference_prediction,
+            index == worst.artifact_prediction,
         )
-        for index in chosen
+        for index in shown
     )
 
 
-def _or_least(logit: float | None) -> float:
+def _or_minus_infinity(logit: float | None) -> float:
     return float("-inf") if logit is None else logit
 
 
-def _png(pixels: NDArray[np.uint8]) -> str:
-    """An image, uint8 (height, width, 3), as a data URI that shows its pixels."""
+def _png_data_uri(pixels: NDArray[np.uint8]) -> str:
+    """Return an image, uint8 (height, width, 3), as a PNG data URI at the size of a thumbnail."""
     picture = Image.fromarray(pixels)
     longest = max(picture.size)
-    if longest > 2 * _PICTURE_PIXELS:
-        picture.thumbnail((2 * _PICTURE_PIXELS, 2 * _PICTURE_PIXELS))
-    elif factor := _PICTURE_PIXELS // longest:
+    if longest > 2 * _THUMBNAIL_PIXELS:
+        picture.thumbnail((2 * _THUMBNAIL_PIXELS, 2 * _THUMBNAIL_PIXELS))
+    elif factor := _THUMBNAIL_PIXELS // longest:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
@@ -265,5 +252,5 @@ def _png(pixels: NDArray[np.uint8]) -> str:
 
 
 def _scientific(value: float | None) -> str:
-    """Where nothing finite was found there is a dash."""
+    """Format a number with three significant digits; a dash stands for a value that is not known."""
     return "-" if value is None else f"{value:.2e}"

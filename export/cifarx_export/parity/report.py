@@ -1,4 +1,4 @@
-"""The proof as a document: beside the artifact in full, and on the command line in one row."""
+"""The parity report: the full JSON document beside the artifact, and its short form for the command line."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from cifarx_export.parity.checks import Check
 from cifarx_export.parity.error_analysis import ErrorAnalysis
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.spec import ParitySummary
-from cifarx_serve.system.environment import Environment, environment
+from cifarx_serve.system.environment import Environment, current_environment
 
 SUFFIX = ".parity.json"
 FAILED_SUFFIX = ".failed.parity.json"
 
 
 class ParityRow(msgspec.Struct, frozen=True):
-    """One artifact's proof, as `export --json` and `verify --json` print it."""
+    """The parity check of one artifact, as `export --json` and `verify --json` print it."""
 
     artifact: str
     format: str
@@ -36,7 +36,21 @@ class ParityRow(msgspec.Struct, frozen=True):
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that is known of a proof. `artifact_sha256` is of the file as named, or None where it never was."""
+    """The full report of a parity check.
+
+    Attributes:
+        schema_version: version of the document.
+        artifact: file name of the artifact.
+        artifact_sha256: checksum of that file; None if the check failed and the file was not written.
+        checkpoint: file name of the reference.
+        checkpoint_sha256: checksum of the reference.
+        format: export format of the artifact.
+        precision: precision whose tolerance was used.
+        checks: every check, in order.
+        summary: the metrics, as they are stored inside the artifact.
+        error_analysis: None if the artifact returned no logits.
+        environment: the machine and the library versions.
+    """
 
     schema_version: int = 1
     artifact: str
@@ -47,16 +61,20 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     precision: str
     checks: tuple[Check, ...]
     summary: ParitySummary
-    evidence: ErrorAnalysis | None
-    environment: Environment = msgspec.field(default_factory=environment)
+    error_analysis: ErrorAnalysis | None = msgspec.field(name="evidence")
+    environment: Environment = msgspec.field(default_factory=current_environment)
 
     def row(self) -> ParityRow:
-        """The command line's short form."""
+        """Return the short form of the command line."""
         common = {name: getattr(self.summary, name) for name in ParityRow.__struct_fields__[3:]}
         return ParityRow(self.artifact, self.format, self.precision, **common)
 
     def write(self, path: Path) -> None:
-        """Write it as indented JSON, whole or not at all."""
+        """Write the report as indented JSON, atomically.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         document = msgspec.json.format(msgspec.json.encode(self), indent=2)
         with atomic_path(path) as temporary:
             temporary.write_bytes(document + b"\n")

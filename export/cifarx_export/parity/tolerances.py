@@ -1,4 +1,4 @@
-"""What a proof has to hold to, by precision. Shown in every report; never loosened to let something pass."""
+"""The tolerances of the parity check, by precision. Every report shows them; they are never loosened to pass."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -7,20 +7,23 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.errors import UsageError, unknown
+from cifarx_serve.errors import UsageError, unknown_name_error
 
 
 class Tolerance(NamedTuple):
-    """Every logit within `atol + rtol * |reference|`, and at least `agreement` of the images the same argmax.
+    """How far an artifact may differ from its reference.
 
-    A flip of the argmax is forgiven only where the reference's own margin is inside the tolerance. Precisions that
-    round every value have no tolerance (None): what they may cost is said in answers, and in accuracy.
+    Every logit must satisfy `|artifact - reference| <= atol + rtol * |reference|`, the formula of
+    `torch.testing.assert_close`, and the argmax must agree on at least a share `agreement` of the images. A different
+    argmax is forgiven only if the margin between the two classes in the reference is within the tolerance.
+    Reduced precisions round every value, so they have no bound on the logits (both None), only on agreement and
+    accuracy.
 
     Attributes:
-        atol: of a logit, absolute.
-        rtol: of a logit, relative to the reference's.
-        agreement: a share of the images.
-        accuracy_drop: how much of the reference's accuracy may be lost, a fraction; None for no bound of its own.
+        atol: absolute tolerance of a logit.
+        rtol: tolerance of a logit relative to the reference logit.
+        agreement: minimum share of images with the same argmax, 0 to 1.
+        accuracy_drop: maximum loss of accuracy, as a fraction; None for no bound.
     """
 
     atol: float | None
@@ -29,14 +32,15 @@ class Tolerance(NamedTuple):
     accuracy_drop: float | None = None
 
     @property
-    def has_tolerance(self) -> bool:
+    def bounds_logits(self) -> bool:
+        """Whether individual logits have a bound."""
         return self.atol is not None or self.rtol is not None
 
-    def allowed(self, expected: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The tolerance at each reference value: infinite where the gate has none."""
-        if not self.has_tolerance:
-            return np.full_like(expected, np.inf)
-        return (self.atol or 0.0) + (self.rtol or 0.0) * np.abs(expected)
+    def allowed_error(self, reference: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the largest allowed absolute error for each reference logit; infinity if logits have no bound."""
+        if not self.bounds_logits:
+            return np.full_like(reference, np.inf)
+        return (self.atol or 0.0) + (self.rtol or 0.0) * np.abs(reference)
 
 
 TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
@@ -46,21 +50,22 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
         "int8": Tolerance(atol=None, rtol=None, agreement=0.99, accuracy_drop=0.005),
     }
 )
+"""The default tolerance of each precision."""
 
 
-def gate(precision: str, atol: float | None = None, rtol: float | None = None) -> Tolerance:
-    """The gate of a precision, with the tolerances given in place of its own.
+def get_tolerance(precision: str, atol: float | None = None, rtol: float | None = None) -> Tolerance:
+    """Return the tolerance of a precision, with `atol` and `rtol` replaced where they are given.
 
     Raises:
-        UsageError: a precision without a gate, or a tolerance that is negative or not a number.
+        UsageError: the precision is unknown, or `atol` or `rtol` is negative or not finite.
     """
     if precision not in TOLERANCES:
-        raise unknown("precision", precision, TOLERANCES)
-    chosen = TOLERANCES[precision]
+        raise unknown_name_error("precision", precision, TOLERANCES)
+    default = TOLERANCES[precision]
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not 0 <= value < float("inf"):
             raise UsageError(f"{name} is {value}", "give a number of 0 or more")
-    return chosen._replace(
-        atol=chosen.atol if atol is None else atol,
-        rtol=chosen.rtol if rtol is None else rtol,
+    return default._replace(
+        atol=default.atol if atol is None else atol,
+        rtol=default.rtol if rtol is None else rtol,
     )

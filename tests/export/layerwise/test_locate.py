@@ -1,4 +1,4 @@
-"""Locating: planted faults are found at their own layer, and nowhere else."""
+"""Locate: planted faults are found at their own layer, and nowhere else."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +11,12 @@ import torch
 from onnx import numpy_helper
 
 from cifarx_export.formats.onnx.converter import convert_to_onnx
-from cifarx_export.layerwise.locate import Located, locate
+from cifarx_export.layerwise.locate import LayerDifference, locate
 from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cifarx_train.models.registry import network
+from cifarx_train.models.registry import get_architecture
 from tests.support.conversion_source import source_of
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
@@ -39,12 +39,12 @@ def transposed(weights: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weights.swapaxes(-1, -2))
 
 
-def found(located: Located | None) -> Located:
-    assert located is not None
-    return located
+def found(difference: LayerDifference | None) -> LayerDifference:
+    assert difference is not None
+    return difference
 
 
-def test_equal_networks_have_no_such_layer(good_onnx: Path, checkpoint: Path) -> None:
+def test_equal_networks_do_not_differ_at_any_layer(good_onnx: Path, checkpoint: Path) -> None:
     assert locate(good_onnx, checkpoint, IMAGE) is None
     assert locate(good_onnx, good_onnx, IMAGE) is None
     assert locate(checkpoint, checkpoint, IMAGE) is None
@@ -52,24 +52,24 @@ def test_equal_networks_have_no_such_layer(good_onnx: Path, checkpoint: Path) ->
 
 @pytest.mark.parametrize("change", [one_wrong, transposed])
 @pytest.mark.parametrize(("layer", "before"), [("model.0", 0), ("model.2", 1), ("model.4", 2)])
-def test_a_wrong_weight(
+def test_a_wrong_weight_is_located_at_its_layer(
     change: Callable[[np.ndarray], np.ndarray], layer: str, before: int, good_onnx: Path, checkpoint: Path
 ) -> None:
     bad = planted(good_onnx, f"{layer}.weight", change)
     for reference in (checkpoint, good_onnx):
-        located = found(locate(bad, reference, IMAGE))
-        assert (located.layer, located.before) == (layer, before)
-        assert located.before_error < 1e-5 < located.error
-        assert located.error == pytest.approx(abs(located.artifact - located.reference))
-        assert str(located).startswith(f"first layer outside the tolerance: {layer} (Conv node 'node_conv2d")
+        difference = found(locate(bad, reference, IMAGE))
+        assert (difference.layer, difference.before) == (layer, before)
+        assert difference.before_error < 1e-5 < difference.error
+        assert difference.error == pytest.approx(abs(difference.artifact - difference.reference))
+        assert str(difference).startswith(f"first layer outside the tolerance: {layer} (Conv node 'node_conv2d")
 
 
-def test_not_a_number_is_outside(good_onnx: Path, checkpoint: Path) -> None:
+def test_nan_is_outside_the_tolerance(good_onnx: Path, checkpoint: Path) -> None:
     bad = planted(good_onnx, "model.8.bias", lambda bias: np.full_like(bias, np.nan))
     assert found(locate(bad, checkpoint, IMAGE)).layer == "model.8"
 
 
-def test_what_lies_between_two_layers(good_onnx: Path, checkpoint: Path) -> None:
+def test_a_fault_between_two_layers_is_located_at_the_input_of_the_second(good_onnx: Path, checkpoint: Path) -> None:
     model = onnx.load(good_onnx)
     pool = [node for node in model.graph.node if node.op_type == "MaxPool"][1]
     pool.op_type = "AveragePool"
@@ -77,11 +77,11 @@ def test_what_lies_between_two_layers(good_onnx: Path, checkpoint: Path) -> None
         if attribute.name in ("dilations", "storage_order"):
             pool.attribute.remove(attribute)
     onnx.save(model, "bad.onnx")
-    located = found(locate(Path("bad.onnx"), checkpoint, IMAGE))
-    assert (located.layer, located.node) == ("what feeds model.4", f"AveragePool node '{pool.name}'")
+    difference = found(locate(Path("bad.onnx"), checkpoint, IMAGE))
+    assert (difference.layer, difference.node) == ("input of model.4", f"AveragePool node '{pool.name}'")
 
 
-def test_other_names_are_matched_by_shape_and_order(good_onnx: Path, checkpoint: Path) -> None:
+def test_layers_with_other_names_are_matched_by_shape_and_order(good_onnx: Path, checkpoint: Path) -> None:
     model = onnx.load(planted(good_onnx, "model.4.weight", one_wrong))
     names = {tensor.name: f"w{number}" for number, tensor in enumerate(model.graph.initializer)}
     for tensor in model.graph.initializer:
@@ -93,28 +93,30 @@ def test_other_names_are_matched_by_shape_and_order(good_onnx: Path, checkpoint:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_precision_that_rounds_everywhere(precision: str, good_onnx: Path, checkpoint: Path) -> None:
+def test_reduced_precision_is_located_by_the_largest_increase(
+    precision: str, good_onnx: Path, checkpoint: Path
+) -> None:
     bad = planted(good_onnx, "model.4.weight", transposed)
     model = onnx.load(bad)
     spec = msgspec.structs.replace(read_spec(bad), precision=precision)
     onnx.helper.set_model_props(model, {"cifarx.spec": spec.to_json()})
-    for tensor in model.graph.initializer:  # every weight is a little off
+    for tensor in model.graph.initializer:  # round every weight
         values = numpy_helper.to_array(tensor)
         if values.ndim > 1:
             step = np.abs(values).max() / (127 if precision == "int8" else 2048)
             tensor.CopyFrom(numpy_helper.from_array((values / step).round().astype(np.float32) * step, tensor.name))
     onnx.save(model, "bad.onnx")
-    located = found(locate(Path("bad.onnx"), checkpoint, IMAGE))
-    assert located.layer == "model.4"
-    assert located.rule.startswith("largest rise of the relative error")
+    difference = found(locate(Path("bad.onnx"), checkpoint, IMAGE))
+    assert difference.layer == "model.4"
+    assert difference.rule.startswith("largest increase of the relative error")
 
 
 def residual(path: Path, statistics: float = 0.0) -> Checkpoint:
-    """A ResNet-18 for small images; the BatchNorm `layer2.0.bn2` has other running statistics by this much."""
+    """Save a ResNet-18 for small images; `statistics` changes the running variance of `layer2.0.bn2` by this share."""
     spec = ModelSpec(model="resnet18", stem="small", class_names=("a", "b", "c"), input=InputSpec(height=16, width=16))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = network("resnet18", stem="small").build(3, spec.input)
+        module = get_architecture("resnet18", stem="small").build(3, spec.input)
         module.train()(torch.rand(8, 3, 16, 16))
     state = module.state_dict()
     state["layer2.0.bn2.running_var"] *= 1 + statistics
@@ -124,23 +126,23 @@ def residual(path: Path, statistics: float = 0.0) -> Checkpoint:
 
 
 @pytest.mark.slow
-def test_a_folded_batch_norm_and_two_branches(tmp_path: Path) -> None:
+def test_a_folded_batch_norm_is_located_at_its_convolution(tmp_path: Path) -> None:
     residual(tmp_path / "good.pth")
     source = source_of(residual(tmp_path / "other.pth", 0.5))
     convert_to_onnx(source).save(tmp_path / "bad.onnx", source.spec)
     image = IMAGE[:, :16, :16]
     assert locate(tmp_path / "bad.onnx", tmp_path / "other.pth", image) is None
-    located = found(locate(tmp_path / "bad.onnx", tmp_path / "good.pth", image))
-    assert located.layer == "layer2.0.conv2 + layer2.0.bn2"
-    assert located.before_error < 1e-4
+    difference = found(locate(tmp_path / "bad.onnx", tmp_path / "good.pth", image))
+    assert difference.layer == "layer2.0.conv2 + layer2.0.bn2"
+    assert difference.before_error < 1e-4
     module = found(locate(tmp_path / "other.pth", tmp_path / "good.pth", image))
     assert (module.layer, module.node) == ("layer2.0.bn2", "BatchNorm2d")
 
 
-def test_weights_used_again_are_matched_by_call(tmp_path: Path) -> None:
-    """Fresh BatchNorms are equal, and the exporter keeps equal weights once, under one name."""
+def test_shared_weights_are_matched_by_call(tmp_path: Path) -> None:
+    """Untrained BatchNorms are equal, and the exporter stores equal weights once, under one name."""
     spec = ModelSpec(model="fastnet", class_names=("a", "b", "c"), input=InputSpec(height=32, width=32))
-    loaded = Checkpoint(spec, network("fastnet").build(3, spec.input).state_dict(), {})
+    loaded = Checkpoint(spec, get_architecture("fastnet").build(3, spec.input).state_dict(), {})
     save_checkpoint(tmp_path / "fast.pth", loaded)
     source = source_of(loaded)
     convert_to_onnx(source).save(tmp_path / "fast.onnx", source.spec)
@@ -149,7 +151,9 @@ def test_weights_used_again_are_matched_by_call(tmp_path: Path) -> None:
     assert found(locate(bad, tmp_path / "fast.pth", IMAGE)).layer == "groups.2.0"
 
 
-def test_other_formats_are_refused(good_torchscript: Path, checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be looked into"):
+def test_other_formats_are_rejected(good_torchscript: Path, checkpoint: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"the layers of .* cannot be read: leave --locate out, or give ONNX files or checkpoints"
+    ):
         locate(good_torchscript, checkpoint, IMAGE)
     assert load_checkpoint(checkpoint).spec.model == "lzh"

@@ -1,4 +1,4 @@
-"""The proof: its figures, its tolerances and what it forgives. The faults it catches are in `test_planted_faults`."""
+"""The parity check: metrics, tolerances and forgiven flips. Faults it must catch are in `test_planted_faults`."""
 
 import json
 from collections.abc import Callable
@@ -12,19 +12,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cifarx_export.export import CPU
 from cifarx_export.parity.compare import (
     BATCH_SIZES,
     ParityData,
-    Proof,
+    ParityResult,
     Reference,
     check_parity,
-    proved_batch_sizes,
+    parity_batch_sizes,
     run_reference,
 )
 from cifarx_export.parity.error_analysis import WorstImage
-from cifarx_export.parity.tolerances import Tolerance, gate
+from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.devices import Device
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.images.preprocess import scale
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -41,7 +41,7 @@ from tests.support.onnx_faults import (
 )
 
 IMAGES = 1003
-"""Of `parity_images`."""
+"""Number of `parity_images`."""
 
 FEW = BATCH_SIZES[-1] + 3
 
@@ -59,9 +59,9 @@ NINE_CLASSES = [
 
 @pytest.fixture(scope="module")
 def reference(decided: Path, parity_images: ParityData) -> Reference:
-    asked = ask(decided, parity_images)
-    assert set(asked.logits.argmax(1)) == set(range(10))
-    return asked
+    reference = reference_of(decided, parity_images)
+    assert set(reference.logits.argmax(1)) == set(range(10))
+    return reference
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def good_torchscript(decided: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def brief(reference: Reference) -> Reference:
-    return briefly(reference)
+    return shortened(reference)
 
 
-def briefly(reference: Reference) -> Reference:
-    """Of the first images alone: enough to catch a fault, and quick."""
+def shortened(reference: Reference) -> Reference:
+    """Keep the first images only: enough to catch a fault, and fast."""
     data = reference.data
     assert data.labels is not None
     return reference._replace(
@@ -98,43 +98,43 @@ def with_last_layer(loaded: Checkpoint, change: LastLayer) -> Checkpoint:
 
 
 def checkpoint_with(source: Path, change: LastLayer) -> Path:
-    """A copy of a checkpoint in the current folder, with another last layer."""
+    """Write a copy of a checkpoint with another last layer to the current folder."""
     save_checkpoint(Path("edited.pth"), with_last_layer(load_checkpoint(source), change))
     return Path("edited.pth")
 
 
-def ask(checkpoint: Path, data: ParityData) -> Reference:
-    with PyTorchBackend(checkpoint, CPU) as backend:
+def reference_of(checkpoint: Path, data: ParityData) -> Reference:
+    with PyTorchBackend(checkpoint, Device("cpu")) as backend:
         return run_reference(backend, data)
 
 
-def proof_of(path: Path, reference: Reference, limits: Tolerance | None = None) -> Proof:
+def result_of(path: Path, reference: Reference, tolerance: Tolerance | None = None) -> ParityResult:
     with open_backend(path, device="cpu") as backend:
-        return check_parity(reference, backend, limits or gate("fp32"))
+        return check_parity(reference, backend, tolerance or get_tolerance("fp32"))
 
 
-def failed(proof: Proof) -> set[str]:
-    return {check.name for check in proof.failures}
+def failed(result: ParityResult) -> set[str]:
+    return {check.name for check in result.failures}
 
 
-def found(proof: Proof, name: str) -> str:
-    return next(check.found for check in proof.checks if check.name == name)
+def found(result: ParityResult, name: str) -> str:
+    return next(check.found for check in result.checks if check.name == name)
 
 
 def worst_of(path: Path, reference: Reference) -> WorstImage:
-    evidence = proof_of(path, reference).evidence
-    assert evidence is not None
-    return evidence.worst[0]
+    analysis = result_of(path, reference).error_analysis
+    assert analysis is not None
+    return analysis.worst[0]
 
 
 @pytest.mark.parametrize("kind", ["good_onnx", "good_torchscript"])
 def test_a_good_artifact_passes_every_check(kind: str, brief: Reference, request: pytest.FixtureRequest) -> None:
-    proof = proof_of(request.getfixturevalue(kind), brief)
-    assert proof.passed
-    assert proof.failures == []
+    result = result_of(request.getfixturevalue(kind), brief)
+    assert result.passed
+    assert result.failures == []
     stated = {"interface"} if kind == "good_onnx" else set()  # TorchScript files do not state their inputs
-    assert {check.name for check in proof.checks} == SPECS | stated | RUNS | NUMBERS
-    summary = proof.summary
+    assert {check.name for check in result.checks} == SPECS | stated | RUNS | NUMBERS
+    summary = result.summary
     assert (summary.images, summary.batch_sizes) == (FEW, BATCH_SIZES)
     assert (summary.agreement, summary.forgiven, summary.nonfinite) == (1.0, 0, 0)
     assert summary.accuracy == summary.reference_accuracy
@@ -142,64 +142,64 @@ def test_a_good_artifact_passes_every_check(kind: str, brief: Reference, request
     assert (summary.data, summary.data_fingerprint) == (brief.data.name, brief.data.fingerprint)
 
 
-def test_what_does_not_run_says_so(good_onnx: Path, brief: Reference) -> None:
-    proof = proof_of(edited(good_onnx, [frozen_batch(2)]), brief)
+def test_an_artifact_that_does_not_run_fails_with_the_reason(good_onnx: Path, brief: Reference) -> None:
+    result = result_of(edited(good_onnx, [frozen_batch(2)]), brief)
     for name in RUNS:
-        assert found(proof, name).startswith("does not run: ")
-    summary = proof.summary
+        assert found(result, name).startswith("does not run: ")
+    summary = result.summary
     assert (summary.max_abs_error, summary.required_tolerance, summary.accuracy) == (None, None, None)
     assert summary.agreement == 0.0
-    assert proof.evidence is None
+    assert result.error_analysis is None
 
 
-def test_a_wrong_shape_is_told_beside_the_right_one(good_onnx: Path, brief: Reference) -> None:
-    proof = proof_of(edited(good_onnx, NINE_CLASSES), brief)
-    assert found(proof, "batch 64") == f"float32 ({FEW}, 9) instead of float32 ({FEW}, 10)"
+def test_a_wrong_shape_is_reported_with_the_right_one(good_onnx: Path, brief: Reference) -> None:
+    result = result_of(edited(good_onnx, NINE_CLASSES), brief)
+    assert found(result, "batch 64") == f"float32 ({FEW}, 9) instead of float32 ({FEW}, 10)"
 
 
-def test_a_proof_with_nan_is_still_a_json_document(good_onnx: Path, brief: Reference) -> None:
-    proof = proof_of(edited(good_onnx, NAN_IN_A_BIAS), brief)
-    assert proof.summary.nonfinite == 3 * FEW + 3  # every image at every batch size, and the edges
+def test_a_result_with_nan_is_valid_json(good_onnx: Path, brief: Reference) -> None:
+    result = result_of(edited(good_onnx, NAN_IN_A_BIAS), brief)
+    assert result.summary.nonfinite == 3 * FEW + 3  # every image at every batch size, and the edge inputs
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
 
-    document = json.loads(msgspec.json.encode(proof), parse_constant=refuse)
-    assert document["evidence"]["worst"][0]["artifact"][3] is None
-    assert proof.summary.max_abs_error is not None  # of the other logits
-    assert proof.summary.max_abs_error < 1e-4
+    document = json.loads(msgspec.json.encode(result), parse_constant=refuse)
+    assert document["error_analysis"]["worst"][0]["artifact"][3] is None
+    assert result.summary.max_abs_error is not None  # from the other logits
+    assert result.summary.max_abs_error < 1e-4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_reference_that_is_not_finite_proves_nothing(
+def test_a_reference_that_is_not_finite_fails(
     value: float, decided: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
     broken = checkpoint_with(decided, lambda weight, bias: (weight, bias.index_fill(0, torch.tensor(3), value)))
-    asked = briefly(ask(broken, parity_images))
+    broken_reference = shortened(reference_of(broken, parity_images))
     same_fault = edited(good_onnx, [entry_with((3,), lambda _: value, "model.8.bias")])
-    assert "finite" in failed(proof_of(same_fault, asked))
-    assert "finite" in failed(proof_of(good_onnx, asked))
+    assert "finite" in failed(result_of(same_fault, broken_reference))
+    assert "finite" in failed(result_of(good_onnx, broken_reference))
 
 
-def answers(path: Path, images: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Logits by ONNX Runtime alone."""
+def run(path: Path, images: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the logits of ONNX Runtime, without cifarx."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(None, {"input": part})[0] for part in np.array_split(images, 16)]).astype(float)
 
 
-def test_the_figures_are_those_of_a_plain_recomputation(good_onnx: Path, reference: Reference) -> None:
+def test_the_metrics_match_a_plain_recomputation(good_onnx: Path, reference: Reference) -> None:
     path = edited(good_onnx, [entry_with((4,), lambda value: value + 0.25, "model.8.bias")])
-    summary = proof_of(path, reference).summary
+    summary = result_of(path, reference).summary
     data = reference.data
-    theirs, ours = answers(path, scale(data.images, reference.spec.input)), reference.logits.astype(np.float64)
+    actual, expected = run(path, scale(data.images, reference.spec.input)), reference.logits.astype(np.float64)
     assert summary.max_abs_error == pytest.approx(0.25, abs=1e-4)
     assert summary.p999_abs_error == pytest.approx(0.25, abs=1e-4)
     assert summary.mean_abs_error == pytest.approx(0.25 / 10, abs=1e-4)
-    # Where class 4 comes nearest to 0, among a thousand images and three edge inputs.
-    assert summary.required_tolerance == pytest.approx((0.25 / (1 + np.abs(ours[:, 4]))).max(), rel=0.02)
-    assert summary.agreement == pytest.approx((theirs.argmax(1) == ours.argmax(1)).mean())
-    assert summary.accuracy == (theirs.argmax(1) == data.labels).mean()
-    assert summary.reference_accuracy == (ours.argmax(1) == data.labels).mean()
+    # At the logit of class 4 closest to 0, among a thousand images and three edge inputs.
+    assert summary.required_tolerance == pytest.approx((0.25 / (1 + np.abs(expected[:, 4]))).max(), rel=0.02)
+    assert summary.agreement == pytest.approx((actual.argmax(1) == expected.argmax(1)).mean())
+    assert summary.accuracy == (actual.argmax(1) == data.labels).mean()
+    assert summary.reference_accuracy == (expected.argmax(1) == data.labels).mean()
     assert summary.accuracy != summary.reference_accuracy
     assert summary.provider == "CPUExecutionProvider"
 
@@ -207,11 +207,11 @@ def test_the_figures_are_those_of_a_plain_recomputation(good_onnx: Path, referen
 def test_the_worst_image_is_the_one_with_the_largest_error(good_onnx: Path, brief: Reference) -> None:
     path = edited(good_onnx, LAST_WEIGHT_OFF)
     worst = worst_of(path, brief)
-    theirs = answers(path, scale(brief.data.images, brief.spec.input))
-    error = np.abs(theirs - brief.logits).max(axis=1)
+    actual = run(path, scale(brief.data.images, brief.spec.input))
+    error = np.abs(actual - brief.logits).max(axis=1)
     assert error[worst.image] == pytest.approx(error.max(), abs=1e-4)
     assert worst.reference == tuple(map(float, brief.logits[worst.image]))
-    np.testing.assert_allclose(worst.artifact, theirs[worst.image], atol=1e-4)
+    np.testing.assert_allclose(worst.artifact, actual[worst.image], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", BATCH_SIZES)
@@ -220,14 +220,14 @@ def test_the_worst_image_is_found_at_any_batch_size(size: int, good_onnx: Path, 
     np.testing.assert_allclose(np.subtract(worst.artifact, worst.reference), 0.01, atol=1e-4)
 
 
-# Forgiveness: class 1 of the reference is class 0 less a margin, so that whatever is answered with 0 is nearly a 1.
+# Forgiven flips: class 1 of the reference is class 0 minus a margin, so every image predicted as 0 is almost a 1.
 
 HUNDREDTH = Tolerance(1e-2, 0.0, 1.0)
-"""Far above what rounding does to these logits."""
+"""Far above the rounding errors of these logits."""
 
 
 class Tied(NamedTuple):
-    """A reference, an artifact that adds `steps` to its logits, and which answers that flips."""
+    """A reference, an artifact that adds `steps` to its logits, and the images whose prediction flips."""
 
     reference: Reference
     artifact: Path
@@ -250,92 +250,98 @@ def tied(decided: Path, good_onnx: Path, parity_images: ParityData, margin: floa
             weights_with("model.8.bias", lambda _: layer["model.8.bias"].numpy() + added),
         ],
     )
-    asked = ask(path, parity_images)
-    answers = (asked.logits + added).argmax(1)
-    lost = asked.logits.max(axis=1) - asked.logits[np.arange(len(answers)), answers]
-    return Tied(asked, artifact, lost > 0, (lost > 0) & (lost <= HUNDREDTH.atol))
+    reference = reference_of(path, parity_images)
+    predicted = (reference.logits + added).argmax(1)
+    lost = reference.logits.max(axis=1) - reference.logits[np.arange(len(predicted)), predicted]
+    return Tied(reference, artifact, lost > 0, (lost > 0) & (lost <= HUNDREDTH.atol))
 
 
-def test_a_flip_inside_the_references_own_margin_is_forgiven_counted_and_shown(
+def test_a_flip_within_the_margin_of_the_reference_is_forgiven_counted_and_reported(
     decided: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
     case = tied(decided, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3})
     count = int(case.flipped.sum())
     assert count == case.forgiven.sum() > 0
-    proof = proof_of(case.artifact, case.reference, HUNDREDTH)
-    assert proof.passed
-    assert proof.summary.forgiven == count
-    assert proof.summary.agreement == pytest.approx(1 - count / IMAGES)
-    assert f"{1 - count / IMAGES:.4%} of {IMAGES} images, {count} forgiven" in found(proof, "agreement")
+    result = result_of(case.artifact, case.reference, HUNDREDTH)
+    assert result.passed
+    assert result.summary.forgiven == count
+    assert result.summary.agreement == pytest.approx(1 - count / IMAGES)
+    assert f"{1 - count / IMAGES:.4%} of {IMAGES} images, {count} flips forgiven (minimum 100%)" in found(
+        result, "agreement"
+    )
 
 
-def test_a_flip_outside_the_references_own_margin_fails_though_every_logit_is_inside(
+def test_a_flip_outside_the_margin_of_the_reference_fails_even_if_every_logit_is_inside(
     decided: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
     case = tied(decided, good_onnx, parity_images, margin=1.5e-2, steps={0: -9e-3, 1: 9e-3})
     assert case.flipped.sum() > case.forgiven.sum()
-    proof = proof_of(case.artifact, case.reference, HUNDREDTH)
-    assert failed(proof) == {"agreement"}
-    assert proof.summary.forgiven == case.forgiven.sum()
-    assert proof.summary.agreement == pytest.approx(1 - case.flipped.mean())
+    result = result_of(case.artifact, case.reference, HUNDREDTH)
+    assert failed(result) == {"agreement"}
+    assert result.summary.forgiven == case.forgiven.sum()
+    assert result.summary.agreement == pytest.approx(1 - case.flipped.mean())
 
 
-def test_forgiving_some_does_not_excuse_the_others(decided: Path, good_onnx: Path, parity_images: ParityData) -> None:
+def test_forgiving_some_flips_does_not_forgive_the_others(
+    decided: Path, good_onnx: Path, parity_images: ParityData
+) -> None:
     case = tied(decided, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3, 5: 0.5})
     assert case.flipped.sum() > case.forgiven.sum() > 0
-    proof = proof_of(case.artifact, case.reference, HUNDREDTH)
-    assert failed(proof) == {"tolerance", "agreement"}
-    assert proof.summary.forgiven == case.forgiven.sum()
-    assert proof.summary.agreement == pytest.approx(1 - case.flipped.mean())
+    result = result_of(case.artifact, case.reference, HUNDREDTH)
+    assert failed(result) == {"tolerance", "agreement"}
+    assert result.summary.forgiven == case.forgiven.sum()
+    assert result.summary.agreement == pytest.approx(1 - case.flipped.mean())
 
 
-def test_a_tighter_tolerance_fails_and_is_shown(good_onnx: Path, brief: Reference) -> None:
-    proof = proof_of(good_onnx, brief, gate("fp32", atol=0.0, rtol=0.0))
-    assert failed(proof) == {"tolerance"}
-    assert (proof.summary.atol, proof.summary.rtol, proof.summary.agreement) == (0.0, 0.0, 1.0)
-    assert "outside 0 + 0·|ref|" in found(proof, "tolerance")
+def test_a_smaller_tolerance_fails_and_is_reported(good_onnx: Path, brief: Reference) -> None:
+    result = result_of(good_onnx, brief, get_tolerance("fp32", atol=0.0, rtol=0.0))
+    assert failed(result) == {"tolerance"}
+    assert (result.summary.atol, result.summary.rtol, result.summary.agreement) == (0.0, 0.0, 1.0)
+    assert " logits outside 0 + 0·|ref|" in found(result, "tolerance")
 
 
 def test_the_required_tolerance_is_the_one_that_would_pass(good_onnx: Path, brief: Reference) -> None:
-    needed = proof_of(good_onnx, brief).summary.required_tolerance
+    needed = result_of(good_onnx, brief).summary.required_tolerance
     assert needed is not None
-    assert proof_of(good_onnx, brief, gate("fp32", needed * 1.0001, needed * 1.0001)).passed
-    assert not proof_of(good_onnx, brief, gate("fp32", needed * 0.9999, needed * 0.9999)).passed
+    assert result_of(good_onnx, brief, get_tolerance("fp32", needed * 1.0001, needed * 1.0001)).passed
+    assert not result_of(good_onnx, brief, get_tolerance("fp32", needed * 0.9999, needed * 0.9999)).passed
 
 
 def test_without_labels_there_is_no_accuracy(good_onnx: Path, brief: Reference) -> None:
-    unlabelled = brief._replace(data=brief.data._replace(labels=None))
-    proof = proof_of(good_onnx, unlabelled)
-    assert proof.passed
-    assert (proof.summary.accuracy, proof.summary.reference_accuracy) == (None, None)
+    unlabeled = brief._replace(data=brief.data._replace(labels=None))
+    result = result_of(good_onnx, unlabeled)
+    assert result.passed
+    assert (result.summary.accuracy, result.summary.reference_accuracy) == (None, None)
 
 
-def test_a_proof_wants_a_thousand_images(decided: Path, parity_images: ParityData) -> None:
-    with pytest.raises(DataError, match=f"{parity_images.name} has 999 test images.*at least 1000"):
-        ask(decided, parity_images._replace(images=parity_images.images[:999]))
-    assert len(ask(decided, parity_images._replace(images=parity_images.images[:1000])).logits) == 1000
+def test_the_parity_check_needs_a_thousand_images(decided: Path, parity_images: ParityData) -> None:
+    with pytest.raises(
+        DataError, match=f"{parity_images.name} has 999 test images: the parity check needs at least 1000"
+    ):
+        reference_of(decided, parity_images._replace(images=parity_images.images[:999]))
+    assert len(reference_of(decided, parity_images._replace(images=parity_images.images[:1000])).logits) == 1000
 
 
-# The batch size that a user names is proved too.
+# The batch size that a user gives is checked too.
 
 
 @pytest.mark.parametrize(
-    ("largest", "sizes"), [(None, (1, 3, 64)), (1, (1, 3, 64)), (7, (1, 3, 7, 64)), (100, (1, 3, 64, 100))]
+    ("extra", "sizes"), [(None, (1, 3, 64)), (1, (1, 3, 64)), (7, (1, 3, 7, 64)), (100, (1, 3, 64, 100))]
 )
-def test_the_batch_sizes_of_a_proof(largest: int | None, sizes: tuple[int, ...]) -> None:
-    assert proved_batch_sizes(largest, 100) == sizes
+def test_the_batch_sizes_of_a_parity_check(extra: int | None, sizes: tuple[int, ...]) -> None:
+    assert parity_batch_sizes(extra, 100) == sizes
 
 
-@pytest.mark.parametrize("largest", [-1, 0, 101])
-def test_a_batch_size_that_no_proof_can_have_is_refused(largest: int) -> None:
-    with pytest.raises(UsageError, match=f"batch size {largest}: give 1 to 100"):
-        proved_batch_sizes(largest, 100)
+@pytest.mark.parametrize("extra", [-1, 0, 101])
+def test_an_impossible_batch_size_is_rejected(extra: int) -> None:
+    with pytest.raises(UsageError, match=f"batch size {extra}: give 1 to 100, the number of test images"):
+        parity_batch_sizes(extra, 100)
 
 
-def test_a_fault_at_a_named_batch_size_is_found_there_alone(good_onnx: Path, brief: Reference) -> None:
+def test_a_fault_at_the_given_batch_size_is_found_only_there(good_onnx: Path, brief: Reference) -> None:
     path = edited(good_onnx, [wrong_at_batch(7)])
-    assert proof_of(path, brief).passed
+    assert result_of(path, brief).passed
     with open_backend(path, device="cpu") as backend:
-        proof = check_parity(brief, backend, gate("fp32"), batch_sizes=proved_batch_sizes(7, FEW))
-    assert failed(proof) == {"tolerance"}
-    assert proof.summary.batch_sizes == (1, 3, 7, 64)
+        result = check_parity(brief, backend, get_tolerance("fp32"), batch_sizes=parity_batch_sizes(7, FEW))
+    assert failed(result) == {"tolerance"}
+    assert result.summary.batch_sizes == (1, 3, 7, 64)

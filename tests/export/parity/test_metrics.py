@@ -1,4 +1,4 @@
-"""The numbers of a proof against the same numbers from plain loops over Python's own floats."""
+"""The metrics, compared with plain loops over Python floats and with other tools."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from numpy.typing import NDArray
 
-from cifarx_export.parity.metrics import compare, find_flips
+from cifarx_export.parity.metrics import compute_errors, find_flips
 from cifarx_export.parity.tolerances import Tolerance
 
 Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -20,7 +20,7 @@ FP32 = Tolerance(1e-4, 1e-4, 1.0)
 SHAPES = st.tuples(st.integers(1, 12), st.integers(2, 5))
 ANY_FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 LOGIT = st.floats(-50, 50, width=32)
-# A coarse grid near the tolerance: ties, flips and forgiven flips are all common there.
+# A coarse grid near the tolerance, where ties, flips and forgiven flips are all common.
 GRID = st.integers(-4, 4).map(lambda step: 1 + step * 5e-5)
 TOLERANCES = st.sampled_from(
     [FP32, Tolerance(0.0, 0.0, 1.0), Tolerance(1e-4, 0.0, 1.0), Tolerance(0.0, 1e-3, 1.0), Tolerance(0.5, 0.5, 1.0)]
@@ -39,7 +39,7 @@ def pairs(draw: Any, elements: st.SearchStrategy[float]) -> Pair:
 
 @st.composite
 def near_pairs(draw: Any) -> Pair:
-    """Errors of the size of the tolerance: some inside, some outside."""
+    """Pairs with errors about the size of the tolerance: some inside, some outside."""
     reference, steps = draw(pairs(LOGIT))
     return reference, (reference * (1 + steps * np.float32(1e-5))).astype(np.float32)
 
@@ -54,41 +54,46 @@ def flat(pair: Pair) -> list[tuple[float, float]]:
 
 @exhaustive
 @given(ALL_PAIRS, TOLERANCES)
-def test_errors_are_those_of_plain_loops(pair: Pair, gate: Tolerance) -> None:
-    errors = [abs(theirs - ours) for ours, theirs in flat(pair)]
-    found = compare(*pair, gate)
+def test_errors_match_plain_loops(pair: Pair, tolerance: Tolerance) -> None:
+    errors = [abs(artifact - reference) for reference, artifact in flat(pair)]
+    found = compute_errors(*pair, tolerance)
     assert found.max_abs == max(errors)
     assert found.mean_abs == pytest.approx(math.fsum(errors) / len(errors), rel=1e-9)
-    assert found.outside == sum(abs(theirs - ours) > gate.atol + gate.rtol * abs(ours) for ours, theirs in flat(pair))
+    assert found.outside == sum(
+        abs(artifact - reference) > tolerance.atol + tolerance.rtol * abs(reference)
+        for reference, artifact in flat(pair)
+    )
     assert found.nonfinite == 0
 
 
 @exhaustive
 @given(ALL_PAIRS)
-def test_p999_lies_between_the_two_errors_around_that_rank(pair: Pair) -> None:
-    errors = sorted(abs(theirs - ours) for ours, theirs in flat(pair))
+def test_p999_interpolates_between_the_two_errors_around_its_rank(pair: Pair) -> None:
+    errors = sorted(abs(artifact - reference) for reference, artifact in flat(pair))
     rank = 0.999 * (len(errors) - 1)
     low, high = errors[math.floor(rank)], errors[math.ceil(rank)]
-    assert compare(*pair, FP32).p999_abs == pytest.approx(low + (high - low) * (rank % 1), rel=1e-9)
+    assert compute_errors(*pair, FP32).p999_abs == pytest.approx(low + (high - low) * (rank % 1), rel=1e-9)
 
 
-def test_p999_leaves_out_one_in_a_thousand() -> None:
+def test_p999_ignores_one_in_a_thousand() -> None:
     reference = np.zeros((1000, 10), np.float32)
     artifact = reference.copy()
     artifact[:1, :9] = 5
-    found = compare(reference, artifact, FP32)
+    found = compute_errors(reference, artifact, FP32)
     assert (found.max_abs, found.p999_abs) == (5, 0)
     artifact[1, :9] = 5
-    assert compare(reference, artifact, FP32).p999_abs == 5
+    assert compute_errors(reference, artifact, FP32).p999_abs == 5
 
 
 @exhaustive
 @given(ALL_PAIRS)
 def test_the_required_tolerance_passes_and_no_smaller_one_does(pair: Pair) -> None:
-    required = compare(*pair, FP32).required_tolerance
+    required = compute_errors(*pair, FP32).required_tolerance
 
     def passes(tolerance: float) -> bool:
-        return all(abs(theirs - ours) <= tolerance + tolerance * abs(ours) for ours, theirs in flat(pair))
+        return all(
+            abs(artifact - reference) <= tolerance + tolerance * abs(reference) for reference, artifact in flat(pair)
+        )
 
     assert passes(required * (1 + 1e-12))
     if required > 0:
@@ -97,26 +102,26 @@ def test_the_required_tolerance_passes_and_no_smaller_one_does(pair: Pair) -> No
 
 @exhaustive
 @given(near_pairs())
-def test_the_gate_holds_exactly_where_the_required_tolerance_is_inside_it(pair: Pair) -> None:
-    found = compare(*pair, FP32)
+def test_a_pair_passes_exactly_if_the_required_tolerance_is_smaller(pair: Pair) -> None:
+    found = compute_errors(*pair, FP32)
     assume(abs(found.required_tolerance - FP32.atol) > 1e-12)
     assert (found.outside == 0) == (found.required_tolerance < FP32.atol)
 
 
 def test_equal_logits_need_no_tolerance() -> None:
     logits = np.linspace(-9, 9, 40, dtype=np.float32).reshape(4, 10)
-    assert compare(logits, logits.copy(), Tolerance(0.0, 0.0, 1.0)) == (0, 0, 0, 0, 0, 0)
+    assert compute_errors(logits, logits.copy(), Tolerance(0.0, 0.0, 1.0)) == (0, 0, 0, 0, 0, 0)
 
 
-def test_errors_are_taken_in_float64() -> None:
+def test_errors_are_computed_in_float64() -> None:
     reference = np.array([[3e38, 0.0]], np.float32)
-    found = compare(reference, -reference, FP32)
-    assert found.max_abs == 2 * float(reference[0, 0])  # float32 has no such number
+    found = compute_errors(reference, -reference, FP32)
+    assert found.max_abs == 2 * float(reference[0, 0])  # not representable in float32
 
 
 @exhaustive
 @given(ALL_PAIRS, st.data())
-def test_nan_or_inf_on_either_side_is_counted_and_spoils_no_other_figure(pair: Pair, data: st.DataObject) -> None:
+def test_nan_or_inf_on_either_side_is_counted_and_affects_no_other_metric(pair: Pair, data: st.DataObject) -> None:
     sides = [array.copy() for array in pair]
     size = sides[0].size
     places: set[int] = set()
@@ -126,17 +131,17 @@ def test_nan_or_inf_on_either_side_is_counted_and_spoils_no_other_figure(pair: P
             side.flat[place] = data.draw(NON_FINITE)
         places |= poisoned
     assume(places)
-    found = compare(sides[0], sides[1], Tolerance(1e9, 1e9, 1.0))
+    found = compute_errors(sides[0], sides[1], Tolerance(1e9, 1e9, 1.0))
     assert found.nonfinite == len(places)
     if rest := [pair for place, pair in enumerate(flat((sides[0], sides[1]))) if place not in places]:
-        assert found.max_abs == max(abs(theirs - ours) for ours, theirs in rest)
+        assert found.max_abs == max(abs(artifact - reference) for reference, artifact in rest)
         assert math.isfinite(found.required_tolerance)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_where_nothing_is_finite_nothing_is_inside(value: float) -> None:
+def test_if_nothing_is_finite_everything_is_outside(value: float) -> None:
     logits = np.full((3, 4), value, np.float32)
-    found = compare(np.zeros((3, 4), np.float32), logits, FP32)
+    found = compute_errors(np.zeros((3, 4), np.float32), logits, FP32)
     assert (found.outside, found.nonfinite) == (12, 12)
     assert math.isinf(found.required_tolerance)
 
@@ -147,16 +152,18 @@ def first_of_the_largest(row: list[float]) -> int:
 
 @exhaustive
 @given(st.one_of(pairs(GRID), pairs(LOGIT), pairs(ANY_FINITE)), TOLERANCES)
-def test_flips_are_those_of_plain_loops(pair: Pair, gate: Tolerance) -> None:
-    expected, excused = [], []
-    for position, (ours, theirs) in enumerate(zip(pair[0].tolist(), pair[1].tolist(), strict=True)):
-        answer, other = first_of_the_largest(ours), first_of_the_largest(theirs)
-        if answer != other:
+def test_flips_match_plain_loops(pair: Pair, tolerance: Tolerance) -> None:
+    expected, forgiven = [], []
+    for position, (reference, artifact) in enumerate(zip(pair[0].tolist(), pair[1].tolist(), strict=True)):
+        predicted, other = first_of_the_largest(reference), first_of_the_largest(artifact)
+        if predicted != other:
             expected.append(position)
-            excused.append(ours[answer] - ours[other] <= gate.atol + gate.rtol * abs(ours[answer]))
-    found = find_flips(*pair, gate)
+            forgiven.append(
+                reference[predicted] - reference[other] <= tolerance.atol + tolerance.rtol * abs(reference[predicted])
+            )
+    found = find_flips(*pair, tolerance)
     assert found.positions.tolist() == expected
-    assert found.forgiven.tolist() == excused
+    assert found.forgiven.tolist() == forgiven
 
 
 def test_the_same_argmax_is_no_flip() -> None:
@@ -169,18 +176,18 @@ def test_a_flip_between_equals_is_forgiven() -> None:
 
 
 @pytest.mark.parametrize(("margin", "forgiven"), [(0.9e-4, True), (1.1e-4, False)])
-def test_it_is_the_references_margin_that_forgives(margin: float, forgiven: bool) -> None:
+def test_the_margin_of_the_reference_decides_on_forgiveness(margin: float, forgiven: bool) -> None:
     near, far = [0, margin], [0, 5.0]
-    gate = Tolerance(1e-4, 0.0, 1.0)
-    found = find_flips(np.array([near], np.float32), np.array([far[::-1]], np.float32), gate)
+    tolerance = Tolerance(1e-4, 0.0, 1.0)
+    found = find_flips(np.array([near], np.float32), np.array([far[::-1]], np.float32), tolerance)
     assert found.forgiven.tolist() == [forgiven]
-    # The artifact's own margin is nobody's excuse.
-    assert find_flips(np.array([far], np.float32), np.array([near[::-1]], np.float32), gate).forgiven.tolist() == [
+    # The margin of the artifact does not matter.
+    assert find_flips(np.array([far], np.float32), np.array([near[::-1]], np.float32), tolerance).forgiven.tolist() == [
         False
     ]
 
 
-def test_a_close_second_does_not_excuse_a_third() -> None:
+def test_a_close_second_does_not_forgive_a_third() -> None:
     reference = np.array([[5, 5.00001, -5]], np.float32)
     third = np.array([[0, 0, 1]], np.float32)
     assert find_flips(reference, third, FP32).forgiven.tolist() == [False]
@@ -188,7 +195,7 @@ def test_a_close_second_does_not_excuse_a_third() -> None:
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_flip_beside_nan_or_inf_is_never_forgiven(side: int, value: float) -> None:
+def test_a_flip_with_nan_or_inf_in_its_row_is_never_forgiven(side: int, value: float) -> None:
     pair = np.array([[1, 1, 0]], np.float32), np.array([[1, 2, 0]], np.float32)
     assert find_flips(*pair, FP32).forgiven.tolist() == [True]
     pair[side][0, 2] = value
@@ -201,19 +208,19 @@ def test_a_flip_beside_nan_or_inf_is_never_forgiven(side: int, value: float) -> 
 
 @exhaustive
 @given(pairs(LOGIT))
-def test_without_a_tolerance_nothing_is_outside_and_nothing_forgiven(pair: Pair) -> None:
+def test_without_a_bound_nothing_is_outside_and_nothing_is_forgiven(pair: Pair) -> None:
     none = Tolerance(None, None, 0.99)
-    assert compare(*pair, none).outside == 0
+    assert compute_errors(*pair, none).outside == 0
     assert not find_flips(*pair, none).forgiven.any()
 
 
-# Other tools on the same files.
+# Comparison with other tools on the same files.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [0.0, 1e-5, 1e-3, 0.25])
-def test_polygraphy_and_numpy_find_the_same_errors(step: float, good_onnx: Path) -> None:
-    """NVIDIA's comparator runs both files itself, and has the same errors to the rounding of its own float32."""
+def test_polygraphy_and_numpy_compute_the_same_errors(step: float, good_onnx: Path) -> None:
+    """NVIDIA's Polygraphy runs both files itself and reports the same errors, up to the rounding of float32."""
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
 
@@ -221,29 +228,31 @@ def test_polygraphy_and_numpy_find_the_same_errors(step: float, good_onnx: Path)
 
     pixels = np.random.default_rng(0).random((256, 3, 32, 32), dtype=np.float32)
 
-    def answers(path: Path) -> NDArray[np.float32]:
+    def run(path: Path) -> NDArray[np.float32]:
         with OnnxrtRunner(SessionFromOnnx(str(path))) as runner:
             return np.array(runner.infer({"input": pixels})["logits"])
 
-    reference = answers(good_onnx)
-    artifact = answers(edited(good_onnx, [entry_with((4,), lambda value: value + step, "model.8.bias")]))
-    ours = compare(reference, artifact, FP32)
+    reference = run(good_onnx)
+    artifact = run(edited(good_onnx, [entry_with((4,), lambda value: value + step, "model.8.bias")]))
+    errors = compute_errors(reference, artifact, FP32)
 
-    def theirs(statistic: str, tolerance: float, quantile: float | None = None) -> Any:
-        judge = SimpleCompareFunc(atol=tolerance, rtol=tolerance, check_error_stat=statistic, error_quantile=quantile)
-        return judge(*(IterationResult({"logits": side}, runner_name="x") for side in (artifact, reference)))["logits"]
+    def polygraphy(statistic: str, tolerance: float, quantile: float | None = None) -> Any:
+        compare = SimpleCompareFunc(atol=tolerance, rtol=tolerance, check_error_stat=statistic, error_quantile=quantile)
+        return compare(*(IterationResult({"logits": side}, runner_name="x") for side in (artifact, reference)))[
+            "logits"
+        ]
 
-    found = theirs("quantile", 1e-4, 0.999)
-    assert float(found.max_absdiff) == pytest.approx(ours.max_abs, rel=1e-6, abs=1e-12)
-    assert float(found.mean_absdiff) == pytest.approx(ours.mean_abs, rel=1e-5, abs=1e-12)
-    assert float(found.quantile_absdiff) == pytest.approx(ours.p999_abs, rel=1e-5, abs=1e-12)
-    assert np.isclose(artifact.astype(float), reference.astype(float), 1e-4, 1e-4).all() == (ours.outside == 0)
+    found = polygraphy("quantile", 1e-4, 0.999)
+    assert float(found.max_absdiff) == pytest.approx(errors.max_abs, rel=1e-6, abs=1e-12)
+    assert float(found.mean_absdiff) == pytest.approx(errors.mean_abs, rel=1e-5, abs=1e-12)
+    assert float(found.quantile_absdiff) == pytest.approx(errors.p999_abs, rel=1e-5, abs=1e-12)
+    assert np.isclose(artifact.astype(float), reference.astype(float), 1e-4, 1e-4).all() == (errors.outside == 0)
     if not step:
-        assert ours == (0, 0, 0, 0, 0, 0)
+        assert errors == (0, 0, 0, 0, 0, 0)
         return
-    # Its elementwise check wants the absolute or the relative error inside, numpy's and ours their sum.
-    assert not bool(theirs("elemwise", ours.required_tolerance * (1 - 1e-4)))
-    assert bool(theirs("elemwise", 2 * ours.required_tolerance * (1 + 1e-4)))
+    # Its elementwise check needs the absolute or the relative error inside; NumPy and cifarx allow their sum.
+    assert not bool(polygraphy("elemwise", errors.required_tolerance * (1 - 1e-4)))
+    assert bool(polygraphy("elemwise", 2 * errors.required_tolerance * (1 + 1e-4)))
     for factor, inside in ((1 - 1e-9, False), (1 + 1e-9, True)):
-        tolerance = ours.required_tolerance * factor
+        tolerance = errors.required_tolerance * factor
         assert np.isclose(artifact.astype(float), reference.astype(float), tolerance, tolerance).all() == inside

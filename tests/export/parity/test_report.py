@@ -1,4 +1,4 @@
-"""The proof as a document, and as the row that the command line prints."""
+"""The parity report as a JSON document, and as the row that the command line prints."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from cifarx_export.parity.error_analysis import ErrorAnalysis, analyze_errors
 from cifarx_export.parity.report import ParityReport, ParityRow
 from cifarx_serve.errors import OutputError
 from cifarx_serve.spec import ParitySummary
-from cifarx_serve.system.environment import environment
+from cifarx_serve.system.environment import current_environment
 from tests.support.parity_summary import SUMMARY
 
 KEYS = [
@@ -34,10 +34,10 @@ KEYS = [
     "nonfinite",
     "provider",
 ]
-"""As documented, in this order."""
+"""The documented keys, in order."""
 
 
-def report(summary: ParitySummary = SUMMARY, evidence: ErrorAnalysis | None = None) -> ParityReport:
+def report(summary: ParitySummary = SUMMARY, error_analysis: ErrorAnalysis | None = None) -> ParityReport:
     return ParityReport(
         artifact="lzh_9.onnx",
         artifact_sha256="1" * 64,
@@ -47,12 +47,12 @@ def report(summary: ParitySummary = SUMMARY, evidence: ErrorAnalysis | None = No
         precision="fp32",
         checks=(Check("tolerance", True, "max |Δ| 2e-06"),),
         summary=summary,
-        evidence=evidence,
+        error_analysis=error_analysis,
     )
 
 
-def evidence(images: int = 1, value: float = 1.5) -> ErrorAnalysis:
-    """Of two classes, where the artifact's first logit is `value` in place of 1."""
+def analysis(images: int = 1, value: float = 1.5) -> ErrorAnalysis:
+    """Return the analysis of two classes, where the artifact's first logit is `value` instead of 1."""
     reference, artifact = np.array([[[1, 2]], [[value, 2]]], np.float32).repeat(images, axis=1)
     return analyze_errors(("cat", "dog"), np.arange(images), None, reference, artifact)
 
@@ -61,11 +61,11 @@ def refuse(constant: str) -> None:
     pytest.fail(f"{constant} is not JSON")
 
 
-def test_a_row_has_the_documented_keys_in_their_order() -> None:
+def test_a_row_has_the_documented_keys_in_order() -> None:
     assert list(json.loads(msgspec.json.encode(report().row()))) == KEYS
 
 
-def test_a_row_says_what_the_proof_found() -> None:
+def test_a_row_holds_the_metrics() -> None:
     assert report().row() == ParityRow(
         artifact="lzh_9.onnx",
         format="onnx",
@@ -86,19 +86,19 @@ def test_a_row_says_what_the_proof_found() -> None:
     )
 
 
-def test_what_is_not_known_is_null() -> None:
+def test_unknown_metrics_are_null() -> None:
     row = report(msgspec.structs.replace(SUMMARY, accuracy=None, reference_accuracy=None, max_abs_error=None)).row()
     document = json.loads(msgspec.json.encode(row))
     assert (document["accuracy"], document["reference_accuracy"], document["max_abs_error"]) == (None, None, None)
 
 
-def test_the_document_is_read_back_as_it_was_written() -> None:
-    whole = report(evidence=evidence())
+def test_the_document_can_be_read_back() -> None:
+    whole = report(error_analysis=analysis())
     whole.write(Path("a.parity.json"))
     content = Path("a.parity.json").read_bytes()
     assert msgspec.json.decode(content, type=ParityReport) == whole
     assert content.endswith(b"}\n")
-    assert content.count(b"\n") > len(KEYS)  # to be read by people
+    assert content.count(b"\n") > len(KEYS)  # indented, for people to read
 
 
 def test_the_document_carries_version_tolerances_data_and_environment() -> None:
@@ -107,27 +107,27 @@ def test_the_document_carries_version_tolerances_data_and_environment() -> None:
     assert document["schema_version"] == 1
     assert (document["summary"]["atol"], document["summary"]["rtol"]) == (1e-4, 2e-4)
     assert (document["summary"]["data"], document["summary"]["data_fingerprint"]) == ("pictures", "0" * 64)
-    assert document["environment"] == json.loads(msgspec.json.encode(environment()))
+    assert document["environment"] == json.loads(msgspec.json.encode(current_environment()))
     assert document["environment"]["versions"]["torch"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_still_json(value: float) -> None:
-    whole = report(evidence=evidence(value=value))
+def test_values_that_are_not_finite_are_valid_json(value: float) -> None:
+    whole = report(error_analysis=analysis(value=value))
     whole.write(Path("a.parity.json"))
     document = json.loads(Path("a.parity.json").read_text(), parse_constant=refuse)
     assert document["evidence"]["worst"][0]["artifact"] == [None, 2.0]
     assert msgspec.convert(document, ParityReport) == whole
 
 
-def test_writing_replaces_the_document_and_leaves_nothing_beside_it() -> None:
-    report(evidence=evidence(images=9)).write(Path("a.parity.json"))
+def test_writing_replaces_the_document_and_leaves_no_other_file() -> None:
+    report(error_analysis=analysis(images=9)).write(Path("a.parity.json"))
     report().write(Path("a.parity.json"))
     assert msgspec.json.decode(Path("a.parity.json").read_bytes(), type=ParityReport) == report()
     assert [path.name for path in Path.cwd().iterdir()] == ["a.parity.json"]
 
 
-def test_a_place_that_cannot_be_written_is_an_output_error() -> None:
+def test_an_unwritable_path_is_an_output_error() -> None:
     Path("file").write_text("mine")
     with pytest.raises(OutputError, match="cannot write"):
         report().write(Path("file/a.parity.json"))
