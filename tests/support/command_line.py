@@ -1,12 +1,12 @@
-"""What a command of the command line leaves behind."""
+"""The result of a command that a test ran."""
 
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 
-class Ran(NamedTuple):
-    """What a command left: its exit status and its two streams."""
+class CommandResult(NamedTuple):
+    """Exit status, standard output and standard error of a command."""
 
     status: int
     out: str
@@ -14,16 +14,16 @@ class Ran(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """Standard output as the one JSON document it must be."""
+        """Standard output, parsed as one JSON document."""
         return json.loads(self.out)
 
     @property
     def error(self) -> str:
-        """The one line that says what is wrong."""
+        """The only line of standard error that starts with `error: `."""
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.err
         assert "Traceback" not in self.err
         return lines[0]
 
 
-Cli: TypeAlias = Callable[..., Ran]
+Cli: TypeAlias = Callable[..., CommandResult]

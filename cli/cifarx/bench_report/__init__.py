@@ -1,1 +1,1 @@
-"""Reports of `cifarx bench`: tables, plots, pages, baselines and the pick."""
+"""Reports of `cifarx bench`: tables, files, plots, comparison with a baseline, and the choice of a row."""

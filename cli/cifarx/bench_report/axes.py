@@ -1,4 +1,4 @@
-"""Axes of a plot with marks that read well, and labels that cover nothing."""
+"""Plot axes with round tick marks, and point labels that do not overlap."""
 
 from collections.abc import Iterator, Sequence
 from math import ceil, floor, log10
@@ -11,14 +11,21 @@ from matplotlib.transforms import Bbox, BboxBase
 AxisName: TypeAlias = Literal["x", "y"]
 
 _MARKS: Final = {"x": 7, "y": 10}
-"""As many have room on an axis."""
+"""The most tick marks that fit on an axis."""
 
 _LINE: Final = "#5b6470"
-"""From a label to its point."""
+"""Color of the line from a label to its point."""
 
 
 def log_axis(axes: Axes, name: AxisName, values: Sequence[float], room: float = 1.08) -> None:
-    """From one step of 1, 2, 5, 10 to another, so that there are two marks at least; of seconds, with their unit."""
+    """Make an axis of seconds logarithmic, from one step of 1, 2, 5, 10 to another, with at least two marks.
+
+    Args:
+        axes: The axes of the plot.
+        name: The axis.
+        values: All values that the axis must show.
+        room: The factor by which the axis extends beyond them at either end.
+    """
     least, most = min(values) / room, max(values) * room
     exponents = range(floor(log10(least)), ceil(log10(most)) + 1)
     steps = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
@@ -33,7 +40,8 @@ def log_axis(axes: Axes, name: AxisName, values: Sequence[float], room: float = 
     axis.set_minor_locator(NullLocator())
 
 
-def share_axis(axes: Axes, shares: Sequence[float]) -> None:
+def percent_axis(axes: Axes, shares: Sequence[float]) -> None:
+    """Make the y axis show shares as percentages, with some room above and below them."""
     room = max(0.25 * (max(shares) - min(shares)), 0.005)
     low, high = min(shares) - room, max(shares) + room
     axes.set_ylim(low, high)
@@ -52,22 +60,22 @@ def _set_marks(axes: Axes, name: AxisName, marks: Sequence[float], formatter: Fo
 
 
 def label_points(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Write each label where it covers neither a point nor another label, with a line to its point if it is far.
+    """Place each label where it covers neither a point nor another label, with a line to its point if that is far.
 
-    It has to be the last thing drawn: a label's place is in pixels, and the axes' place must be known.
+    Call this last: labels are placed in pixels, so the position of the axes must be final.
     """
-    whole = axes.figure.canvas.figure
-    whole.draw_without_rendering()
-    scale = whole.dpi / 72
-    places = axes.transData.transform(points)
-    taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in places]
-    for point, (x, y), label in zip(points, places, labels, strict=True):
+    figure = axes.figure.canvas.figure
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    positions = axes.transData.transform(points)
+    taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in positions]
+    for point, (x, y), label in zip(points, positions, labels, strict=True):
         measured = axes.text(0, 0, label)
         size = measured.get_window_extent()
         measured.remove()
-        around = list(_around(x, y, size.width, size.height, scale))
-        free = (place for place in around if _is_free(place[1], taken, axes.bbox))
-        reach, box = next(free, around[0])
+        candidates = list(_positions_around(x, y, size.width, size.height, scale))
+        free = (candidate for candidate in candidates if _is_free(candidate[1], taken, axes.bbox))
+        reach, box = next(free, candidates[0])
         taken.append(box)
         axes.annotate(
             label, point, ((box.x0 - x) / scale, (box.y0 - y) / scale), textcoords="offset points", va="bottom",
@@ -79,8 +87,8 @@ def _is_free(box: Bbox, taken: Sequence[Bbox], inside: BboxBase) -> bool:
     return not box.count_overlaps(taken) and inside.count_contains(box.corners()) == 4
 
 
-def _around(x: float, y: float, width: float, height: float, scale: float) -> Iterator[tuple[int, Bbox]]:
-    """Places for a label of that size about a point, all in pixels, the better ones first; how far they are, 1 to 5."""
+def _positions_around(x: float, y: float, width: float, height: float, scale: float) -> Iterator[tuple[int, Bbox]]:
+    """Yield boxes for a label around a point, in pixels, the best first, each with its distance from 1 to 5."""
     for reach in range(1, 6):
         for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
             left = x + right * (1 + 6 * reach) * scale + (right - 1) / 2 * width

@@ -1,4 +1,4 @@
-"""A benchmark against an earlier one: what became slower, and by how much."""
+"""Compares a benchmark report with an earlier one and finds the rows that became slower."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
+from cifarx.bench_report.summary import UNSTABLE
 from cifarx.output.console import result, table, tick
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, BenchmarkRow
 from cifarx_serve.errors import ModelFileError, UsageError
@@ -16,14 +17,14 @@ DEFAULT_LIMIT: Final = "10%"
 
 _LARGEST_BYTES: Final = 2**26
 
-_NAMED: Final = 3
-"""Rows without a counterpart that are named."""
+_MAX_LISTED: Final = 3
+"""The most rows without a counterpart to list by name."""
 
 _Key: TypeAlias = tuple[str, str, str, str, int]
 
 
 class BaselineRow(msgspec.Struct, frozen=True):
-    """What of an earlier row is compared; any report has it."""
+    """The fields of an earlier row that a comparison needs; reports of every version have them."""
 
     file: str
     backend: str
@@ -34,14 +35,20 @@ class BaselineRow(msgspec.Struct, frozen=True):
 
 
 class Baseline(msgspec.Struct, frozen=True):
-    """An earlier report, as `cifarx bench --report x.json` wrote it."""
+    """An earlier report, written by `cifarx bench --report x.json`."""
 
     environment: Environment
     rows: tuple[BaselineRow, ...]
 
 
 class Change(msgspec.Struct, frozen=True):
-    """One row then and now; `change` is that of the median latency, 0.1 for a tenth more. `regressed`: too much."""
+    """One row then and now.
+
+    Attributes:
+        change: The relative change of the median latency: 0.1 is 10 % slower.
+        regressed: Whether the change exceeds the limit.
+        stable: Whether the new measurement was stable.
+    """
 
     file: str
     backend: str
@@ -56,7 +63,7 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Comparison(NamedTuple):
-    """Of the rows that both have; `only_before` and `only_now` name the others."""
+    """The changes of the rows that both reports have; `only_before` and `only_now` name the other rows."""
 
     changes: tuple[Change, ...]
     only_before: tuple[str, ...]
@@ -65,41 +72,43 @@ class Comparison(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether nothing regressed."""
+        """Whether no row regressed."""
         return not any(change.regressed for change in self.changes)
 
 
 def parse_limit(text: str) -> float:
-    """`10%` or `10` as a share, 0.1.
+    """Parse a percentage such as `10%` or `10` into a fraction, 0.1.
 
     Raises:
-        UsageError: it is no number, or below zero.
+        UsageError: The text is not a number, or the number is negative.
     """
     try:
         limit = float(text.strip().removesuffix("%")) / 100
     except ValueError as error:
-        raise UsageError(f"regression of {text!r}", "give per cent, such as 10%") from error
+        raise UsageError(f"maximum regression {text!r} is not a percentage", "give one such as 10%") from error
     if not (math.isfinite(limit) and limit >= 0):
-        raise UsageError(f"regression of {text!r}", "give 0% or more")
+        raise UsageError(f"maximum regression {text!r} is negative or not finite", "give 0% or more")
     return limit
 
 
 def read_baseline(path: Path) -> Baseline:
-    """An earlier report.
+    """Read an earlier report.
 
     Raises:
-        UsageError: there is no such file.
-        ModelFileError: it is not a report.
+        UsageError: The file does not exist.
+        ModelFileError: The file is not a report.
     """
     if not path.is_file():
         raise UsageError(f"no such baseline {path}", "make one with `cifarx bench FILE... --report baseline.json`")
     if (size := path.stat().st_size) > _LARGEST_BYTES:
-        raise ModelFileError(f"baseline {path} has {size:,} bytes", "give a report of `cifarx bench`")
+        raise ModelFileError(
+            f"baseline {path} has {size:,} bytes, too many for a report", "give a JSON report of `cifarx bench`"
+        )
     try:
         return msgspec.json.decode(path.read_bytes(), type=Baseline)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ModelFileError(
-            f"baseline {path} is no report ({error})", "make one with `cifarx bench FILE... --report baseline.json`"
+            f"baseline {path} is not a report ({error})", "make one with `cifarx bench FILE... --report baseline.json`"
         ) from error
 
 
@@ -107,12 +116,12 @@ def compare(report: BenchmarkReport, baseline: Baseline, limit: float) -> Compar
     """Compare rows of the same file, backend, provider, precision and batch size.
 
     Args:
-        report: now.
-        baseline: then.
-        limit: the greatest growth of the median latency that is let pass, as a share.
+        report: The new report.
+        baseline: The earlier report.
+        limit: The largest relative increase of the median latency that passes: 0.1 is 10 %.
 
     Raises:
-        UsageError: they have no row in common.
+        UsageError: The two have no row in common.
     """
     before = {_key(row): row for row in baseline.rows}
     now = {_key(row): row for row in report.rows}
@@ -121,24 +130,24 @@ def compare(report: BenchmarkReport, baseline: Baseline, limit: float) -> Compar
         raise UsageError(
             "the baseline has none of these rows", "measure the same files with the same --batch and --device"
         )
-    then, here = baseline.environment, report.environment
+    earlier, current = baseline.environment, report.environment
     return Comparison(
         tuple(changes),
         tuple(_name(key) for key in before if key not in now),
         tuple(_name(key) for key in now if key not in before),
-        (then.cpu, then.threads, then.gpus) == (here.cpu, here.threads, here.gpus),
+        (earlier.cpu, earlier.threads, earlier.gpus) == (current.cpu, current.threads, current.gpus),
     )
 
 
 def print_comparison(comparison: Comparison, limit: float) -> None:
-    """A table of the changes, and what could not be compared."""
+    """Print a table of the changes, and name the rows that could not be compared."""
     rows = [
         [
             change.file,
             change.provider,
             str(change.batch),
             f"{change.before_us:,.0f}",
-            f"{'' if change.stable else '~'}{change.now_us:,.0f}",
+            f"{'' if change.stable else UNSTABLE}{change.now_us:,.0f}",
             f"{change.change:+.1%}",
             tick(not change.regressed),
         ]
@@ -146,25 +155,25 @@ def print_comparison(comparison: Comparison, limit: float) -> None:
     ]
     headings = ("file", "provider", "batch", "p50 µs before", "now", "change", "")
     table(f"against the baseline: at most {limit:+.0%}", headings, rows)
-    for line in remarks(comparison):
+    for line in comparison_remarks(comparison):
         result(line)
 
 
-def remarks(comparison: Comparison) -> list[str]:
-    """What a reader of the changes must know."""
+def comparison_remarks(comparison: Comparison) -> list[str]:
+    """Return the lines that qualify the changes: another machine, or rows without a counterpart."""
     lines = []
     if not comparison.same_machine:
-        lines.append("the baseline was measured on another machine: its times say little about these")
+        lines.append("the baseline was measured on another machine, so the times are hardly comparable")
     if comparison.only_before:
-        lines.append(f"only in the baseline: {_some(comparison.only_before)}")
+        lines.append(f"only in the baseline: {_list_names(comparison.only_before)}")
     if comparison.only_now:
-        lines.append(f"not in the baseline: {_some(comparison.only_now)}")
+        lines.append(f"not in the baseline: {_list_names(comparison.only_now)}")
     return lines
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def _list_names(names: Sequence[str]) -> str:
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _key(row: BaselineRow | BenchmarkRow) -> _Key:
@@ -177,5 +186,5 @@ def _name(key: _Key) -> str:
 
 
 def _change(before: BaselineRow, now: BenchmarkRow, limit: float) -> Change:
-    grown = now.p50_us / before.p50_us - 1 if before.p50_us > 0 else math.inf
-    return Change(*_key(now), before.p50_us, now.p50_us, grown, grown > limit, now.stable)
+    change = now.p50_us / before.p50_us - 1 if before.p50_us > 0 else math.inf
+    return Change(*_key(now), before.p50_us, now.p50_us, change, change > limit, now.stable)

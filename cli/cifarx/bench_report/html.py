@@ -1,118 +1,116 @@
-"""A benchmark as one HTML page that stands alone: no script, nothing loaded from elsewhere, readable from the disk."""
+"""Renders a benchmark report as a self-contained HTML page."""
 
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-import jinja2
 import msgspec
 from markupsafe import Markup
 
-from cifarx.bench_report.plots import Series, benchmark_figures, by_file, printable, swatches
-from cifarx.bench_report.writers import Scenario, has_device_times, scenarios, title
+from cifarx.bench_report.plots import Series, file_series, legend_swatches, render_plots
+from cifarx.bench_report.summary import UNSTABLE, ScenarioResults, has_device_times, scenario_results, title
+from cifarx_export.html_report import render_page
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, BenchmarkRow
 
-_TEMPLATE: Final = "benchmark_page.html"
+_TEMPLATE: Final = "benchmark_report.html"
+_MISSING: Final = "-"
 
 
 class Column(NamedTuple):
-    """One column of the table: a row's text in it, given the first file's row of the same batch size, if any."""
+    """One column of the table.
+
+    Attributes:
+        heading: The text at its top.
+        text: Returns the text of a row, given the first file's row of the same batch size, or None without one.
+        number: Whether the column is aligned to the right.
+    """
 
     heading: str
     text: Callable[[BenchmarkRow, BenchmarkRow | None], str]
     number: bool = True
 
 
-class Line(NamedTuple):
-    """One row of the table; `number` is its file's, from 1."""
+class TableRow(NamedTuple):
+    """One row of the table; `number` is the number of its file, from 1."""
 
     number: int
     cells: tuple[str, ...]
     stable: bool
 
 
-class Glance(NamedTuple):
-    """One file in the terms of MLPerf Inference, and whether it is the best in them.
+class FileOverview(NamedTuple):
+    """One file's results in the scenarios of MLPerf Inference, and whether they are the best ones.
 
     Attributes:
-        number: of the file, from 1.
-        row: any of its rows, for what all have in common.
-        single_stable, offline_stable: whether the row that the figure is from was stable.
+        number: The number of the file, from 1.
+        row: Any row of the file, for the fields that all of them share.
+        scenarios: The results.
+        best_single, best_offline: Whether no other file is better in that scenario.
+        single_stable, offline_stable: Whether the row of that result was stable.
     """
 
     number: int
     row: BenchmarkRow
-    scenario: Scenario
+    scenarios: ScenarioResults
     best_single: bool
     best_offline: bool
     single_stable: bool
     offline_stable: bool
 
 
-def benchmark_page(report: BenchmarkReport) -> str:
-    """The page as text, of a report with at least one row; the same each time."""
-    files = by_file(report)
+def render_html_report(report: BenchmarkReport) -> str:
+    """Return the page as text.
+
+    The result depends on nothing but the report, which has at least one row.
+    """
+    files = file_series(report)
     timed = has_device_times(report)
     columns = [column for column in _COLUMNS if timed or column.text is not _device]
-    return (
-        _templates()
-        .get_template(_TEMPLATE)
-        .render(
-            report=report,
-            title=title(report),
-            files=files,
-            swatches=[Markup(swatch) for swatch in swatches(report)],
-            plots=[plot._replace(svg=Markup(plot.svg)) for plot in benchmark_figures(report)],
-            glances=_glances(report, files),
-            columns=columns,
-            batches=_lines(files, columns),
-            timed=timed,
-            stable=all(row.stable for row in report.rows),
-        )
+    return render_page(
+        "cifarx.bench_report",
+        _TEMPLATE,
+        {"microseconds": _microseconds},
+        report=report,
+        title=title(report),
+        files=files,
+        swatches=[Markup(swatch) for swatch in legend_swatches(report)],
+        plots=[plot._replace(svg=Markup(plot.svg)) for plot in render_plots(report)],
+        overview=_overview(report, files),
+        columns=columns,
+        batches=_rows_by_batch(files, columns),
+        timed=timed,
+        stable=all(row.stable for row in report.rows),
     )
 
 
-def _templates() -> jinja2.Environment:
-    """Names of files and data come from anywhere: all text is escaped, and what no page can hold is replaced."""
-    found = jinja2.Environment(
-        loader=jinja2.PackageLoader("cifarx.bench_report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    found.filters["microseconds"] = _microseconds
-    return found
-
-
-def _glances(report: BenchmarkReport, files: tuple[Series, ...]) -> tuple[Glance, ...]:
-    """Each file alone, since one that was measured twice has one name."""
-    found = [scenarios(msgspec.structs.replace(report, rows=one.rows))[0] for one in files]
-    single = min((one.single_stream_us for one in found if one.single_stream_us is not None), default=None)
-    offline = max(one.offline for one in found)
+def _overview(report: BenchmarkReport, files: tuple[Series, ...]) -> tuple[FileOverview, ...]:
+    """Summarize each series on its own: a file that was measured twice has two series with one name."""
+    results = [scenario_results(msgspec.structs.replace(report, rows=series.rows))[0] for series in files]
+    latencies = [result.single_stream_us for result in results if result.single_stream_us is not None]
+    best_single = min(latencies, default=None)
+    best_offline = max(result.offline_images_per_s for result in results)
     return tuple(
-        Glance(
+        FileOverview(
             number,
-            one.rows[0],
-            scenario,
-            scenario.single_stream_us is not None and scenario.single_stream_us == single,
-            scenario.offline == offline,
-            all(row.stable for row in one.rows if row.batch == 1),
-            all(row.stable for row in one.rows if row.batch == scenario.batch),
+            series.rows[0],
+            result,
+            result.single_stream_us is not None and result.single_stream_us == best_single,
+            result.offline_images_per_s == best_offline,
+            all(row.stable for row in series.rows if row.batch == 1),
+            all(row.stable for row in series.rows if row.batch == result.offline_batch),
         )
-        for number, (one, scenario) in enumerate(zip(files, found, strict=True), 1)
+        for number, (series, result) in enumerate(zip(files, results, strict=True), 1)
     )
 
 
-def _lines(files: tuple[Series, ...], columns: Sequence[Column]) -> tuple[tuple[Line, ...], ...]:
-    """The lines of each batch size, the files in their order."""
+def _rows_by_batch(files: tuple[Series, ...], columns: Sequence[Column]) -> tuple[tuple[TableRow, ...], ...]:
+    """Return the table rows of each batch size, with the files in their order."""
     first = {row.batch: row for row in files[0].rows}
-    lines: dict[int, list[Line]] = {}
-    for number, one in enumerate(files, 1):
-        for row in one.rows:
+    rows: dict[int, list[TableRow]] = {}
+    for number, series in enumerate(files, 1):
+        for row in series.rows:
             cells = tuple(column.text(row, first.get(row.batch)) for column in columns)
-            lines.setdefault(row.batch, []).append(Line(number, cells, row.stable))
-    return tuple(tuple(lines[batch]) for batch in sorted(lines))
+            rows.setdefault(row.batch, []).append(TableRow(number, cells, row.stable))
+    return tuple(tuple(rows[batch]) for batch in sorted(rows))
 
 
 def _microseconds(value: float) -> str:
@@ -120,19 +118,19 @@ def _microseconds(value: float) -> str:
 
 
 def _p50(row: BenchmarkRow, _: BenchmarkRow | None) -> str:
-    return f"{'' if row.stable else '~'}{_microseconds(row.p50_us)}"
+    return f"{'' if row.stable else UNSTABLE}{_microseconds(row.p50_us)}"
 
 
 def _device(row: BenchmarkRow, _: BenchmarkRow | None) -> str:
-    return "-" if row.device_us is None else _microseconds(row.device_us)
+    return _MISSING if row.device_us is None else _microseconds(row.device_us)
 
 
-def _speed_up(row: BenchmarkRow, first: BenchmarkRow | None) -> str:
-    return "-" if first is None else f"{first.p50_us / row.p50_us:.2f}x"
+def _speedup(row: BenchmarkRow, first: BenchmarkRow | None) -> str:
+    return _MISSING if first is None else f"{first.p50_us / row.p50_us:.2f}x"
 
 
 def _accuracy(row: BenchmarkRow, _: BenchmarkRow | None) -> str:
-    return "-" if row.accuracy is None else f"{row.accuracy:.2%}"
+    return _MISSING if row.accuracy is None else f"{row.accuracy:.2%}"
 
 
 _COLUMNS: Final = (
@@ -142,7 +140,7 @@ _COLUMNS: Final = (
     Column("p90 µs", lambda row, _: _microseconds(row.p90_us)),
     Column("p99 µs", lambda row, _: _microseconds(row.p99_us)),
     Column("Device µs", _device),
-    Column("Speed-up", _speed_up),
+    Column("Speed-up", _speedup),
     Column("Images/s", lambda row, _: f"{row.images_per_s:,.0f}"),
     Column("Calls", lambda row, _: f"{row.samples:,}"),
     Column("Spread", lambda row, _: f"{row.spread:.1%}"),

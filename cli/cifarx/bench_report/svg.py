@@ -1,4 +1,4 @@
-"""A figure of matplotlib as an element of an HTML page, beside others."""
+"""Converts matplotlib figures to SVG elements, several of which can be embedded in one HTML page."""
 
 import io
 import xml.etree.ElementTree as ET
@@ -12,12 +12,12 @@ _NO_METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def svg_element(figure: Figure, name: str, label: str = "") -> str:
-    """The figure as an element of a page: ids that begin with `name`, no size of its own, no style for the whole page.
+    """Return the figure as an SVG element without a fixed size or a style sheet; its ids start with `name`.
 
     Args:
-        figure: to write.
-        name: the id of the element.
-        label: what it shows, for those who do not see it; nothing where it is only decoration.
+        figure: The figure to convert.
+        name: The id of the element.
+        label: A description for screen readers; empty if the figure is decoration.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
@@ -37,6 +37,6 @@ def svg_element(figure: Figure, name: str, label: str = "") -> str:
                 element.set(attribute, value.replace("#", f"#{name}-", 1))
     for attribute in ("width", "height", "version"):
         del root.attrib[attribute]
-    described = {"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}
-    root.attrib.update({"xmlns": _SVG.strip("{}"), "id": name, "stroke-linejoin": "round", **described})
+    accessibility = {"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}
+    root.attrib.update({"xmlns": _SVG.strip("{}"), "id": name, "stroke-linejoin": "round", **accessibility})
     return ET.tostring(root, encoding="unicode")

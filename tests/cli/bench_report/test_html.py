@@ -1,4 +1,4 @@
-"""A benchmark as one page: whole, alone, with every figure in it and every name escaped."""
+"""The HTML report is well-formed and self-contained, has every figure, and escapes every name."""
 
 import re
 from html.parser import HTMLParser
@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import msgspec
 import pytest
 
-from cifarx.bench_report.html import benchmark_page
-from tests.support.benchmark_rows import report, row
+from cifarx.bench_report.html import render_html_report
+from tests.support.benchmark_reports import report, row
 
 VOID = {"meta"}
 HOSTILE = '<script>alert("x")</script>\'"&{{ 7 * 7 }}'
@@ -32,10 +32,7 @@ SEVERAL = report(
 
 
 class Page(HTMLParser):
-    """The elements of a page with their attributes, the cells of its tables, and its text.
-
-    It must close what it opens, in order.
-    """
+    """Parses a page into elements with attributes, table cells and text; elements must be closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -73,13 +70,13 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def table(self, columns: int) -> list[list[str]]:
-        """The rows with so many cells."""
+        """Return the rows with that many cells."""
         return [cells for cells in self.rows if len(cells) == columns]
 
 
-def test_device_times_are_a_column_only_where_there_are_any() -> None:
-    assert "Device" not in Page(benchmark_page(report())).words
-    page = Page(benchmark_page(report(row(file="a.onnx"), row(file="b.onnx", device_us=41.6))))
+def test_device_times_have_a_column_only_if_there_are_any() -> None:
+    assert "Device" not in Page(render_html_report(report())).words
+    page = Page(render_html_report(report(row(file="a.onnx"), row(file="b.onnx", device_us=41.6))))
     assert "Device µs" in page.words
     assert "between two events on the device" in page.words
     found = {cells[0]: cells for cells in page.rows if len(cells) > 15}
@@ -89,10 +86,10 @@ def test_device_times_are_a_column_only_where_there_are_any() -> None:
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return benchmark_page(SEVERAL)
+    return render_html_report(SEVERAL)
 
 
-def test_every_row_is_there_with_all_its_figures(text: str) -> None:
+def test_the_table_has_every_row_with_all_its_figures(text: str) -> None:
     table = Page(text).table(18)
     assert [(cells[0], cells[1]) for cells in table] == [(one.file, f"{one.batch}") for one in SEVERAL.rows]
     for cells, one in zip(table, SEVERAL.rows, strict=True):
@@ -103,7 +100,7 @@ def test_every_row_is_there_with_all_its_figures(text: str) -> None:
     assert [cells[5] for cells in table] == ["1.00x", "0.50x", "0.33x", "1.00x", "0.52x", "0.35x"]
 
 
-def test_at_a_glance_in_the_terms_of_mlperf(text: str) -> None:
+def test_the_overview_shows_the_scenarios_of_mlperf(text: str) -> None:
     page = Page(text)
     assert [cells[:5] for cells in page.table(7)] == [
         ["a.pth", "best2,001 µs", "10,064", "64", "89.00%"],
@@ -113,28 +110,28 @@ def test_at_a_glance_in_the_terms_of_mlperf(text: str) -> None:
     assert "batch 1 was not measured" not in page.words
 
 
-def test_without_batch_1_there_is_no_single_stream_and_without_a_clock_none_is_said() -> None:
-    page = Page(benchmark_page(report(row(batch=8), clock_mhz=None)))
+def test_omits_single_stream_without_batch_1_and_the_clock_if_unknown() -> None:
+    page = Page(render_html_report(report(row(batch=8), clock_mhz=None)))
     assert page.table(7)[0][1:4] == ["-", "best9,500", "8"]
     assert "batch 1 was not measured" in page.words
     assert "MHz" not in page.words
 
 
-def test_what_was_not_stable_is_marked_and_said(text: str) -> None:
-    page = Page(benchmark_page(report(row(), row(file="b.onnx", stable=False, spread=0.23))))
+def test_unstable_rows_are_marked_and_explained(text: str) -> None:
+    page = Page(render_html_report(report(row(), row(file="b.onnx", stable=False, spread=0.23))))
     assert [cells[2] for cells in page.table(18)] == ["100", "~100"]
     assert [("~" in cells[1], "~" in cells[2]) for cells in page.table(7)] == [(False, False), (True, True)]
     assert "23.0%" in page.words
     assert "hollow: not stable" in page.words
     assert "Measure again" in page.words
-    calm = Page(text).words
-    assert "hollow" not in calm
-    assert "Measure again" not in calm
-    assert "~" not in calm
+    stable = Page(text).words
+    assert "hollow" not in stable
+    assert "Measure again" not in stable
+    assert "~" not in stable
 
 
-def test_one_file_without_accuracy() -> None:
-    page = Page(benchmark_page(report(row(accuracy=None, agreement=0.97))))
+def test_a_single_file_without_accuracy() -> None:
+    page = Page(render_html_report(report(row(accuracy=None, agreement=0.97))))
     assert "1 file on A CPU" in page.words
     assert page.table(7)[0][4] == "97.00%"
     assert page.table(18)[0][10] == "-"
@@ -142,13 +139,13 @@ def test_one_file_without_accuracy() -> None:
     assert "Accuracy against latency" not in page.words
 
 
-def test_the_machine_is_described() -> None:
-    words = Page(benchmark_page(report(row(), gpus=("GPU 1", "GPU 2")))).words
+def test_describes_the_machine() -> None:
+    words = Page(render_html_report(report(row(), gpus=("GPU 1", "GPU 2")))).words
     for text in ("A CPU", "2 of 4 CPUs, at 3,000 MHz", "GPU 1, GPU 2", "Linux", "Python 3.11, numpy 2.4"):
         assert text in words, text
 
 
-def test_it_stands_alone(text: str) -> None:
+def test_the_page_is_self_contained(text: str) -> None:
     page = Page(text)
     assert not {tag for tag, _ in page.elements} & {
         "script", "link", "iframe", "object", "embed", "base", "form", "img", "image",
@@ -169,28 +166,28 @@ def test_it_stands_alone(text: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 9])
-def test_names_are_text(count: int) -> None:
-    """In every place where a name is shown; of few files beside the points of a plot too."""
+def test_names_are_escaped(count: int) -> None:
+    """Wherever a name is shown; with few files also next to the points of a plot."""
     named = {"backend": HOSTILE, "provider": HOSTILE, "precision": HOSTILE}
     rows = [row(file=f"<b>{number}" if count == 1 else f"{number} {HOSTILE}", **named) for number in range(count)]
     machine = {"cpu": HOSTILE, "gpus": (HOSTILE,), "system": HOSTILE, "python": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     hostile = msgspec.structs.replace(report(*rows, **machine), data=HOSTILE)
-    text = benchmark_page(hostile)
+    text = render_html_report(hostile)
     page = Page(text)
     assert page.all("script") == []
-    assert len(page.all("b")) == (1 if count == 1 else 10)  # the machine, and the numbers of many files
+    assert len(page.all("b")) == (1 if count == 1 else 10)  # the machine, and the numbers in the legend of many files
     assert "<script" not in text
     assert page.words.count(HOSTILE) >= 10
     assert "49" not in page.words.replace("{{ 7 * 7 }}", "")
     if count == 1:
-        assert page.words.count("<b>0") == 4  # at a glance, in the legend, beside its point, in the table
+        assert page.words.count("<b>0") == 4  # overview, legend, point of the plot, table
 
 
-def test_names_that_no_page_can_hold() -> None:
-    text = benchmark_page(report(row(file="a\udcff\x00\x1b\u202e.onnx", provider="\ud800")))
+def test_unprintable_characters_in_names_are_replaced() -> None:
+    text = render_html_report(report(row(file="a\udcff\x00\x1b\u202e.onnx", provider="\ud800")))
     assert text.encode("utf-8").count("a����.onnx".encode()) == 4
     assert "\x00" not in text
 
 
-def test_the_same_each_time(text: str) -> None:
-    assert benchmark_page(SEVERAL) == text
+def test_the_page_is_reproducible(text: str) -> None:
+    assert render_html_report(SEVERAL) == text

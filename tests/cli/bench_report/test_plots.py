@@ -1,4 +1,4 @@
-"""The plots of a benchmark: the same each time, alone, with what was not stable marked and no label over another."""
+"""Plots are reproducible and self-contained, mark unstable rows, and have no overlapping labels."""
 
 import xml.etree.ElementTree as ET
 from itertools import combinations
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from cifarx.bench_report.plots import PICTURE_WIDTH, Plot, benchmark_figures, by_file, printable, swatches, write_png
-from tests.support.benchmark_rows import report, row
+from cifarx.bench_report.plots import PNG_WIDTH, Plot, file_series, legend_swatches, render_plots, write_png
+from cifarx_export.html_report import printable
+from tests.support.benchmark_reports import report, row
 
 HOSTILE = ("$\\frac{$.onnx", "_hidden.onnx", "<b>&]]>--.onnx", "模型.onnx", "two\nlines\x00\udcff.onnx", "%s {x} .onnx")
 
@@ -25,7 +26,7 @@ SEVERAL = report(
 
 @pytest.fixture(scope="module")
 def plots() -> tuple[Plot, ...]:
-    return benchmark_figures(SEVERAL)
+    return render_plots(SEVERAL)
 
 
 def plot(plots: tuple[Plot, ...], title: str) -> Plot:
@@ -37,14 +38,14 @@ def texts(svg: str) -> list[str]:
 
 
 def hollow_markers(svg: str) -> int:
-    """Markers are references to a shape, with the colours of each."""
+    """Count the markers with a white fill; a marker is a `use` element with its own colors."""
     return sum(
         element.tag.endswith("use") and "fill: #ffffff" in element.attrib.get("style", "")
         for element in ET.fromstring(svg).iter()
     )
 
 
-def test_four_plots_with_units_and_one_line_a_file(plots: tuple[Plot, ...]) -> None:
+def test_draws_four_plots_with_units_and_one_line_per_file(plots: tuple[Plot, ...]) -> None:
     words = {one.title: texts(one.svg) for one in plots}
     assert list(words) == [
         "Latency by batch size", "Throughput by batch size", "Distribution of latency", "Accuracy against latency",
@@ -55,13 +56,13 @@ def test_four_plots_with_units_and_one_line_a_file(plots: tuple[Plot, ...]) -> N
     assert {"batch 1", "batch 64", "50", "90", "99", "max", "percentile", "100 µs"} <= set(distribution)
     assert {"a.onnx", "b.pth", "accuracy", "75.00%", "p50 latency at batch 1"} <= set(accuracy)
     for one in plots:
-        for series in by_file(SEVERAL):
-            assert f"stroke: {series.colour.lower()}" in one.svg, one.title
+        for series in file_series(SEVERAL):
+            assert f"stroke: {series.color.lower()}" in one.svg, one.title
 
 
-def test_each_is_xml_that_refers_to_its_own_ids_only(plots: tuple[Plot, ...]) -> None:
+def test_each_svg_refers_only_to_its_own_ids(plots: tuple[Plot, ...]) -> None:
     ids: list[str] = []
-    for svg in (*(one.svg for one in plots), *swatches(SEVERAL)):
+    for svg in (*(one.svg for one in plots), *legend_swatches(SEVERAL)):
         found = list(ET.fromstring(svg).iter())
         own = [element.attrib["id"] for element in found if "id" in element.attrib]
         referred = [
@@ -79,42 +80,42 @@ def test_each_is_xml_that_refers_to_its_own_ids_only(plots: tuple[Plot, ...]) ->
     assert {"swatch-1", "swatch-2"} <= set(ids)
 
 
-def test_the_same_each_time_whatever_the_settings_of_matplotlib(plots: tuple[Plot, ...], tmp_path: Path) -> None:
+def test_plots_do_not_depend_on_the_settings_of_matplotlib(plots: tuple[Plot, ...], tmp_path: Path) -> None:
     write_png(SEVERAL, tmp_path / "one.png")
     with matplotlib.rc_context(
         {"svg.fonttype": "path", "font.size": 30, "xtick.direction": "in", "svg.hashsalt": None}
     ):
         before = dict(matplotlib.rcParams)
-        assert benchmark_figures(SEVERAL) == plots
+        assert render_plots(SEVERAL) == plots
         write_png(SEVERAL, tmp_path / "two.png")
         assert dict(matplotlib.rcParams) == before
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-def test_hollow_is_what_was_not_stable(plots: tuple[Plot, ...]) -> None:
+def test_markers_of_unstable_rows_are_hollow(plots: tuple[Plot, ...]) -> None:
     def hollow(*stable: bool) -> dict[str, int]:
         rows = [row(batch=batch, stable=one) for batch, one in zip((1, 8), stable, strict=True)]
-        return {one.title: hollow_markers(one.svg) for one in benchmark_figures(report(*rows))}
+        return {one.title: hollow_markers(one.svg) for one in render_plots(report(*rows))}
 
     assert {hollow_markers(one.svg) for one in plots} == {0}
-    # Of a batch size one marker is in each plot, three in the distribution; the accuracy is that of batch 1.
+    # A batch size has one marker in each plot, but three in the distribution; accuracy is shown at batch 1 alone.
     assert list(hollow(False, True).values()) == [1, 1, 3, 1]
     assert list(hollow(True, False).values()) == [1, 1, 3, 0]
 
 
-def test_agreement_where_there_is_no_accuracy() -> None:
-    found = plot(benchmark_figures(report(row(accuracy=None, agreement=0.9))), "Agreement against latency")
+def test_shows_agreement_if_there_is_no_accuracy() -> None:
+    found = plot(render_plots(report(row(accuracy=None, agreement=0.9))), "Agreement against latency")
     assert {"agreement with the first file", "90.00%"} <= set(texts(found.svg))
     assert "accuracy" not in texts(found.svg)
 
 
 @pytest.mark.parametrize(("scale", "spread"), [(1e-4, 1.0), (99.9, 1.01), (1e7, 1e5)])
-def test_an_axis_has_two_marks_however_near_or_far_the_values_are(scale: float, spread: float) -> None:
+def test_an_axis_has_at_least_two_marks_for_any_range_of_values(scale: float, spread: float) -> None:
     values = tuple(np.geomspace(scale, scale * spread, 101).tolist())
     one = row(
         percentiles_us=values, p50_us=values[50], p90_us=values[90], p99_us=values[99], images_per_s=1e6 / values[50]
     )
-    for found in benchmark_figures(report(one))[:3]:
+    for found in render_plots(report(one))[:3]:
         marks = [
             element.attrib["id"]
             for element in ET.fromstring(found.svg).iter()
@@ -123,9 +124,9 @@ def test_an_axis_has_two_marks_however_near_or_far_the_values_are(scale: float, 
         assert 2 <= len(marks) <= 11, found.title
 
 
-def test_no_label_is_over_another_even_of_files_that_are_alike() -> None:
+def test_labels_do_not_overlap_even_if_all_files_are_alike() -> None:
     alike = report(*(row(file=f"{number}.onnx") for number in range(12)))
-    svg = plot(benchmark_figures(alike), "Accuracy").svg
+    svg = plot(render_plots(alike), "Accuracy").svg
     labels = {f"{number}" for number in range(1, 13)}
     places = [
         (float(element.attrib["x"]), float(element.attrib["y"]))
@@ -137,22 +138,22 @@ def test_no_label_is_over_another_even_of_files_that_are_alike() -> None:
         assert abs(x - other_x) >= 5 or abs(y - other_y) >= 9
 
 
-def test_files_are_told_apart_and_named_by_number_where_names_have_no_room() -> None:
-    many = by_file(report(*(row(file=f"{number}.onnx") for number in range(40))))
-    assert len({(one.colour, one.marker, one.dash) for one in many}) == 40
+def test_styles_are_distinct_and_labels_are_numbers_if_names_are_too_long() -> None:
+    many = file_series(report(*(row(file=f"{number}.onnx") for number in range(40))))
+    assert len({(one.color, one.marker, one.dash) for one in many}) == 40
     assert [one.label for one in many[:2]] == ["1", "2"]
-    assert [one.label for one in by_file(report(row(file="a.onnx"), row(file="b.onnx")))] == ["a.onnx", "b.onnx"]
-    assert [one.label for one in by_file(report(row(file="a.onnx"), row(file="b" * 30)))] == ["1", "2"]
+    assert [one.label for one in file_series(report(row(file="a.onnx"), row(file="b.onnx")))] == ["a.onnx", "b.onnx"]
+    assert [one.label for one in file_series(report(row(file="a.onnx"), row(file="b" * 30)))] == ["1", "2"]
 
 
-def test_a_file_that_was_measured_twice_is_two() -> None:
-    twice = by_file(report(*(row(batch=batch, p50_us=p50) for batch in (8, 1) for p50 in (100, 105))))
+def test_a_file_measured_twice_has_two_series() -> None:
+    twice = file_series(report(*(row(batch=batch, p50_us=p50) for batch in (8, 1) for p50 in (100, 105))))
     assert [[(one.batch, one.p50_us) for one in series.rows] for series in twice] == [
         [(1, 100), (8, 100)], [(1, 105), (8, 105)],
     ]  # fmt: skip
 
 
-def test_the_picture_shows_every_file_and_grows_with_them(tmp_path: Path) -> None:
+def test_the_png_shows_every_file_and_grows_with_their_number(tmp_path: Path) -> None:
     def picture(count: int) -> Image.Image:
         path = tmp_path / f"{count}.png"
         rows = [row(file=f"{'long' * 20}{number}.onnx", p50_us=100 + 50 * number) for number in range(count)]
@@ -162,20 +163,20 @@ def test_the_picture_shows_every_file_and_grows_with_them(tmp_path: Path) -> Non
             return image.convert("RGB")
 
     one, seven = picture(1), picture(7)
-    assert one.width == seven.width == PICTURE_WIDTH
+    assert one.width == seven.width == PNG_WIDTH
     assert seven.height == pytest.approx(one.height + 6 * 0.19 * 150, abs=2)  # lines of the legend
-    shown = {colour for _, colour in seven.getcolors(seven.width * seven.height) or []}
-    for series in by_file(report(*(row(file=f"{number}") for number in range(7)))):
-        assert ImageColor.getrgb(series.colour) in shown, series.colour
+    shown = {color for _, color in seven.getcolors(seven.width * seven.height) or []}
+    for series in file_series(report(*(row(file=f"{number}") for number in range(7)))):
+        assert ImageColor.getrgb(series.color) in shown, series.color
 
 
-def test_names_are_text(tmp_path: Path) -> None:
-    """No formula, no markup, nothing that XML cannot hold, and no warning of a letter that the font does not have."""
+def test_names_are_drawn_as_plain_text(tmp_path: Path) -> None:
+    """No formulas, no markup, no characters that XML cannot hold, and no warning about missing glyphs."""
     hostile = report(*(row(file=name) for name in HOSTILE))
-    shown = texts(plot(benchmark_figures(hostile), "Accuracy").svg)
+    shown = texts(plot(render_plots(hostile), "Accuracy").svg)
     for name in HOSTILE:
         assert printable(name) in shown
     assert "two�lines��.onnx" in shown
     write_png(hostile, tmp_path / "hostile.png")
     with Image.open(tmp_path / "hostile.png") as image:
-        assert image.width == PICTURE_WIDTH
+        assert image.width == PNG_WIDTH

@@ -1,4 +1,4 @@
-"""Benchmark rows with figures that are easy to tell apart."""
+"""A benchmark row and reports of such rows, with figures that are easy to tell apart."""
 
 from typing import Any
 
@@ -33,10 +33,10 @@ ROW = BenchmarkRow(
 
 
 def row(**changes: Any) -> BenchmarkRow:
-    """`ROW` with some fields changed."""
+    """Return `ROW` with some fields changed."""
     return msgspec.structs.replace(ROW, **changes)
 
 
 def report(*rows: BenchmarkRow, **changes: Any) -> BenchmarkReport:
-    """A report of such rows; `changes` are of its environment."""
+    """Return a report of the rows, or of `ROW` alone; `changes` apply to its environment."""
     return BenchmarkReport(msgspec.structs.replace(ENVIRONMENT, **changes), "drawings", 2000, rows or (ROW,))
