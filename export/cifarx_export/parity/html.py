@@ -160,8 +160,8 @@ def _metric_rows(summary: ParitySummary, tolerance: Tolerance) -> tuple[MetricRo
     rows = [
         MetricRow("Max error", _scientific(summary.max_abs_error), bound),
         MetricRow("Mean error", _scientific(summary.mean_abs_error)),
-        MetricRow("99.9th percentile of errors", _scientific(summary.p999_abs_error)),
-        MetricRow("Smallest passing tolerance", _scientific(summary.required_tolerance)),
+        MetricRow("99.9th percentile", _scientific(summary.p999_abs_error)),
+        MetricRow("Required tolerance", _scientific(summary.required_tolerance)),
         MetricRow("NaN or Inf", f"{summary.nonfinite:,}", "0"),
         MetricRow("Agreement", f"{summary.agreement:.4%}", f"≥ {tolerance.agreement * 100:g}%"),
         MetricRow("Forgiven flips", f"{summary.forgiven:,}"),
@@ -170,8 +170,8 @@ def _metric_rows(summary: ParitySummary, tolerance: Tolerance) -> tuple[MetricRo
     if before is not None and after is not None:
         drop = "" if tolerance.accuracy_drop is None else f"≥ {-tolerance.accuracy_drop * 100:+.2f}"
         rows += [
-            MetricRow("Accuracy of the reference", f"{before:.2%}"),
-            MetricRow("Accuracy of the artifact", f"{after:.2%}"),
+            MetricRow("Accuracy, reference", f"{before:.2%}"),
+            MetricRow("Accuracy, artifact", f"{after:.2%}"),
             MetricRow("Difference in points", f"{(after - before) * 100:+.2f}", drop),
         ]
     return tuple(rows)
