@@ -1,8 +1,8 @@
-"""Every format in every precision of given checkpoints, as docs/formats.md shows it.
+"""Write the table of docs/formats.md: every format and precision of some checkpoints.
 
     python benchmarks/format_table.py lzh_9.pth resnet18_4.pth --out docs/formats.md
 
-Each artifact is exported and proved as `cifarx export` does it; a row says what was found, or why there is no file.
+Each artifact is exported and checked like with `cifarx export`; a row holds the results, or the reason for a refusal.
 """
 
 import tempfile
@@ -44,7 +44,7 @@ class Row(NamedTuple):
             "" if summary.max_abs_error is None else f"{summary.max_abs_error:.1e}",
             f"{summary.agreement:.2%}",
             _accuracy(summary),
-            "proved" if summary.passed else f"refused: {failed}",
+            "passed" if summary.passed else f"refused: {failed}",
         )
 
 
@@ -79,7 +79,7 @@ def _section(checkpoint: Path, data: str) -> str:
 
 
 def format_rows() -> list[str]:
-    """What `formats.FORMATS` has, as Markdown."""
+    """Return the registry of formats as Markdown."""
     lines = ["| format | file | precisions | devices | options | runs on |", "| --- | --- | --- | --- | --- | --- |"]
     for name, kind in FORMATS.items():
         options = ", ".join(f"`--{option.replace('_', '-')}`" for option in kind.options)
@@ -92,7 +92,7 @@ def format_rows() -> list[str]:
 def main(
     checkpoints: list[Path],
     out: Annotated[Path, typer.Option(help="The Markdown file.")],
-    data: Annotated[str, typer.Option(help="The images of the proofs.")] = "auto",
+    data: Annotated[str, typer.Option(help="The images of the parity checks.")] = "auto",
 ) -> None:
     """Write the table."""
     here = current_environment()
@@ -100,9 +100,10 @@ def main(
     sections = [
         "# Formats and precisions",
         "\n".join(format_rows()),
-        "Below, by `python benchmarks/format_table.py CHECKPOINT… --out docs/formats.md`: each line is one\n"
-        "`cifarx export`, proved on the whole test split. The error is of a logit; accuracy is the artifact's,\n"
-        f"with its difference from the checkpoint's in points.\n\n{here.cpu}, {here.cpus} CPUs; {versions}.",
+        "Written by `python benchmarks/format_table.py CHECKPOINT… --out docs/formats.md`. Each row is one\n"
+        "`cifarx export`, checked on the whole test split. The error is that of a logit; the accuracy is that of the\n"
+        "artifact, with its difference from the checkpoint in percentage points.\n\n"
+        f"{here.cpu}, {here.cpus} CPUs; {versions}.",
     ]
     for checkpoint in checkpoints:
         sections.append(_section(checkpoint, data))

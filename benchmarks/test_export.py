@@ -1,4 +1,4 @@
-"""Export: what the proof adds to the bare exporter, and the memory of a large network."""
+"""Export: the cost of the parity check over the bare exporter, and the memory of a large network."""
 
 import json
 import os
@@ -36,10 +36,10 @@ MIN_INT8_SPEED_UP = 1.3
 BATCH = 64
 
 
-def test_export_and_proof_cost_at_most_twice_the_bare_exporter(
+def test_export_and_parity_check_cost_at_most_twice_the_bare_exporter(
     models: Models, tmp_path: Path, notes: list[str], benchmark: Any
 ) -> None:
-    """Both in one process with everything loaded, in turns; both read the checkpoint and write a file."""
+    """Both run in this process, in turns; both read the checkpoint and write a file."""
     data = "auto" if DATA_ENV_VAR in os.environ else "builtin"
     checkpoint = models.files["pytorch"]
     images = select_dataset(data).load("test", load_checkpoint(checkpoint).spec.input).images
@@ -56,8 +56,8 @@ def test_export_and_proof_cost_at_most_twice_the_bare_exporter(
     ratio = statistics.median(our / their for our, their in turns)
     our, their = (statistics.median(column) for column in zip(*turns, strict=True))
     notes.append(
-        f"export to ONNX with its proof on {len(images):,} images: {our:.1f} s; the bare exporter and one pass of both "
-        f"models {their:.1f} s; ratio {ratio:.2f} (at most {MAX_RATIO:g}), median of {ROUNDS} turns"
+        f"export to ONNX with its parity check on {len(images):,} images: {our:.1f} s; the bare exporter and one pass "
+        f"of both models {their:.1f} s; ratio {ratio:.2f} (at most {MAX_RATIO:g}), median of {ROUNDS} turns"
     )
     benchmark.extra_info.update(ours_s=our, bare_s=their, ratio=ratio, images=len(images))
     benchmark.pedantic(ours, rounds=1)
@@ -71,7 +71,7 @@ def _seconds(work: Any) -> float:
 
 
 def _bare_export(checkpoint: Path, images: np.ndarray, path: Path) -> None:
-    """`torch.onnx.export`, then every image through PyTorch and through ONNX Runtime, a batch of 64 at a time."""
+    """Call `torch.onnx.export`, then run every image through PyTorch and ONNX Runtime in batches of 64."""
     loaded = load_checkpoint(checkpoint)
     module, spec = loaded.build(), loaded.spec.input
     torch.onnx.export(
@@ -87,7 +87,7 @@ def _bare_export(checkpoint: Path, images: np.ndarray, path: Path) -> None:
         verbose=False,
     )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = available_cpus()  # its default counts CPUs that this process may not use
+    options.intra_op_num_threads = available_cpus()  # the default counts CPUs outside the affinity of this process
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
@@ -97,8 +97,8 @@ def _bare_export(checkpoint: Path, images: np.ndarray, path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_resnet_in_int8_is_faster_where_the_cpu_can(tmp_path: Path, notes: list[str]) -> None:
-    """ResNet-18 after an epoch on the built-in data, proved in both precisions, measured in turns."""
+def test_int8_is_faster_on_cpus_with_vnni(tmp_path: Path, notes: list[str]) -> None:
+    """Train ResNet-18 for one epoch on the built-in data and measure both precisions in turns."""
     done = train("resnet18", data="builtin", recipe_name="fast", epochs=1, out=tmp_path)
     plain, quantized = export(done.checkpoints[-1], ["onnx"], ["fp32", "int8"], data="builtin")
     assert plain.report.summary.passed
@@ -119,7 +119,7 @@ def test_a_resnet_in_int8_is_faster_where_the_cpu_can(tmp_path: Path, notes: lis
 
 @pytest.mark.timeout(900)
 def test_vgg16_is_exported_in_4_gb(tmp_path: Path, notes: list[str]) -> None:
-    """134 million parameters, and in the checkpoint a momentum of each."""
+    """The network has 134 million parameters, and the checkpoint a momentum buffer for each."""
     spec = ModelSpec(
         model="vgg16", class_names=tuple(select_dataset("builtin").class_names), input=get_architecture("vgg16").input
     )
@@ -141,7 +141,7 @@ def test_vgg16_is_exported_in_4_gb(tmp_path: Path, notes: list[str]) -> None:
     peak = cost["peak_kb"] * 1024
     assert json.loads(cost["output"])[0]["passed"]
     notes.append(
-        f"export of vgg16 to ONNX with its proof: {peak / 1e9:.2f} GB at most, {cost['wall_s']:.0f} s "
+        f"export of vgg16 to ONNX with its parity check: {peak / 1e9:.2f} GB peak memory, {cost['wall_s']:.0f} s "
         f"(at most {MAX_BYTES / 1e9:g} GB)"
     )
     assert peak <= MAX_BYTES

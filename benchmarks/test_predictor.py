@@ -1,4 +1,4 @@
-"""What a predictor adds to the bare `session.run` of ONNX Runtime on the same array."""
+"""The overhead of a predictor over the bare `session.run` of ONNX Runtime on the same array."""
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ BATCH = 64
 
 @pytest.fixture(scope="module")
 def predictor(models: Models) -> Predictor:
-    """Of the ONNX file."""
+    """Open the ONNX file."""
     return load(models.files["onnxruntime"], device="cpu")
 
 
 @pytest.mark.parametrize("batch", [1, BATCH])
 def test_a_predictor_adds_little(predictor: Predictor, models: Models, batch: int, notes: list[str]) -> None:
-    """By the 10th percentiles: what is added is less than what a busy machine adds to either."""
+    """Compare the 10th percentiles: the overhead is smaller than the noise of a busy machine."""
     pixels = list(models.images[:batch])
     inputs = scale(np.stack(pixels), predictor.spec.input)
     bare_session = predictor._backend._session  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`cifarx infer` from start to answer, against the smallest scripts that do the same, without PyTorch and with it."""
+"""`cifarx infer` from process start to the prediction, compared with minimal scripts without and with PyTorch."""
 
 import json
 import subprocess
@@ -57,13 +57,13 @@ def test_infer_costs_little_more_than_the_smallest_script(models: Models, tmp_pa
     time_ratio = infer["wall_s"] / script_cost["wall_s"]
     memory_ratio = infer["peak_kb"] / script_cost["peak_kb"]
     notes.append(
-        f"cifarx infer, start to answer: {infer['wall_s'] * 1e3:.0f} ms and {infer['peak_kb'] / 1024:.0f} MiB; the "
-        f"smallest script {script_cost['wall_s'] * 1e3:.0f} ms and {script_cost['peak_kb'] / 1024:.0f} MiB; "
+        f"cifarx infer, start to prediction: {infer['wall_s'] * 1e3:.0f} ms, {infer['peak_kb'] / 1024:.0f} MiB; "
+        f"a minimal script {script_cost['wall_s'] * 1e3:.0f} ms and {script_cost['peak_kb'] / 1024:.0f} MiB; "
         f"ratios {time_ratio:.2f} and {memory_ratio:.2f} (at most {MAX_RATIO}), medians of {ROUNDS} in turns"
     )
-    ours_said, script_said = json.loads(infer["output"])[0], json.loads(script_cost["output"])
-    assert ours_said["label"] == script_said["label"]
-    assert ours_said["score"] == pytest.approx(script_said["score"], abs=1e-5)
+    prediction, script_prediction = json.loads(infer["output"])[0], json.loads(script_cost["output"])
+    assert prediction["label"] == script_prediction["label"]
+    assert prediction["score"] == pytest.approx(script_prediction["score"], abs=1e-5)
     require(time_ratio <= MAX_RATIO, f"{time_ratio:.2f} is over {MAX_RATIO}")
     assert memory_ratio <= MAX_RATIO
 
@@ -72,7 +72,7 @@ def test_infer_is_far_faster_than_a_script_with_pytorch(models: Models, tmp_path
     infer, script_cost = _costs(models, tmp_path, SMALLEST_SCRIPT_WITH_TORCH, models.files["torchscript"], TORCH_ROUNDS)
     speed_up = script_cost["wall_s"] / infer["wall_s"]
     notes.append(
-        f"the smallest script with torch and torchvision, start to answer: {script_cost['wall_s'] * 1e3:,.0f} ms and "
+        f"a minimal script with torch and torchvision: {script_cost['wall_s'] * 1e3:,.0f} ms and "
         f"{script_cost['peak_kb'] / 1024:.0f} MiB; cifarx infer is {speed_up:.1f} times as fast (at least "
         f"{MIN_SPEED_UP}), medians of {TORCH_ROUNDS} in turns"
     )
@@ -81,7 +81,7 @@ def test_infer_is_far_faster_than_a_script_with_pytorch(models: Models, tmp_path
 
 
 def _costs(models: Models, folder: Path, text: str, model: Path, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `cifarx infer` and a script with its own model file take for one picture, in turns."""
+    """Measure `cifarx infer` and a script on one image, in turns; return the costs of both."""
     image, script = folder / "x.png", folder / "smallest.py"
     Image.fromarray(models.images[0]).resize((640, 480)).save(image)
     script.write_text(text)

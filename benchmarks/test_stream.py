@@ -1,4 +1,4 @@
-"""A folder of 10,000 images through a predictor, against what the cores allow and against one image at a time."""
+"""Classify a folder of 10,000 images, compared with the ideal on these cores and with one image at a time."""
 
 import statistics
 import time
@@ -19,8 +19,8 @@ from cifarx_serve.predictor import load
 from cifarx_serve.system.cpus import available_cpus
 
 IMAGES = 10_000
-LONE = 2_000
-"""Images of the loop of one at a time: it is slow, and linear."""
+ONE_BY_ONE = 2_000
+"""Number of images classified one at a time, which is slow and linear."""
 CHUNK = 100
 ROUNDS = 5
 BATCHES = (16, 64, 256)
@@ -38,7 +38,7 @@ def folder(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 def test_a_folder_is_classified_as_fast_as_the_cores_allow(models: Models, folder: Path, notes: list[str]) -> None:
-    """The ideal: decoding alone in a process a core, then the session alone on all cores at its best batch."""
+    """Compare with the ideal: decoding alone in one process per core, then the session alone on all cores."""
     paths = sorted(map(str, folder.iterdir()))
     with (
         load(models.files["onnxruntime"], device="cpu") as predictor,
@@ -60,15 +60,17 @@ def test_a_folder_is_classified_as_fast_as_the_cores_allow(models: Models, folde
 
             return run
 
-        decoding()  # the processes start
+        decoding()  # start the processes
         best = min(BATCHES, key=lambda batch: _seconds(running(batch)))
         session = running(best)
         rounds = []
         for _ in range(ROUNDS):
             ideal = _seconds(decoding) + _seconds(session)
             ours = _seconds(lambda: list(predictor.predict_stream(paths)))
-            lone = _seconds(lambda: [predictor.predict(path) for path in paths[:LONE]]) * IMAGES / LONE
-            rounds.append((ideal / ours, lone / ours, IMAGES / ours))
+            one_by_one = (
+                _seconds(lambda: [predictor.predict(path) for path in paths[:ONE_BY_ONE]]) * IMAGES / ONE_BY_ONE
+            )
+            rounds.append((ideal / ours, one_by_one / ours, IMAGES / ours))
     share, speed_up, images_per_s = (statistics.median(column) for column in zip(*rounds, strict=True))
     notes.append(
         f"{IMAGES:,} JPEGs of {spec.input.height}x{spec.input.width} in a folder: {images_per_s:,.0f} images/s, "

@@ -1,4 +1,4 @@
-"""Training: against the notes' own loop, several processes against one, and what a checkpoint costs."""
+"""Training speed compared with the loop of the notes, two processes compared with one, and the cost of a checkpoint."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from cifarx_train.recipes import load_recipe
 from cifarx_train.train import train
 
 ROUNDS = 6
-STEPS = {"lzh": 40, "resnet34": 4}  # a turn of some seconds on two cores
+STEPS = {"lzh": 40, "resnet34": 4}  # a few seconds per turn on two cores
 GPU_STEPS = 200
 LEAST = {("cpu", "lzh"): 1.15, ("cpu", "resnet34"): 1.15, ("cuda", "lzh"): 50.0, ("cuda", "resnet34"): 5.0}
 
@@ -37,7 +37,7 @@ MOST_FOR_A_CHECKPOINT = 0.05
 
 @pytest.fixture(scope="module")
 def data() -> LabeledImages:
-    """The training images of `$CIFARX_DATA`, or the built-in drawings."""
+    """Return the training images of `$CIFARX_DATA`, or of the built-in data."""
     return select_dataset("auto" if DATA_ENV_VAR in os.environ else "builtin").load(
         "train", get_architecture("lzh").input
     )
@@ -45,7 +45,7 @@ def data() -> LabeledImages:
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """A device that is there."""
+    """Return a device of this machine."""
     try:
         return torch_device(parse_device(request.param))
     except DeviceError as error:
@@ -58,15 +58,15 @@ def test_images_per_s_against_the_notes_loop(
 ) -> None:
     chosen = get_architecture(name)
     plan = load_recipe("notes", overrides={"epochs": 1000})
-    theirs = NotesLoop(_first(chosen), data, device, tmp_path)
+    notes_loop = NotesLoop(_first(chosen), data, device, tmp_path)
     ours = OurLoop(_first(chosen), data, chosen.input, plan, device)
     steps = GPU_STEPS if device.type == "cuda" else STEPS[name]
-    speeds = [(_speed(theirs, steps, device), _speed(ours, steps, device)) for _ in range(ROUNDS + 1)][1:]
+    speeds = [(_speed(notes_loop, steps, device), _speed(ours, steps, device)) for _ in range(ROUNDS + 1)][1:]
     ratio = statistics.median(our / their for their, our in speeds)
     their, our = (statistics.median(column) for column in zip(*speeds, strict=True))
     least = LEAST[device.type, name]
     notes.append(
-        f"training {name} on {device}, notes recipe, batch 64: {our:,.0f} images/s, the notes' own loop {their:,.0f}; "
+        f"training {name} on {device}, notes, batch 64: {our:,.0f} images/s, the loop of the notes {their:,.0f}, "
         f"ratio {ratio:.2f} (at least {least}), median of {ROUNDS} turns"
     )
     require(ratio >= least, f"{ratio:.2f} is under {least}")
@@ -78,7 +78,7 @@ def _first(chosen: Architecture) -> nn.Module:
 
 
 def _speed(loop: NotesLoop | OurLoop, steps: int, device: torch.device) -> float:
-    """Images a second over so many steps; the device has finished them."""
+    """Return the images per second over a number of steps, including the work of the device."""
     started = time.perf_counter()
     loop.train(steps)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The smallest server that is any good: one process, an image a call, no batching, no checks.
+"""A minimal server: one process, one image per call, no batching, no checks.
 
 usage: python bare_asgi_peer.py MODEL PORT [--threads N]
 """
@@ -16,7 +16,7 @@ HEADERS = [(b"content-type", b"application/json")]
 
 
 def application(model: PeerModel) -> Callable[..., Awaitable[None]]:
-    """An ASGI application that answers each POST with the label of the image in its body."""
+    """Return an ASGI application that classifies the image in the body of each POST request."""
 
     async def answer(scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[..., Any]) -> None:
         assert scope["type"] == "http"
@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("port", type=int)
     parser.add_argument("--threads", type=int, default=1)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     uvicorn.run(
-        application(PeerModel(asked.model, asked.threads)),
+        application(PeerModel(arguments.model, arguments.threads)),
         host="127.0.0.1",
-        port=asked.port,
+        port=arguments.port,
         loop="uvloop",
         http="httptools",
         lifespan="off",

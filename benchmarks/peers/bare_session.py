@@ -1,7 +1,7 @@
-"""`session.run` and nothing else.
+"""Measure `session.run` alone.
 
 usage: python bare_session.py MODEL BATCH THREADS
-For each line of standard input, a number of seconds: runs for so long, and prints images a second.
+For each number of seconds read from standard input, runs that long and prints the images per second.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""BentoML with its adaptive batching on.
+"""BentoML with adaptive batching.
 
 usage: python bentoml_peer.py MODEL PORT [--workers N] [--threads N] [--max-batch N] [--max-latency-ms N]
 
-Also the service itself, which BentoML's own worker processes import: they read these options from the environment.
+The worker processes of BentoML import this module and read the options from the environment.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from pydantic import BeforeValidator, WithJsonSchema
 from benchmarks.peers.peer_model import PeerModel
 
 OPTIONS = {"workers": 1, "threads": 1, "max_batch": 64, "max_latency_ms": 1000}
-"""With what they are where nothing is said."""
+"""Options and their defaults."""
 
 
 def option(name: str) -> int:
-    """An option, as `main` left it in the environment."""
+    """Return an option that `main` set in the environment."""
     return int(os.environ.get(f"PEER_{name.upper()}", OPTIONS[name]))
 
 
 def _raw(body: Any) -> Any:
-    """A body that is an image file, as a list of one; BentoML batches lists."""
+    """Wrap the bytes of an image file in a list, because BentoML batches lists."""
     return [bytes(body)] if isinstance(body, bytes | bytearray) else body
 
 
-# The JSON schema says "string", so BentoML hands over the body as it came: its multipart form would cost it more.
+# With the JSON schema "string", BentoML passes the raw body, which is cheaper for it than its multipart form.
 Images = Annotated[list[bytes], BeforeValidator(_raw), WithJsonSchema({"type": "string", "format": "binary"})]
 
 
@@ -42,14 +42,14 @@ Images = Annotated[list[bytes], BeforeValidator(_raw), WithJsonSchema({"type": "
     metrics={"enabled": False},
 )
 class Classify:
-    """Takes the raw body of an image file."""
+    """Classifies the image file in the request body."""
 
     def __init__(self) -> None:
         self._model = PeerModel(os.environ["PEER_MODEL"], option("threads"))
 
     @bentoml.api(batchable=True, max_batch_size=option("max_batch"), max_latency_ms=option("max_latency_ms"))
     def classify(self, images: Images, /) -> list[dict[str, Any]]:
-        """The best class of each image."""
+        """Return the best class of each image."""
         return self._model.classify(np.stack([self._model.decode(image) for image in images]))
 
 
@@ -59,10 +59,10 @@ def main() -> None:
     parser.add_argument("port", type=int)
     for name, default in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    asked = parser.parse_args()
-    os.environ.update({f"PEER_{name.upper()}": str(value) for name, value in vars(asked).items()})
+    arguments = parser.parse_args()
+    os.environ.update({f"PEER_{name.upper()}": str(value) for name, value in vars(arguments).items()})
     os.environ.update(BENTOML_DO_NOT_TRACK="True", BENTOML_HOME=str(Path.cwd()))
-    served = ["serve", f"{Path(__file__).stem}:Classify", "--host", "127.0.0.1", "--port", str(asked.port)]
+    served = ["serve", f"{Path(__file__).stem}:Classify", "--host", "127.0.0.1", "--port", str(arguments.port)]
     os.chdir(Path(__file__).parent)
     bento = Path(sys.executable).with_name("bentoml")
     os.execv(bento, [str(bento), *served])

@@ -1,4 +1,4 @@
-"""LitServe with its batching on.
+"""LitServe with batching.
 
 usage: python litserve_peer.py MODEL PORT [--workers N] [--api-servers N] [--threads N] [--max-batch N]
            [--batch-timeout-ms X] [--fast-queue]
@@ -16,7 +16,7 @@ from benchmarks.peers.peer_model import PeerModel
 
 
 class Classify(litserve.LitAPI):
-    """Takes the raw body of an image file; LitServe's own JSON or form would cost it more."""
+    """Classifies the image file in the request body, which is cheaper for LitServe than JSON or a form."""
 
     def __init__(self, path: str, threads: int, **options: Any) -> None:
         super().__init__(**options)
@@ -51,17 +51,20 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--batch-timeout-ms", type=float, default=1.0)
     parser.add_argument("--fast-queue", action="store_true")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     api = Classify(
-        asked.model, asked.threads, max_batch_size=asked.max_batch, batch_timeout=asked.batch_timeout_ms / 1e3
+        arguments.model,
+        arguments.threads,
+        max_batch_size=arguments.max_batch,
+        batch_timeout=arguments.batch_timeout_ms / 1e3,
     )
     server = litserve.LitServer(
-        api, accelerator="cpu", devices=1, workers_per_device=asked.workers, fast_queue=asked.fast_queue
+        api, accelerator="cpu", devices=1, workers_per_device=arguments.workers, fast_queue=arguments.fast_queue
     )
     server.run(
         host="127.0.0.1",
-        port=asked.port,
-        num_api_servers=asked.api_servers,
+        port=arguments.port,
+        num_api_servers=arguments.api_servers,
         log_level="warning",
         access_log=False,
         generate_client_file=False,

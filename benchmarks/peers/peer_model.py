@@ -1,6 +1,6 @@
-"""What every peer does with an image: the arithmetic of `cifarx_serve.images.preprocess`, written as anybody would write it.
+"""What every peer does with an image: the arithmetic of `cifarx_serve.images.preprocess`, in plain numpy.
 
-It imports nothing of cifarx, because peers run in an environment of their own.
+The peers run in an environment without cifarx, so nothing is imported from it.
 """
 
 import io
@@ -21,7 +21,7 @@ FILTERS = {
 
 
 class PeerModel:
-    """An ONNX file that `cifarx export` made, with the spec inside of it; a session of so many `threads`."""
+    """An ONNX file of `cifarx export`, run by a session with a number of threads."""
 
     def __init__(self, path: str, threads: int) -> None:
         options = onnxruntime.SessionOptions()
@@ -33,10 +33,10 @@ class PeerModel:
         self._filter = FILTERS[taken["resize"]]
         self._range = taken["value_range"]
         self._mean, self._std = (np.asarray(taken[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
-        self._normalised = bool(self._mean.any() or (self._std != 1).any())
+        self._normalized = bool(self._mean.any() or (self._std != 1).any())
 
     def decode(self, body: bytes) -> NDArray[np.float32]:
-        """An image file as the network's input, (3, height, width)."""
+        """Return an image file as the input of the network, float32 (3, height, width)."""
         with Image.open(io.BytesIO(body)) as opened:
             image = opened.convert("RGB")
         if image.size != self._size:
@@ -46,12 +46,12 @@ class PeerModel:
         low, high = self._range
         if (low, high) != (0, 1):
             pixels = pixels * np.float32(high - low) + np.float32(low)
-        if self._normalised:
+        if self._normalized:
             pixels = (pixels - self._mean) / self._std
         return pixels
 
     def classify(self, batch: NDArray[np.float32]) -> list[dict[str, Any]]:
-        """The best class of each image of (N, 3, height, width)."""
+        """Return the best class of each image of a batch (N, 3, height, width)."""
         logits = self.session.run(["logits"], {"input": batch})[0]
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Decoding and nothing else, for processes of its own: they import this module by its name."""
+"""Decoding alone. Worker processes import this module by name."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,10 +9,10 @@ from cifarx_serve.spec import InputSpec
 
 
 def decode(spec: InputSpec, paths: list[str]) -> NDArray[np.uint8]:
-    """Image files at the network's size, (N, height, width, 3)."""
+    """Return the images at the size of the network's input, uint8 (N, height, width, 3)."""
     return np.stack([resize(read_image(path), spec) for path in paths])
 
 
 def decode_and_drop(spec: InputSpec, paths: list[str]) -> int:
-    """How many; what is decoded stays in its process, for handing it over is no part of decoding."""
+    """Decode and return the number of images. Sending the pixels to another process is not part of decoding."""
     return len(decode(spec, paths))

@@ -1,11 +1,11 @@
-"""A load generator of HTTP requests that are all the same. A program of its own, so that nothing slows it but its work.
+"""Load generator: send the same HTTP request over and over, in a process of its own.
 
 usage: python http_client.py URL BODY_FILE HEADERS --connections N --seconds S [--rate R]
 
-HEADERS is a JSON object. Without a rate each connection sends its next request once it has its answer. With a rate the
-requests leave at fixed times, whatever became of those before: the load of many clients who know nothing of each other.
-A request that finds no connection free is counted as unsent. Prints one JSON object, latencies by status, in
-microseconds: from the time at which the request was to leave, so that a generator or a server that stalls is seen.
+HEADERS is a JSON object. Without a rate, each connection sends its next request after the response (closed loop). With
+a rate, requests are sent at fixed times regardless of earlier responses (open loop), like many independent clients. A
+request that finds no free connection counts as unsent. Prints one JSON object with the latencies per status in
+microseconds, measured from the scheduled send time, so that a stall of the generator or the server shows.
 """
 
 import argparse
@@ -25,11 +25,11 @@ import uvloop
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 PACE_S = 0.001
 DRAIN_S = 15.0
-"""How long to wait at the end for what is still to be answered."""
+"""Longest time to wait at the end for responses to requests in flight."""
 
 
 class Connection(asyncio.Protocol):
-    """A kept connection with at most one request under way."""
+    """A keep-alive connection with at most one request in flight."""
 
     def __init__(self, answered: Callable[["Connection", int, float], None], lost: Callable[["Connection"], None]):
         self._answered, self._lost = answered, lost
@@ -38,10 +38,10 @@ class Connection(asyncio.Protocol):
         self._whole = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one, and no subclass
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's transport does not subclass it
 
     def send(self, request: bytes, scheduled: float) -> None:
-        """Write one request that was to leave at that time, by `time.perf_counter`: uvloop's own clock ticks in ms."""
+        """Write one request, scheduled for a time of `time.perf_counter` (the clock of uvloop ticks every 1 ms)."""
         self.scheduled = scheduled
         self._transport.write(request)
 
@@ -57,7 +57,7 @@ class Connection(asyncio.Protocol):
         if len(self._data) >= self._whole:
             status, scheduled = int(self._data[9:12]), self.scheduled
             self._data, self._whole, self.scheduled = b"", 0, None
-            assert scheduled is not None, "an answer that nobody asked for"
+            assert scheduled is not None, "a response without a request"
             self._answered(self, status, scheduled)
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -65,7 +65,7 @@ class Connection(asyncio.Protocol):
 
 
 class Load:
-    """The connections, and what came of the requests."""
+    """The connections, and the counts and latencies of their requests."""
 
     def __init__(self, url: str, body: bytes, headers: dict[str, str], connections: int) -> None:
         address = urlsplit(url)
@@ -81,11 +81,11 @@ class Load:
         self._loop = asyncio.get_running_loop()
         self._closed_until: float | None = None
         self._ends = False
-        self.under_way = self.sent = self.unsent = self.broken = 0
+        self.in_flight = self.sent = self.unsent = self.broken = 0
         self.latencies: dict[int, list[float]] = defaultdict(list)
 
     async def open(self) -> None:
-        """All connections; later ones take the place of those that are lost."""
+        """Open all connections. Lost ones are replaced later."""
         for _ in range(self._connections):
             await self._open_one()
 
@@ -96,12 +96,12 @@ class Load:
     def _send(self, scheduled: float) -> None:
         self._idle.pop().send(self._request, scheduled)
         self.sent += 1
-        self.under_way += 1
+        self.in_flight += 1
 
     def _answered(self, connection: Connection, status: int, scheduled: float) -> None:
         now = time.perf_counter()
         self.latencies[status].append(now - scheduled)
-        self.under_way -= 1
+        self.in_flight -= 1
         self._idle.append(connection)
         if self._closed_until is not None and now < self._closed_until:
             self._send(now)
@@ -109,7 +109,7 @@ class Load:
     def _lost(self, connection: Connection) -> None:
         if connection.scheduled is not None:
             self.broken += 1
-            self.under_way -= 1
+            self.in_flight -= 1
         elif connection in self._idle:
             self._idle.remove(connection)
         if not self._ends:
@@ -119,18 +119,18 @@ class Load:
 
     def _opened(self, task: asyncio.Task[None]) -> None:
         self._opening.discard(task)
-        if task.exception() is not None:  # refused: of a fixed rate the requests then go unsent
+        if task.exception() is not None:  # refused: with a fixed rate, requests then count as unsent
             self.broken += 1
 
-    async def answer_by_answer(self, seconds: float) -> None:
-        """Every connection always has a request under way."""
+    async def closed_loop(self, seconds: float) -> None:
+        """Keep a request in flight on every connection for some seconds (closed loop)."""
         self._closed_until = time.perf_counter() + seconds
         for _ in range(len(self._idle)):
             self._send(time.perf_counter())
         await asyncio.sleep(seconds)
 
-    async def at_rate(self, rate: float, seconds: float) -> None:
-        """Requests leave `rate` times a second, on time."""
+    async def open_loop(self, rate: float, seconds: float) -> None:
+        """Send `rate` requests per second for some seconds (open loop)."""
         started, due = time.perf_counter(), 0
         while (passed := time.perf_counter() - started) < seconds:
             for number in range(due, int(passed * rate)):
@@ -142,29 +142,29 @@ class Load:
             await asyncio.sleep(PACE_S)
 
     async def drain(self) -> None:
-        """Wait for what is under way; what never comes is broken."""
+        """Wait for the requests in flight; those without a response count as broken."""
         self._ends = True
         end = time.perf_counter() + DRAIN_S
-        while self.under_way and time.perf_counter() < end:
+        while self.in_flight and time.perf_counter() < end:
             await asyncio.sleep(0.01)
-        self.broken += self.under_way
+        self.broken += self.in_flight
 
 
 def summary(latencies: list[float]) -> dict[str, float]:
-    """How many, and their percentiles in microseconds."""
+    """Return the number of latencies and their percentiles in microseconds."""
     ordered = sorted(latencies)
     p50, p99 = (ordered[int(share * (len(ordered) - 1))] * 1e6 for share in (0.50, 0.99))
     return {"count": len(ordered), "p50_us": p50, "p99_us": p99, "max_us": ordered[-1] * 1e6}
 
 
 async def run(asked: argparse.Namespace) -> dict[str, Any]:
-    """The whole load."""
+    """Generate the load and return the counts and latencies."""
     load = Load(asked.url, asked.body.read_bytes(), json.loads(asked.headers), asked.connections)
     await load.open()
     if asked.rate:
-        await load.at_rate(asked.rate, asked.seconds)
+        await load.open_loop(asked.rate, asked.seconds)
     else:
-        await load.answer_by_answer(asked.seconds)
+        await load.closed_loop(asked.seconds)
     await load.drain()
     statuses = {str(status): summary(latencies) for status, latencies in sorted(load.latencies.items())}
     return {

@@ -1,4 +1,4 @@
-"""Load on a server from a process of its own: `wrk` where it is installed, else `http_client.py`."""
+"""Generate load from another process: with `wrk` if it is installed, else with `http_client.py`."""
 
 import json
 import shutil
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 WRK = shutil.which("wrk")
 HERE = Path(__file__).parent
 PATIENCE_S = 60.0
-"""What a generator may take longer than it was told."""
+"""Extra time a generator can take beyond its duration."""
 
 
 class Post(NamedTuple):
-    """One request, always the same."""
+    """The request to send."""
 
     url: str
     body: Path
     headers: dict[str, str]
 
 
-class Answers(NamedTuple):
-    """What a server made of a load. `bad` answers were not 2xx; `broken` ones never came."""
+class Load(NamedTuple):
+    """Throughput and latency of a server under load: `bad` responses were not 2xx; `broken` ones never arrived."""
 
     per_s: float
     p50_ms: float
@@ -32,21 +32,21 @@ class Answers(NamedTuple):
 
 
 def generator() -> str:
-    """The load generator that is used, with its version."""
+    """Return the name and version of the load generator."""
     if WRK is None:
         return f"http_client.py, Python {sys.version.split()[0]}"
-    said = subprocess.run([WRK, "--version"], capture_output=True, text=True, check=False)  # it ends with 1
+    said = subprocess.run([WRK, "--version"], capture_output=True, text=True, check=False)  # it exits with status 1
     return " ".join(said.stdout.split()[:2])
 
 
-def answer_by_answer(post: Post, connections: int, seconds: int) -> Answers:
-    """Every connection sends its next request once it has its answer."""
+def closed_loop(post: Post, connections: int, seconds: int) -> Load:
+    """Measure a server whose clients send the next request after each response (closed loop)."""
     if WRK is None:
-        return _answers(open_load(post, connections, seconds))
+        return _load(open_loop(post, connections, seconds))
     script = ["-s", str(HERE / "wrk_post.lua"), post.url, "--", str(post.body)]
     script += [text for header in post.headers.items() for text in header]
     found = _last_line([WRK, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", *script], seconds)
-    return Answers(
+    return Load(
         found["requests"] / found["seconds"],
         found["p50_us"] / 1e3,
         found["p99_us"] / 1e3,
@@ -55,8 +55,8 @@ def answer_by_answer(post: Post, connections: int, seconds: int) -> Answers:
     )
 
 
-def open_load(post: Post, connections: int, seconds: float, rate: float | None = None) -> dict[str, Any]:
-    """What `http_client.py` prints; with a rate, requests leave at it whatever became of those before."""
+def open_loop(post: Post, connections: int, seconds: float, rate: float | None = None) -> dict[str, Any]:
+    """Return the JSON of `http_client.py`; with a rate, requests are sent at fixed times (open loop)."""
     command = [sys.executable, str(HERE / "http_client.py"), post.url, str(post.body), json.dumps(post.headers)]
     command += ["--connections", str(connections), "--seconds", str(seconds)]
     return _last_line([*command, "--rate", str(rate)] if rate else command, seconds)
@@ -69,9 +69,9 @@ def _last_line(command: list[str], seconds: float) -> dict[str, Any]:
     return found
 
 
-def _answers(found: dict[str, Any]) -> Answers:
+def _load(found: dict[str, Any]) -> Load:
     good = found["statuses"].get("200", {"count": 0, "p50_us": float("inf"), "p99_us": float("inf")})
     every = sum(answers["count"] for answers in found["statuses"].values())
-    return Answers(
+    return Load(
         every / found["seconds"], good["p50_us"] / 1e3, good["p99_us"] / 1e3, every - good["count"], found["broken"]
     )

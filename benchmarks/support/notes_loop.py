@@ -1,7 +1,7 @@
-"""The training notes' own loop, written from its description, and ours at the same settings, a few steps at a time.
+"""The loop of the training notes, written from its description, and the loop of cifarx with the same settings.
 
-The notes: a DataLoader of batch 64 over a data set that turns each image into a tensor by itself, SGD at 0.01 without
-momentum, the loss read and logged every 100 steps.
+The notes use a DataLoader with batches of 64 over a data set that converts one image at a time, SGD with a learning
+rate of 0.01 and no momentum, and log the loss every 100 steps.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from cifarx_train.recipes import Recipe
 
 
 class SingleImages(Dataset[tuple[torch.Tensor, int]]):
-    """An image at a time through Pillow and ToTensor, as torchvision's CIFAR10 does it."""
+    """Convert one image at a time with Pillow and ToTensor, like torchvision's CIFAR10."""
 
     def __init__(self, data: LabeledImages) -> None:
         self._data = data
@@ -38,7 +38,7 @@ class SingleImages(Dataset[tuple[torch.Tensor, int]]):
 
 
 class NotesLoop:
-    """The notes' loop over a network; `train(steps)` goes on where it stopped, epoch after epoch."""
+    """The loop of the notes; `train(steps)` continues where the last call stopped, across epochs."""
 
     def __init__(self, module: nn.Module, data: LabeledImages, device: torch.device, logs: Path) -> None:
         self._module = module.to(device).train()
@@ -69,7 +69,7 @@ class NotesLoop:
 
 
 class OurLoop:
-    """Ours over a network by a recipe; `train(steps)` goes on where it stopped."""
+    """The training loop of cifarx; `train(steps)` continues where the last call stopped."""
 
     def __init__(
         self, module: nn.Module, data: LabeledImages, spec: InputSpec, recipe: Recipe, device: torch.device

@@ -1,8 +1,10 @@
-"""Wall time and peak memory of whole commands, run in turns. A program of its own, and a small one: a child's peak
-memory starts at its parent's, so a parent that has PyTorch loaded could not measure this.
+"""Measure the wall time and peak memory of whole commands, run in turns.
+
+This is a small program on its own, because the peak memory of a child process starts at that of its parent: a parent
+that has imported PyTorch could not measure it.
 
 usage: python process_cost.py ROUNDS '["command", "argument"]' '["other command"]' ...
-Prints a JSON list, one object a command: `wall_s` and `peak_kb`, each the median of the rounds, and the last `output`.
+Prints a JSON list with one object per command: the medians `wall_s` and `peak_kb`, and the last `output`.
 """
 
 import json
@@ -13,7 +15,7 @@ import time
 
 
 def run(command: list[str]) -> tuple[float, int, str]:
-    """Seconds, peak resident kilobytes, and standard output."""
+    """Return the seconds, the peak resident memory in kilobytes, and the standard output."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
@@ -22,7 +24,7 @@ def run(command: list[str]) -> tuple[float, int, str]:
     elapsed = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{command} ended with {process.returncode}")
+        raise SystemExit(f"{command} exited with status {process.returncode}")
     return elapsed, usage.ru_maxrss, output
 
 

@@ -1,7 +1,8 @@
-"""A server in processes of its own, on loopback: started, waited for, paused, weighed and ended."""
+"""Start, pause, measure and stop a server on the loopback interface."""
 
 import http.client
 import json
+import os
 import socket
 import subprocess
 import time
@@ -12,13 +13,14 @@ from typing import Any, NamedTuple
 
 import psutil
 
+PROJECT = Path(__file__).parents[2]
 START_S = 60.0
 END_S = 20.0
 POLL_S = 0.005
 
 
 class Reply(NamedTuple):
-    """Of one request."""
+    """The response to one request."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -29,28 +31,30 @@ class Reply(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Of processes together, in MiB; `pss` shares out what several have in common."""
+    """Memory of several processes in MiB; `pss` divides shared pages among the processes that share them."""
 
     pss: float
     rss: float
 
 
 class ServerProcess:
-    """One that was started; made by `serving`."""
+    """A running server; see `serving`."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
         self.port = port
         self._leader = psutil.Process(process.pid)
         self._process = process
         self._seen: set[psutil.Process] = set()
-        self._log = log
+        self._log_file = log
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Reply:
-        """One request on a connection of its own; OSError where nobody listens yet."""
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> Reply:
+        """Send one request on a new connection. Raises OSError if the server does not listen yet."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request(method, path, body, headers or {})
@@ -60,33 +64,35 @@ class ServerProcess:
             connection.close()
 
     def wait(self, is_ready: Callable[["ServerProcess"], bool]) -> None:
-        """Until it answers as it should; it is asked every few milliseconds, `START_S` long."""
+        """Wait until `is_ready` returns True, for at most `START_S` seconds."""
         end = time.perf_counter() + START_S
         while time.perf_counter() < end:
-            assert self._process.poll() is None, f"it ended with {self._process.returncode}: {self.said()}"
+            assert self._process.poll() is None, (
+                f"the server exited with status {self._process.returncode}: {self.log()}"
+            )
             with suppress(OSError, http.client.HTTPException):
                 if is_ready(self):
-                    self.processes()  # they are known from here on, should the first die
+                    self.processes()  # remember them in case the first process dies
                     return
             time.sleep(POLL_S)
-        raise AssertionError(f"it was not ready after {START_S:g} s: {self.said()}")
+        raise AssertionError(f"the server was not ready after {START_S:g} s: {self.log()}")
 
-    def said(self) -> str:
-        """The end of what it wrote."""
-        return self._log.read_text(errors="replace")[-3000:]
+    def log(self) -> str:
+        """Return the end of its output."""
+        return self._log_file.read_text(errors="replace")[-3000:]
 
     def processes(self) -> list[psutil.Process]:
-        """The first and all that it started."""
+        """Return the first process and all its descendants."""
         found = [self._leader, *self._leader.children(recursive=True)]
         self._seen.update(found)
         return found
 
     def memory(self) -> Memory:
-        """Of all its processes."""
+        """Return the memory of all its processes."""
         return memory(self.processes())
 
     def pause(self) -> None:
-        """Some servers look into their queues all the time: that would cost those whose turn it is."""
+        """Suspend all its processes: some servers poll their queues, which would slow down the one being measured."""
         for process in self.processes():
             process.suspend()
 
@@ -94,10 +100,10 @@ class ServerProcess:
         for process in self.processes():
             process.resume()
 
-    def end(self) -> None:
-        """Ask it to end, and end what is left."""
+    def stop(self) -> None:
+        """Terminate the server, then kill what is left."""
         if self._process.poll() is None:
-            self.resume()  # a paused process does not hear the signal
+            self.resume()  # a suspended process does not handle the signal
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_S)
@@ -108,21 +114,26 @@ class ServerProcess:
 
 
 def memory(processes: list[psutil.Process]) -> Memory:
-    """Of some processes; those that have ended by now weigh nothing."""
+    """Return the memory of several processes; those that have exited count as zero."""
     pss, rss = 0, 0
     for process in processes:
         try:
             found = process.memory_full_info()
         except psutil.NoSuchProcess:
             continue
-        pss += getattr(found, "pss", found.rss)  # Linux has it
+        pss += getattr(found, "pss", found.rss)  # on Linux only
         rss += found.rss
     return Memory(pss / 2**20, rss / 2**20)
 
 
 @contextmanager
 def serving(command: list[str], folder: Path) -> Iterator[ServerProcess]:
-    """Start a server whose command holds {port}; its output goes to a file in a folder, and it ends with the block."""
+    """Start a server and stop it at the end of the block.
+
+    Args:
+        command: the command; `{port}` is replaced by a free port.
+        folder: working folder and place of the log file.
+    """
     port = free_port()
     log = folder / f"server-{port}.log"
     with log.open("wb") as output:
@@ -132,17 +143,18 @@ def serving(command: list[str], folder: Path) -> Iterator[ServerProcess]:
             stdout=output,
             stderr=output,
             cwd=folder,
-            start_new_session=True,  # Ctrl-C is for pytest, which then ends the servers
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},  # the peers import `benchmarks.peers`
+            start_new_session=True,  # Ctrl-C reaches pytest, which then stops the servers
         )
     server = ServerProcess(process, port, log)
     try:
         yield server
     finally:
-        server.end()
+        server.stop()
 
 
 def free_port() -> int:
-    """One of loopback that nobody listens on at the moment."""
+    """Return a loopback port that is free at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

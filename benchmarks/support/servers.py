@@ -1,4 +1,4 @@
-"""The servers that are measured against each other: ours, and what others would take in its place."""
+"""The servers to compare: `cifarx serve`, and the alternatives."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PEERS = "CIFARX_PEERS"
-"""The environment variable with the Python of the environment that the peers are installed in."""
+"""Environment variable with the path of the Python interpreter whose environment has the peers installed."""
 
 PACKAGES = (
     "litserve",
@@ -22,7 +22,7 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-HERE = Path(__file__).parents[1] / "peers"
+PEER_SCRIPTS = Path(__file__).parents[1] / "peers"
 VERSIONS_SCRIPT = """
 import importlib.metadata, json, sys
 installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
@@ -30,8 +30,16 @@ print(json.dumps({name: installed[name] for name in sys.argv[1:] if name in inst
 """
 
 
-class Contestant(NamedTuple):
-    """A server: its command, which holds {port}; where an image is posted; the label in what it answers."""
+class Candidate(NamedTuple):
+    """A server to measure.
+
+    Attributes:
+        name: of the server.
+        settings: its options, for the table.
+        command: its command line with `{port}`.
+        path: the URL path to post an image to.
+        label: returns the label in the JSON response.
+    """
 
     name: str
     settings: str
@@ -41,41 +49,41 @@ class Contestant(NamedTuple):
 
 
 def versions(python: str) -> dict[str, str]:
-    """Of `PACKAGES`, those that a Python has."""
+    """Return the versions of those `PACKAGES` that are installed for a Python interpreter."""
     ran = subprocess.run([python, "-c", VERSIONS_SCRIPT, *PACKAGES], capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(ran.stdout)
     return found
 
 
-def ours(model: Path, *options: str) -> Contestant:
-    """`cifarx serve`, one worker a CPU where nothing else is said."""
-    told = options or ("--workers", "auto")
-    command = [str(Path(sys.executable).with_name("cifarx")), "serve", str(model), "--port", "{port}", *told]
-    return Contestant("cifarx serve", " ".join(told), command, "/v1/predict", _our_label)
+def cifarx_serve(model: Path, *options: str) -> Candidate:
+    """Return `cifarx serve` with options; by default, one worker per CPU."""
+    chosen = options or ("--workers", "auto")
+    command = [str(Path(sys.executable).with_name("cifarx")), "serve", str(model), "--port", "{port}", *chosen]
+    return Candidate("cifarx serve", " ".join(chosen), command, "/v1/predict", _cifarx_label)
 
 
-def _our_label(answer: Any) -> str:
+def _cifarx_label(answer: Any) -> str:
     return str(answer["predictions"][0]["label"])
 
 
-def bare_asgi(model: Path) -> Contestant:
-    """One process of uvicorn with uvloop and httptools, and a session of one thread: two were slower."""
-    command = [sys.executable, str(HERE / "bare_asgi_peer.py"), str(model), "{port}"]
-    return Contestant("bare ASGI", "1 process", command, "/", lambda answer: str(answer["label"]))
+def bare_asgi(model: Path) -> Candidate:
+    """Return one process of uvicorn with uvloop and httptools and a session of one thread (two were slower)."""
+    command = [sys.executable, str(PEER_SCRIPTS / "bare_asgi_peer.py"), str(model), "{port}"]
+    return Candidate("bare ASGI", "1 process", command, "/", lambda answer: str(answer["label"]))
 
 
-def litserve(model: Path, python: str) -> list[Contestant]:
-    """LitServe at the settings that were best of thirty on two CPUs: workers, API servers, batches, waits, queues."""
+def litserve(model: Path, python: str) -> list[Candidate]:
+    """Return LitServe with the three best settings of thirty: workers, API servers, batch size, timeout, queue."""
     settings = (
         ("--workers", "1", "--api-servers", "1", "--max-batch", "16", "--batch-timeout-ms", "0.3", "--fast-queue"),
         ("--workers", "1", "--api-servers", "2", "--max-batch", "16", "--batch-timeout-ms", "1"),
         ("--workers", "2", "--api-servers", "2", "--max-batch", "64", "--batch-timeout-ms", "1"),
     )
     return [
-        Contestant(
+        Candidate(
             "LitServe",
             " ".join(options),
-            [python, str(HERE / "litserve_peer.py"), str(model), "{port}", *options],
+            [python, str(PEER_SCRIPTS / "litserve_peer.py"), str(model), "{port}", *options],
             "/predict",
             lambda answer: str(answer["label"]),
         )
@@ -83,23 +91,23 @@ def litserve(model: Path, python: str) -> list[Contestant]:
     ]
 
 
-def bentoml(model: Path, python: str) -> Contestant:
-    """BentoML with adaptive batching and a worker a CPU."""
+def bentoml(model: Path, python: str) -> Candidate:
+    """Return BentoML with adaptive batching and one worker per CPU."""
     options = ["--workers", "2", "--max-batch", "16", "--max-latency-ms", "5000"]
-    command = [python, str(HERE / "bentoml_peer.py"), str(model), "{port}", *options]
-    return Contestant("BentoML", " ".join(options), command, "/classify", lambda answer: str(answer[0]["label"]))
+    command = [python, str(PEER_SCRIPTS / "bentoml_peer.py"), str(model), "{port}", *options]
+    return Candidate("BentoML", " ".join(options), command, "/classify", lambda answer: str(answer[0]["label"]))
 
 
-def others(model: Path) -> tuple[list[Contestant], str]:
-    """The peers that can be run here, and why others cannot: empty where all can."""
+def peers(model: Path) -> tuple[list[Candidate], str]:
+    """Return the peers that can run here, and why the others cannot (empty if all can)."""
     found = [bare_asgi(model)]
     python = os.environ.get(PEERS)
     if not python:
-        return found, f"no LitServe and no BentoML: {PEERS} names no Python that has them"
+        return found, f"LitServe and BentoML are not measured: {PEERS} is not set"
     installed = versions(python)
     if "litserve" in installed:
         found += litserve(model, python)
     if "bentoml" in installed:
         found.append(bentoml(model, python))
     absent = [name for name in ("litserve", "bentoml") if name not in installed]
-    return found, f"{python} has no {' and no '.join(absent)}" if absent else ""
+    return found, f"{' and '.join(absent)} not installed for {python}" if absent else ""

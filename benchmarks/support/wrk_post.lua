@@ -1,5 +1,5 @@
 -- usage: wrk … -s wrk_post.lua URL -- BODY_FILE [HEADER VALUE]…
--- Posts a file's bytes, and says in one line of JSON what came of it.
+-- Posts the bytes of a file and prints the results as one line of JSON.
 
 function init(args)
   local file = assert(io.open(args[1], "rb"))
