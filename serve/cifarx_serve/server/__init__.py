@@ -1,1 +1,1 @@
-"""The HTTP server: model files over the network, batched, with no PyTorch to run an ONNX model."""
+"""The inference server: HTTP, batching and worker processes."""

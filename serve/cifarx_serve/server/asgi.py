@@ -1,157 +1,207 @@
-"""The ASGI application: routes, and what holds for every request: its id, its key, its errors, its line in the log."""
+"""The ASGI application: routing, and what every request has in common, from API keys and errors to the access log."""
 
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
-import msgspec
-
-from cifarx_serve.server.api.schemas import ErrorAnswer
 from cifarx_serve.server.errors import CAUSES, CLIENT_CLOSED_REQUEST, ClientDisconnect, RequestError
 from cifarx_serve.server.http.access_log import AccessLog, AccessRecord
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.body_budget import BodyBudget
-from cifarx_serve.server.http.request import JSON, Receive, Request, Response, Scope, Send
+from cifarx_serve.server.http.request import Receive, Request, Scope, Send
+from cifarx_serve.server.http.response import JSON, Response, error_body
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
-_SECURITY: Final = (
+_SECURITY_HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 )
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
 _CORS_HEADERS: Final = b"authorization, content-type, inference-header-content-length, x-api-key, x-request-id"
-_CORS_EXPOSED: Final = b"inference-header-content-length, retry-after, x-request-id"
+_CORS_EXPOSED_HEADERS: Final = b"inference-header-content-length, retry-after, x-request-id"
 _RETRY_AFTER: Final = (b"retry-after", b"1")
+
 _UNKNOWN: Final = "unknown"
+"""The route in the metrics of a request to a path without a route."""
+
 _PREFLIGHT: Final = "preflight"
-_ALLOWED: Final = Response(b"", HTTPStatus.NO_CONTENT)
+"""The route in the metrics of a CORS preflight request."""
+
+_PREFLIGHT_RESPONSE: Final = Response(b"", HTTPStatus.NO_CONTENT)
+
+
+class Parameter(NamedTuple):
+    """A parameter of an operation; `schema` is a JSON Schema."""
+
+    name: str
+    location: Literal["path", "query", "header"]
+    schema: Mapping[str, Any]
+    description: str
+
+
+class Body(NamedTuple):
+    """The body of a request or response: for each media type a msgspec struct or a JSON Schema."""
+
+    description: str
+    content: Mapping[str, Any]
+
+
+class Operation(NamedTuple):
+    """The documentation of a route, from which the OpenAPI document is generated.
+
+    Attributes:
+        id: the `operationId`, unique among all operations.
+        summary: what the operation does, in one line.
+        responses: the body of the response by status. The 401 of routes that require an API key is added to them.
+        description: more about the operation, if there is more to say.
+        parameters: the parameters of the path, the query string and the headers.
+        request: the body of the request, if it takes one.
+    """
+
+    id: str
+    summary: str
+    responses: Mapping[HTTPStatus, Body]
+    description: str | None = None
+    parameters: Sequence[Parameter] = ()
+    request: Body | None = None
 
 
 class Route(NamedTuple):
-    """What answers a path.
+    """A method and a path, and the function that handles them.
 
     Attributes:
-        template: the path, with `{name}` for a part that varies.
-        open: whether it needs no API key.
+        path: the path; `{name}` is a placeholder for one segment.
+        handler: takes the request and returns the response.
+        operation: the documentation of the route; None for web pages, which are not part of the API.
+        public: whether the route requires no API key.
     """
 
     method: str
-    template: str
+    path: str
     handler: Handler
-    open: bool = False
+    operation: Operation | None
+    public: bool = False
 
 
 class Application:
-    """Called by an ASGI server for every request.
+    """The ASGI application; an ASGI server calls it once per request.
 
     Args:
-        service: the models.
+        repository: the models; it is not opened here.
         metrics: counts the requests.
-        routes: what there is.
-        keys: who may ask; None for everybody.
-        log: has a line for every request; None for none.
+        routes: the routes.
+        to_http_error: converts an exception of a handler to RequestError or ClientDisconnect if it stands for one, and
+            returns any other exception as it is.
+        api_keys: the accepted API keys; None if no key is required.
+        access_log: receives one record per request; None for no log.
     """
 
     def __init__(
         self,
-        service: ModelRepository,
+        repository: ModelRepository,
         metrics: Metrics,
         routes: list[Route],
-        keys: ApiKeys | None,
-        log: AccessLog | None,
+        to_http_error: Callable[[Exception], Exception],
+        api_keys: ApiKeys | None,
+        access_log: AccessLog | None,
     ) -> None:
-        self._service = service
-        self._metrics = metrics
-        self._keys = keys
-        self._held = BodyBudget(service.settings.limits.max_body_bytes)
-        self._log = log
-        self._fixed: dict[str, dict[str, Route]] = {}
-        self._varying: list[tuple[re.Pattern[str], dict[str, Route]]] = []
-        for template in dict.fromkeys(route.template for route in routes):
-            methods = {route.method: route for route in routes if route.template == template}
-            if "{" in template:
-                pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", template)
-                self._varying.append((re.compile(pattern), methods))
+        self.repository = repository
+        self.metrics = metrics
+        self._limits = repository.settings.limits
+        self._cors_origin = repository.settings.cors_origin
+        self._to_http_error = to_http_error
+        self._api_keys = api_keys
+        self._access_log = access_log
+        self._body_budget = BodyBudget(self._limits.max_body_bytes)
+        self._static_routes: dict[str, dict[str, Route]] = {}
+        self._dynamic_routes: list[tuple[re.Pattern[str], dict[str, Route]]] = []
+        for path in dict.fromkeys(route.path for route in routes):
+            methods = {route.method: route for route in routes if route.path == path}
+            if "{" in path:
+                pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path)
+                self._dynamic_routes.append((re.compile(pattern), methods))
             else:
-                self._fixed[template] = methods
-        self._always = _SECURITY if (origin := service.settings.cors_origin) is None else (*_SECURITY, *_cors(origin))
+                self._static_routes[path] = methods
+        origin = self._cors_origin
+        self._common_headers = _SECURITY_HEADERS if origin is None else (*_SECURITY_HEADERS, *_cors_headers(origin))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        request = Request(scope, receive, self._service.settings.limits, self._held)
-        template, cause = _UNKNOWN, None
+        request = Request(scope, receive, self._limits, self._body_budget)
+        route, cause = _UNKNOWN, None
         try:
-            methods = self._fixed.get(request.path) or self._match(request)
-            preflight = request.method == "OPTIONS" and self._service.settings.cors_origin is not None
-            template = _PREFLIGHT if preflight else next(iter(methods.values())).template
-            response = _ALLOWED if preflight else await self._respond(request, methods)
-        except RequestError as error:
-            response, cause = _error(error), CAUSES[error.status]
-        except ClientDisconnect:
-            response, cause = Response(b"", CLIENT_CLOSED_REQUEST), "client_left"
+            methods = self._static_routes.get(request.path) or self._match(request)
+            is_preflight = request.method == "OPTIONS" and self._cors_origin is not None
+            route = _PREFLIGHT if is_preflight else next(iter(methods.values())).path
+            response = _PREFLIGHT_RESPONSE if is_preflight else await self._dispatch(request, methods)
         except Exception as error:
-            response, cause = _defect(error), CAUSES[HTTPStatus.INTERNAL_SERVER_ERROR]
+            response, cause = _error_response(self._to_http_error(error))
         finally:
-            request.release()
+            request.release_body()
         if response.status != CLIENT_CLOSED_REQUEST:
             await self._send(request, response, send)
-        seconds = time.perf_counter() - request.arrived
-        self._metrics.request(template, response.status, seconds, cause)
-        self._write(request, response, seconds, cause)
+        seconds = time.perf_counter() - request.received_at
+        self.metrics.observe_request(route, response.status, seconds, cause)
+        self._log_request(request, response, seconds, cause)
 
-    async def _respond(self, request: Request, methods: dict[str, Route]) -> Response:
-        """What one of a path's routes answers.
+    async def _dispatch(self, request: Request, methods: dict[str, Route]) -> Response:
+        """Call the handler for the method of the request.
 
         Raises:
-            RequestError: another method (405), no key (401), or what the route raises.
+            RequestError: the path does not support the method (405), the API key is missing or invalid (401), or
+                whatever the handler raises.
         """
         method = "GET" if request.method == "HEAD" else request.method
         route = methods.get(method)
         if route is None:
-            known = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
-            problem, headers = f"{request.method[:20]} of this path", ((b"allow", known.encode()),)
-            raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, problem, f"it has {known}", headers)
-        if self._keys is not None and not route.open and not self._keys.allow(request.headers):
-            problem = "no API key, or a wrong one"
+            allowed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
+            problem, headers = f"method {request.method[:20]} is not allowed here", ((b"allow", allowed.encode()),)
+            raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, problem, f"use {allowed}", headers)
+        if self._api_keys is not None and not route.public and not self._api_keys.authenticate(request.headers):
+            problem = "missing or invalid API key"
             raise RequestError(HTTPStatus.UNAUTHORIZED, problem, "send Authorization: Bearer KEY")
         return await route.handler(request)
 
     def _match(self, request: Request) -> dict[str, Route]:
-        """Raises RequestError (404) where there is no such path."""
-        for pattern, methods in self._varying:
-            if found := pattern.fullmatch(request.path):
-                request.parameters = found.groupdict()
+        """Return the routes of a path with placeholders, by method, and set the path parameters.
+
+        Raises:
+            RequestError: no route matches the path (404).
+        """
+        for pattern, methods in self._dynamic_routes:
+            if match := pattern.fullmatch(request.path):
+                request.path_params = match.groupdict()
                 return methods
-        problem = f"no path {request.path[:80]!r}"
-        raise RequestError(HTTPStatus.NOT_FOUND, problem, "see /docs for those that there are")
+        problem = f"no route matches the path {request.path[:80]!r}"
+        raise RequestError(HTTPStatus.NOT_FOUND, problem, "see /docs for the routes")
 
     async def _send(self, request: Request, response: Response, send: Send) -> None:
         headers = [
             (b"content-type", response.content_type),
             (b"content-length", str(len(response.body)).encode()),
             (b"x-request-id", request.id.encode()),
-            *self._always,
+            *self._common_headers,
             *response.headers,
         ]
-        if self._service.draining:
+        if self.repository.draining:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": int(response.status), "headers": headers})
         await send({"type": "http.response.body", "body": response.body})
 
-    def _write(self, request: Request, response: Response, seconds: float, cause: str | None) -> None:
-        if self._log is None:
+    def _log_request(self, request: Request, response: Response, seconds: float, cause: str | None) -> None:
+        if self._access_log is None:
             return
         client = request.scope.get("client")
-        self._log.write(
+        self._access_log.write(
             AccessRecord(
                 time=datetime.now(UTC),
                 id=request.id,
@@ -167,36 +217,40 @@ class Application:
         )
 
 
-def _cors(origin: str) -> tuple[tuple[bytes, bytes], ...]:
+def _cors_headers(origin: str) -> tuple[tuple[bytes, bytes], ...]:
     return (
         (b"access-control-allow-origin", origin.encode()),
         (b"access-control-allow-methods", _CORS_METHODS),
         (b"access-control-allow-headers", _CORS_HEADERS),
-        (b"access-control-expose-headers", _CORS_EXPOSED),
+        (b"access-control-expose-headers", _CORS_EXPOSED_HEADERS),
         (b"vary", b"origin"),
     )
 
 
-def error_body(problem: str) -> bytes:
-    """An error as every route words it."""
-    return msgspec.json.encode(ErrorAnswer(problem))
+def _error_response(error: Exception) -> tuple[Response, str]:
+    """Return the response to a request whose handler raised an exception, and the cause for the metrics."""
+    if isinstance(error, RequestError):
+        return _request_error(error), CAUSES[error.status]
+    if isinstance(error, ClientDisconnect):
+        return Response(b"", CLIENT_CLOSED_REQUEST), "client_left"
+    return _internal_error(error), CAUSES[HTTPStatus.INTERNAL_SERVER_ERROR]
 
 
-def _error(error: RequestError) -> Response:
+def _request_error(error: RequestError) -> Response:
     headers = list(error.headers)
     if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers.append(_RETRY_AFTER)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers.append((b"www-authenticate", b"Bearer"))
     if error.status in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT):
-        headers.append((b"connection", b"close"))  # what is left of the body is not worth reading
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
     return Response(error_body(str(error)), error.status, JSON, tuple(headers))
 
 
-def _defect(error: Exception) -> Response:
-    """What no input should bring about: told to who runs the server, not to who asked."""
+def _internal_error(error: Exception) -> Response:
+    """Log an unexpected exception; return 500."""
     import sys
     import traceback
 
     traceback.print_exception(error, file=sys.stderr)
-    return Response(error_body("a defect of the server: its log has more"), HTTPStatus.INTERNAL_SERVER_ERROR)
+    return Response(error_body("internal server error: see the log of the server"), HTTPStatus.INTERNAL_SERVER_ERROR)

@@ -1,7 +1,9 @@
-"""What a server is told: the files, the limits, the addresses."""
+"""The settings of a server: model files, limits, TLS and access."""
 
+from collections.abc import Mapping
+from math import ceil, floor
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
@@ -9,82 +11,164 @@ from msgspec import Meta
 from cifarx_serve.backends.registry import RegisteredBackend
 from cifarx_serve.errors import UsageError
 
-SHARED_FIGURES: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""The environment variable with the folder in which workers share what they count; read when metrics are imported."""
+PROMETHEUS_MULTIPROC_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable that names the directory in which workers share their metrics.
 
-Count = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+prometheus_client reads it when it is imported.
+"""
+
+
+class Option(NamedTuple):
+    """Declares that `cifarx serve` and Ray Serve have an option for a limit. Its value is always a whole number.
+
+    Attributes:
+        help: the help text.
+        name: the name of the option if it has another unit than the field, such as "deadline_ms".
+        per_unit: the units of the option in one unit of the field, such as 1000 milliseconds per second.
+    """
+
+    help: str
+    name: str | None = None
+    per_unit: float = 1
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one worker takes; past a limit the request is answered with an error, and the others are not disturbed.
+    """The limits of one worker. A request over a limit is answered with an error; others are not affected.
 
-    Attributes:
-        max_batch: images that go through the model together.
-        max_delay_us: how long the first image of a batch waits for others where the model is idle, in microseconds.
-        max_queue: images that wait while the model is busy; past it 503.
-        deadline_s: from a request's arrival to its answer; past it 504.
-        max_body_bytes: of a request; past it 413.
-        max_pixels: of one image, before it is decoded; past it 413. Of all of a request that a model resizes itself.
-        max_images: of one request; past it 413.
-        max_connections: open at a time; one that was quiet for a second makes room, else more wait to be accepted.
-        header_timeout_s: for a request's head to arrive; past it the connection is closed.
-        body_timeout_s: for its body; past it 408.
-        keep_alive_s: between two requests of a connection.
+    An annotation declares everything about a limit: its bounds, and the option that sets it, if it has one.
     """
 
-    max_batch: Count = 64
-    max_delay_us: Annotated[int, Meta(ge=0)] = 0
-    max_queue: Count = 256
-    deadline_s: Seconds = 10.0
-    max_body_bytes: Count = 32 * 2**20
-    max_pixels: Count = 50_000_000
-    max_images: Count = 64
-    max_connections: Count = 1024
-    header_timeout_s: Seconds = 10.0
-    body_timeout_s: Seconds = 30.0
-    keep_alive_s: Seconds = 75.0
+    max_batch: Annotated[int, Meta(ge=1), Option("Maximum number of images per batch.")] = 64
+    max_delay_us: Annotated[
+        int, Meta(ge=0), Option("How long an idle model waits for more images, in microseconds.")
+    ] = 0
+    max_queue: Annotated[int, Meta(ge=1), Option("Maximum number of queued images; beyond it, 503.")] = 256
+    deadline_s: Annotated[
+        float, Meta(gt=0), Option("Time limit per request, in milliseconds; beyond it, 504.", "deadline_ms", 1000)
+    ] = 10.0
+    max_body_bytes: Annotated[
+        int, Meta(ge=1), Option("Maximum size of a request, in MiB; beyond it, 413.", "max_body_mb", 2**-20)
+    ] = 32 * 2**20
+    # A model with embedded preprocessing takes images of any size: the limit then holds for all images of a request.
+    max_pixels: Annotated[int, Meta(ge=1), Option("Maximum number of pixels per image; beyond it, 413.")] = 50_000_000
+    max_images: Annotated[int, Meta(ge=1), Option("Maximum number of images per request; beyond it, 413.")] = 64
+    max_connections: Annotated[
+        int, Meta(ge=1), Option("Maximum number of connections per worker; idle ones are closed to make room.")
+    ] = 1024
+    header_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
+    """Time limit for receiving the headers of a request; beyond it the connection is closed, with 408 if they began."""
+    body_timeout_s: Annotated[float, Meta(gt=0)] = 30.0
+    """Time limit for receiving the body of a request; beyond it, 408."""
+    keep_alive_s: Annotated[float, Meta(gt=0)] = 75.0
+    """How long a connection stays open between two requests."""
+
+
+class LimitOption(NamedTuple):
+    """A limit as an option of `cifarx serve` and Ray Serve.
+
+    Attributes:
+        name: the name, with underscores and the unit.
+        field: the field of `Limits` that the option sets.
+        field_type: the type of the field, int or float.
+        per_unit: the units of the option in one unit of the field.
+        minimum: the smallest value within the bounds of the field.
+        default: the value that leaves the field at its default.
+        help: the help text.
+    """
+
+    name: str
+    field: str
+    field_type: type[int | float]
+    per_unit: float
+    minimum: int
+    default: int
+    help: str
+
+    def to_field(self, value: int) -> int | float:
+        """Return a value of the option in the unit of the field."""
+        return value if self.per_unit == 1 else self.field_type(value / self.per_unit)
+
+
+def limit_options() -> list[LimitOption]:
+    """Return the options that set limits, in the order of the fields of `Limits`."""
+    return [
+        _limit_option(field, annotation)
+        for field in msgspec.structs.fields(Limits)
+        for annotation in get_args(field.type)[1:]
+        if isinstance(annotation, Option)
+    ]
+
+
+def _limit_option(field: msgspec.structs.FieldInfo, option: Option) -> LimitOption:
+    field_type, *annotations = get_args(field.type)
+    (bounds,) = (annotation for annotation in annotations if isinstance(annotation, Meta))
+    if bounds.gt is None:
+        minimum = ceil((bounds.ge or 0) * option.per_unit)
+    else:
+        minimum = floor(bounds.gt * option.per_unit) + 1
+    return LimitOption(
+        option.name or field.name,
+        field.name,
+        field_type,
+        option.per_unit,
+        minimum,
+        round(field.default * option.per_unit),
+        option.help,
+    )
+
+
+def limits_from_options(values: Mapping[str, int]) -> Limits:
+    """Return limits with the given values of options, by name; other limits have their defaults."""
+    options = [option for option in limit_options() if option.name in values]
+    return msgspec.convert({option.field: option.to_field(values[option.name]) for option in options}, Limits)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a worker needs to know; it travels to the worker as JSON.
+    """The settings of a worker; the supervisor sends them as JSON.
 
     Attributes:
-        files: model files by the name they are served under, in order; the first answers where none is named.
-        threads: CPUs that one worker computes with.
-        registered: backends of the process that started the server.
-        api_key_file: a key a line; without one everybody may ask.
-        cors_origin: the origin whose pages may ask from a browser; None for none.
-        certificate, private_key: files of TLS, both or none.
+        files: the paths of the model files by model name, in order; the first model is the default.
+        backend: the name of the backend; None to choose it by the file.
+        device: where the models run, such as "auto", "cpu" or "cuda:0".
+        threads: the number of CPUs that one worker computes with.
+        registered_backends: the backends that are registered in the process that started the server.
+        api_key_file: a file with one API key per line; None if no key is required.
+        cors_origin: the origin whose pages may call the server from a browser; None for no cross-origin requests.
+        certfile: the PEM certificate for TLS; set together with `keyfile`.
+        keyfile: the private key of the certificate.
+        access_log: whether each request is logged.
     """
 
     files: dict[str, str]
     backend: str | None = None
     device: str = "auto"
-    threads: Count = 1
-    registered: tuple[RegisteredBackend, ...] = ()
+    threads: Annotated[int, Meta(ge=1)] = 1
+    registered_backends: tuple[RegisteredBackend, ...] = ()
     limits: Limits = Limits()
     api_key_file: str | None = None
     cors_origin: str | None = None
-    certificate: str | None = None
-    private_key: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
     access_log: bool = True
 
 
-def served_names(paths: list[Path]) -> dict[str, str]:
-    """Files by the names they are served under: without the suffix, with it where two would have one name.
+def files_by_name(paths: list[Path]) -> dict[str, str]:
+    """Return the absolute paths of model files by model name, in order.
+
+    The name is the file name without its suffix. Files that would have the same name keep the suffix, and those that
+    still would are numbered.
 
     Raises:
-        UsageError: no file, or one that is named twice.
+        UsageError: there is no file, or one is named twice.
     """
     if not paths:
         raise UsageError("no file to serve", "name at least one model file")
-    if twice := [path for number, path in enumerate(paths) if path in paths[:number]]:
-        raise UsageError(f"{twice[0]} is named twice", "name each file once")
-    whole = [path.absolute().name for path in paths]  # of a folder too: the last of "." is empty
-    stems = [name.rpartition(".")[0] or name for name in whole]
+    if repeated := [path for number, path in enumerate(paths) if path in paths[:number]]:
+        raise UsageError(f"{repeated[0]} is named twice", "name each file once")
+    file_names = [path.absolute().name for path in paths]  # absolute, because the name of "." is empty
+    stems = [name.rpartition(".")[0] or name for name in file_names]
     names = [
-        stem if stems.count(stem) == 1 else name.replace(".", "-") for stem, name in zip(stems, whole, strict=True)
+        stem if stems.count(stem) == 1 else name.replace(".", "-") for stem, name in zip(stems, file_names, strict=True)
     ]
     if len(set(names)) != len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names)]

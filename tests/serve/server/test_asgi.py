@@ -1,4 +1,4 @@
-"""What holds for every request, with routes of the test's own."""
+"""What all requests have in common, tested with routes of these tests."""
 
 import asyncio
 import io
@@ -14,58 +14,59 @@ from prometheus_client.parser import text_string_to_metric_families
 from cifarx_serve.server.asgi import Route
 from cifarx_serve.server.errors import CAUSES, ClientDisconnect, RequestError
 from cifarx_serve.server.http.access_log import AccessLog
-from cifarx_serve.server.http.request import Request, Response
-from tests.support.asked import Client, application
+from cifarx_serve.server.http.request import Request
+from cifarx_serve.server.http.response import Response
+from tests.support.asgi_client import AsgiClient, open_client
 
 
 async def echo(request: Request) -> Response:
-    return Response(json.dumps([request.path, request.parameters]).encode(), headers=((b"x-own", b"1"),))
+    return Response(json.dumps([request.path, request.path_params]).encode(), headers=((b"x-own", b"1"),))
 
 
-async def refuse(request: Request) -> Response:
-    raise RequestError(HTTPStatus(int(request.parameters["status"])), "what was wrong", "how to mend it")
+async def fail(request: Request) -> Response:
+    raise RequestError(HTTPStatus(int(request.path_params["status"])), "what is wrong", "how to fix it")
 
 
-async def break_down(_: Request) -> Response:
+async def crash(_: Request) -> Response:
     raise ZeroDivisionError("secret of the server")
 
 
-async def leave(_: Request) -> Response:
+async def disconnect(_: Request) -> Response:
     raise ClientDisconnect
 
 
 ROUTES = [
-    Route("GET", "/thing", echo),
-    Route("POST", "/thing", echo),
-    Route("POST", "/only/{name}", echo),
-    Route("GET", "/things/{name}", echo),
-    Route("GET", "/things/{name}/parts/{part}", echo),
-    Route("GET", "/open", echo, open=True),
-    Route("GET", "/refuse/{status}", refuse, open=True),
-    Route("GET", "/break", break_down, open=True),
-    Route("GET", "/leave", leave, open=True),
+    Route("GET", "/thing", echo, None),
+    Route("POST", "/thing", echo, None),
+    Route("POST", "/only/{name}", echo, None),
+    Route("GET", "/things/{name}", echo, None),
+    Route("GET", "/things/{name}/parts/{part}", echo, None),
+    Route("GET", "/public", echo, None, public=True),
+    Route("GET", "/fail/{status}", fail, None, public=True),
+    Route("GET", "/crash", crash, None, public=True),
+    Route("GET", "/disconnect", disconnect, None, public=True),
 ]
 
 
-def ask(test: Callable[[Client], Awaitable[None]], **options: Any) -> None:
-    async def run() -> None:
-        async with application({}, routes=ROUTES, **options) as client:
+def run(test: Callable[[AsgiClient], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        async with open_client({}, routes=ROUTES, **options) as client:
             await test(client)
 
-    asyncio.run(run())
+    asyncio.run(main())
 
 
-def figures(client: Client) -> dict[tuple[str, ...], float]:
+def counters(client: AsgiClient) -> dict[tuple[str, ...], float]:
     return {
         (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(client.metrics.page().decode())
+        for family in text_string_to_metric_families(client.metrics.render().decode())
         for sample in family.samples
         if sample.name.endswith("_total")
     }
 
 
 @pytest.mark.parametrize(
-    ("path", "parameters"),
+    ("path", "path_params"),
     [
         ("/thing", {}),
         ("/things/a", {"name": "a"}),
@@ -73,34 +74,34 @@ def figures(client: Client) -> dict[tuple[str, ...], float]:
         ("/things/a/parts/1", {"name": "a", "part": "1"}),
     ],
 )
-def test_a_path_is_answered_by_its_route(path: str, parameters: dict[str, str]) -> None:
-    async def test(client: Client) -> None:
-        answer = await client.get(path)
-        assert (answer.status, answer.json) == (200, [path, parameters])
-        assert answer.headers["x-own"] == "1"
+def test_calls_the_handler_of_the_route(path: str, path_params: dict[str, str]) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get(path)
+        assert (response.status, response.json) == (200, [path, path_params])
+        assert response.headers["x-own"] == "1"
 
-    ask(test)
+    run(test)
 
 
 @pytest.mark.parametrize(
     "path", ["/", "", "/Thing", "/thing/", "/things", "/things/", "/things/a/b", "//thing", "*", "/things/a/parts/"]
 )
-def test_there_is_no_other_path(path: str) -> None:
-    async def test(client: Client) -> None:
-        answer = await client.get(path)
-        assert answer.status == 404
-        assert answer.error == f"no path {path!r}: see /docs for those that there are"
+def test_rejects_a_path_without_a_route(path: str) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get(path)
+        assert response.status == 404
+        assert response.error == f"no route matches the path {path!r}: see /docs for the routes"
 
-    ask(test)
+    run(test)
 
 
-def test_an_error_tells_no_more_of_a_path_than_can_be_read() -> None:
-    async def test(client: Client) -> None:
-        answer = await client.get("/" + "x" * 10_000 + "<script>")
-        assert len(answer.body) < 200
-        assert answer.headers["content-type"] == "application/json"
+def test_an_error_shortens_a_long_path() -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get("/" + "x" * 10_000 + "<script>")
+        assert len(response.body) < 200
+        assert response.headers["content-type"] == "application/json"
 
-    ask(test)
+    run(test)
 
 
 @pytest.mark.parametrize(
@@ -109,169 +110,169 @@ def test_an_error_tells_no_more_of_a_path_than_can_be_read() -> None:
         ("DELETE", "/thing", "GET, HEAD, POST"),
         ("GET", "/only/a", "POST"),
         ("HEAD", "/only/a", "POST"),
-        ("POST", "/open", "GET, HEAD"),
-        ("OPTIONS", "/open", "GET, HEAD"),
+        ("POST", "/public", "GET, HEAD"),
+        ("OPTIONS", "/public", "GET, HEAD"),
     ],
 )
-def test_another_method_is_told_which_there_are(method: str, path: str, allow: str) -> None:
-    async def test(client: Client) -> None:
-        answer = await client.ask(method, path)
-        assert (answer.status, answer.headers["allow"]) == (405, allow)
-        assert answer.error == f"{method} of this path: it has {allow}"
+def test_rejects_a_method_and_names_the_allowed_ones(method: str, path: str, allow: str) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.request(method, path)
+        assert (response.status, response.headers["allow"]) == (405, allow)
+        assert response.error == f"method {method} is not allowed here: use {allow}"
 
-    ask(test)
+    run(test)
 
 
-def test_head_is_answered_as_get() -> None:
-    """The server leaves the body out."""
+def test_answers_head_like_get() -> None:
+    """The ASGI server omits the body."""
 
-    async def test(client: Client) -> None:
-        get, head = await client.get("/thing"), await client.ask("HEAD", "/thing")
+    async def test(client: AsgiClient) -> None:
+        get, head = await client.get("/thing"), await client.request("HEAD", "/thing")
         assert (head.status, head.headers["content-length"]) == (200, get.headers["content-length"])
 
-    ask(test)
+    run(test)
 
 
-@pytest.mark.parametrize("path", ["/thing", "/absent", "/break", "/refuse/503", "/refuse/413"])
-def test_every_answer_has_its_id_and_its_security_headers(path: str, capfd: pytest.CaptureFixture[str]) -> None:
-    async def test(client: Client) -> None:
-        answer = await client.get(path)
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["referrer-policy"] == "no-referrer"
-        assert answer.headers["cache-control"] == "no-store"
-        assert len(answer.headers["x-request-id"]) == 32
-        assert not [name for name in answer.headers if name.startswith("access-control")]
-        mine = await client.get(path, x_request_id="my-own/42")
-        assert mine.headers["x-request-id"] == "my-own/42"
-        other = await client.get(path, x_request_id="no\r\nsound id")
-        assert len(other.headers["x-request-id"]) == 32
+@pytest.mark.parametrize("path", ["/thing", "/missing", "/crash", "/fail/503", "/fail/413"])
+def test_every_response_has_a_request_id_and_security_headers(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get(path)
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert response.headers["cache-control"] == "no-store"
+        assert len(response.headers["x-request-id"]) == 32
+        assert not [name for name in response.headers if name.startswith("access-control")]
+        valid = await client.get(path, x_request_id="my-own/42")
+        assert valid.headers["x-request-id"] == "my-own/42"
+        invalid = await client.get(path, x_request_id="not\r\nvalid")
+        assert len(invalid.headers["x-request-id"]) == 32
 
-    ask(test)
+    run(test)
     capfd.readouterr()
 
 
 @pytest.mark.parametrize("status", sorted(CAUSES))
-def test_an_error_is_json_with_its_status(status: HTTPStatus) -> None:
-    async def test(client: Client) -> None:
-        answer = await client.get(f"/refuse/{status:d}")
-        assert answer.status == status
-        assert answer.error == "what was wrong: how to mend it"
-        assert answer.headers.get("retry-after") == ("1" if status == 503 else None)
-        assert answer.headers.get("www-authenticate") == ("Bearer" if status == 401 else None)
-        assert answer.headers.get("connection") == ("close" if status in (408, 413) else None)
-        assert figures(client)["cifarx_errors_total", CAUSES[status]] == 1
+def test_a_request_error_is_json_with_its_status(status: HTTPStatus) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get(f"/fail/{status:d}")
+        assert response.status == status
+        assert response.error == "what is wrong: how to fix it"
+        assert response.headers.get("retry-after") == ("1" if status == 503 else None)
+        assert response.headers.get("www-authenticate") == ("Bearer" if status == 401 else None)
+        assert response.headers.get("connection") == ("close" if status in (408, 413) else None)
+        assert counters(client)["cifarx_errors_total", CAUSES[status]] == 1
 
-    ask(test)
+    run(test)
 
 
-def test_a_defect_is_told_to_who_runs_the_server_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    async def test(client: Client) -> None:
-        answer = await client.get("/break")
-        assert answer.status == 500
-        assert answer.error == "a defect of the server: its log has more"
-        assert figures(client)["cifarx_requests_total", "/break", "500"] == 1
+def test_an_unexpected_exception_is_logged_and_not_sent(capfd: pytest.CaptureFixture[str]) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get("/crash")
+        assert response.status == 500
+        assert response.error == "internal server error: see the log of the server"
+        assert counters(client)["cifarx_requests_total", "/crash", "500"] == 1
         assert (await client.get("/thing")).status == 200
 
-    ask(test)
-    told = capfd.readouterr().err
-    assert "Traceback" in told
-    assert "ZeroDivisionError: secret of the server" in told
-    assert "break_down" in told
+    run(test)
+    err = capfd.readouterr().err
+    assert "Traceback" in err
+    assert "ZeroDivisionError: secret of the server" in err
+    assert "in crash" in err
 
 
-def test_nothing_is_sent_to_a_client_that_left() -> None:
+def test_sends_nothing_to_a_disconnected_client() -> None:
     file = io.BytesIO()
 
-    async def test(client: Client) -> None:
-        client.left.set()
+    async def test(client: AsgiClient) -> None:
+        client.disconnected.set()
         with pytest.raises(ValueError, match="unpack"):
-            await client.get("/leave")
+            await client.get("/disconnect")
         assert client.sent == []
-        assert figures(client)["cifarx_errors_total", "client_left"] == 1
+        assert counters(client)["cifarx_errors_total", "client_left"] == 1
 
-    async def run() -> None:
-        log = AccessLog(file)
-        async with application({}, routes=ROUTES, log=log) as client:
+    async def main() -> None:
+        access_log = AccessLog(file)
+        async with open_client({}, routes=ROUTES, access_log=access_log) as client:
             await test(client)
-        log.flush()
+        access_log.flush()
 
-    asyncio.run(run())
+    asyncio.run(main())
     assert json.loads(file.getvalue())["status"] == 499
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Path:
+def api_key_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.write_text("secret\n")
     return path
 
 
-def test_what_is_not_open_needs_a_key(keys: Path) -> None:
-    async def test(client: Client) -> None:
-        refused = await client.get("/thing")
-        assert refused.status == 401
-        assert refused.error == "no API key, or a wrong one: send Authorization: Bearer KEY"
-        assert refused.headers["www-authenticate"] == "Bearer"
+def test_a_route_that_is_not_public_requires_an_api_key(api_key_file: Path) -> None:
+    async def test(client: AsgiClient) -> None:
+        rejected = await client.get("/thing")
+        assert rejected.status == 401
+        assert rejected.error == "missing or invalid API key: send Authorization: Bearer KEY"
+        assert rejected.headers["www-authenticate"] == "Bearer"
         assert (await client.get("/things/a", x_api_key="wrong")).status == 401
-        assert (await client.ask("HEAD", "/thing")).status == 401
-        assert (await client.get("/open")).status == 200
+        assert (await client.request("HEAD", "/thing")).status == 401
+        assert (await client.get("/public")).status == 200
         assert (await client.get("/thing", x_api_key="secret")).status == 200
         assert (await client.get("/things/a", authorization="Bearer secret")).status == 200
-        assert (await client.get("/absent")).status == 404
+        assert (await client.get("/missing")).status == 404
 
-    ask(test, keys=keys)
+    run(test, api_key_file=api_key_file)
 
 
-def test_a_browser_may_ask_from_the_origin_that_was_named(keys: Path) -> None:
-    async def test(client: Client) -> None:
+def test_allows_requests_from_the_cors_origin(api_key_file: Path) -> None:
+    async def test(client: AsgiClient) -> None:
         headers = {"origin": "https://example.org", "access-control-request-method": "POST"}
-        preflight = await client.ask("OPTIONS", "/thing", headers=headers)
+        preflight = await client.request("OPTIONS", "/thing", headers=headers)
         assert (preflight.status, preflight.body) == (204, b"")
         assert preflight.headers["access-control-allow-origin"] == "https://example.org"
         assert "POST" in preflight.headers["access-control-allow-methods"]
         for name in ("authorization", "content-type", "x-api-key"):
             assert name in preflight.headers["access-control-allow-headers"]
-        for answer in (
+        for response in (
             await client.get("/thing", x_api_key="secret"),
             await client.get("/thing"),
             await client.get("/x"),
         ):
-            assert answer.headers["access-control-allow-origin"] == "https://example.org"
-            assert answer.headers["vary"] == "origin"
-            assert "x-request-id" in answer.headers["access-control-expose-headers"]
-        assert (await client.ask("OPTIONS", "/absent", headers=headers)).status == 404
+            assert response.headers["access-control-allow-origin"] == "https://example.org"
+            assert response.headers["vary"] == "origin"
+            assert "x-request-id" in response.headers["access-control-expose-headers"]
+        assert (await client.request("OPTIONS", "/missing", headers=headers)).status == 404
 
-    ask(test, keys=keys, cors_origin="https://example.org")
+    run(test, api_key_file=api_key_file, cors_origin="https://example.org")
 
 
-def test_while_it_drains_connections_are_closed() -> None:
-    async def test(client: Client) -> None:
+def test_closes_connections_while_draining() -> None:
+    async def test(client: AsgiClient) -> None:
         assert "connection" not in (await client.get("/thing")).headers
-        client.service.draining = True
+        client.repository.draining = True
         assert (await client.get("/thing")).headers["connection"] == "close"
 
-    ask(test)
+    run(test)
 
 
-def test_every_request_is_a_line_of_the_log_and_in_the_figures(capfd: pytest.CaptureFixture[str]) -> None:
+def test_logs_and_counts_every_request(capfd: pytest.CaptureFixture[str]) -> None:
     file = io.BytesIO()
 
-    async def run() -> None:
-        log = AccessLog(file)
-        async with application({}, routes=ROUTES, log=log) as client:
+    async def main() -> None:
+        access_log = AccessLog(file)
+        async with open_client({}, routes=ROUTES, access_log=access_log) as client:
             await client.get("/things/a?secret=1", x_request_id="mine")
-            await client.ask("POST", "/absent")
-            await client.get("/break")
-            await client.ask("DELETE", "/thing")
-            found = figures(client)
-        log.flush()
-        assert found["cifarx_requests_total", "/things/{name}", "200"] == 1
-        assert found["cifarx_requests_total", "unknown", "404"] == 1
-        assert found["cifarx_requests_total", "/thing", "405"] == 1
-        assert found["cifarx_errors_total", "internal"] == 1
+            await client.request("POST", "/missing")
+            await client.get("/crash")
+            await client.request("DELETE", "/thing")
+            counted = counters(client)
+        access_log.flush()
+        assert counted["cifarx_requests_total", "/things/{name}", "200"] == 1
+        assert counted["cifarx_requests_total", "unknown", "404"] == 1
+        assert counted["cifarx_requests_total", "/thing", "405"] == 1
+        assert counted["cifarx_errors_total", "internal"] == 1
 
-    asyncio.run(run())
-    good, absent, broken, _ = map(json.loads, file.getvalue().splitlines())
+    asyncio.run(main())
+    good, missing, crashed, _ = map(json.loads, file.getvalue().splitlines())
     assert {
         "id": "mine",
         "client": "127.0.0.1",
@@ -282,16 +283,16 @@ def test_every_request_is_a_line_of_the_log_and_in_the_figures(capfd: pytest.Cap
     assert good["bytes"] == len('["/things/a", {"name": "a"}]')
     assert good["ms"] >= 0
     assert "cause" not in good
-    assert (absent["status"], absent["cause"]) == (404, "not_found")
-    assert (broken["status"], broken["cause"]) == (500, "internal")
+    assert (missing["status"], missing["cause"]) == (404, "not_found")
+    assert (crashed["status"], crashed["cause"]) == (500, "internal")
     capfd.readouterr()
 
 
-def test_what_is_no_request_is_passed_over() -> None:
-    async def test(client: Client) -> None:
+def test_ignores_other_scopes_than_http() -> None:
+    async def test(client: AsgiClient) -> None:
         async def unused(*_: object) -> Any:
             raise AssertionError
 
-        await client.application({"type": "lifespan"}, unused, unused)
+        await client.app({"type": "lifespan"}, unused, unused)
 
-    ask(test)
+    run(test)

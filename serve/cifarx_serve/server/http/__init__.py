@@ -1,1 +1,1 @@
-"""HTTP: connections, requests, multipart forms, API keys and the access log."""
+"""HTTP: connections, requests, responses, forms, API keys and the access log."""

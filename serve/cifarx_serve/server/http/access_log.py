@@ -1,4 +1,4 @@
-"""A line of JSON for every request, on standard output; written some at a time."""
+"""The access log: one line of JSON per request."""
 
 import asyncio
 from datetime import datetime
@@ -6,12 +6,22 @@ from typing import BinaryIO, Final
 
 import msgspec
 
-_PAUSE_S: Final = 0.1
-"""What a line may wait for others: one write for many is cheaper."""
+_FLUSH_INTERVAL_S: Final = 0.1
+"""How long a line is buffered: one write of many lines is cheaper than many writes."""
 
 
 class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request; `cause` is what the metrics call its error. Its time is written as RFC 3339 has it."""
+    """One request.
+
+    Attributes:
+        time: when the response was sent; written as RFC 3339.
+        id: the request ID.
+        client: the address of the client.
+        ms: the duration of the request, in milliseconds.
+        bytes: the size of the response body.
+        worker: the process ID of the worker.
+        cause: the cause of an error, as in the metrics; None for a request without error.
+    """
 
     time: datetime
     id: str
@@ -26,20 +36,20 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AccessLog:
-    """Writes records to a file; in an event loop."""
+    """Writes records to a file, buffered. Use it in one event loop."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._lines: list[bytes] = []
 
     def write(self, record: AccessRecord) -> None:
-        """Soon."""
+        """Buffer a record; it is written within a tenth of a second."""
         if not self._lines:
-            asyncio.get_running_loop().call_later(_PAUSE_S, self.flush)
+            asyncio.get_running_loop().call_later(_FLUSH_INTERVAL_S, self.flush)
         self._lines.append(msgspec.json.encode(record))
 
     def flush(self) -> None:
-        """Now; a reader that left does not end the server."""
+        """Write the buffered records. A closed pipe is ignored, so that it does not stop the server."""
         lines, self._lines = self._lines, []
         try:
             self._file.write(b"".join(line + b"\n" for line in lines))

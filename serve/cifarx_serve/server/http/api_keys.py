@@ -1,41 +1,43 @@
-"""Who may ask: a key in a header, compared in constant time."""
+"""API keys, compared in constant time."""
 
 import hashlib
 import hmac
 from pathlib import Path
 
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import UsageError, error_message
 
 
 class ApiKeys:
-    """The keys of a file, one a line; empty lines and those that begin with # are passed over.
+    """The API keys of a file, one per line. Empty lines and lines that start with # are ignored.
 
-    Only their sha256 is held, so that a comparison says nothing of a key's length.
+    Only SHA-256 digests are kept, so that the time of a comparison does not depend on the length of a key.
 
     Raises:
-        UsageError: the file cannot be read, has no key, or one that no header can carry.
+        UsageError: the file cannot be read, has no key, or has a key that cannot be sent in a header.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeError) as error:
-            raise UsageError(f"cannot read the API keys in {path} ({error})", "write one key a line") from error
+            problem = f"cannot read the API keys in {path} ({error_message(error)})"
+            raise UsageError(problem, "write one key per line") from error
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys:
-            raise UsageError(f"no API key in {path}", "write one key a line")
-        if bad := [number for number, key in enumerate(keys, 1) if not (key.isascii() and key.isprintable())]:
-            raise UsageError(f"API key {bad[0]} in {path} is not of visible ASCII characters", "choose another")
+            raise UsageError(f"no API key in {path}", "write one key per line")
+        if invalid := [number for number, key in enumerate(keys, 1) if not (key.isascii() and key.isprintable())]:
+            problem = f"API key {invalid[0]} in {path} has characters other than printable ASCII"
+            raise UsageError(problem, "choose another key")
         self._digests = [_digest(key.encode()) for key in keys]
 
-    def allow(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether a request's headers have a key: `Authorization: Bearer KEY`, or `X-API-Key: KEY`."""
-        given = headers.get(b"x-api-key", b"")
-        kind, _, credentials = headers.get(b"authorization", b"").partition(b" ")
-        if kind.lower() == b"bearer":
-            given = credentials.strip()
-        digest = _digest(given)
-        # All of them, whichever fits: the time tells nothing.
+    def authenticate(self, headers: dict[bytes, bytes]) -> bool:
+        """Return whether the request headers have a valid key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+        key = headers.get(b"x-api-key", b"")
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer":
+            key = credentials.strip()
+        digest = _digest(key)
+        # Compare with every key, even after a match, so that the time does not depend on which one matches.
         return sum([hmac.compare_digest(digest, known) for known in self._digests]) > 0
 
 

@@ -1,35 +1,35 @@
-"""The memory that the bodies of all requests of a worker take together."""
+"""The memory that the request bodies of one worker may use together."""
 
 from http import HTTPStatus
 from typing import Final
 
 from cifarx_serve.server.errors import RequestError
 
-BODIES: Final = 8
-"""So many of the largest bodies may be held at a time; a thousand connections could send a thousand."""
+MAX_BODIES: Final = 8
+"""The budget in bodies of the maximum size. Without it, a thousand connections could each send one."""
 
 
 class BodyBudget:
-    """Bytes that may still be held.
+    """A number of bytes that requests acquire and release.
 
     Args:
-        max_body_bytes: of one request.
+        max_body_bytes: the maximum size of one body.
     """
 
     def __init__(self, max_body_bytes: int) -> None:
-        self._left = BODIES * max_body_bytes
+        self._available = MAX_BODIES * max_body_bytes
 
-    def take(self, size: int) -> None:
-        """Hold so many more bytes.
+    def acquire(self, size: int) -> None:
+        """Take `size` bytes from the budget.
 
         Raises:
-            RequestError: there is no room for them now (503).
+            RequestError: fewer bytes are available (503).
         """
-        if size > self._left:
-            problem = f"no room for {size:,} bytes beside the bodies of other requests"
+        if size > self._available:
+            problem = f"no memory left for {size:,} more bytes of request bodies"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")
-        self._left -= size
+        self._available -= size
 
-    def give_back(self, size: int) -> None:
-        """What was taken before."""
-        self._left += size
+    def release(self, size: int) -> None:
+        """Return `size` bytes to the budget."""
+        self._available += size

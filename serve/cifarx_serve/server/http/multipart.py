@@ -1,4 +1,4 @@
-"""A form of images: the body of a `multipart/form-data` request (RFC 7578)."""
+"""Forms with images: the body of a `multipart/form-data` request (RFC 7578)."""
 
 import logging
 from http import HTTPStatus
@@ -12,100 +12,111 @@ from cifarx_serve.server.errors import RequestError
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FORM: Final = "multipart/form-data"
-FIELDS: Final = ("image", "images")
-"""What a form's parts with images are named; other parts are passed over."""
+MULTIPART_FORM: Final = "multipart/form-data"
+IMAGE_FIELDS: Final = ("image", "images")
+"""The field names of the parts that are images; parts with other names are ignored."""
 
-_OTHERS: Final = 64
-"""Parts that a form may have beside its images: each costs the parser microseconds, and takes ten bytes to send."""
+_MAX_OTHER_PARTS: Final = 64
+"""Parts allowed in addition to the images: parsing one takes microseconds, but sending one takes only ten bytes."""
 
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a damaged form is told to who sent it
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a malformed form is reported to the client instead
 
 
 class Upload(NamedTuple):
-    """The bytes of an image file, and its name where the client gave one."""
+    """An uploaded image file.
 
-    name: str | None
+    Attributes:
+        filename: the file name; None if the client sent none.
+        data: the content of the file.
+    """
+
+    filename: str | None
     data: bytes
 
 
-def read_form(content_type: bytes, body: bytes, max_images: int) -> list[Upload]:
-    """The images of a form, at least one.
+def parse_form(content_type: bytes, body: bytes, max_images: int) -> list[Upload]:
+    """Return the images of a form, at least one.
+
+    Args:
+        content_type: the `Content-Type` header, which states the boundary.
+        body: the body of the request.
+        max_images: the maximum number of images.
 
     Raises:
-        RequestError: a damaged form or one without an image (400), or too many images (413).
+        RequestError: the form is malformed or has no image (400), or has too many images or parts (413).
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
-    if body.count(b"\r\n--" + boundary) > max_images + _OTHERS:
-        raise _too_many(f"a form of over {max_images + _OTHERS} parts")
-    reading = _Reading(max_images)
+    max_parts = max_images + _MAX_OTHER_PARTS
+    if body.count(b"\r\n--" + boundary) > max_parts:
+        raise _too_large(f"the form has more than {max_parts} parts")
+    form = _Form(max_images)
     try:
-        parser = MultipartParser(boundary, reading.callbacks())
+        parser = MultipartParser(boundary, form.callbacks())
         parser.write(body)
     except FormParserError as error:
-        raise _bad(f"a damaged form ({error})", "send it again") from error
-    if not reading.ended:
-        raise _bad("a form without its end", "send all of it, with the boundary that its content type names")
-    if not reading.images:
-        raise _bad("a form without an image", f"name the part {FIELDS[0]!r}, as in curl -F image=@dog.png")
-    return reading.images
+        raise _bad_request(f"malformed form ({error})", "send it again") from error
+    if not form.complete:
+        raise _bad_request("the form is incomplete", "send all of it, with the boundary of the Content-Type header")
+    if not form.images:
+        raise _bad_request("the form has no image", f"name the part {IMAGE_FIELDS[0]!r}, as in curl -F image=@dog.png")
+    return form.images
 
 
-class _Reading:
-    """What a form's parser has found so far."""
+class _Form:
+    """Collects the images of a form from the callbacks of the parser."""
 
     def __init__(self, max_images: int) -> None:
         self.images: list[Upload] = []
-        self.ended = False
+        self.complete = False
         self._max_images = max_images
         self._headers: dict[bytes, bytes] = {}
-        self._field = b""
-        self._value = b""
+        self._header_field = b""
+        self._header_value = b""
         self._data: list[bytes] = []
 
     def callbacks(self) -> "MultipartCallbacks":
         return {
-            "on_part_begin": self._begin,
-            "on_header_field": self._add_to_field,
-            "on_header_value": self._add_to_value,
-            "on_header_end": self._end_header,
-            "on_part_data": self._add_data,
-            "on_part_end": self._end_part,
-            "on_end": self._end,
+            "on_part_begin": self._on_part_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_part_data": self._on_part_data,
+            "on_part_end": self._on_part_end,
+            "on_end": self._on_end,
         }
 
-    def _begin(self) -> None:
+    def _on_part_begin(self) -> None:
         self._headers, self._data = {}, []
 
-    def _add_to_field(self, data: bytes, start: int, end: int) -> None:
-        self._field += data[start:end]
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_field += data[start:end]
 
-    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
 
-    def _end_header(self) -> None:
-        self._headers[self._field.lower()] = self._value
-        self._field = self._value = b""
+    def _on_header_end(self) -> None:
+        self._headers[self._header_field.lower()] = self._header_value
+        self._header_field = self._header_value = b""
 
-    def _add_data(self, data: bytes, start: int, end: int) -> None:
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data.append(data[start:end])
 
-    def _end_part(self) -> None:
+    def _on_part_end(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
-        if options.get(b"name", b"").decode("latin-1") not in FIELDS:
+        if options.get(b"name", b"").decode("latin-1") not in IMAGE_FIELDS:
             return
         if len(self.images) == self._max_images:
-            raise _too_many(f"over {self._max_images} images in one form")
-        name = options.get(b"filename", b"").decode("utf-8", "replace")
-        self.images.append(Upload(name or None, b"".join(self._data)))
+            raise _too_large(f"the form has more than {self._max_images} images")
+        filename = options.get(b"filename", b"").decode("utf-8", "replace")
+        self.images.append(Upload(filename or None, b"".join(self._data)))
 
-    def _end(self) -> None:
-        self.ended = True
+    def _on_end(self) -> None:
+        self.complete = True
 
 
-def _bad(problem: str, remedy: str) -> RequestError:
+def _bad_request(problem: str, remedy: str) -> RequestError:
     return RequestError(HTTPStatus.BAD_REQUEST, problem, remedy)
 
 
-def _too_many(problem: str) -> RequestError:
-    return RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, problem, "send them in several requests")
+def _too_large(problem: str) -> RequestError:
+    return RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, problem, "send the images in several requests")

@@ -1,17 +1,14 @@
-"""A request as the routes see it, and what they answer."""
+"""A request as the route handlers see it."""
 
 import asyncio
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from concurrent.futures import Executor
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl
-
-import msgspec
 
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.http.body_budget import BodyBudget
@@ -22,192 +19,169 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Coroutine[Any, Any, Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
-JSON: Final = b"application/json"
-
 IS_DISCONNECTED: Final = "cifarx.is_disconnected"
-"""In the scope's `state`, where the server has it: a function that says whether the client has closed the connection.
+"""The key in the scope's `state` of a function that returns whether the client has closed the connection.
 
-A message that has come says so too, but asking for one takes ten times as long.
+Calling `receive` would tell as well, but takes ten times as long. Other ASGI servers do not set the key.
 """
 
-Given = TypeVar("Given")
-
-# What is echoed into a header and a log line: visible ASCII.
+# An ID is copied into a response header and into the access log, so only visible ASCII characters are accepted.
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
 
 _RANDOM: Final = random.Random()
-"""For ids, which are no secrets; seeded by the system, a process each."""
+"""Generates request IDs, which are not secret; seeded by the operating system in each process."""
 
-_MAX_FIELDS: Final = 16
-_LENGTH_DIGITS: Final = 18
-_PLAIN: Final = ((b"accept-encoding", b"identity"),)
+_MAX_QUERY_FIELDS: Final = 16
+_MAX_LENGTH_DIGITS: Final = 18
+_ACCEPT_IDENTITY: Final = ((b"accept-encoding", b"identity"),)
 
-_READ_OFF_S: Final = 2.0
-"""How long a body that is too large is read and thrown away."""
-
-
-class Response(NamedTuple):
-    """What a route answers."""
-
-    body: bytes
-    status: int = HTTPStatus.OK
-    content_type: bytes = JSON
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-
-
-def json_response(value: Any, status: int = HTTPStatus.OK) -> Response:
-    """A value as one JSON document; numbers that are not finite become null."""
-    return Response(msgspec.json.encode(value), status)
+_DISCARD_TIMEOUT_S: Final = 2.0
+"""How long the rest of a body that is too large is received and discarded."""
 
 
 class Request:
-    """One request.
+    """A request.
+
+    Args:
+        scope: the ASGI connection scope.
+        receive: the ASGI receive channel.
+        limits: the limits of the server.
+        body_budget: the memory for the bodies of all requests.
 
     Attributes:
-        arrived: when its head did, by `time.perf_counter`.
-        id: the client's own, where it gave a sound one.
-        path: decoded; without the query.
-        parameters: what the route's pattern found in the path.
+        received_at: when the request headers were received, on the clock of `time.perf_counter`.
+        id: the `X-Request-ID` of the client if it is valid, otherwise a random one.
+        path: the decoded path, without the query string.
+        path_params: the values of the placeholders of the route's path.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, limits: Limits, held: BodyBudget) -> None:
-        self.arrived = time.perf_counter()
+    def __init__(self, scope: Scope, receive: Receive, limits: Limits, body_budget: BodyBudget) -> None:
+        self.received_at = time.perf_counter()
         self.scope = scope
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.parameters: dict[str, str] = {}
+        self.path_params: dict[str, str] = {}
         self.limits = limits
         self._receive = receive
-        self._ended = False
-        self._held = held
-        self._held_bytes = 0
-        given = self.headers.get(b"x-request-id")
-        self.id = given.decode() if given and _REQUEST_ID.fullmatch(given) else f"{_RANDOM.getrandbits(128):032x}"
+        self._body_received = False
+        self._body_budget = body_budget
+        self._body_bytes = 0
+        client_id = self.headers.get(b"x-request-id")
+        self.id = (
+            client_id.decode() if client_id and _REQUEST_ID.fullmatch(client_id) else f"{_RANDOM.getrandbits(128):032x}"
+        )
 
     @property
     def content_type(self) -> str:
-        """Of the body, without its parameters, in small letters; empty where it says none."""
+        """The media type of the body in lower case, without parameters; empty if there is no `Content-Type` header."""
         return self.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
 
-    def query(self) -> dict[str, str]:
-        """The fields of the query.
+    def query_params(self) -> dict[str, str]:
+        """Return the fields of the query string.
 
         Raises:
-            RequestError: too many, or one twice.
+            RequestError: there are too many fields, or one field occurs twice (400).
         """
         raw: bytes = self.scope["query_string"]
         if not raw:
             return {}
         try:
-            pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+            pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_QUERY_FIELDS)
         except ValueError as error:
-            raise RequestError(HTTPStatus.BAD_REQUEST, f"a query of {len(raw)} bytes", "give few fields") from error
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise RequestError(HTTPStatus.BAD_REQUEST, "a field of the query is given twice", "give each once")
-        return found
+            problem = f"the query string of {len(raw)} bytes has too many fields"
+            raise RequestError(HTTPStatus.BAD_REQUEST, problem, f"send at most {_MAX_QUERY_FIELDS}") from error
+        params = dict(pairs)
+        if len(params) != len(pairs):
+            raise RequestError(HTTPStatus.BAD_REQUEST, "a query field occurs twice", "send each field once")
+        return params
 
     async def body(self) -> bytes:
-        """All of it.
+        """Receive and return the whole body.
 
         Raises:
-            RequestError: compressed (415), too large (413), too much beside those of others (503), or it did not come
-                in time (408).
-            ClientDisconnect: the client closed before its end.
+            RequestError: the body is compressed (415), is too large (413), does not fit into the memory for bodies
+                (503), or was not received in time (408).
+            ClientDisconnect: the client disconnected before the end of the body.
         """
         coding = self.headers.get(b"content-encoding", b"identity")
         if coding.lower() != b"identity":
-            problem = f"a body in the encoding {coding[:20].decode('latin-1')!r}"
-            raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, problem, "send it without Content-Encoding", _PLAIN)
+            problem = f"the body has the encoding {coding[:20].decode('latin-1')!r}"
+            remedy = "send it without Content-Encoding"
+            raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, problem, remedy, _ACCEPT_IDENTITY)
         try:
-            return await self._whole()
+            return await self._receive_body()
         except RequestError as error:
             if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-                await self._read_off()
+                await self._discard_body()
             raise
 
-    async def _whole(self) -> bytes:
-        self._require_size(self._stated_size())
-        parts: list[bytes] = []
-        while not self._ended:
-            part = await self._next_part()
-            self._require_size(self._held_bytes + len(part))
-            self._held.take(len(part))
-            self._held_bytes += len(part)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    async def _receive_body(self) -> bytes:
+        self._check_body_size(self._content_length())
+        chunks: list[bytes] = []
+        while not self._body_received:
+            chunk = await self._receive_chunk()
+            self._check_body_size(self._body_bytes + len(chunk))
+            self._body_budget.acquire(len(chunk))
+            self._body_bytes += len(chunk)
+            chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def release(self) -> None:
-        """Once it is answered its body is held no more."""
-        self._held.give_back(self._held_bytes)
-        self._held_bytes = 0
-
-    async def run_in_threadpool(self, pool: Executor, function: Callable[..., Given], *arguments: Any) -> Given:
-        """What a function gives that would keep the event loop from others.
-
-        Raises:
-            RequestError: the deadline has passed (504); or what the function raises.
-        """
-        deadline_s = self.limits.deadline_s
-        left_s = self.arrived + deadline_s - time.perf_counter()
-        try:
-            async with asyncio.timeout(max(0.0, left_s)):
-                return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
-        except TimeoutError as error:
-            problem = f"no answer within {deadline_s:g} s"
-            raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load") from error
+    def release_body(self) -> None:
+        """Return the memory of the body to the budget; called once the handler has finished."""
+        self._body_budget.release(self._body_bytes)
+        self._body_bytes = 0
 
     def is_disconnected(self) -> bool:
-        """Whether the client has closed the connection; asked once the body is read, without waiting."""
+        """Return whether the client has closed the connection, without waiting. Call it after `body`."""
         is_disconnected: Callable[[], bool] | None = self.scope.get("state", {}).get(IS_DISCONNECTED)
         if is_disconnected is not None:
             return is_disconnected()
-        message = self._at_once()
+        message = self._receive_nowait()
         return message is not None and bool(message["type"] == "http.disconnect")
 
-    async def _read_off(self) -> None:
-        """A client that is still sending would not hear the answer: its connection would be reset."""
+    async def _discard_body(self) -> None:
+        """Receive the rest of the body: closing the connection now would reset it, and the response would be lost."""
         with suppress(TimeoutError, ClientDisconnect, RequestError):
-            async with asyncio.timeout(_READ_OFF_S):
-                while not self._ended:
-                    await self._next_part()
+            async with asyncio.timeout(_DISCARD_TIMEOUT_S):
+                while not self._body_received:
+                    await self._receive_chunk()
 
-    def _at_once(self) -> Message | None:
-        """What there is to receive without waiting, if anything."""
-        waiting = self._receive()
+    def _receive_nowait(self) -> Message | None:
+        """Return the next message, or None if that would require waiting."""
+        receiving = self._receive()
         try:
-            waiting.send(None)
-        except StopIteration as ended:
-            message: Message = ended.value
+            receiving.send(None)
+        except StopIteration as stop:
+            message: Message = stop.value
             return message
-        waiting.close()
+        receiving.close()
         return None
 
-    async def _next_part(self) -> bytes:
-        # A small body is there with its head: a timer that is not needed would be a thirtieth of the request's time.
-        message = self._at_once() or await self._awaited()
+    async def _receive_chunk(self) -> bytes:
+        # A small body arrives with its headers: setting a timer first would cost a thirtieth of the request's time.
+        message = self._receive_nowait() or await self._receive_before_timeout()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        self._ended = not message.get("more_body", False)
-        part: bytes = message.get("body", b"")
-        return part
+        self._body_received = not message.get("more_body", False)
+        chunk: bytes = message.get("body", b"")
+        return chunk
 
-    async def _awaited(self) -> Message:
-        left_s = self.arrived + self.limits.body_timeout_s - time.perf_counter()
+    async def _receive_before_timeout(self) -> Message:
+        remaining_s = self.received_at + self.limits.body_timeout_s - time.perf_counter()
         try:
-            async with asyncio.timeout(max(0.0, left_s)):
+            async with asyncio.timeout(max(0.0, remaining_s)):
                 return await self._receive()
         except TimeoutError as error:
-            problem = f"the body did not come within {self.limits.body_timeout_s:g} s"
+            problem = f"the body was not received within {self.limits.body_timeout_s:g} s"
             raise RequestError(HTTPStatus.REQUEST_TIMEOUT, problem, "send it faster, or send less") from error
 
-    def _stated_size(self) -> int:
-        stated = self.headers.get(b"content-length", b"0")
-        return int(stated) if stated.isdigit() and len(stated) <= _LENGTH_DIGITS else 0
+    def _content_length(self) -> int:
+        value = self.headers.get(b"content-length", b"0")
+        return int(value) if value.isdigit() and len(value) <= _MAX_LENGTH_DIGITS else 0
 
-    def _require_size(self, size: int) -> None:
+    def _check_body_size(self, size: int) -> None:
         limit = self.limits.max_body_bytes
         if size > limit:
-            problem = f"a body of {size:,} bytes, over the limit of {limit:,}"
+            problem = f"the body of {size:,} bytes is over the limit of {limit:,} bytes"
             raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, problem, "send smaller or fewer images")

@@ -1,1 +1,1 @@
-"""The processes of a server: the supervisor and its workers."""
+"""The processes of a server: a supervisor and its workers."""

@@ -1,4 +1,4 @@
-"""What the supervisor and its workers tell each other."""
+"""The messages between the supervisor and its workers."""
 
 from typing import Final
 
@@ -7,23 +7,24 @@ import msgspec
 from cifarx_serve.server.settings import Settings
 
 READY: Final = b"ready\n"
-"""From a worker: its models answer."""
+"""Sent by a worker when its models are open."""
 
 ALL_READY: Final = b"all ready\n"
-"""What the supervisor tells the first workers of a server, those that accept at once, when none is missing."""
+"""Sent by the supervisor to the first workers of a server when all of them are ready."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervisor tells a worker.
+    """Sent by the supervisor to a worker that it has started.
 
     Attributes:
-        settings: the server's.
-        listener: the number of the file of the listening socket.
-        status: the number of the file where `READY` is written to, or why it cannot be: problem and remedy as JSON.
-        at_once: whether to accept connections before the models are open, to say that they are not.
+        settings: the settings of the server.
+        listener_fd: the file descriptor of the listening socket.
+        status_fd: the file descriptor to which the worker writes `READY`, or an error as a JSON array of the problem
+            and the remedy.
+        accept_while_opening: whether to accept connections before the models are open, and answer that they are not.
     """
 
     settings: Settings
-    listener: int
-    status: int
-    at_once: bool
+    listener_fd: int
+    status_fd: int
+    accept_while_opening: bool

@@ -1,7 +1,8 @@
-"""The end of a listening socket without the loss of a connection.
+"""Closing a listening socket without losing a connection.
 
-Between the last look at the system's queue and the closing of the socket another client may be told that it is
-connected; what it then sends is answered by a reset. So no more clients are let in a while before the end.
+Between the last `accept` and the closing of the socket, the system may complete a handshake with another client, and
+then answer its request with a reset. To prevent this, new handshakes are dropped for a while before the socket is
+closed.
 """
 
 import ctypes
@@ -10,27 +11,27 @@ import struct
 from contextlib import suppress
 from typing import Final
 
-_ATTACH_FILTER: Final = 26
-"""Linux's SO_ATTACH_FILTER, on most of its architectures; the socket module has no name for it."""
+_SO_ATTACH_FILTER: Final = 26
+"""The value on most architectures of Linux; the socket module does not define it."""
 
-# Classic BPF on the TCP header, which byte 13 holds the flags of: what has SYN (2) without ACK (16) is dropped.
+# Classic BPF on the TCP header, whose byte 13 holds the flags: drop segments with SYN (2) and without ACK (16).
 _PROGRAM: Final = (
-    (0x30, 0, 0, 13),  # load the byte
-    (0x54, 0, 0, 0x12),  # and with both flags
-    (0x15, 0, 1, 0x02),  # SYN alone? else pass over the next
-    (0x06, 0, 0, 0),  # drop
-    (0x06, 0, 0, 0xFFFFFFFF),  # let in
+    (0x30, 0, 0, 13),  # load byte 13
+    (0x54, 0, 0, 0x12),  # mask it with both flags
+    (0x15, 0, 1, 0x02),  # if it is not SYN alone, skip the next instruction
+    (0x06, 0, 0, 0),  # drop the segment
+    (0x06, 0, 0, 0xFFFFFFFF),  # accept the segment
 )
 
 
-def refuse_handshakes(listener: socket.socket) -> None:
-    """Let nobody begin to connect any more; those that have begun get through, and wait to be accepted.
+def drop_new_connections(listener: socket.socket) -> None:
+    """Drop new TCP handshakes; those that have begun still finish, and their connections can be accepted.
 
-    For every process that has the socket. A client that comes now tries again after a second, and is refused then, or
-    finds the next server. Where the system cannot do it, nothing is changed.
+    This holds for all processes that share the socket. The client tries again after a second, and is then refused or
+    reaches the next server. On systems other than Linux, nothing happens.
     """
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in _PROGRAM))
     with suppress(OSError):
         listener.setsockopt(
-            socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HL", len(_PROGRAM), ctypes.addressof(program))
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(_PROGRAM), ctypes.addressof(program))
         )

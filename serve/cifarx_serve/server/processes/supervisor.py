@@ -1,7 +1,7 @@
-"""Starts the processes that serve, on one socket; replaces one that dies; passes on the signals.
+"""The supervisor starts the worker processes, restarts them when they exit, and forwards signals.
 
-It opens no model and answers no request, so there is little that could end it. It holds the socket: while a worker is
-being replaced, connections wait and are not refused.
+It opens no model and answers no request, so little can make it fail. It holds the listening socket: while a worker is
+restarted, connections wait instead of being refused.
 """
 
 import asyncio
@@ -16,26 +16,26 @@ from typing import Final
 
 import msgspec
 
-from cifarx_serve.errors import CifarxError, UsageError
+from cifarx_serve.errors import CifarxError, UsageError, error_message
 from cifarx_serve.server.processes.messages import ALL_READY, READY, Start
-from cifarx_serve.server.processes.socket_filter import refuse_handshakes
-from cifarx_serve.server.settings import SHARED_FIGURES, Settings
-from cifarx_serve.system.worker_process import child_command, child_environment
+from cifarx_serve.server.processes.socket_filter import drop_new_connections
+from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR, Settings
+from cifarx_serve.system.worker_process import worker_command, worker_environment
 
-_PROGRAM: Final = "cifarx_serve.server.processes.worker"
+_WORKER_MODULE: Final = "cifarx_serve.server.processes.worker"
 _BACKLOG: Final = 1024
-_WATCH_S: Final = 1.0
-_FIRST_PAUSE_S: Final = 0.25
-_LONGEST_PAUSE_S: Final = 8.0
-_END_S: Final = 5.0
-"""What a worker may take to end beyond what its requests may take."""
+_WATCH_INTERVAL_S: Final = 1.0
+_MIN_RESTART_DELAY_S: Final = 0.25
+_MAX_RESTART_DELAY_S: Final = 8.0
+_SHUTDOWN_GRACE_S: Final = 5.0
+"""How long a worker may take to exit, beyond the time limits of its requests, before it is killed."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 is any that is free.
+    """Return a listening socket; port 0 chooses a free one.
 
     Raises:
-        UsageError: no such address, or another program has it.
+        UsageError: the address does not exist, or another program uses it.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -48,202 +48,210 @@ def listen(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"cannot listen on {host} port {port} ({reason})", "choose another --host or --port"
+            f"cannot listen on {host} port {port} ({error_message(error)})", "choose another --host or --port"
         ) from error
     return listener
 
 
 class Supervisor:
-    """The processes of one server.
+    """The worker processes of one server.
 
     Args:
-        settings: what each worker is told.
-        listener: the socket that they share; closed by `run`.
-        workers: how many.
-        watch: whether a file that changes is taken into service without being told to.
-        told: is given a line for people at every event.
+        settings: the settings of the workers.
+        listener: the socket that the workers share; `run` closes it.
+        workers: the number of workers.
+        watch: whether to reload models when their files change.
+        on_event: called with a line of text for each event; the first is "ready".
     """
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, workers: int, watch: bool, told: Callable[[str], None]
+        self, settings: Settings, listener: socket.socket, workers: int, watch: bool, on_event: Callable[[str], None]
     ) -> None:
         self._settings = settings
         self._listener = listener
         self._count = workers
         self._watch = watch
-        self._told = told
-        self._ending = asyncio.Event()
+        self._on_event = on_event
+        self._stopping = asyncio.Event()
         self._workers: dict[int, asyncio.subprocess.Process] = {}
         self._ready: set[int] = set()
-        self._swap_when_ready: set[int] = set()
-        self._served = False
+        self._reload_when_ready: set[int] = set()
+        self._all_were_ready = False
         self._failure: CifarxError | None = None
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT.
+        """Serve until SIGTERM or SIGINT; SIGHUP reloads the models.
 
         Raises:
-            CifarxError: a worker could not even begin.
+            CifarxError: a worker failed before all workers were ready.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ending.set)
-        loop.add_signal_handler(signal.SIGHUP, self._swap)
-        with tempfile.TemporaryDirectory(prefix="cifarx-serve-") as folder:
-            keeping = [asyncio.create_task(self._keep(number, folder)) for number in range(self._count)]
+            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        with tempfile.TemporaryDirectory(prefix="cifarx-serve-") as metrics_dir:
+            workers = [asyncio.create_task(self._supervise(number, metrics_dir)) for number in range(self._count)]
             watching = asyncio.create_task(self._watch_files()) if self._watch else None
-            await self._ending.wait()
-            refuse_handshakes(self._listener)
+            await self._stopping.wait()
+            drop_new_connections(self._listener)
             self._listener.close()
             if watching:
                 watching.cancel()
             for process in self._workers.values():
-                _send(process, signal.SIGTERM)
-            await asyncio.gather(*keeping)
+                _send_signal(process, signal.SIGTERM)
+            await asyncio.gather(*workers)
         if self._failure:
             raise self._failure
 
-    async def _keep(self, number: int, folder: str) -> None:
-        """Start a worker, and another when it dies, until the server ends."""
-        pause_s = _FIRST_PAUSE_S
-        while not self._ending.is_set():
-            was_ready, error = await self._run_one(number, folder)
-            if self._ending.is_set():
+    async def _supervise(self, number: int, metrics_dir: str) -> None:
+        """Start a worker, and restart it when it exits, until the server stops."""
+        delay_s = _MIN_RESTART_DELAY_S
+        while not self._stopping.is_set():
+            was_ready, error = await self._run_worker(number, metrics_dir)
+            if self._stopping.is_set():
                 return
-            if not (was_ready or self._served):  # what it died of, the next would die of
+            if not (was_ready or self._all_were_ready):  # another worker would fail in the same way
                 self._failure = error
-                self._ending.set()
+                self._stopping.set()
                 return
-            self._told(f"worker {number} is replaced: {error.problem}")
+            self._on_event(f"restarting worker {number}: {error.problem}")
             if was_ready:
-                pause_s = _FIRST_PAUSE_S
+                delay_s = _MIN_RESTART_DELAY_S
             else:
-                await self._pause(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                await self._sleep(delay_s)
+                delay_s = min(2 * delay_s, _MAX_RESTART_DELAY_S)
 
-    async def _run_one(self, number: int, folder: str) -> tuple[bool, CifarxError]:
-        """One worker from its start to its end: whether it was ready, and what it ended of."""
-        reading, writing = os.pipe()
-        process = await self._start(writing, folder)
+    async def _run_worker(self, number: int, metrics_dir: str) -> tuple[bool, CifarxError]:
+        """Run a worker until it exits; return whether it was ready, and why it exited."""
+        read_fd, write_fd = os.pipe()
+        process = await self._start_worker(write_fd, metrics_dir)
         self._workers[number] = process
-        if self._ending.is_set():
-            _send(process, signal.SIGTERM)
-        hearing = asyncio.create_task(self._hear(number, reading))
-        status = await self._ended(process)
-        error = await hearing or CifarxError(f"worker {number} ended with {status}", "see what it wrote")
+        if self._stopping.is_set():
+            _send_signal(process, signal.SIGTERM)
+        reading = asyncio.create_task(self._read_status(number, read_fd))
+        status = await self._wait_for_exit(process)
+        error = await reading or CifarxError(f"worker {number} exited with status {status}", "see its output")
         error.exit_status = max(status, 1)
         del self._workers[number]
         was_ready = number in self._ready
         self._ready.discard(number)
-        _forget(folder, process.pid)
+        _remove_live_gauges(metrics_dir, process.pid)
         return was_ready, error
 
-    async def _start(self, writing: int, folder: str) -> asyncio.subprocess.Process:
-        listener = self._listener.fileno()
+    async def _start_worker(self, write_fd: int, metrics_dir: str) -> asyncio.subprocess.Process:
+        listener_fd = self._listener.fileno()
         process = await asyncio.create_subprocess_exec(
-            *child_command(_PROGRAM),
+            *worker_command(_WORKER_MODULE),
             stdin=asyncio.subprocess.PIPE,
-            pass_fds=(listener, writing),
-            env={**child_environment(self._settings.threads), SHARED_FIGURES: folder},
-            process_group=0,  # the keys of a terminal reach the supervisor alone
+            pass_fds=(listener_fd, write_fd),
+            env={**worker_environment(self._settings.threads), PROMETHEUS_MULTIPROC_DIR: metrics_dir},
+            process_group=0,  # Ctrl-C in a terminal reaches the supervisor only
         )
-        os.close(writing)
-        start = Start(settings=self._settings, listener=listener, status=writing, at_once=not self._served)
+        os.close(write_fd)
+        start = Start(
+            settings=self._settings,
+            listener_fd=listener_fd,
+            status_fd=write_fd,
+            accept_while_opening=not self._all_were_ready,
+        )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(start) + b"\n")
         return process
 
-    async def _hear(self, number: int, reading: int) -> CifarxError | None:
-        """What a worker tells: that it is ready; or why it cannot be, which is returned at its end."""
+    async def _read_status(self, number: int, read_fd: int) -> CifarxError | None:
+        """Read the messages of a worker until it exits; return the error that it reported, if any."""
         error = None
         stream = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb", buffering=0)
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_fd, "rb", buffering=0)
         )
         while line := await stream.readline():
-            if line != READY:
+            if line == READY:
+                self._on_ready(number)
+            else:
                 error = CifarxError(*msgspec.json.decode(line, type=tuple[str, str]))
-                continue
-            self._ready.add(number)
-            if number in self._swap_when_ready:
-                self._swap_when_ready.discard(number)
-                _send(self._workers[number], signal.SIGHUP)
-            if len(self._ready) == self._count and not self._served:
-                self._served = True
-                self._tell_all()
-                self._told("ready")
-            elif self._served:
-                self._told(f"worker {number} is ready again")
         transport.close()
         return error
 
-    def _tell_all(self) -> None:
-        """From now on a client is answered whichever worker it meets."""
+    def _on_ready(self, number: int) -> None:
+        self._ready.add(number)
+        if number in self._reload_when_ready:
+            self._reload_when_ready.discard(number)
+            _send_signal(self._workers[number], signal.SIGHUP)
+        if len(self._ready) == self._count and not self._all_were_ready:
+            self._all_were_ready = True
+            self._send_all_ready()
+            self._on_event("ready")
+        elif self._all_were_ready:
+            self._on_event(f"worker {number} is ready again")
+
+    def _send_all_ready(self) -> None:
+        """Tell the workers that a client now gets an answer from whichever of them it reaches."""
         for process in self._workers.values():
             assert process.stdin is not None
             process.stdin.write(ALL_READY)
 
-    async def _ended(self, process: asyncio.subprocess.Process) -> int:
-        """The exit status; of one that does not end when it should, by force."""
-        waiting = asyncio.create_task(process.wait())
-        ending = asyncio.create_task(self._ending.wait())
-        await asyncio.wait([waiting, ending], return_when=asyncio.FIRST_COMPLETED)
-        ending.cancel()
-        if waiting.done():
-            return waiting.result()
+    async def _wait_for_exit(self, process: asyncio.subprocess.Process) -> int:
+        """Wait for a worker to exit and return its status; kill it if it does not exit in time after a stop."""
+        exiting = asyncio.create_task(process.wait())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([exiting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if exiting.done():
+            return exiting.result()
         limits = self._settings.limits
         try:
-            return await asyncio.wait_for(waiting, limits.deadline_s + limits.body_timeout_s + _END_S)
+            return await asyncio.wait_for(exiting, limits.deadline_s + limits.body_timeout_s + _SHUTDOWN_GRACE_S)
         except TimeoutError:
-            _send(process, signal.SIGKILL)
+            _send_signal(process, signal.SIGKILL)
             return await process.wait()
 
-    def _swap(self) -> None:
-        """Have the workers look for new versions of the files: those that are being opened once they are ready."""
-        self._swap_when_ready = self._workers.keys() - self._ready
+    def _reload(self) -> None:
+        """Make the workers reload changed models; those that are not ready yet reload once they are."""
+        self._reload_when_ready = self._workers.keys() - self._ready
         for number in self._ready:
-            _send(self._workers[number], signal.SIGHUP)
+            _send_signal(self._workers[number], signal.SIGHUP)
 
-    async def _pause(self, seconds: float) -> None:
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, or return early when the server stops."""
         try:
-            await asyncio.wait_for(self._ending.wait(), seconds)
+            await asyncio.wait_for(self._stopping.wait(), seconds)
         except TimeoutError:
             return
 
     async def _watch_files(self) -> None:
-        """A file that has changed, and then not for a while, is a new version."""
-        known = before = self._signatures()
+        """Reload when a file has changed, but only once it stays the same, because it may still be written."""
+        loaded = previous = self._file_states()
         while True:
-            await asyncio.sleep(_WATCH_S)
-            found = self._signatures()
-            if found == before and found != known:
-                known = found
-                self._swap()
-            before = found
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            current = self._file_states()
+            if current == previous and current != loaded:
+                loaded = current
+                self._reload()
+            previous = current
 
-    def _signatures(self) -> list[tuple[int, int, int] | None]:
-        """What changes when a file does."""
-        return [_signature(Path(path)) for path in self._settings.files.values()]
+    def _file_states(self) -> list[tuple[int, int, int] | None]:
+        return [_file_state(Path(path)) for path in self._settings.files.values()]
 
 
-def _signature(path: Path) -> tuple[int, int, int] | None:
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    """Return the inode, size and modification time of a file; None if there is no such file."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+def _send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
     if process.returncode is None:
         with suppress(ProcessLookupError):
-            os.kill(process.pid, number)  # its own method would take the exit status from who waits for it
+            os.kill(process.pid, number)  # Process.send_signal could consume the exit status that a task waits for
 
 
-def _forget(folder: str, pid: int) -> None:
-    """A process that has ended holds nothing any more; what it counted stays counted."""
-    for path in Path(folder).glob(f"gauge_live*_{pid}.db"):
+def _remove_live_gauges(metrics_dir: str, pid: int) -> None:
+    """Remove the gauges of a process that has exited; its counters are kept."""
+    for path in Path(metrics_dir).glob(f"gauge_live*_{pid}.db"):
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The program that serves: one process of several on the same socket.
+"""The worker program: serves requests, as one of several processes on the same socket.
 
-It is started by the supervisor, with the settings as a line of JSON on standard input; the end of the input, or
-SIGTERM, has it answer what it has accepted and end. SIGHUP has it look for new versions of the files.
+The supervisor starts it and sends the settings as a line of JSON on standard input. At the end of standard input, or
+on SIGTERM, the worker drains its connections and exits. On SIGHUP it reloads the models whose files have changed.
 """
 
 import asyncio
@@ -16,116 +16,121 @@ from typing import Final
 import msgspec
 
 from cifarx_serve.errors import CifarxError
-from cifarx_serve.images.reader import without_pillows_warnings
-from cifarx_serve.server.app import create_app, prepare_process
+from cifarx_serve.images.reader import suppress_pillow_warnings
+from cifarx_serve.server.app import configure_process, create_app
 from cifarx_serve.server.http.access_log import AccessLog
-from cifarx_serve.server.http.listener import HttpServer
+from cifarx_serve.server.http.listener import Listener
 from cifarx_serve.server.processes.messages import ALL_READY, READY, Start
 
-_PROBE_S: Final = 1.0
-_PROBES: Final = 5
-"""A model that has failed is tried so often, at most every `_PROBE_S`; then the process ends, and another begins."""
+_RECHECK_INTERVAL_S: Final = 1.0
+_MAX_RECHECKS: Final = 5
+"""After this many failed rechecks of a model that has failed, the worker exits, and the supervisor starts another."""
 
-FAILED: Final = 70
-"""The exit status of a worker whose model has failed for good (EX_SOFTWARE of sysexits.h)."""
+EXIT_MODEL_FAILED: Final = 70
+"""The exit status of a worker whose model has failed for good: EX_SOFTWARE of sysexits.h."""
 
 
 class Worker:
-    """One process's server, from its start to its end."""
+    """The server of one process."""
 
     def __init__(self, start: Start) -> None:
         settings = start.settings
-        self._at_once = start.at_once
-        self._status = start.status
-        self._log = AccessLog(sys.stdout.buffer) if settings.access_log else None
-        self._service, application, self._metrics = create_app(settings, self._log)
-        self._service.awaits_others = start.at_once
-        self._server = HttpServer(application, settings, socket.socket(fileno=start.listener))
-        self._ending = asyncio.Event()
+        self._accept_while_opening = start.accept_while_opening
+        self._status_fd = start.status_fd
+        self._access_log = AccessLog(sys.stdout.buffer) if settings.access_log else None
+        app = create_app(settings, self._access_log)
+        self._repository, self._metrics = app.repository, app.metrics
+        self._repository.peers_starting = start.accept_while_opening
+        self._listener = Listener(app, settings, socket.socket(fileno=start.listener_fd))
+        self._stopping = asyncio.Event()
         self._failed = False
 
     async def run(self) -> int:
-        """Serve until told to end; the exit status."""
-        swapping: set[asyncio.Task[None]] = set()
+        """Serve until the worker is stopped; return the exit status.
 
-        def swap() -> None:
-            task = asyncio.create_task(self._service.swap(_tell))
-            swapping.add(task)
-            task.add_done_callback(swapping.discard)
+        Raises:
+            CifarxError: a model cannot be opened.
+        """
+        reloads: set[asyncio.Task[None]] = set()
+
+        def reload() -> None:
+            task = asyncio.create_task(self._repository.reload(_log_event))
+            reloads.add(task)  # the event loop keeps only a weak reference
+            task.add_done_callback(reloads.discard)
 
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._ending.set)
-        loop.add_signal_handler(signal.SIGHUP, swap)
-        loop.add_reader(sys.stdin.fileno(), self._hear)
-        if self._at_once:
-            self._server.start()
-        opening = asyncio.create_task(self._service.open())
-        ending = asyncio.create_task(self._ending.wait())
-        await asyncio.wait([opening, ending], return_when=asyncio.FIRST_COMPLETED)
+        loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.add_reader(sys.stdin.fileno(), self._read_stdin)
+        if self._accept_while_opening:
+            self._listener.start()
+        opening = asyncio.create_task(self._repository.open())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
             opening.result()
-            if not self._at_once:
-                self._server.start()
-            os.write(self._status, READY)
-            watching = asyncio.create_task(self._watch())
-            await ending
-            watching.cancel()
-        await self._end()
-        return FAILED if self._failed else 0
+            if not self._accept_while_opening:
+                self._listener.start()
+            os.write(self._status_fd, READY)
+            health = asyncio.create_task(self._monitor_health())
+            await stopping
+            health.cancel()
+        await self._shutdown()
+        return EXIT_MODEL_FAILED if self._failed else 0
 
-    async def _end(self) -> None:
-        self._service.draining = True
-        await self._server.drain()
-        self._metrics.write()
-        if self._log:
-            self._log.flush()
+    async def _shutdown(self) -> None:
+        self._repository.draining = True
+        await self._listener.drain()
+        self._metrics.flush()
+        if self._access_log:
+            self._access_log.flush()
 
-    async def _watch(self) -> None:
-        """Whether the models answer; a process in which one does not is of no use."""
+    async def _monitor_health(self) -> None:
+        """Recheck models that have failed; stop the worker if one does not recover."""
         failures = 0
-        while failures < _PROBES:
-            await asyncio.sleep(_PROBE_S)
-            failures = 0 if await self._service.probe() else failures + 1
+        while failures < _MAX_RECHECKS:
+            await asyncio.sleep(_RECHECK_INTERVAL_S)
+            failures = 0 if await self._repository.recheck_failed() else failures + 1
         self._failed = True
-        self._ending.set()
+        self._stopping.set()
 
-    def _hear(self) -> None:
-        """From the supervisor `ALL_READY` may come; when it is gone its end of the pipe is closed."""
+    def _read_stdin(self) -> None:
+        """Handle `ALL_READY`, or the end of standard input, which means that the supervisor has exited."""
         if os.read(sys.stdin.fileno(), len(ALL_READY)):
-            self._service.awaits_others = False
+            self._repository.peers_starting = False
         else:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-            self._ending.set()
+            self._stopping.set()
 
 
-def _tell(line: str) -> None:
-    with suppress(OSError):  # nobody reads it any more
-        print(f"note: worker {os.getpid()} {line}", file=sys.stderr, flush=True)  # noqa: T201
+def _log_event(event: str) -> None:
+    with suppress(OSError):  # nothing reads standard error any more
+        print(f"note: worker {os.getpid()} {event}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main() -> int:
-    """Serve; the exit status: 0 it was told to end, 2 a file or a setting is wrong, `FAILED`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the supervisor decides
+    """Run a worker and return its exit status: 0 if it was stopped, 2 for an invalid file or setting, or 70."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the supervisor handles it
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    start = msgspec.json.decode(_line(), type=Start)
-    prepare_process(start.settings)
-    with without_pillows_warnings, suppress(BrokenPipeError), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    start = msgspec.json.decode(_read_line(), type=Start)
+    configure_process(start.settings)
+    with suppress_pillow_warnings, suppress(BrokenPipeError), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
-            return runner.run(_serve(start))
+            return runner.run(_run(start))
         except CifarxError as error:
-            with suppress(BrokenPipeError):  # the supervisor tells it, once for all workers
-                os.write(start.status, msgspec.json.encode([error.problem, error.remedy]) + b"\n")
+            with suppress(BrokenPipeError):  # the supervisor prints the error, once for all workers
+                os.write(start.status_fd, msgspec.json.encode([error.problem, error.remedy]) + b"\n")
             return error.exit_status
     return 0
 
 
-async def _serve(start: Start) -> int:
+async def _run(start: Start) -> int:
     return await Worker(start).run()
 
 
-def _line() -> bytes:
-    """The first line of standard input, byte by byte: what follows it is for the event loop."""
+def _read_line() -> bytes:
+    """Read the first line of standard input byte by byte, so that what follows is left for the event loop."""
     line = bytearray()
     while (byte := os.read(sys.stdin.fileno(), 1)) not in (b"\n", b""):
         line += byte
@@ -133,7 +138,7 @@ def _line() -> bytes:
 
 
 def _loop_factory() -> "type[asyncio.AbstractEventLoop] | None":
-    """uvloop's, where there is one: not on Windows."""
+    """Return uvloop's event loop; None on Windows, which has no uvloop."""
     try:
         import uvloop
     except ModuleNotFoundError:
@@ -144,4 +149,4 @@ def _loop_factory() -> "type[asyncio.AbstractEventLoop] | None":
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # what ONNX Runtime would take 40 ms to give back, the system takes back
+    os._exit(status)  # ONNX Runtime would take 40 ms to free what the system frees anyway

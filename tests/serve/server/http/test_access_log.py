@@ -10,11 +10,11 @@ from typing import BinaryIO
 from cifarx_serve.server.http.access_log import AccessLog, AccessRecord
 
 
-def record(name: str, cause: str | None = None) -> AccessRecord:
-    return AccessRecord(datetime.now(UTC), name, "127.0.0.1", "GET", "/\n\u2028é", 200, 1.25, 12, 99, cause)
+def make_record(request_id: str, cause: str | None = None) -> AccessRecord:
+    return AccessRecord(datetime.now(UTC), request_id, "127.0.0.1", "GET", "/\n\u2028é", 200, 1.25, 12, 99, cause)
 
 
-class Counted(io.BytesIO):
+class CountingFile(io.BytesIO):
     writes = 0
 
     def write(self, data: object) -> int:
@@ -22,13 +22,13 @@ class Counted(io.BytesIO):
         return super().write(data)  # type: ignore[arg-type]
 
 
-def test_a_request_is_one_line_of_json() -> None:
+def test_writes_one_line_of_json_per_request() -> None:
     file = io.BytesIO()
 
     async def run() -> None:
         log = AccessLog(file)
-        log.write(record("a"))
-        log.write(record("b", "not_found"))
+        log.write(make_record("a"))
+        log.write(make_record("b", "not_found"))
         log.flush()
 
     asyncio.run(run())
@@ -47,19 +47,19 @@ def test_a_request_is_one_line_of_json() -> None:
     assert json.loads(second)["cause"] == "not_found"
 
 
-def test_lines_are_written_soon_and_together() -> None:
-    file = Counted()
+def test_buffers_lines_and_writes_them_together() -> None:
+    file = CountingFile()
 
     async def run() -> None:
         log = AccessLog(file)
-        for name in "abc":
-            log.write(record(name))
+        for request_id in "abc":
+            log.write(make_record(request_id))
         assert file.getvalue() == b""
         async with asyncio.timeout(10):
             while not file.getvalue():
                 await asyncio.sleep(0.01)
         assert [json.loads(line)["id"] for line in file.getvalue().splitlines()] == ["a", "b", "c"]
-        log.write(record("d"))
+        log.write(make_record("d"))
         async with asyncio.timeout(10):
             while file.writes < 2:
                 await asyncio.sleep(0.01)
@@ -71,33 +71,33 @@ def test_lines_are_written_soon_and_together() -> None:
 
 @contextmanager
 def broken_pipe() -> Iterator[BinaryIO]:
-    reading, writing = os.pipe()
-    os.close(reading)
-    file = os.fdopen(writing, "wb", buffering=0)
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    file = os.fdopen(write_fd, "wb", buffering=0)
     with file:
         yield file
 
 
-def test_a_reader_that_left_ends_nothing() -> None:
+def test_ignores_a_closed_pipe() -> None:
     async def run(file: BinaryIO) -> None:
         log = AccessLog(file)
-        for name in "ab":
-            log.write(record(name))
+        for request_id in "ab":
+            log.write(make_record(request_id))
             log.flush()
 
     with broken_pipe() as file:
         asyncio.run(run(file))
 
 
-def test_the_time_is_utc() -> None:
-    file, line = io.BytesIO(), record("a")
+def test_writes_the_time_in_utc() -> None:
+    file, record = io.BytesIO(), make_record("a")
 
     async def run() -> None:
         log = AccessLog(file)
-        log.write(line)
+        log.write(record)
         log.flush()
 
     asyncio.run(run())
     written = json.loads(file.getvalue())["time"]
     assert written.endswith("Z")
-    assert datetime.fromisoformat(written) == line.time
+    assert datetime.fromisoformat(written) == record.time

@@ -1,17 +1,16 @@
-"""Of memory for bodies there is so much, whoever sends them."""
-
 import pytest
 
 from cifarx_serve.server.errors import RequestError
-from cifarx_serve.server.http.body_budget import BODIES, BodyBudget
+from cifarx_serve.server.http.body_budget import MAX_BODIES, BodyBudget
 
 
-def test_refuses_what_has_no_room_and_takes_it_once_there_is_some() -> None:
-    held = BodyBudget(10)
-    for _ in range(BODIES):
-        held.take(10)
+def test_rejects_bytes_beyond_the_budget_until_some_are_released() -> None:
+    budget = BodyBudget(10)
+    for _ in range(MAX_BODIES):
+        budget.acquire(10)
     with pytest.raises(RequestError) as raised:
-        held.take(1)
+        budget.acquire(1)
     assert raised.value.status == 503
-    held.give_back(10)
-    held.take(10)
+    assert str(raised.value) == "no memory left for 1 more bytes of request bodies: try again in a second"
+    budget.release(10)
+    budget.acquire(10)

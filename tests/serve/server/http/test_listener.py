@@ -1,73 +1,74 @@
-"""A worker alone: who is let in, and how it ends."""
+"""Accepting, evicting and draining the connections of one worker, and TLS."""
 
 import signal
 import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cifarx_serve.errors import UsageError
-from cifarx_serve.server.http.listener import tls_context
+from cifarx_serve.server.http.listener import create_ssl_context
 from cifarx_serve.server.settings import Limits, Settings
+from tests.support.certificates import client_ssl_context, create_certificate
 from tests.support.color_model import write_onnx
-from tests.support.planted_backend import write_planted
-from tests.support.running_server import PLANTED, Client, picture, request, worker
-from tests.support.self_signed import self_signed, trusting
+from tests.support.faulty_backend import write_faulty_model
+from tests.support.server_process import FAULTY_BACKEND, Client, encode_request, predict_request, run_worker
 
 
-def settings(folder: Path, **fields: object) -> Settings:
-    model = write_planted(folder / "colours.planted")
-    return Settings(files={"colours": str(model)}, registered=(PLANTED,), **fields)  # type: ignore[arg-type]
+def make_settings(directory: Path, **fields: Any) -> Settings:
+    model = write_faulty_model(directory / "colors.faulty")
+    return Settings(files={"colors": str(model)}, registered_backends=(FAULTY_BACKEND,), **fields)
 
 
-def until_draining(client: Client) -> None:
-    """Ask on and on, so that the connection is never quiet, until the server says so."""
+def wait_until_draining(client: Client) -> None:
+    """Send requests without a pause, so that the connection is never idle, until the server is draining."""
     while True:
-        client.send(request("GET", "/readyz"))
-        answer = client.answer()
-        if answer.status == 503:
-            assert answer.json == {"status": "draining"}
-            assert answer.headers["connection"] == "close"
+        client.send(encode_request("GET", "/readyz"))
+        response = client.read_response()
+        if response.status == 503:
+            assert response.json == {"status": "draining"}
+            assert response.headers["connection"] == "close"
             assert client.is_closed()
             return
-        assert "connection" not in answer.headers
+        assert "connection" not in response.headers
 
 
-def is_quiet(client: Client) -> bool:
+def gets_no_response(client: Client) -> bool:
     client.socket.settimeout(0.3)
     try:
-        client.answer()
+        client.read_response()
     except TimeoutError:
         client.socket.settimeout(60)
         return True
     return False
 
 
-# The end
+# Draining
 
 
-def test_what_is_under_way_is_answered(tmp_path: Path) -> None:
-    """Also what comes on a connection that is open, and what two clients have sent but half."""
-    slow = tmp_path / "colours.slow"
-    with worker(tmp_path / "worker", settings(tmp_path)) as server, ExitStack() as stack:
-        kept, asking, halfway, second = (stack.enter_context(server.connect()) for _ in range(4))
+def test_answers_the_requests_in_progress(tmp_path: Path) -> None:
+    """This includes requests on an open connection, and those of which a client has sent only a part."""
+    slow = tmp_path / "colors.slow"
+    with run_worker(tmp_path / "worker", make_settings(tmp_path)) as server, ExitStack() as stack:
+        kept, waiting, sending, second = (stack.enter_context(server.connect()) for _ in range(4))
         slow.touch()
-        asking.send(picture())
-        halfway.send(picture()[:-10])
-        second.send(request("GET", "/healthz"))
-        assert second.answer().status == 200
+        waiting.send(predict_request())
+        sending.send(predict_request()[:-10])
+        second.send(encode_request("GET", "/healthz"))
+        assert second.read_response().status == 200
         second.send(b"GET /hea")
         server.signal(signal.SIGTERM)
-        until_draining(kept)
+        wait_until_draining(kept)
         slow.unlink()
-        halfway.send(picture()[-10:])
+        sending.send(predict_request()[-10:])
         second.send(b"lthz HTTP/1.1\r\n\r\n")
-        for client in (asking, halfway, second):
-            answer = client.answer()
-            assert answer.status == 200
-            assert answer.headers["connection"] == "close"
+        for client in (waiting, sending, second):
+            response = client.read_response()
+            assert response.status == 200
+            assert response.headers["connection"] == "close"
             assert client.is_closed()
         assert server.wait() == 0
         assert server.err == ""
@@ -75,108 +76,112 @@ def test_what_is_under_way_is_answered(tmp_path: Path) -> None:
             server.connect()
 
 
-def test_those_that_wait_to_be_let_in_are_answered(tmp_path: Path) -> None:
-    with worker(tmp_path / "worker", settings(tmp_path)) as server, ExitStack() as stack:
+def test_answers_connections_in_the_queue_of_the_socket(tmp_path: Path) -> None:
+    with run_worker(tmp_path / "worker", make_settings(tmp_path)) as server, ExitStack() as stack:
         server.signal(signal.SIGSTOP)
         clients = [stack.enter_context(server.connect()) for _ in range(50)]
         for client in clients:
-            client.send(picture())
+            client.send(predict_request())
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGCONT)
-        assert [client.answer().status for client in clients] == [200] * 50
+        assert [client.read_response().status for client in clients] == [200] * 50
         assert server.wait() == 0
 
 
-def test_a_quiet_connection_does_not_hold_the_end_up(tmp_path: Path) -> None:
-    with worker(tmp_path / "worker", settings(tmp_path)) as server, server.connect() as new, server.connect() as kept:
-        kept.send(request("GET", "/healthz"))
-        assert kept.answer().status == 200
+def test_closes_idle_connections(tmp_path: Path) -> None:
+    with (
+        run_worker(tmp_path / "worker", make_settings(tmp_path)) as server,
+        server.connect() as new,
+        server.connect() as kept,
+    ):
+        kept.send(encode_request("GET", "/healthz"))
+        assert kept.read_response().status == 200
         server.signal(signal.SIGTERM)
         assert new.is_closed()
         assert kept.is_closed()
         assert server.wait() == 0
 
 
-def test_pipelined_requests_hold_the_end_up(tmp_path: Path) -> None:
-    """The first is answered before the end begins; the second is computed for longer than a connection may be quiet."""
-    slow = tmp_path / "colours.slow"
-    with worker(tmp_path / "worker", settings(tmp_path)) as server:
+def test_answers_pipelined_requests(tmp_path: Path) -> None:
+    """The second request is in progress for longer than a connection may be idle."""
+    slow = tmp_path / "colors.slow"
+    with run_worker(tmp_path / "worker", make_settings(tmp_path)) as server:
         with server.connect() as client, server.connect() as kept:
             slow.touch()
-            client.send(request("GET", "/healthz") + picture())
-            assert client.answer().status == 200
+            client.send(encode_request("GET", "/healthz") + predict_request())
+            assert client.read_response().status == 200
             server.signal(signal.SIGTERM)
-            until_draining(kept)
-            assert is_quiet(client)
-            assert is_quiet(client)
+            wait_until_draining(kept)
+            assert gets_no_response(client)
+            assert gets_no_response(client)
             slow.unlink()
-            assert client.answer().status == 200
+            assert client.read_response().status == 200
         assert server.wait() == 0
 
 
-# Who is let in
+# The limit of connections
 
 
-def test_more_than_may_be_open_wait(tmp_path: Path) -> None:
-    with worker(tmp_path / "worker", settings(tmp_path, limits=Limits(max_connections=2))) as server:
+def test_connections_over_the_limit_wait(tmp_path: Path) -> None:
+    with run_worker(tmp_path / "worker", make_settings(tmp_path, limits=Limits(max_connections=2))) as server:
         with ExitStack() as stack:
             clients = [stack.enter_context(server.connect()) for _ in range(5)]
             for client in clients:
-                client.send(request("GET", "/healthz"))
+                client.send(encode_request("GET", "/healthz"))
             for client in clients[:2]:
-                assert client.answer().status == 200
-                client.send(b"GET ")  # it is not quiet, and makes no room
-            assert is_quiet(clients[2])
+                assert client.read_response().status == 200
+                client.send(b"GET ")  # it is not idle, so it is not evicted
+            assert gets_no_response(clients[2])
             for position in (2, 3, 4):
                 clients[position - 2].socket.close()
-                assert clients[position].answer().status == 200
+                assert clients[position].read_response().status == 200
                 clients[position].send(b"GET ")
-        assert server.end() == 0
+        assert server.stop() == 0
 
 
-def test_those_that_ask_nothing_make_room(tmp_path: Path) -> None:
-    """The longest quiet; one that asks is left alone."""
+def test_evicts_the_longest_idle_connection(tmp_path: Path) -> None:
+    """A connection within a request is not evicted."""
     limits = Limits(max_connections=3)
-    with worker(tmp_path / "worker", settings(tmp_path, limits=limits)) as server, ExitStack() as stack:
-        asking, silent, younger = (stack.enter_context(server.connect()) for _ in range(3))
-        asking.send(request("GET", "/healthz"))
-        assert asking.answer().status == 200
-        asking.send(b"GET /healthz HTTP/1.1\r\n")
+    with run_worker(tmp_path / "worker", make_settings(tmp_path, limits=limits)) as server, ExitStack() as stack:
+        busy, oldest, newer = (stack.enter_context(server.connect()) for _ in range(3))
+        busy.send(encode_request("GET", "/healthz"))
+        assert busy.read_response().status == 200
+        busy.send(b"GET /healthz HTTP/1.1\r\n")
         time.sleep(0.2)
-        younger.send(request("GET", "/healthz"))
-        assert younger.answer().status == 200
+        newer.send(encode_request("GET", "/healthz"))
+        assert newer.read_response().status == 200
         last = stack.enter_context(server.connect())
-        last.send(request("GET", "/healthz"))
-        assert last.answer().status == 200
-        assert silent.is_closed()
-        asking.send(b"Host: a\r\n\r\n")
-        younger.send(request("GET", "/healthz"))
-        assert [client.answer().status for client in (asking, younger)] == [200, 200]
-        assert server.end() == 0
+        last.send(encode_request("GET", "/healthz"))
+        assert last.read_response().status == 200
+        assert oldest.is_closed()
+        busy.send(b"Host: a\r\n\r\n")
+        newer.send(encode_request("GET", "/healthz"))
+        assert [client.read_response().status for client in (busy, newer)] == [200, 200]
+        assert server.stop() == 0
 
 
-def test_those_that_keep_silent_make_room_under_tls(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """Though they never read, and so never say farewell."""
+def test_evicts_a_tls_connection_that_does_not_confirm(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
+    """The client never reads, so it does not answer the closure alert of TLS."""
     limits = Limits(max_connections=1)
-    told = settings(tmp_path, limits=limits, certificate=str(pair[0]), private_key=str(pair[1]))
-    with worker(tmp_path / "worker", told) as server:
-        server.tls = trusting(pair[0])
-        with server.connect() as silent:
-            silent.send(request("GET", "/healthz"))
-            assert silent.answer().status == 200
-            assert server.ask("GET", "/healthz").status == 200
-        assert server.end() == 0
+    settings = make_settings(tmp_path, limits=limits, certfile=str(certificate[0]), keyfile=str(certificate[1]))
+    with run_worker(tmp_path / "worker", settings) as server:
+        server.ssl_context = client_ssl_context(certificate[0])
+        with server.connect() as idle:
+            idle.send(encode_request("GET", "/healthz"))
+            assert idle.read_response().status == 200
+            assert server.request("GET", "/healthz").status == 200
+        assert server.stop() == 0
 
 
-def test_more_than_may_be_open_are_answered_at_the_end(tmp_path: Path) -> None:
-    with worker(tmp_path / "worker", settings(tmp_path, limits=Limits(max_connections=1))) as server:
+def test_draining_answers_connections_over_the_limit(tmp_path: Path) -> None:
+    with run_worker(tmp_path / "worker", make_settings(tmp_path, limits=Limits(max_connections=1))) as server:
         with server.connect() as first, server.connect() as second:
-            first.send(request("GET", "/healthz"))
-            assert first.answer().status == 200
-            second.send(request("GET", "/healthz"))
-            assert is_quiet(second)
+            first.send(encode_request("GET", "/healthz"))
+            assert first.read_response().status == 200
+            second.send(encode_request("GET", "/healthz"))
+            assert gets_no_response(second)
             server.signal(signal.SIGTERM)
-            assert second.answer().status == 200
+            assert second.read_response().status == 200
         assert server.wait() == 0
 
 
@@ -184,50 +189,52 @@ def test_more_than_may_be_open_are_answered_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return self_signed(tmp_path_factory.mktemp("tls"))
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return create_certificate(tmp_path_factory.mktemp("tls"))
 
 
-def test_tls(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    secured = settings(tmp_path, certificate=str(pair[0]), private_key=str(pair[1]))
-    with worker(tmp_path / "worker", secured) as server:
+def test_serves_over_tls(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
+    settings = make_settings(tmp_path, certfile=str(certificate[0]), keyfile=str(certificate[1]))
+    with run_worker(tmp_path / "worker", settings) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as plain:
-            plain.sendall(request("GET", "/healthz"))
+            plain.sendall(encode_request("GET", "/healthz"))
             assert b"HTTP" not in plain.recv(1000)
         with socket.create_connection(("127.0.0.1", server.port)) as reset:
             reset.sendall(b"\x16\x03\x01")
-        server.tls = trusting(pair[0])
+        server.ssl_context = client_ssl_context(certificate[0])
         assert server.predict().json["predictions"][0]["label"] == "red"
-        assert server.ask("POST", "/nowhere", bytes(5_000_000), connection="close").status == 404
+        assert server.request("POST", "/nowhere", bytes(5_000_000), connection="close").status == 404
         with server.connect() as kept:
-            kept.send(request("GET", "/healthz") * 3)
-            assert [kept.answer().status for _ in range(3)] == [200] * 3
+            kept.send(encode_request("GET", "/healthz") * 3)
+            assert [kept.read_response().status for _ in range(3)] == [200] * 3
             server.signal(signal.SIGTERM)
-            until_draining(kept)
+            wait_until_draining(kept)
         assert server.wait() == 0
         assert server.err == ""
 
 
-def test_tls_that_nobody_begins(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    fields = {"certificate": str(pair[0]), "private_key": str(pair[1]), "limits": Limits(header_timeout_s=0.5)}
-    with worker(tmp_path / "worker", settings(tmp_path, **fields)) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as silent:
-            assert silent.recv(1) == b""
-        assert server.end() == 0
+def test_closes_a_connection_without_tls_handshake(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
+    limits = Limits(header_timeout_s=0.5)
+    settings = make_settings(tmp_path, certfile=str(certificate[0]), keyfile=str(certificate[1]), limits=limits)
+    with run_worker(tmp_path / "worker", settings) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+            assert client.recv(1) == b""
+        assert server.stop() == 0
         assert server.err == ""
 
 
-def test_what_tls_takes(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    certificate, key = map(str, pair)
-    assert tls_context(None, None) is None
-    assert tls_context(certificate, key)
+def test_rejects_unusable_tls_files(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
+    certfile, keyfile = map(str, certificate)
+    assert create_ssl_context(None, None) is None
+    assert create_ssl_context(certfile, keyfile)
     (tmp_path / "locked").mkdir()
-    _, locked = self_signed(tmp_path / "locked", password="secret")
-    other, _ = self_signed(tmp_path)
-    model = str(write_onnx(tmp_path / "colours.onnx"))
-    for given in ((certificate, None), (None, key)):
-        with pytest.raises(UsageError, match="give both --certfile and --keyfile"):
-            tls_context(*given)
-    for given in ((certificate, str(locked)), (str(other), key), (certificate, model), ("absent", key)):
-        with pytest.raises(UsageError, match=r"cannot use .* PEM certificate"):
-            tls_context(*given)
+    _, locked = create_certificate(tmp_path / "locked", password="secret")
+    other, _ = create_certificate(tmp_path)
+    model = str(write_onnx(tmp_path / "colors.onnx"))
+    problem = "TLS requires a certificate and its key: give both --certfile and --keyfile"
+    for files in ((certfile, None), (None, keyfile)):
+        with pytest.raises(UsageError, match=problem):
+            create_ssl_context(*files)
+    for files in ((certfile, str(locked)), (str(other), keyfile), (certfile, model), ("missing", keyfile)):
+        with pytest.raises(UsageError, match=r"cannot use .*: give a PEM certificate and its key, without a password"):
+            create_ssl_context(*files)

@@ -1,4 +1,4 @@
-"""A certificate for TLS that nobody but the test trusts."""
+"""Self-signed TLS certificates."""
 
 import shutil
 import ssl
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 
-def self_signed(folder: Path, password: str | None = None) -> tuple[Path, Path]:
-    """A new certificate for localhost and its key, PEM."""
+def create_certificate(directory: Path, password: str | None = None) -> tuple[Path, Path]:
+    """Create a self-signed certificate for localhost and its key, both PEM."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("no openssl program to make a certificate with")
-    certificate, key = folder / "certificate.pem", folder / "key.pem"
+        pytest.skip("the openssl program is not installed")
+    certificate, key = directory / "certificate.pem", directory / "key.pem"
     command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost", "-out", str(certificate), "-keyout", str(key)]
     command += ["-passout", f"pass:{password}"] if password else ["-nodes"]
@@ -21,6 +21,6 @@ def self_signed(folder: Path, password: str | None = None) -> tuple[Path, Path]:
     return certificate, key
 
 
-def trusting(certificate: Path) -> ssl.SSLContext:
-    """A client's side that trusts that one."""
+def client_ssl_context(certificate: Path) -> ssl.SSLContext:
+    """Return the TLS context of a client that trusts this certificate only."""
     return ssl.create_default_context(cafile=str(certificate))
