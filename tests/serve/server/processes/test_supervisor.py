@@ -1,4 +1,4 @@
-"""The processes of a server as a whole, by the real program."""
+"""The `cifarx serve` program with its supervisor and workers."""
 
 import os
 import signal
@@ -11,321 +11,319 @@ from pathlib import Path
 import pytest
 
 from cifarx_serve.errors import UsageError
-from cifarx_serve.files.checksum import seal
+from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.server.inference.model import file_version
 from cifarx_serve.server.processes.supervisor import listen
 from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import write_onnx
-from tests.support.planted_backend import write_planted
-from tests.support.running_server import (
+from tests.support.faulty_backend import write_faulty_model
+from tests.support.server_process import (
     PROGRAM,
     Client,
-    Running,
-    picture,
-    request,
-    serving,
-    starting,
-    until_ready,
+    ServerProcess,
+    encode_request,
+    predict_request,
+    run_server,
+    start_server,
     wait_until,
+    wait_until_ready,
 )
 
-# Servers of several processes, each a second to start.
+# Each test starts a server with several processes, which takes about a second.
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def onnx(tmp_path: Path) -> Path:
-    return write_onnx(tmp_path / "colours.onnx")
+    return write_onnx(tmp_path / "colors.onnx")
 
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> str:
-    """A path for Python, with the tests' backend as a package would offer it."""
-    metadata = tmp_path / "plugin" / "planted-1.dist-info"
+    """A PYTHONPATH on which the faulty backend is offered as a package would offer it."""
+    metadata = tmp_path / "plugin" / "faulty-1.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text(
-        "[cifarx.backends]\nplanted = tests.support.planted_backend:PlantedBackend\n"
+        "[cifarx.backends]\nfaulty = tests.support.faulty_backend:FaultyBackend\n"
     )
     return os.pathsep.join((str(metadata.parent), str(Path(__file__).parents[4])))
 
 
 @contextmanager
-def two(tmp_path: Path, model: Path, *options: object, **environment: str) -> Iterator[Running]:
-    with serving(tmp_path / "server", model, "--workers", 2, *options, **environment) as server:
+def two_workers(tmp_path: Path, model: Path, *options: object, **environment: str) -> Iterator[ServerProcess]:
+    with run_server(tmp_path / "server", model, "--workers", 2, *options, **environment) as server:
         yield server
 
 
-def ended_well(server: Running) -> bool:
+def stopped_cleanly(server: ServerProcess) -> bool:
     return server.wait() == 0 and not server.leftovers() and "Traceback" not in server.err
 
 
-def answering(server: Running) -> set[int]:
-    """The processes that answer: a connection may come to any."""
-    found: set[int] = set()
+def wait_for_both_workers(server: ServerProcess) -> set[int]:
+    """Send requests until both workers have answered one, and return their process IDs."""
+    pids: set[int] = set()
 
-    def look() -> bool:
+    def both_answered() -> bool:
         server.predict()
         wait_until(lambda: server.out.endswith("\n"))
-        found.update(process.pid for process in server.workers() if f'"worker":{process.pid}' in server.out)
-        return len(found) == 2
+        pids.update(process.pid for process in server.workers() if f'"worker":{process.pid}' in server.out)
+        return len(pids) == 2
 
-    wait_until(look)
-    return found
+    wait_until(both_answered)
+    return pids
 
 
-# The end
+# Start and stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it(tmp_path: Path, onnx: Path, number: int) -> None:
-    """Nothing is left: no process, no file of its own."""
+def test_a_signal_stops_the_server(tmp_path: Path, onnx: Path, number: int) -> None:
+    """No process and no temporary file is left behind."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    with two(tmp_path, onnx, TMPDIR=str(temporary)) as server, server.connect() as kept:
-        kept.send(request("GET", "/healthz"))
-        assert kept.answer().status == 200
+    with two_workers(tmp_path, onnx, TMPDIR=str(temporary)) as server, server.connect() as client:
+        client.send(encode_request("GET", "/healthz"))
+        assert client.read_response().status == 200
         assert list(temporary.glob("cifarx-serve-*/*.db"))
         server.signal(number)
-        assert ended_well(server)
-        assert kept.is_closed()
+        assert stopped_cleanly(server)
+        assert client.is_closed()
         assert not list(temporary.glob("cifarx*"))
         assert server.err.count("\n") == 1
 
 
-def test_ctrl_c_ends_it_in_order(tmp_path: Path, onnx: Path) -> None:
-    """It reaches every process of the terminal."""
-    with two(tmp_path, onnx) as server:
+def test_ctrl_c_stops_the_server(tmp_path: Path, onnx: Path) -> None:
+    """Ctrl-C sends SIGINT to every process of the terminal."""
+    with two_workers(tmp_path, onnx) as server:
         os.killpg(server.process.pid, signal.SIGINT)
-        assert ended_well(server)
+        assert stopped_cleanly(server)
 
 
-def test_is_ready_once_every_model_has_answered(tmp_path: Path, plugin: str) -> None:
-    """It says where it serves then, and not before; a signal before then ends it too, whatever the model does."""
-    model, slow = write_planted(tmp_path / "colours.planted"), tmp_path / "colours.slow"
+def test_is_ready_when_all_models_are_open(tmp_path: Path, plugin: str) -> None:
+    """The URL is printed then, and not before."""
+    model, slow = write_faulty_model(tmp_path / "colors.faulty"), tmp_path / "colors.slow"
     slow.touch()
-    with starting(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
+    with start_server(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
         wait_until(lambda: len(server.workers()) == 2)
         wait_until(lambda: all(len(process.threads()) > 1 for process in server.workers()))
         assert server.err == ""
         slow.unlink()
-        until_ready(server)
-        assert server.ask("GET", "/readyz").status == 200
+        wait_until_ready(server)
+        assert server.request("GET", "/readyz").status == 200
         server.signal(signal.SIGTERM)
-        assert ended_well(server)
+        assert stopped_cleanly(server)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_may_be_ended_before_it_is_ready(tmp_path: Path, plugin: str, number: int) -> None:
-    model = write_planted(tmp_path / "colours.planted")
-    (tmp_path / "colours.slow").touch()
-    with starting(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
+def test_a_signal_stops_the_server_before_it_is_ready(tmp_path: Path, plugin: str, number: int) -> None:
+    model = write_faulty_model(tmp_path / "colors.faulty")
+    (tmp_path / "colors.slow").touch()
+    with start_server(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
         wait_until(server.workers)
         os.killpg(server.process.pid, number)
-        assert ended_well(server)
+        assert stopped_cleanly(server)
         assert server.err == ""
 
 
-def test_numpy_has_the_threads_of_a_worker(tmp_path: Path, onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the user says how many."""
+def test_limits_the_threads_of_numpy(tmp_path: Path, onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that the user sets is kept."""
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    with two(tmp_path, onnx) as server:
+    with two_workers(tmp_path, onnx) as server:
         assert server.workers()[0].environ()["OPENBLAS_NUM_THREADS"] == str(max(1, available_cpus() // 2))
-    with two(tmp_path, onnx, OPENBLAS_NUM_THREADS="3") as server:
+    with two_workers(tmp_path, onnx, OPENBLAS_NUM_THREADS="3") as server:
         assert server.workers()[0].environ()["OPENBLAS_NUM_THREADS"] == "3"
 
 
-def test_the_workers_end_with_it(tmp_path: Path, onnx: Path) -> None:
-    with two(tmp_path, onnx) as server:
+def test_the_workers_stop_when_the_supervisor_is_killed(tmp_path: Path, onnx: Path) -> None:
+    with two_workers(tmp_path, onnx) as server:
         server.process.kill()
         server.process.wait()
         assert server.leftovers() == []
         assert server.err.count("\n") == 1
 
 
-def test_what_a_worker_cannot_begin_with_ends_it(tmp_path: Path, onnx: Path) -> None:
-    """Told once, however many workers find it."""
-    seal(onnx)
+def test_an_error_at_the_start_of_a_worker_stops_the_server(tmp_path: Path, onnx: Path) -> None:
+    """The error is printed once, although all workers report it."""
+    write_checksum(onnx)
     content = onnx.read_bytes()
     onnx.write_bytes(content[:-1] + (b"0" if content[-1:] != b"0" else b"1"))
-    with starting(tmp_path / "server", onnx, "--workers", 2) as server:
+    with start_server(tmp_path / "server", onnx, "--workers", 2) as server:
         assert server.wait() == 2
         assert server.leftovers() == []
         assert server.err.startswith("error: ")
-        assert "its seal is broken" in server.err
+        assert f"the checksum of {onnx} does not match" in server.err
         assert server.err.count("\n") == 1
 
 
-def test_a_worker_that_dies_at_once_ends_it(tmp_path: Path, plugin: str) -> None:
-    model = write_planted(tmp_path / "colours.planted")
-    (tmp_path / "colours.slow").touch()
-    with starting(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
+def test_a_worker_killed_before_it_is_ready_stops_the_server(tmp_path: Path, plugin: str) -> None:
+    model = write_faulty_model(tmp_path / "colors.faulty")
+    (tmp_path / "colors.slow").touch()
+    with start_server(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
         wait_until(lambda: len(server.workers()) == 2)
         server.workers()[0].kill()
         assert server.wait() == 1
         assert server.leftovers() == []
-        assert "ended with -9" in server.err
+        assert "exited with status -9: see its output" in server.err
         assert server.err.count("\n") == 1
 
 
-# A worker that dies
+# Restart of a worker
 
 
-def test_a_killed_worker_is_replaced(tmp_path: Path, plugin: str) -> None:
-    """What it had under way is lost; the others go on."""
-    model, slow = write_planted(tmp_path / "colours.planted"), tmp_path / "colours.slow"
-    with two(tmp_path, model, PYTHONPATH=plugin) as server:
-        pids = answering(server)
+def test_restarts_a_killed_worker(tmp_path: Path, plugin: str) -> None:
+    """Only its own requests are lost; the other worker answers its own."""
+    model, slow = write_faulty_model(tmp_path / "colors.faulty"), tmp_path / "colors.slow"
+    with two_workers(tmp_path, model, PYTHONPATH=plugin) as server:
+        pids = wait_for_both_workers(server)
         slow.touch()
         clients = [server.connect() for _ in range(8)]
         for client in clients:
-            client.send(picture())
-        held = wait_for_requests(server, len(clients))
-        killed = next(process for process in server.workers() if held[process.pid])
+            client.send(predict_request())
+        connections = wait_for_connections(server, len(clients))
+        killed = next(process for process in server.workers() if connections[process.pid])
         killed.kill()
-        server.wait_for("is replaced: worker ")
+        server.wait_for("note: restarting worker ")
         slow.unlink()
-        lost = sum(not answers(client) for client in clients)
-        assert lost == held[killed.pid]
+        lost = sum(not gets_prediction(client) for client in clients)
+        assert lost == connections[killed.pid]
         server.wait_for("is ready again")
-        assert len(answering(server) - pids) == 1
+        assert len(wait_for_both_workers(server) - pids) == 1
         server.signal(signal.SIGTERM)
-        assert ended_well(server)
+        assert stopped_cleanly(server)
 
 
-def wait_for_requests(server: Running, count: int) -> dict[int, int]:
-    """The connections that each worker has, once it is so many."""
-    held: dict[int, int] = {}
+def wait_for_connections(server: ServerProcess, count: int) -> dict[int, int]:
+    """Wait until the workers have `count` connections, and return the number of each by process ID."""
+    connections: dict[int, int] = {}
 
-    def look() -> bool:
+    def all_connected() -> bool:
         for process in server.workers():
-            held[process.pid] = sum(entry.status == "ESTABLISHED" for entry in process.net_connections())
-        return sum(held.values()) == count
+            connections[process.pid] = sum(entry.status == "ESTABLISHED" for entry in process.net_connections())
+        return sum(connections.values()) == count
 
-    wait_until(look)
-    return held
+    wait_until(all_connected)
+    return connections
 
 
-def answers(client: Client) -> bool:
+def gets_prediction(client: Client) -> bool:
     with client:
         try:
-            return client.answer().status == 200
+            return client.read_response().status == 200
         except (OSError, EOFError):
             return False
 
 
-def test_a_worker_is_started_again_and_again(tmp_path: Path, onnx: Path) -> None:
-    """Where the next cannot begin, the others serve, and it is tried until it can."""
-    with two(tmp_path, onnx) as server:
-        good = onnx.read_bytes()
+def test_restarts_a_worker_until_it_can_start(tmp_path: Path, onnx: Path) -> None:
+    """The other worker serves in the meantime."""
+    with two_workers(tmp_path, onnx) as server:
+        content = onnx.read_bytes()
         onnx.write_bytes(b"nothing")
         server.workers()[0].kill()
-        server.wait_for("is not an ONNX model", 2)
+        server.wait_for("is not a valid ONNX model", 2)
         assert server.predict().status == 200
-        onnx.write_bytes(good)
+        onnx.write_bytes(content)
         server.wait_for("is ready again")
-        assert server.end() == 0
+        assert server.stop() == 0
         assert server.leftovers() == []
 
 
-def test_goes_on_where_nobody_reads_what_it_says(tmp_path: Path, onnx: Path) -> None:
+def test_serves_on_when_its_output_is_closed(tmp_path: Path, onnx: Path) -> None:
     """As after `cifarx serve … 2>&1 | head -1`."""
-    reading, writing = os.pipe()
+    read_fd, write_fd = os.pipe()
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     command = [PROGRAM, "serve", onnx, "--workers", "1", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=writing, stderr=writing)
-    os.close(writing)
-    server = Running(process, tmp_path)
+    process = subprocess.Popen(command, stdout=write_fd, stderr=write_fd)
+    os.close(write_fd)
+    server = ServerProcess(process, tmp_path)
     try:
-        with os.fdopen(reading) as told:
-            assert told.readline().startswith("serving colours on ")
+        with os.fdopen(read_fd) as output:
+            assert output.readline().startswith("serving colors on ")
         server.port = port
         assert server.predict().status == 200
-        killed = server.workers()[0]
-        killed.kill()
+        server.workers()[0].kill()
         assert server.predict().status == 200
         write_onnx(tmp_path / "new.onnx", order=(2, 1, 0)).replace(onnx)
-        wait_until(lambda: swapped(server, onnx))
-        assert server.end() == 0
+        wait_until(lambda: reloads(server, onnx))
+        assert server.stop() == 0
     finally:
         server.kill()
 
 
-def swapped(server: Running, model: Path) -> bool:
+def reloads(server: ServerProcess, model: Path) -> bool:
     server.signal(signal.SIGHUP)
     return bool(server.predict().json["version"] == file_version(str(model)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_figures_outlive_a_worker(tmp_path: Path, onnx: Path, number: signal.Signals) -> None:
-    """One that is killed loses what it counted in its last tenth of a second; one that is told to end loses nothing."""
-    with serving(tmp_path / "server", onnx, "--workers", 1) as server:
+def test_keeps_the_counters_of_a_restarted_worker(tmp_path: Path, onnx: Path, number: signal.Signals) -> None:
+    """A killed worker loses what it counted in its last tenth of a second; a terminated one loses nothing."""
+    with run_server(tmp_path / "server", onnx, "--workers", 1) as server:
         for _ in range(3):
             assert server.predict().status == 200
         if number == signal.SIGKILL:
-            assert server.ask("GET", "/metrics").status == 200  # for which it is written
+            assert server.request("GET", "/metrics").status == 200  # writes the counters
         server.workers()[0].send_signal(number)
         server.wait_for("is ready again")
         assert server.predict().status == 200
         line = 'cifarx_requests_total{route="/v1/predict",status="200"} 4.0'
-        assert line in server.ask("GET", "/metrics").body.decode().splitlines()
+        assert line in server.request("GET", "/metrics").body.decode().splitlines()
 
 
-# New versions
+# Reload
 
 
-def test_a_new_version_is_taken_by_every_worker(tmp_path: Path, onnx: Path) -> None:
-    with two(tmp_path, onnx) as server:
+def test_every_worker_reloads_a_new_version(tmp_path: Path, onnx: Path) -> None:
+    with two_workers(tmp_path, onnx) as server:
         write_onnx(tmp_path / "new.onnx", order=(2, 1, 0)).replace(onnx)
         server.signal(signal.SIGHUP)
-        server.wait_for("swapped colours", 2)
+        server.wait_for("reloaded colors", 2)
         assert {server.predict().json["version"] for _ in range(20)} == {file_version(str(onnx))}
 
 
-def test_a_new_version_is_asked_for_while_it_starts(tmp_path: Path, plugin: str) -> None:
-    """It is taken when the old one is ready."""
-    model, slow = write_planted(tmp_path / "colours.planted"), tmp_path / "colours.slow"
+def test_a_reload_during_the_start_follows_it(tmp_path: Path, plugin: str) -> None:
+    model, slow = write_faulty_model(tmp_path / "colors.faulty"), tmp_path / "colors.slow"
     slow.touch()
-    with starting(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
+    with start_server(tmp_path / "server", model, "--workers", 2, PYTHONPATH=plugin) as server:
         wait_until(lambda: len(server.workers()) == 2)
         wait_until(lambda: all(len(process.threads()) > 1 for process in server.workers()))
-        write_planted(tmp_path / "new.planted", "other").replace(model)
+        write_faulty_model(tmp_path / "new.faulty", "other").replace(model)
         server.signal(signal.SIGHUP)
         slow.unlink()
-        until_ready(server)
+        wait_until_ready(server)
         wait_until(lambda: server.predict().json["version"] == file_version(str(model)))
-        assert server.end() == 0
+        assert server.stop() == 0
         assert "Traceback" not in server.err
 
 
-def test_watch_takes_a_file_that_changes(tmp_path: Path, onnx: Path) -> None:
-    with serving(tmp_path / "server", onnx, "--workers", 1, "--watch") as server:
+def test_watch_reloads_a_changed_file(tmp_path: Path, onnx: Path) -> None:
+    with run_server(tmp_path / "server", onnx, "--workers", 1, "--watch") as server:
         version = server.predict().json["version"]
         (tmp_path / "new.onnx").write_bytes(b"nothing")
         (tmp_path / "new.onnx").replace(onnx)
-        server.wait_for(f"kept colours {version}")
+        server.wait_for(f"kept colors at version {version}: ")
         write_onnx(tmp_path / "new.onnx", order=(2, 1, 0)).replace(onnx)
-        server.wait_for("swapped colours")
+        server.wait_for("reloaded colors")
         assert server.predict().json["version"] == file_version(str(onnx)) != version
-        assert server.end() == 0
+        assert server.stop() == 0
 
 
 # The socket
 
 
-def test_where_it_cannot_listen() -> None:
+def test_listen_rejects_an_address_that_cannot_be_used() -> None:
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(UsageError, match=rf"cannot listen on 127\.0\.0\.1 port {port} \(.*in use"):
             listen("127.0.0.1", port)
     listen("127.0.0.1", port).close()
     with pytest.raises(UsageError, match="choose another --host"):
-        listen("192.0.2.1", 0)  # of no machine
+        listen("192.0.2.1", 0)  # an address for documentation, which no machine has
 
 
-def test_a_hundred_clients_come_at_once(tmp_path: Path, onnx: Path) -> None:
-    with two(tmp_path, onnx) as server:
+def test_answers_a_hundred_clients_at_once(tmp_path: Path, onnx: Path) -> None:
+    with two_workers(tmp_path, onnx) as server:
         statuses: list[int] = []
         threads = [threading.Thread(target=lambda: statuses.append(server.predict().status)) for _ in range(100)]
         for thread in threads:
