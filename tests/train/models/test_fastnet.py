@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.models.registry import network
+from cifarx_train.models.registry import get_architecture
 
 
 @pytest.fixture
@@ -20,36 +20,36 @@ def images() -> Tensor:
 
 @pytest.fixture
 def fastnet(images: Tensor) -> nn.Module:
-    """Initialised, with running statistics of its own, and no two weights alike by construction."""
+    """An initialized network that has seen one batch, so that its running statistics are not the defaults."""
     torch.manual_seed(0)
-    chosen = network("fastnet")
-    module = chosen.build(10)
-    assert chosen.initialize is not None
-    chosen.initialize(module, images)
+    architecture = get_architecture("fastnet")
+    module = architecture.build(10)
+    assert architecture.initialize is not None
+    architecture.initialize(module, images)
     with torch.no_grad():
         module(images)
     return module.eval()
 
 
-def steps(module: nn.Module, images: Tensor, count: int) -> list[float]:
+def train_steps(module: nn.Module, images: Tensor, count: int) -> list[float]:
     module.train()
     labels = torch.arange(len(images)) % 10
-    optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     losses = []
     for _ in range(count):
         loss = functional.cross_entropy(module(images), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses
 
 
-def test_takes_32x32_pixels_in_0_to_1() -> None:
-    assert network("fastnet").input == InputSpec(height=32, width=32)
+def test_the_default_input_is_32x32_in_0_to_1() -> None:
+    assert get_architecture("fastnet").input == InputSpec(height=32, width=32)
 
 
-def test_the_parameters(fastnet: nn.Module) -> None:
+def test_trained_parameters(fastnet: nn.Module) -> None:
     trained = {
         name: tuple(parameter.shape) for name, parameter in fastnet.named_parameters() if parameter.requires_grad
     }
@@ -72,8 +72,8 @@ def test_the_parameters(fastnet: nn.Module) -> None:
     assert sum(parameter.numel() for parameter in fastnet.parameters() if parameter.requires_grad) == 1_971_352
 
 
-def test_convolutions_start_as_the_identity_on_the_first_channels() -> None:
-    weights = network("fastnet").build(10).state_dict()
+def test_convolutions_are_initialized_to_the_identity_on_the_first_channels() -> None:
+    weights = get_architecture("fastnet").build(10).state_dict()
     images = torch.rand(2, 24, 8, 8)
     outputs = functional.conv2d(images, weights["groups.0.0.weight"], padding=1)
     assert torch.allclose(outputs[:, :24], images)
@@ -82,42 +82,42 @@ def test_convolutions_start_as_the_identity_on_the_first_channels() -> None:
     assert torch.allclose(functional.conv2d(images, weights["groups.2.4.weight"], padding=1), images)
 
 
-def test_what_is_fixed_does_not_train_and_all_else_does(fastnet: nn.Module, images: Tensor) -> None:
+def test_only_the_whitening_and_scales_are_fixed(fastnet: nn.Module, images: Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in fastnet.state_dict().items()}
-    losses = steps(fastnet, images, 12)
-    same = {name for name, tensor in fastnet.state_dict().items() if torch.equal(tensor, before[name])}
+    losses = train_steps(fastnet, images, 12)
+    unchanged = {name for name, tensor in fastnet.state_dict().items() if torch.equal(tensor, before[name])}
     scales = {f"groups.{group}.{layer}.weight" for group in range(3) for layer in (2, 5)}
-    assert same == {"whitening.weight", *scales}
+    assert unchanged == {"whitening.weight", *scales}
     assert all((before[name] == 1).all() for name in scales)
     assert losses[-1] < losses[0] / 2
 
 
 @pytest.mark.parametrize("side", [32, 33, 48, 64, 96])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_logit_a_class_at_any_size_from_32(side: int, training: bool) -> None:
-    module = network("fastnet").build(7, InputSpec(height=side, width=side)).train(training)
+def test_any_size_from_32_returns_one_logit_per_class(side: int, training: bool) -> None:
+    module = get_architecture("fastnet").build(7, InputSpec(height=side, width=side)).train(training)
     assert module(torch.rand(2, 3, side, side)).shape == (2, 7)
 
 
-def test_initialising_depends_on_the_images_alone(images: Tensor) -> None:
-    chosen = network("fastnet")
-    assert chosen.initialize is not None
-    first, second, other = (chosen.build(10) for _ in range(3))
-    for module, seen in ((first, images), (second, images), (other, images.square())):
-        chosen.initialize(module, seen)
+def test_initialization_depends_only_on_the_images(images: Tensor) -> None:
+    architecture = get_architecture("fastnet")
+    assert architecture.initialize is not None
+    first, second, other = (architecture.build(10) for _ in range(3))
+    for module, inputs in ((first, images), (second, images), (other, images.square())):
+        architecture.initialize(module, inputs)
     for name in ("whitening.weight", "whitening.bias"):
         assert torch.equal(first.state_dict()[name], second.state_dict()[name])
         assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
-    assert chosen.build(10).training
+    assert architecture.build(10).training
     assert first.training
 
 
-def test_the_weights_alone_restore_it(fastnet: nn.Module, images: Tensor) -> None:
-    stored = io.BytesIO()
-    torch.save(fastnet.state_dict(), stored)
-    stored.seek(0)
-    restored = network("fastnet").build(10).eval()
-    restored.load_state_dict(torch.load(stored, weights_only=True))
+def test_the_state_dict_restores_the_network(fastnet: nn.Module, images: Tensor) -> None:
+    buffer = io.BytesIO()
+    torch.save(fastnet.state_dict(), buffer)
+    buffer.seek(0)
+    restored = get_architecture("fastnet").build(10).eval()
+    restored.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(restored(images), fastnet(images))
 
 
@@ -130,7 +130,7 @@ def test_traced_logits_are_the_same(fastnet: nn.Module, images: Tensor) -> None:
 
 def test_exported_logits_are_the_same_for_any_batch(fastnet: nn.Module, images: Tensor, tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own insides
+        warnings.simplefilter("ignore")  # from inside the exporter
         program = torch.onnx.export(
             fastnet, (images[:2],), dynamo=True, dynamic_shapes=({0: "batch"},), external_data=False, verbose=False
         )
@@ -145,14 +145,14 @@ def test_exported_logits_are_the_same_for_any_batch(fastnet: nn.Module, images: 
 
 def test_half_precision_and_channels_last(fastnet: nn.Module, images: Tensor) -> None:
     expected = fastnet(images)
-    last = fastnet.to(memory_format=torch.channels_last)
-    assert torch.allclose(last(images.contiguous(memory_format=torch.channels_last)), expected, atol=1e-5)
+    module = fastnet.to(memory_format=torch.channels_last)
+    assert torch.allclose(module(images.contiguous(memory_format=torch.channels_last)), expected, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = last(images)
-        loss = functional.cross_entropy(last.train()(images).float(), torch.arange(8))
+        logits = module(images)
+        loss = functional.cross_entropy(module.train()(images).float(), torch.arange(8))
     assert torch.allclose(logits.float(), expected, atol=0.1 * float(expected.detach().abs().max()))
     loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in last.parameters() if p.requires_grad)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
 
 
 def test_compiles_as_one_graph(fastnet: nn.Module, images: Tensor) -> None:

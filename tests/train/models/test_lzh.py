@@ -4,16 +4,16 @@ from torch import nn
 from torch.nn import functional
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.models.registry import network
+from cifarx_train.models.registry import get_architecture
 
 
 @pytest.fixture
 def lzh() -> nn.Module:
     torch.manual_seed(0)
-    return network("lzh").build(10)
+    return get_architecture("lzh").build(10)
 
 
-def test_the_parameters_are_those_of_the_notes(lzh: nn.Module) -> None:
+def test_the_parameters_are_those_of_the_training_notes(lzh: nn.Module) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in lzh.state_dict().items()}
     assert shapes == {
         "model.0.weight": (32, 3, 5, 5),
@@ -30,7 +30,7 @@ def test_the_parameters_are_those_of_the_notes(lzh: nn.Module) -> None:
     assert sum(parameter.numel() for parameter in lzh.parameters() if parameter.requires_grad) == 145_578
 
 
-def test_the_layers_are_those_of_the_notes(lzh: nn.Module) -> None:
+def test_the_layers_are_those_of_the_training_notes(lzh: nn.Module) -> None:
     weights = list(lzh.state_dict().values())
     images = torch.rand(3, 3, 32, 32)
     expected = images
@@ -44,24 +44,24 @@ def test_the_layers_are_those_of_the_notes(lzh: nn.Module) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("classes", [2, 10])
-def test_a_logit_a_class(count: int, classes: int) -> None:
-    logits = network("lzh").build(classes)(torch.rand(count, 3, 32, 32))
+def test_one_logit_per_class(count: int, classes: int) -> None:
+    logits = get_architecture("lzh").build(classes)(torch.rand(count, 3, 32, 32))
     assert logits.shape == (count, classes)
     assert logits.dtype == torch.float32
 
 
-def test_logits_not_probabilities(lzh: nn.Module) -> None:
+def test_outputs_are_logits_and_not_probabilities(lzh: nn.Module) -> None:
     logits = lzh(torch.rand(4, 3, 32, 32))
     assert not torch.allclose(logits.sum(1), torch.ones(4))
     assert (logits < 0).any()
 
 
-def test_takes_32x32_pixels_in_0_to_1() -> None:
-    assert network("lzh").input == InputSpec(
+def test_the_default_input_is_32x32_in_0_to_1() -> None:
+    assert get_architecture("lzh").input == InputSpec(
         height=32, width=32, value_range=(0.0, 1.0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
     )
 
 
-def test_every_build_is_another_network() -> None:
-    first, second = network("lzh").build(10), network("lzh").build(10)
+def test_every_build_returns_new_weights() -> None:
+    first, second = get_architecture("lzh").build(10), get_architecture("lzh").build(10)
     assert not torch.equal(first.state_dict()["model.0.weight"], second.state_dict()["model.0.weight"])

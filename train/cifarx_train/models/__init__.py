@@ -1,4 +1,4 @@
-"""One module a network of our own; importing this package registers them all. torchvision's are in one module."""
+"""Model architectures. Importing this package registers the built-in ones, each in a module of its own."""
 
 from cifarx_train.models import fastnet, lzh
 

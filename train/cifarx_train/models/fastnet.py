@@ -1,8 +1,8 @@
-"""Fastnet, our own network for 32x32 images, made to be trained in seconds.
+"""Fastnet, a network for 32x32 images that trains in seconds.
 
-Its ideas are those of the CIFAR-10 speed records: a fixed whitening first layer, three groups of two 3x3
-convolutions that start as the identity, BatchNorm without a scale, GELU, no residual connections, and a head whose
-logits start small. 1,971,352 trained parameters for ten classes.
+It combines the ideas of the CIFAR-10 speed records: a fixed whitening layer at the start, three groups of two 3x3
+convolutions that are initialized to the identity, BatchNorm without a scale, GELU, no residual connections, and scaled
+logits. It has 1,971,352 trainable parameters for ten classes.
 """
 
 from itertools import pairwise
@@ -15,20 +15,20 @@ from cifarx_train.models.layers.whitening import Whitening
 from cifarx_train.models.registry import register_model
 
 _WIDTHS = (64, 256, 256)
-# Running statistics move this far with every batch: training is so short that the usual 0.1 would lag behind it.
-_NORM_MOMENTUM = 0.4
-_LOGIT_SCALE = 1 / 9  # the records' factor: with it the head takes the rates of the other layers
+# Training is so short that the running statistics would lag behind with PyTorch's default of 0.1.
+_BATCHNORM_MOMENTUM = 0.4
+_LOGIT_SCALE = 1 / 9  # from the speed records; with it, the head trains at the learning rate of the other layers
 
 
 class Fastnet(nn.Module):
-    """Input (N, 3, H, W), output logits (N, classes); made for 32x32 pixels, works on larger ones."""
+    """Maps images (N, 3, H, W) to logits (N, classes). Designed for 32x32 pixels; larger images work too."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.whitening = Whitening()
         self.activation = nn.GELU()
-        widths = pairwise((Whitening.channels, *_WIDTHS))
-        self.groups = nn.Sequential(*(_group(inputs, outputs) for inputs, outputs in widths))
+        channels = pairwise((Whitening.channels, *_WIDTHS))
+        self.groups = nn.Sequential(*(_group(in_channels, out_channels) for in_channels, out_channels in channels))
         self.head = nn.Linear(_WIDTHS[-1], classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -37,39 +37,39 @@ class Fastnet(nn.Module):
         return logits
 
 
-def _group(inputs: int, outputs: int) -> nn.Sequential:
-    """(N, inputs, H, W) to (N, outputs, H / 2, W / 2)."""
+def _group(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Return a group that maps (N, in_channels, H, W) to (N, out_channels, H / 2, W / 2)."""
     return nn.Sequential(
-        _convolution(inputs, outputs),
+        _conv(in_channels, out_channels),
         nn.MaxPool2d(2),
-        _norm(outputs),
+        _batchnorm(out_channels),
         nn.GELU(),
-        _convolution(outputs, outputs),
-        _norm(outputs),
+        _conv(out_channels, out_channels),
+        _batchnorm(out_channels),
         nn.GELU(),
     )
 
 
-def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution whose first `inputs` outputs start as its inputs, the others as random as ever."""
-    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Return a 3x3 convolution whose first `in_channels` filters are the identity and whose others are random."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     with torch.no_grad():
-        nn.init.dirac_(convolution.weight[:inputs])
-    return convolution
+        nn.init.dirac_(conv.weight[:in_channels])
+    return conv
 
 
-def _norm(channels: int) -> nn.BatchNorm2d:
-    """BatchNorm that trains only its offset: the next layer would undo a scale anyway."""
-    norm = nn.BatchNorm2d(channels, momentum=_NORM_MOMENTUM)
-    norm.weight.requires_grad_(False)  # stays 1; None instead would leave out the fast kernels of CUDA
-    return norm
+def _batchnorm(channels: int) -> nn.BatchNorm2d:
+    """Return a BatchNorm that trains only its bias, because the next layer makes a scale redundant."""
+    batchnorm = nn.BatchNorm2d(channels, momentum=_BATCHNORM_MOMENTUM)
+    batchnorm.weight.requires_grad_(False)  # stays at 1; without a weight, CUDA's fast kernels are not used
+    return batchnorm
 
 
-def _fit_whitening(module: nn.Module, images: Tensor) -> None:
+def _initialize_whitening(module: nn.Module, images: Tensor) -> None:
     assert isinstance(module, Fastnet)
     module.whitening.fit(images)
 
 
-@register_model("fastnet", InputSpec(height=32, width=32), initialize=_fit_whitening)
+@register_model("fastnet", InputSpec(height=32, width=32), initialize=_initialize_whitening)
 def fastnet(classes: int) -> nn.Module:
     return Fastnet(classes)

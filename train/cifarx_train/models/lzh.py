@@ -1,6 +1,6 @@
-"""Lzh, the network of the CIFAR-10 training notes: three convolutions, three max-pools, two linear layers.
+"""Lzh, the network of the original CIFAR-10 training notes: three convolutions, three max-pools, two linear layers.
 
-It has no activation functions; the max-pools are its only nonlinearity. 145,578 parameters for ten classes.
+It has no activation functions: max-pooling is its only nonlinearity. It has 145,578 parameters for ten classes.
 """
 
 import torch
@@ -11,11 +11,11 @@ from cifarx_train.models.registry import register_model
 
 
 class Lzh(nn.Module):
-    """Input (N, 3, 32, 32) in [0, 1], output logits (N, classes)."""
+    """Maps images (N, 3, 32, 32) with values in [0, 1] to logits (N, classes)."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        # One Sequential called `model`, so that the keys are those of the notes' own files (`model.0.weight` …).
+        # A single Sequential named `model`, so that the keys are those of legacy checkpoints (`model.0.weight`, …).
         self.model = nn.Sequential(
             nn.Conv2d(3, 32, kernel_size=5, padding=2),
             nn.MaxPool2d(2),

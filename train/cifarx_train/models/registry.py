@@ -1,58 +1,60 @@
-"""Networks by name: our own, each a module of this package, and torchvision's classifiers."""
+"""The registry of architectures: the built-in ones, each in a module of this package, and torchvision's classifiers."""
 
 from collections.abc import Callable
 from importlib import import_module
 
-from cifarx_serve.errors import unknown
+from cifarx_serve.errors import unknown_name_error
 from cifarx_serve.spec import InputSpec
-from cifarx_train.models.network import Builder, Initialize, Network, Stem, no_small_stem
+from cifarx_train.models.architecture import Architecture, Builder, Initialize, Stem, no_small_stem_error
 
-_networks: dict[str, Network] = {}
+_architectures: dict[str, Architecture] = {}
 
 
 def register_model(
     name: str, input_spec: InputSpec, initialize: Initialize | None = None
 ) -> Callable[[Builder], Builder]:
-    """Decorates the builder of one of our own networks: `builder(classes)` gives a module with logits (N, classes).
+    """Return a decorator that registers a function `builder(classes)`, which returns a module with logits (N, classes).
 
     Args:
-        name: what it is asked for by.
-        input_spec: the input it takes unless told otherwise.
-        initialize: as in `Network`.
+        name: the name of the architecture.
+        input_spec: the default input.
+        initialize: see `Architecture`.
     """
 
     def register(builder: Builder) -> Builder:
-        _networks[name] = Network(name, "own", input_spec, lambda classes, _input: builder(classes), initialize)
+        _architectures[name] = Architecture(
+            name, "own", input_spec, lambda classes, _input: builder(classes), initialize
+        )
         return builder
 
     return register
 
 
-def model_names() -> list[str]:
-    """Every network that can be asked for, sorted. Imports torchvision, which takes seconds."""
-    from cifarx_train.models.torchvision_models import classifier_names
+def list_models() -> list[str]:
+    """Return the names of all architectures, sorted. Imports torchvision, which takes seconds."""
+    from cifarx_train.models.torchvision_models import list_classifiers
 
-    return sorted({*_own_networks(), *classifier_names()})
+    return sorted({*_builtin_architectures(), *list_classifiers()})
 
 
-def network(name: str, *, stem: Stem = "own") -> Network:
-    """The network of that name; torchvision is imported only for a name that is none of ours.
+def get_architecture(name: str, *, stem: Stem = "own") -> Architecture:
+    """Return the architecture with a name. Imports torchvision only if the name is not that of a built-in one.
 
     Raises:
-        UsageError: there is none, or it has no small stem.
+        UsageError: there is no architecture with that name, or it has no small stem.
     """
-    own = _own_networks()
-    if name not in own:
-        from cifarx_train.models.torchvision_models import classifier, classifier_names
+    builtin = _builtin_architectures()
+    if name not in builtin:
+        from cifarx_train.models.torchvision_models import classifier_architecture, list_classifiers
 
-        if name not in classifier_names():
-            raise unknown("model", name, model_names())
-        return classifier(name, stem)
+        if name not in list_classifiers():
+            raise unknown_name_error("model", name, list_models())
+        return classifier_architecture(name, stem)
     if stem == "small":
-        raise no_small_stem(name)
-    return own[name]
+        raise no_small_stem_error(name)
+    return builtin[name]
 
 
-def _own_networks() -> dict[str, Network]:
-    import_module("cifarx_train.models")  # registers them; not at the top, for they import this module
-    return _networks
+def _builtin_architectures() -> dict[str, Architecture]:
+    import_module("cifarx_train.models")  # registers them; imported here because they import this module
+    return _architectures

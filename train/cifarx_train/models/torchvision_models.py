@@ -1,6 +1,6 @@
-"""torchvision's classifiers, by torchvision's own names, without published weights.
+"""The architectures of torchvision's classifiers, under torchvision's names and without published weights.
 
-Importing this module imports torchvision, which takes seconds: only the registry does, and only when it must.
+This module imports torchvision, which takes seconds, so the registry imports it only when it is needed.
 """
 
 from functools import cache
@@ -11,63 +11,62 @@ from torch import nn
 
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import InputSpec
-from cifarx_train.models.network import RESNETS, Network, Stem, no_small_stem
-from cifarx_train.models.sizes import size_text
+from cifarx_train.models.architecture import RESNET_PREFIXES, Architecture, Stem, format_size, no_small_stem_error
 
-_SMALLEST = 32  # the size of CIFAR-10's images: every network takes it that works on it
-# These do not work on 32x32 images, or on no other size than they were built for. Tests hold this to torchvision.
+_SMALL_SIDE = 32  # the size of CIFAR-10's images, which is the default for every network that supports it
+# The prefixes of networks that do not support 32x32 images, or only the size that they are built for. Tests check this.
 _AT_PUBLISHED_SIZE = ("alexnet", "inception_v3", "maxvit", "vit_")
-# Their auxiliary heads would make the output of training a tuple; unsaid, `init_weights` warns that it will change.
-_ONE_HEAD: dict[str, dict[str, Any]] = {
+# With auxiliary heads, the output in training mode would be a tuple. Without `init_weights`, torchvision warns that its
+# default will change.
+_WITHOUT_AUXILIARY_HEADS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
 
 
 @cache
-def classifier_names() -> tuple[str, ...]:
-    """Every classifier of the installed torchvision, sorted."""
+def list_classifiers() -> tuple[str, ...]:
+    """Return the names of all classifiers of the installed torchvision, sorted."""
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
-def classifier(name: str, stem: Stem) -> Network:
-    """The classifier of that name, one of `classifier_names()`.
+def classifier_architecture(name: str, stem: Stem) -> Architecture:
+    """Return the architecture of a classifier, one of `list_classifiers()`.
 
     Raises:
-        UsageError: a small stem was asked of a network that is no ResNet.
+        UsageError: a small stem was requested for a network that is not a ResNet.
     """
-    if stem == "small" and not name.startswith(RESNETS):
-        raise no_small_stem(name)
+    if stem == "small" and not name.startswith(RESNET_PREFIXES):
+        raise no_small_stem_error(name)
 
     def build(classes: int, size: InputSpec) -> nn.Module:
-        module: nn.Module = torchvision.models.get_model(
-            name, weights=None, num_classes=classes, **_ONE_HEAD.get(name, {}), **_size_options(name, size)
-        )
+        options = {**_WITHOUT_AUXILIARY_HEADS.get(name, {}), **_size_options(name, size)}
+        module: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
         if stem == "small":
-            _keep_size(module)
+            _replace_stem(module)
         return module
 
-    side = published_size(name) if name.startswith(_AT_PUBLISHED_SIZE) else _SMALLEST
-    return Network(name, stem, InputSpec(height=side, width=side), build)
+    side = published_image_size(name) if name.startswith(_AT_PUBLISHED_SIZE) else _SMALL_SIDE
+    return Architecture(name, stem, InputSpec(height=side, width=side), build)
 
 
-def published_size(name: str) -> int:
-    """The side of the square images that the published weights of a classifier take; downloads nothing."""
+def published_image_size(name: str) -> int:
+    """Return the side of the square images for which the weights of a classifier were published. Downloads nothing."""
     side: int = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
     return side
 
 
 def _size_options(name: str, size: InputSpec) -> dict[str, Any]:
-    """What the builder of a classifier must know of the images' size.
+    """Return the arguments of a classifier's builder that depend on the image size.
 
     Raises:
-        UsageError: it cannot be built for it.
+        UsageError: the classifier does not support the size.
     """
     if name.startswith("vit_"):
         _check_multiple(name, size, of=int(name.rsplit("_", 1)[1]))  # vit_b_16 has patches of 16x16 pixels
         return {"image_size": size.height}
     if name.startswith("maxvit"):
-        _check_multiple(name, size, of=7 * 32)  # windows of 7x7 on what five halvings leave of the image
+        _check_multiple(name, size, of=7 * 32)  # windows of 7x7 after the image is halved five times
         return {"input_size": (size.height, size.width)}
     return {}
 
@@ -75,16 +74,17 @@ def _size_options(name: str, size: InputSpec) -> dict[str, Any]:
 def _check_multiple(name: str, size: InputSpec, of: int) -> None:
     if size.height != size.width or size.height % of:
         raise UsageError(
-            f"{name} takes square images whose side is a multiple of {of}, not {size_text(size)}",
+            f"{name} takes square images whose side is a multiple of {of}, not {format_size(size)}",
             f"use --image-size {max(of, size.height // of * of)}, or leave it out",
         )
 
 
-def _keep_size(resnet: Any) -> None:
-    """Give a ResNet the stem for 32x32 images of the paper (arXiv:1512.03385, section 4.2), in place.
+def _replace_stem(resnet: Any) -> None:
+    """Replace the stem of a ResNet, in place, by the one for CIFAR-10.
 
-    A 3x3 convolution of stride 1 and no max-pool: torchvision's own stem would leave 8x8 pixels of them.
+    This is a 3x3 convolution with stride 1 and no max-pooling. The original stem reduces 32x32 images to 8x8.
+    He et al. 2015, "Deep residual learning for image recognition" (arXiv:1512.03385), section 4.2.
     """
     resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as all of torchvision's ResNet
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as in torchvision's ResNet
     resnet.maxpool = nn.Identity()

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cifarx_train.models.layers.full_window_conv import OnePixelConv2d, skip_padding
-from cifarx_train.models.registry import network
+from cifarx_train.models.layers.full_window_conv import FullWindowConv2d, convert_full_window_convs
+from cifarx_train.models.registry import get_architecture
 
 
 @given(
@@ -20,39 +20,39 @@ from cifarx_train.models.registry import network
     seed=st.integers(0, 100),
 )
 @settings(max_examples=150, deadline=None)
-def test_answers_and_gradients_are_those_of_the_convolution(
+def test_outputs_and_gradients_are_those_of_a_convolution(
     height: int, width: int, kernel: tuple[int, int], stride: int, padding: tuple[int, int], bias: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     plain = nn.Conv2d(3, 5, kernel, stride, padding, bias=bias).double()
-    ours = nn.Sequential(copy.deepcopy(plain))
-    skip_padding(ours)
+    converted = nn.Sequential(copy.deepcopy(plain))
+    convert_full_window_convs(converted)
     images = torch.randn(4, 3, height, width, dtype=torch.float64)
     if height + 2 * padding[0] < kernel[0] or width + 2 * padding[1] < kernel[1]:
         with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
-            ours(images)
+            converted(images)
         return
-    expected, answer = plain(images), ours(images)
-    assert answer.shape == expected.shape
-    torch.testing.assert_close(answer, expected)
+    expected, output = plain(images), converted(images)
+    assert output.shape == expected.shape
+    torch.testing.assert_close(output, expected)
     weight = torch.randn_like(expected)
-    for one, other in zip(
-        torch.autograd.grad((answer * weight).sum(), list(ours.parameters())),
+    for gradient, expected_gradient in zip(
+        torch.autograd.grad((output * weight).sum(), list(converted.parameters())),
         torch.autograd.grad((expected * weight).sum(), list(plain.parameters())),
         strict=True,
     ):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_a_network_keeps_its_weights_names_and_answers() -> None:
+def test_a_converted_network_keeps_its_keys_and_outputs() -> None:
     torch.manual_seed(0)
-    plain = network("resnet18").build(10).eval()
-    ours = copy.deepcopy(plain)
-    skip_padding(ours)
+    plain = get_architecture("resnet18").build(10).eval()
+    converted = copy.deepcopy(plain)
+    convert_full_window_convs(converted)
     images = torch.randn(2, 3, 32, 32)
-    assert ours.state_dict().keys() == plain.state_dict().keys()
-    assert any(isinstance(layer, OnePixelConv2d) for layer in ours.modules())
-    torch.testing.assert_close(ours(images), plain(images), rtol=1e-4, atol=1e-4)
+    assert converted.state_dict().keys() == plain.state_dict().keys()
+    assert any(isinstance(layer, FullWindowConv2d) for layer in converted.modules())
+    torch.testing.assert_close(converted(images), plain(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_network_keeps_its_weights_names_and_answers() -> None:
     ],
     ids=["groups", "dilation", "same", "circular", "transposed"],
 )
-def test_other_convolutions_stay_as_they_are(layer: nn.Module) -> None:
+def test_other_convolutions_are_not_converted(layer: nn.Module) -> None:
     kind = type(layer)
-    skip_padding(layer)
+    convert_full_window_convs(layer)
     assert type(layer) is kind

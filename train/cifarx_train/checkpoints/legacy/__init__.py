@@ -1,1 +1,1 @@
-"""Legacy checkpoints: files of `torch.save`, read without running their code."""
+"""Legacy checkpoints: files that `torch.save` wrote without cifarx, read without running any code in them."""

@@ -1,29 +1,29 @@
-"""What a pickle would import and call, told from its bytes alone: nothing of it is loaded, nothing runs."""
+"""Find the globals that a pickle imports and calls, without loading it or running any code."""
 
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from typing import IO, Any, NamedTuple
 
-COMPUTED = "a name put together while loading"
-"""Stands for a global whose name is not written out in the pickle."""
+COMPUTED_NAME = "a name that is computed while loading"
+"""Stands for a global whose name is not a constant in the pickle."""
 
 
-class Asked(NamedTuple):
-    """The globals of a pickle by their full names.
+class PickleGlobals(NamedTuple):
+    """The globals of a pickle, by their fully qualified names.
 
     Attributes:
-        named: all of them.
-        called: those that are called with arguments: functions, or classes used like functions.
-        wrapped: where a class stands in a persistent id, as files of PyTorch before 1.6 have it: byte ranges.
+        imported: all globals.
+        called: the globals that are called with arguments: functions, or classes used like functions.
+        class_ids: the byte ranges of persistent ids that contain a class, which PyTorch wrote before 1.6.
     """
 
-    named: frozenset[str]
+    imported: frozenset[str]
     called: frozenset[str]
-    wrapped: tuple[tuple[int, int], ...]
+    class_ids: tuple[tuple[int, int], ...]
 
 
 class _Global(str):
-    """A global on the stack, by its full name; plain text there is `str`."""
+    """The fully qualified name of a global on the stack. A string on the stack is a plain `str`."""
 
     __slots__ = ()
 
@@ -37,25 +37,25 @@ class _Tuple(NamedTuple):
     items: list[Any]
 
 
-def scan_pickle(file: IO[bytes]) -> Asked:
-    """Read one pickle to its end; `file` then stands behind it.
+def scan_pickle(file: IO[bytes]) -> PickleGlobals:
+    """Read a pickle and leave the file position after its end.
 
     Raises:
-        Exception: not a pickle; damaged bytes may raise almost anything.
+        Exception: this is not a pickle. Damaged bytes can raise almost any exception.
     """
-    scan = _Scan()
+    machine = _Machine()
     for code, argument, position in pickletools.genops(file):
-        scan.step(code, argument, position or 0)
-    return Asked(frozenset(scan.named), frozenset(scan.called), tuple(scan.wrapped))
+        machine.step(code, argument, position or 0)
+    return PickleGlobals(frozenset(machine.imported), frozenset(machine.called), tuple(machine.class_ids))
 
 
-class _Scan:
-    """A pickle machine that holds names, texts and unknowns in place of objects."""
+class _Machine:
+    """A pickle machine whose stack contains names, strings and None instead of objects."""
 
     def __init__(self) -> None:
-        self.named: set[str] = set()
+        self.imported: set[str] = set()
         self.called: set[str] = set()
-        self.wrapped: list[tuple[int, int]] = []
+        self.class_ids: list[tuple[int, int]] = []
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -95,10 +95,10 @@ class _Scan:
             case "BINPERSID":
                 self._persist(self._stack.pop(), position)
             case _:
-                self._step_plainly(code, argument)
+                self._step_other(code, argument)
 
-    def _step_plainly(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
-        """What only moves values: as much off the stack and onto it as the opcode's own description says."""
+    def _step_other(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Pop and push as many values as the description of the opcode states."""
         before = code.stack_before
         if pickletools.markobject in before:
             self._pop_to_mark()
@@ -116,24 +116,24 @@ class _Scan:
 
     def _name(self, module: Any, name: Any) -> _Global:
         if type(module) is not str or type(name) is not str:
-            found = COMPUTED
+            full_name = COMPUTED_NAME
         else:
-            # Pickles of PyTorch use Python 2's names of the built-in modules.
+            # PyTorch's pickles contain Python 2's names of built-in modules.
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            found = f"{module}.{name}"
-        self.named.add(found)
-        return _Global(found)
+            full_name = f"{module}.{name}"
+        self.imported.add(full_name)
+        return _Global(full_name)
 
     def _call(self, value: Any) -> None:
-        """What is called without having a name was given by a call that has one."""
+        """A called value without a name is the result of another call, which has been recorded."""
         if isinstance(value, _Global):
             self.called.add(str(value))
         self._stack.append(None)
 
     def _persist(self, value: Any, position: int) -> None:
-        """`("module", class, file, source)` stands for the class."""
-        kind = None
+        """The persistent id `("module", class, file, source)` stands for the class."""
+        loaded = None
         if isinstance(value, _Tuple) and value.items[:1] == ["module"]:
-            self.wrapped.append((value.position, position))
-            _, kind, _, _ = value.items
-        self._stack.append(kind)
+            self.class_ids.append((value.position, position))
+            _, loaded, _, _ = value.items
+        self._stack.append(loaded)

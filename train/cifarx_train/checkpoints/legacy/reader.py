@@ -1,7 +1,7 @@
-"""`.pth` files of the training notes: `torch.save(model, …)` and `torch.save(model.state_dict(), …)`.
+"""Read legacy checkpoints: `torch.save(model, …)`, `torch.save(model.state_dict(), …)`, and dicts that contain either.
 
-Of a whole network only the tensors are taken, into a network of ours; of either kind the architecture is told from
-the names and shapes of the weights, and what no such file says is assumed, and said to be.
+Only the tensors of a whole model are used. The architecture is identified from the names and shapes of the weights.
+What the file does not describe, such as the class names, is assumed, and a warning states the assumptions.
 """
 
 import warnings
@@ -13,137 +13,137 @@ import torch
 
 from cifarx_serve.errors import FallbackWarning, ModelFileError
 from cifarx_serve.spec import InputSpec, ModelSpec
-from cifarx_train.checkpoints.legacy.architecture import Match, identify_architecture
-from cifarx_train.checkpoints.legacy.safe_unpickle import LZH_CLASSES, REMEDY, StandIn, plain_dict
-from cifarx_train.models.registry import network
+from cifarx_train.checkpoints.legacy.architecture import ArchitectureMatch, identify_architecture
+from cifarx_train.checkpoints.legacy.safe_unpickle import LZH_CLASSES, REMEDY, ObjectStub, as_plain_dict
+from cifarx_train.models.registry import get_architecture
 
-_PLACES: Final = ("state_dict", "model_state_dict", "model", "net", "network")
-"""Where training scripts put the weights beside an optimizer; the first that holds some."""
+_STATE_DICT_KEYS: Final = ("state_dict", "model_state_dict", "model", "net", "network")
+"""The keys under which training scripts save the weights. The first one that contains weights is used."""
 
-_WRAPPERS: Final = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
-# No network of torchvision comes near; a file whose modules hold each other would never end.
-_MOST_MODULES: Final = 20_000
-_DEEPEST: Final = 50
-_LONGEST: Final = 500
+_WRAPPER_PREFIXES: Final = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+# Limits far beyond any network of torchvision, because a file can contain modules that contain each other.
+_MAX_MODULES: Final = 20_000
+_MAX_DEPTH: Final = 50
+_MAX_NAME_LENGTH: Final = 500
+_MAX_DICT_DEPTH: Final = 3
 
 
 def read_legacy_checkpoint(
     path: Path, content: Any, model: str | None = None
 ) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
-    """The spec and the weights, by our own names, of a file that is no checkpoint of ours.
+    """Return the spec and the state dict of a legacy checkpoint, with the keys and dtypes of the architecture.
 
     Args:
-        path: the file, for errors and the note.
-        content: what `load_safely` read there.
-        model: the network's name, where the file does not say it.
+        path: the file, for messages.
+        content: the result of `safe_load` for the file.
+        model: the name of the architecture, if it is known.
 
     Raises:
-        UsageError: several networks have just these weights, or no network is called `model`.
-        ModelFileError: no weights, or weights of no network that is known.
+        UsageError: several architectures match the weights, or there is no architecture named `model`.
+        ModelFileError: the file contains no weights, or no known architecture matches them.
     """
-    found = _find(path, content)
+    found = _find_weights(path, content)
     if found is None:
-        raise ModelFileError(f"{path} is not a cifarx checkpoint, and holds no network's weights", REMEDY)
-    tensors, name = found
-    weights = _without_wrappers({key: _checked(path, key, value) for key, value in tensors.items()})
+        raise ModelFileError(f"{path} is not a cifarx checkpoint and contains no weights of a network", REMEDY)
+    values, name = found
+    weights = _strip_wrapper_prefixes({key: _require_tensor(path, key, value) for key, value in values.items()})
     match = identify_architecture({key: tuple(tensor.shape) for key, tensor in weights.items()}, path, model or name)
     if match.classes < 2:
-        raise ModelFileError(f"{path} tells {match.classes} class apart", "give a classifier of at least 2 classes")
-    names, called = _class_names(match.classes)
-    spec = ModelSpec(
-        model=match.model, stem=match.stem, class_names=names, input=network(match.model, stem=match.stem).input
-    )
-    _warn(path, spec, called)
-    return spec, _named_as_ours(match, weights)
+        raise ModelFileError(f"{path} has only {match.classes} class", "use a classifier with at least 2 classes")
+    architecture = get_architecture(match.model, stem=match.stem)
+    class_names, description = _class_names(match.classes)
+    spec = ModelSpec(model=match.model, stem=match.stem, class_names=class_names, input=architecture.input)
+    _warn(path, spec, description)
+    return spec, _convert(match, weights)
 
 
-# --- the weights in the file
+# --- weights in the file
 
 
-def _find(path: Path, content: Any, depth: int = 0) -> tuple[dict[Any, Any], str | None] | None:
-    """The weights by the file's names, and the network's name where the file's class is the notes' own."""
-    if isinstance(content, StandIn):
-        weights = dict(_tensors_of(path, content))
+def _find_weights(path: Path, content: Any, depth: int = 0) -> tuple[dict[Any, Any], str | None] | None:
+    """Return the weights by their keys in the file, and the name of the architecture if its class is known."""
+    if isinstance(content, ObjectStub):
+        weights = dict(_module_state(path, content))
         return (weights, "lzh" if content.name in LZH_CLASSES else None) if weights else None
-    held = plain_dict(content)
-    if not held or depth > 3:  # nobody puts them deeper
+    values = as_plain_dict(content)
+    if not values or depth > _MAX_DICT_DEPTH:
         return None
-    for place in _PLACES:
-        if place in held and (found := _find(path, held[place], depth + 1)):
+    for key in _STATE_DICT_KEYS:
+        if key in values and (found := _find_weights(path, values[key], depth + 1)):
             return found
-    return (held, None) if any(isinstance(value, torch.Tensor) for value in held.values()) else None
+    return (values, None) if any(isinstance(value, torch.Tensor) for value in values.values()) else None
 
 
-def _tensors_of(path: Path, root: StandIn) -> Iterator[tuple[str, Any]]:
-    """The state dict of a whole network, in its order, out of the plain dicts that PyTorch keeps a module's parts in.
+def _module_state(path: Path, root: ObjectStub) -> Iterator[tuple[str, Any]]:
+    """Yield the state dict of a whole model in order, from the dicts in which `nn.Module` stores its parts.
 
-    Values are as the file has them: they may be no tensors.
+    The values are not checked and can be anything.
     """
-    waiting: list[tuple[str, int, Any]] = [("", 0, root)]
-    seen = 0
-    while waiting:
-        prefix, depth, part = waiting.pop()
-        seen += 1
-        if seen > _MOST_MODULES or depth > _DEEPEST:
-            raise ModelFileError(f"the modules in {path} hold one another without end", REMEDY)
-        state = (plain_dict(part.state) if isinstance(part, StandIn) else None) or {}
-        passing = state.get("_non_persistent_buffers_set")
+    pending: list[tuple[str, int, Any]] = [("", 0, root)]
+    count = 0
+    while pending:
+        prefix, depth, module = pending.pop()
+        count += 1
+        if count > _MAX_MODULES or depth > _MAX_DEPTH:
+            raise ModelFileError(f"the modules in {path} contain each other", REMEDY)
+        state = (as_plain_dict(module.state) if isinstance(module, ObjectStub) else None) or {}
+        non_persistent = state.get("_non_persistent_buffers_set")
         for kind in ("_parameters", "_buffers"):
-            for name, value in _named(path, state.get(kind)):
-                if value is not None and not (type(passing) is set and name in passing):
+            for name, value in _named_items(path, state.get(kind)):
+                if value is not None and not (type(non_persistent) is set and name in non_persistent):
                     yield f"{prefix}{name}", value
-        modules = [(f"{prefix}{name}.", depth + 1, module) for name, module in _named(path, state.get("_modules"))]
-        waiting += reversed(modules)
+        children = [(f"{prefix}{name}.", depth + 1, child) for name, child in _named_items(path, state.get("_modules"))]
+        pending += reversed(children)
 
 
-def _named(path: Path, parts: Any) -> list[tuple[str, Any]]:
-    items = list((plain_dict(parts) or {}).items())
-    for name, _ in items:
+def _named_items(path: Path, items: Any) -> list[tuple[str, Any]]:
+    checked = list((as_plain_dict(items) or {}).items())
+    for name, _ in checked:
         _check_name(path, name)
-    return items
+    return checked
 
 
 def _check_name(path: Path, name: Any) -> None:
-    if type(name) is not str or len(name) > _LONGEST or not name.isprintable():
-        raise ModelFileError(f"{path} holds a weight without a proper name", REMEDY)
+    if type(name) is not str or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
+        raise ModelFileError(f"{path} contains a weight with an invalid name", REMEDY)
 
 
-def _checked(path: Path, key: Any, value: Any) -> torch.Tensor:
-    """A tensor as plain as they come: attributes, gradients and classes of the file's are left behind."""
+def _require_tensor(path: Path, key: Any, value: Any) -> torch.Tensor:
+    """Return a plain tensor, without the attributes, gradient and class of the one in the file."""
     _check_name(path, key)
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        raise ModelFileError(f"{key!r} in {path} is no tensor", REMEDY)
-    plain = torch.Tensor.detach(value)
-    dense = plain.layout is torch.strided and plain.device.type == "cpu" and not plain.is_quantized
-    # A view can claim more numbers than the file has bytes.
-    if not dense or plain.is_complex() or plain.nbytes > plain.untyped_storage().nbytes():
-        raise ModelFileError(f"{key!r} in {path} is no tensor of weights", REMEDY)
-    return plain
+        raise ModelFileError(f"{key!r} in {path} is not a tensor", REMEDY)
+    tensor = torch.Tensor.detach(value)
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    # A view can have more elements than the file has bytes.
+    if not dense or tensor.is_complex() or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ModelFileError(f"{key!r} in {path} is not a dense tensor of real numbers", REMEDY)
+    return tensor
 
 
-def _without_wrappers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _strip_wrapper_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     while weights and (
-        prefix := next((word for word in _WRAPPERS if all(key.startswith(word) for key in weights)), "")
+        prefix := next((word for word in _WRAPPER_PREFIXES if all(key.startswith(word) for key in weights)), "")
     ):
         weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
     return weights
 
 
-def _named_as_ours(match: Match, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In the order and the types of the network, with counters at 0 where PyTorch before 0.4.1 wrote none."""
+def _convert(match: ArchitectureMatch, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights with the keys, order and dtypes of the architecture. Missing counters are 0."""
     return {
         key: weights[match.keys[key]].to(dtype) if key in match.keys else torch.zeros((), dtype=dtype)
-        for key, dtype in match.types.items()
+        for key, dtype in match.dtypes.items()
     }
 
 
-# --- what the file does not say
+# --- assumptions about what the file does not describe
 
 
 def _class_names(classes: int) -> tuple[tuple[str, ...], str]:
-    """Names in label order, and what to call them."""
+    """Return the assumed class names in label order, and a description of them."""
     if classes == 10:
-        from cifarx_train.data.synthetic.draw import CLASS_NAMES
+        from cifarx_train.data.synthetic.dataset import CLASS_NAMES
 
         return CLASS_NAMES, "CIFAR-10's classes"
     if classes == 1000:
@@ -153,13 +153,13 @@ def _class_names(classes: int) -> tuple[tuple[str, ...], str]:
     return tuple(f"class {label}" for label in range(classes)), f'classes "class 0" to "class {classes - 1}"'
 
 
-def _warn(path: Path, spec: ModelSpec, called: str) -> None:
-    taken: InputSpec = spec.input
+def _warn(path: Path, spec: ModelSpec, classes: str) -> None:
+    size: InputSpec = spec.input
     stem = " with a small stem" if spec.stem == "small" else ""
-    low, high = taken.value_range
+    low, high = size.value_range
     warnings.warn(
-        f"{path} is taken for {spec.model}{stem} with {called} on {taken.height}x{taken.width} images in the range "
-        f"{low:g} to {high:g}: the file says nothing of its classes and images",
+        f"{path} is loaded as {spec.model}{stem} with {classes} and {size.height}x{size.width} images in the range "
+        f"{low:g} to {high:g}: the file does not describe its classes and images",
         FallbackWarning,
         stacklevel=4,
     )

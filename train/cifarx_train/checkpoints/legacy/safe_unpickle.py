@@ -1,8 +1,8 @@
-"""Any `.pth` file in memory without running a byte of it, whole pickled networks too.
+"""Load any `.pth` file, including whole pickled models, without running any code in it.
 
-PyTorch's own restricted reader does the loading. Where a file names a network's classes, the reader is given empty
-stand-ins of ours under those names: they take the file's tensors and do nothing, so no method of a real class meets
-what the file says. A file that names anything else is refused before it is loaded.
+PyTorch's restricted unpickler (`weights_only=True`) loads the file. Where the file names the classes of a network, the
+unpickler creates stubs, which only store the state of the objects. Data from the file therefore never reaches a method
+of a real class. A file that names anything that is not on the allow-list is rejected before it is loaded.
 """
 
 import io
@@ -19,33 +19,38 @@ from typing import IO, Any, ClassVar, Final, Self
 
 import torch
 
-from cifarx_serve.errors import ModelFileError
-from cifarx_serve.files.checksum import SealState, read_seal
+from cifarx_serve.errors import ModelFileError, error_message
+from cifarx_serve.files.checksum import ChecksumState, read_checksum
 from cifarx_serve.files.zip_safety import archive_problem
-from cifarx_train.checkpoints.legacy.pickle_scan import Asked, scan_pickle
+from cifarx_train.checkpoints.legacy.pickle_scan import PickleGlobals, scan_pickle
 
-REMEDY: Final = "give a .pth file that `cifarx train` wrote, or one with a network's state_dict()"
+REMEDY: Final = "use a .pth file that `cifarx train` wrote, or one that contains a state_dict()"
 
 LZH_CLASSES: Final = ("model.Lzh", "__main__.Lzh", "cifarx_train.models.lzh.Lzh")
-"""The notes' network, under the names that scripts gave it, and ours."""
+"""The names of the Lzh class in the scripts of the training notes and in cifarx."""
 
-_CLASSES: Final = re.compile(
+_ALLOWED_CLASSES: Final = re.compile(
     r"(torch\.nn\.(modules|parallel)|torchvision\.(models|ops)|cifarx_train\.models)(\.[a-z_0-9]+)*\._?[A-Z]\w*"
 )
-# Plain values that lie beside weights, or in the attributes of torchvision's networks; they too become stand-ins.
-_VALUES: Final = frozenset(
+# Plain values that files contain next to the weights, or that torchvision's networks have as attributes. They are also
+# replaced by stubs.
+_ALLOWED_VALUES: Final = frozenset(
     {"functools.partial", "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "numpy.dtype"}
     | {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
 )
 _CLASS_OF: Final = "cifarx.class_of"
 
-_lock = threading.Lock()  # the reader's allow-list is one for the process
+_lock = threading.Lock()  # PyTorch's allow-list is global
 
 
-class StandIn:
-    """In place of an object of a file: keeps its state and does nothing.
+class ObjectStub:
+    """Takes the place of an object in a file. It stores the state of the object and does nothing.
 
-    It has slots and so no dict that the file could put attributes or methods into.
+    It has slots and therefore no `__dict__` in which the file could place attributes or methods.
+
+    Attributes:
+        name: the fully qualified name of the object's class.
+        state: the pickled state of the object, or None.
     """
 
     __slots__ = ("state",)
@@ -61,22 +66,25 @@ class StandIn:
         self.state = state
 
 
-def plain_dict(value: Any) -> dict[Any, Any] | None:
-    """A dict of a file as a new one, or None for anything else; an OrderedDict may have got methods from the file."""
+def as_plain_dict(value: Any) -> dict[Any, Any] | None:
+    """Return a copy of a dict from a file, or None for any other type.
+
+    The methods of an OrderedDict must not be called, because the file can replace them.
+    """
     return dict(dict.items(value)) if type(value) in (dict, OrderedDict) else None
 
 
-def load_safely(path: Path, any_class: bool = False) -> Any:
-    """What `torch.save` wrote, on the CPU: plain types, tensors, and `StandIn`s for the objects of networks.
+def safe_load(path: Path, allow_any_class: bool = False) -> Any:
+    """Load a file that `torch.save` wrote, on the CPU, with an `ObjectStub` for anything but plain types and tensors.
 
     Args:
-        path: a file in PyTorch's zip format or in the older one.
-        any_class: whether networks may be of classes that nobody here knows.
+        path: a file in PyTorch's zip format, or in its format before 1.6.
+        allow_any_class: whether networks can have unknown classes, such as those of the user.
 
     Raises:
-        ModelFileError: damaged, or it names a class or function that is not on the list.
+        ModelFileError: the file is damaged, or names a class or function that is not on the allow-list.
     """
-    # Every reader here lets damaged bytes raise almost anything.
+    # Damaged bytes make the readers raise almost any exception.
     try:
         _check_archive(path)
     except Exception as error:
@@ -86,13 +94,13 @@ def load_safely(path: Path, any_class: bool = False) -> Any:
     except Exception as error:
         failure = error
     try:
-        asked, source = _scan(path)
-        foreign = _foreign(asked.named)
-    except Exception as error:  # no pickle at all: the first failure tells more
+        found, source = _scan(path)
+        unsafe = _unsafe_globals(found.imported)
+    except Exception as error:  # it is not a pickle; the first exception is more informative
         raise _unreadable(path, failure) from error
-    _refuse(path, foreign, asked, any_class)
-    allowed: dict[str, Any] = {name: type("Named", (StandIn,), {"__slots__": (), "name": name}) for name in foreign}
-    if asked.wrapped:
+    _check_allowed(path, unsafe, found, allow_any_class)
+    allowed: dict[str, Any] = {name: type("Stub", (ObjectStub,), {"__slots__": (), "name": name}) for name in unsafe}
+    if found.class_ids:
         allowed[_CLASS_OF] = _class_of
     try:
         return _load(source, allowed)
@@ -101,24 +109,24 @@ def load_safely(path: Path, any_class: bool = False) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> ModelFileError:
-    reason = str(error).strip().split("\n")[0].split(". ")[0]
-    return ModelFileError(f"{path} is not a checkpoint that can be read ({reason})", REMEDY)
+    reason = error_message(error).split(". ")[0]
+    return ModelFileError(f"{path} is not a readable checkpoint ({reason})", REMEDY)
 
 
 def _is_zip(path: Path) -> bool:
-    """As PyTorch tells its two formats apart."""
+    """Return whether a file has the zip format, by the same test as PyTorch."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def _check_archive(path: Path) -> None:
-    """PyTorch reads the weights without a look at their checksums."""
+    """Raise an exception for a damaged archive. PyTorch does not check the checksums of the weights."""
     if not _is_zip(path):
         return
     if problem := archive_problem(path):
         raise zipfile.BadZipFile(problem)
-    if read_seal(path).state is SealState.CHANGED:
-        raise zipfile.BadZipFile("a byte of it was changed after it was written")
+    if read_checksum(path).state is ChecksumState.CHANGED:
+        raise zipfile.BadZipFile("its checksum does not match, so it was changed after it was written")
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise zipfile.BadZipFile("a TorchScript archive")
@@ -128,13 +136,13 @@ def _check_archive(path: Path) -> None:
 
 def _load(source: Path | IO[bytes], allowed: dict[str, Any]) -> Any:
     with _allow_only(allowed), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a pickle protocol that is unusual
+        warnings.simplefilter("ignore", UserWarning)  # about an unusual pickle protocol
         return torch.load(source, map_location="cpu", weights_only=True)
 
 
 @contextmanager
 def _allow_only(allowed: dict[str, Any]) -> Iterator[None]:
-    """What the process allows elsewhere is no part of this: the file must meet stand-ins, not real classes."""
+    """Replace PyTorch's allow-list, because globals that other code has allowed would create real objects."""
     ours = {(value, name) for name, value in allowed.items()}
     with _lock:
         before = torch.serialization.get_safe_globals()
@@ -143,23 +151,23 @@ def _allow_only(allowed: dict[str, Any]) -> Iterator[None]:
         try:
             yield
         finally:
-            # What another thread has allowed meanwhile, as some modules of PyTorch do when imported, stays.
+            # Keep what another thread has added meanwhile, as some modules of PyTorch do when they are imported.
             added = set(torch.serialization.get_safe_globals()) - ours
             torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals([*before, *added])
 
 
 def _class_of(persistent_id: Any) -> Any:
-    """The class in `("module", class, file, source)`."""
-    _, kind, _, _ = persistent_id
-    return kind
+    """Return the class in `("module", class, file, source)`."""
+    _, loaded, _, _ = persistent_id
+    return loaded
 
 
-# --- what a file asks for
+# --- globals of a file
 
 
-def _scan(path: Path) -> tuple[Asked, Path | IO[bytes]]:
-    """What the file asks for, and where to load it from: a copy where PyTorch's restricted reader cannot read it."""
+def _scan(path: Path) -> tuple[PickleGlobals, Path | IO[bytes]]:
+    """Return the globals of a file, and the source to load: a rewritten copy if PyTorch cannot load the file itself."""
     if _is_zip(path):
         with zipfile.ZipFile(path) as archive:
             (pickle,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
@@ -167,23 +175,25 @@ def _scan(path: Path) -> tuple[Asked, Path | IO[bytes]]:
                 raise zipfile.BadZipFile("its pickle is compressed")
             return scan_pickle(io.BytesIO(archive.read(pickle))), path
     with path.open("rb") as file:
-        # A file of PyTorch before 1.6: magic number, version, machine, the object, keys; then the weights.
+        # The format before PyTorch 1.6 has five pickles, the magic number, protocol version, system information, object
+        # and keys, followed by the weights.
         parts = [scan_pickle(file) for _ in range(5)]
-        named = frozenset().union(*(part.named for part in parts))
+        imported = frozenset().union(*(part.imported for part in parts))
         called = frozenset().union(*(part.called for part in parts))
-        wrapped = parts[3].wrapped
-        return Asked(named, called, wrapped), _unwrapped(file, wrapped) if wrapped else path
+        class_ids = parts[3].class_ids
+        return PickleGlobals(imported, called, class_ids), _replace_class_ids(file, class_ids) if class_ids else path
 
 
-def _unwrapped(file: IO[bytes], wrapped: Iterable[tuple[int, int]]) -> IO[bytes]:
-    """The file with its classes written plainly.
+def _replace_class_ids(file: IO[bytes], class_ids: Iterable[tuple[int, int]]) -> IO[bytes]:
+    """Return a copy of the file that PyTorch's restricted unpickler can load.
 
-    Before 1.6, PyTorch wrote a class as a persistent id, with its source beside it. The restricted reader takes only
-    storages there. So each `id BINPERSID` becomes the call `class_of(id)`, of a function of ours that picks the class.
+    Before 1.6, PyTorch wrote a class as a persistent id that also contains its source code. The restricted unpickler
+    supports persistent ids only for storages. So each `id BINPERSID` is replaced by the call `class_of(id)`, and the
+    allow-list maps `class_of` to a function that returns the class.
     """
     module, _, name = _CLASS_OF.rpartition(".")
-    edits = [(begin, 0, f"c{module}\n{name}\n".encode()) for begin, _ in wrapped]  # GLOBAL
-    edits += [(end, 1, b"\x85R") for _, end in wrapped]  # TUPLE1 REDUCE in place of BINPERSID
+    edits = [(begin, 0, f"c{module}\n{name}\n".encode()) for begin, _ in class_ids]  # GLOBAL
+    edits += [(end, 1, b"\x85R") for _, end in class_ids]  # TUPLE1 REDUCE instead of BINPERSID
     copy = io.BytesIO()
     file.seek(0)
     for position, skipped, inserted in sorted(edits):
@@ -195,46 +205,53 @@ def _unwrapped(file: IO[bytes], wrapped: Iterable[tuple[int, int]]) -> IO[bytes]
     return copy
 
 
-def _foreign(names: frozenset[str]) -> list[str]:
-    """Those of the names that PyTorch's restricted reader does not take by itself."""
-    odd = {name for name in names if not re.fullmatch(r"\w+(\.\w+)+", name)}
-    lines = ["c{}\n{}\n".format(*name.rsplit(".", 1)) for name in sorted(names - odd)]
+def _unsafe_globals(names: frozenset[str]) -> list[str]:
+    """Return the names that PyTorch's restricted unpickler does not allow by default, sorted."""
+    malformed = {name for name in names if not re.fullmatch(r"\w+(\.\w+)+", name)}
+    lines = ["c{}\n{}\n".format(*name.rsplit(".", 1)) for name in sorted(names - malformed)]
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as writer:
         writer.writestr("names/data.pkl", b"\x80\x02" + "".join(lines).encode() + b".")
         writer.writestr("names/version", "3\n")
     archive.seek(0)
     with _allow_only({}):
-        return sorted(odd | set(torch.serialization.get_unsafe_globals_in_checkpoint(archive)))
+        return sorted(malformed | set(torch.serialization.get_unsafe_globals_in_checkpoint(archive)))
 
 
-def _refuse(path: Path, foreign: list[str], asked: Asked, any_class: bool) -> None:
-    """Raises ModelFileError where the file names what no network needs."""
-    refused = [name for name in foreign if not _is_allowed(name, asked, any_class)]
-    if code := [name for name in refused if name in asked.called or not _is_users(name)]:
-        raise ModelFileError(f"{path} would run code ({_told(code)})", "it is not loaded; give one with a state_dict()")
+def _check_allowed(path: Path, unsafe: list[str], found: PickleGlobals, allow_any_class: bool) -> None:
+    """Raise a ModelFileError if the file names anything that is not on the allow-list."""
+    refused = [name for name in unsafe if not _is_allowed(name, found, allow_any_class)]
+    if code := [name for name in refused if name in found.called or not _may_be_user_class(name)]:
+        raise ModelFileError(
+            f"{path} would run code ({_format_names(code)})",
+            "it was not loaded; use a file that contains only a state_dict()",
+        )
     if refused:
         raise ModelFileError(
-            f"{path} needs the class {_told(refused)}, which is not one of torch.nn, torchvision or the notes' Lzh",
-            "save its state_dict() instead, or give --model",
+            f"{path} needs the class {_format_names(refused)}, which does not belong to torch.nn or torchvision",
+            "save its state_dict() instead, or name the architecture with --model",
         )
 
 
-def _is_allowed(name: str, asked: Asked, any_class: bool) -> bool:
-    if name in _VALUES:
+def _is_allowed(name: str, found: PickleGlobals, allow_any_class: bool) -> bool:
+    if name in _ALLOWED_VALUES:
         return True
-    if name in asked.called:  # a network's classes are made without a call
+    if name in found.called:  # the objects of a network are created without a call
         return False
-    return name in LZH_CLASSES or _CLASSES.fullmatch(name) is not None or (any_class and _is_users(name))
+    return (
+        name in LZH_CLASSES
+        or _ALLOWED_CLASSES.fullmatch(name) is not None
+        or (allow_any_class and _may_be_user_class(name))
+    )
 
 
-def _is_users(name: str) -> bool:
-    """Whether it may be a class that a user wrote: not of Python, not of PyTorch."""
+def _may_be_user_class(name: str) -> bool:
+    """Return whether a name can be that of a user's class, which is not part of Python, PyTorch or NumPy."""
     root, dot, _ = name.partition(".")
     return bool(dot) and (root == "__main__" or root not in sys.stdlib_module_names | {"torch", "torchvision", "numpy"})
 
 
-def _told(names: list[str]) -> str:
-    """At most three, by the names that people know: `os.system` is `posix.system` in a file."""
-    known = [re.sub(r"[^\w. ]", "?", re.sub(r"^(posix|nt)\.", "os.", name))[:100] for name in names[:3]]
-    return ", ".join(known) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _format_names(names: list[str]) -> str:
+    """Return at most three names as text, with the public names of functions: a file contains `posix.system`."""
+    public = [re.sub(r"[^\w. ]", "?", re.sub(r"^(posix|nt)\.", "os.", name))[:100] for name in names[:3]]
+    return ", ".join(public) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

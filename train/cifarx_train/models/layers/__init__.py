@@ -1,1 +1,1 @@
-"""Layers and initializations used by the models."""
+"""Layers of the built-in networks, and changes to the layers of any network."""

@@ -1,21 +1,26 @@
-"""BatchNorm in short runs."""
+"""The momentum of BatchNorm layers in short runs."""
 
 from typing import Final
 
 from torch import nn
 
-_USUAL: Final = 0.1  # PyTorch's own momentum
-_SETTLED: Final = 10.0  # a run of so many times 1 / momentum steps has forgotten where its statistics began
+_MAX_MOMENTUM: Final = 0.1  # PyTorch's default
+_TIME_CONSTANTS: Final = 10.0  # after this many times 1 / momentum steps, the initial statistics have no influence
 
 
-def settle_norms(module: nn.Module, steps: int) -> None:
-    """Let running statistics settle within a run of so many steps.
+def raise_batchnorm_momentum(module: nn.Module, steps: int) -> None:
+    """Raise the momentum of BatchNorm layers, in place, so that their running statistics converge within a run.
 
-    Some networks of torchvision keep them for a run of days: MobileNetV3's momentum of 0.01 remembers hundreds of
-    steps, and after a few epochs of a small data set its statistics are still those it began with, and its accuracy
-    that of guessing. Momenta are raised to what the run needs, and never above PyTorch's usual 0.1.
+    Some networks of torchvision are configured for runs of several days. With MobileNetV3's momentum of 0.01, the
+    running statistics average over hundreds of steps, so after a few epochs of a small dataset they are still close to
+    their initial values, and the accuracy is that of guessing. A momentum is only raised as far as the run requires,
+    and never above PyTorch's default of 0.1.
+
+    Args:
+        module: the network.
+        steps: the number of training steps of the run.
     """
-    needed = min(_USUAL, _SETTLED / steps)
+    required = min(_MAX_MOMENTUM, _TIME_CONSTANTS / steps)
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is not None:
-            layer.momentum = max(layer.momentum, needed)
+            layer.momentum = max(layer.momentum, required)

@@ -1,7 +1,7 @@
-"""A fixed first convolution that whitens 2x2 patches: its outputs are uncorrelated, and most of unit variance.
+"""A fixed first convolution that whitens 2x2 patches: its outputs are uncorrelated, most of them with unit variance.
 
-The idea is that of the CIFAR-10 speed records: what every first layer learns, uncorrelated views of small patches,
-is known before training from the images alone, so that it need not be learned.
+The idea comes from the CIFAR-10 speed records: the first layer of any network learns decorrelated views of small
+patches. These can be computed from the images before training, so they need not be learned.
 """
 
 import torch
@@ -10,19 +10,20 @@ from torch.nn import functional
 
 _SIDE = 2
 _PATCH = 3 * _SIDE * _SIDE  # values in a patch
-# Added to the variances, as a part of their mean, lest directions that hold only rounding noise be blown up. The value
-# is that of the speed records; two of CIFAR-10's twelve directions vary less than it.
-_FLOOR = 5e-4
-_CHUNK = 256  # images at a time, so that the patches of 5,000 never lie in memory together
+# Added to the variances, relative to their mean, so that directions that contain only rounding noise are not amplified.
+# The value is that of the speed records. Two of CIFAR-10's twelve directions have a smaller variance.
+_EPSILON = 5e-4
+_CHUNK = 256  # images per step, so that the patches of 5,000 images are never in memory at once
 
 
 class Whitening(nn.Module):
-    """Input (N, 3, H, W), output (N, 24, H - 1, W - 1): 12 filters and their negatives, fixed, and a trained bias.
+    """Maps (N, 3, H, W) to (N, 24, H - 1, W - 1) with 12 fixed filters and their negatives, and a trained bias.
 
-    Both signs, so that a rectifier after it loses nothing. Until `fit`, the filters pick the patch's own values.
+    The negatives preserve the information that a rectifier after this layer would remove. Before `fit` is called, the
+    filters return the values of the patch.
 
     Attributes:
-        weight: float32 (24, 3, 2, 2), a buffer: stored with the weights, and no optimiser meets it.
+        weight: float32 (24, 3, 2, 2). A buffer, so it is part of the state dict and is not optimized.
         bias: float32 (24,), trained.
     """
 
@@ -31,7 +32,7 @@ class Whitening(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("weight", _both_signs(torch.eye(_PATCH)).reshape(self.channels, 3, _SIDE, _SIDE))
+        self.register_buffer("weight", _with_negatives(torch.eye(_PATCH)).reshape(self.channels, 3, _SIDE, _SIDE))
         self.bias = nn.Parameter(torch.zeros(self.channels))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,33 +40,36 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Take the filters that whiten the patches of these images, and the bias that centres them.
+        """Set the filters that whiten the patches of these images, and the bias that centers them.
 
         Args:
-            images: network inputs, float32 (N, 3, H, W) with at least one patch, on any device.
+            images: network inputs, float32 (N, 3, H, W), with at least one patch, on any device.
         """
-        mean, covariance = _moments(images)
-        variances, directions = torch.linalg.eigh(covariance)  # ascending; one direction a column
+        mean, covariance = _patch_statistics(images)
+        variances, directions = torch.linalg.eigh(covariance)  # in ascending order; each column is a direction
         variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
-        # An eigenvector is known but for its sign: the largest of its values is made positive, so that the same images
-        # give the same filters whatever library solved it.
+        # The sign of an eigenvector is arbitrary. Its largest value is made positive, so that the filters do not depend
+        # on the linear algebra library.
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-        # The least float keeps images of one colour, which vary not at all, from dividing by zero.
-        floor = _FLOOR * variances.mean() + torch.finfo(torch.float32).eps
-        filters = (directions * largest.sign() / (variances + floor).sqrt()).T
-        self.weight.copy_(_both_signs(filters).reshape(self.weight.shape))
-        self.bias.copy_(_both_signs(-(filters @ mean)))
+        # The machine epsilon prevents a division by zero for images of a single color, which have no variance.
+        epsilon = _EPSILON * variances.mean() + torch.finfo(torch.float32).eps
+        filters = (directions * largest.sign() / (variances + epsilon).sqrt()).T
+        self.weight.copy_(_with_negatives(filters).reshape(self.weight.shape))
+        self.bias.copy_(_with_negatives(-(filters @ mean)))
 
 
-def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean (12,) and covariance (12, 12) of all 2x2 patches, float64 on the CPU, summed where the images are."""
-    # float64 also because autocast and TF32 leave it alone; Apple's GPUs have none.
-    exact = torch.float32 if images.device.type == "mps" else torch.float64
+def _patch_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (12,) and covariance (12, 12) of all 2x2 patches, float64 on the CPU.
+
+    The sums are computed on the device of the images.
+    """
+    # Another reason for float64 is that autocast and TF32 do not apply to it. Apple's GPUs do not support it.
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64
     count = 0
-    total = torch.zeros(_PATCH, dtype=exact, device=images.device)
-    products = torch.zeros(_PATCH, _PATCH, dtype=exact, device=images.device)
+    total = torch.zeros(_PATCH, dtype=dtype, device=images.device)
+    products = torch.zeros(_PATCH, _PATCH, dtype=dtype, device=images.device)
     for chunk in images.split(_CHUNK):
-        patches = functional.unfold(chunk.to(exact), _SIDE).transpose(0, 1).flatten(1)
+        patches = functional.unfold(chunk.to(dtype), _SIDE).transpose(0, 1).flatten(1)
         count += patches.shape[1]
         total += patches.sum(1)
         products += patches @ patches.T
@@ -73,5 +77,5 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, products.cpu().double() / count - torch.outer(mean, mean)
 
 
-def _both_signs(filters: Tensor) -> Tensor:
+def _with_negatives(filters: Tensor) -> Tensor:
     return torch.cat([filters, -filters])
