@@ -3,7 +3,7 @@
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -149,6 +149,18 @@ async def open_client(
             yield AsgiClient(app)
         finally:
             await repository.close()
+
+
+def run_with_client(test: Callable[[AsgiClient], Awaitable[None]], *paths: Path, **options: Any) -> None:
+    """Run a test with a client of these model files; `options` are those of `Limits` and of `open_client`."""
+    limits = {name: options.pop(name) for name in list(options) if name in Limits.__struct_fields__}
+
+    async def run() -> None:
+        files = {path.stem: path for path in paths}
+        async with open_client(files, Limits(**{"max_batch": 4, **limits}), **options) as client:
+            await test(client)
+
+    asyncio.run(run())
 
 
 def encode_image(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:

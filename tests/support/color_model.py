@@ -1,4 +1,4 @@
-"""A model small enough to know its answers: the logits are ten times the mean red, green and blue of the image."""
+"""A tiny model with known outputs: its logits are ten times the mean red, green and blue of the image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,17 +6,24 @@ from pathlib import Path
 import numpy as np
 
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
-from cifarx_serve.backends.torch.torchscript import SPEC_FILE
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.spec import InputSpec, ModelSpec
 
-# Not square, so that a height taken for a width is seen.
-SPEC = ModelSpec(model="colours", class_names=("red", "green", "blue"), input=InputSpec(height=4, width=6))
+# Not square, so that a mix-up of height and width is noticed.
+SPEC = ModelSpec(model="colors", class_names=("red", "green", "blue"), input=InputSpec(height=4, width=6))
 
 
 def write_onnx(
     path: Path, document: str | bytes | None = SPEC.to_json(), order: Sequence[int] = (0, 1, 2), opset: int = 17
 ) -> Path:
-    """The model as ONNX; `document` is the spec it carries, `order` the channel that each class answers to."""
+    """Write the model as an ONNX file.
+
+    Args:
+        path: the file.
+        document: the spec to embed; None for no spec.
+        order: the channel of each class.
+        opset: the opset version.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     weights = numpy_helper.from_array(10 * np.eye(3, dtype=np.float32)[:, list(order)], "weights")
@@ -26,7 +33,7 @@ def write_onnx(
             helper.make_node("Flatten", ["pooled"], ["means"]),
             helper.make_node("MatMul", ["means", "weights"], ["logits"]),
         ],
-        "colours",
+        "colors",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
         [weights],
@@ -41,17 +48,17 @@ def write_onnx(
 
 
 def write_torchscript(path: Path, document: str | None = SPEC.to_json()) -> Path:
-    """The model as TorchScript; `document` is the spec it carries."""
+    """Write the model as a TorchScript file; `document` is the spec to embed."""
     import warnings
 
     import torch
 
-    class Colours(torch.nn.Module):
+    class Colors(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return 10 * images.mean((2, 3))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch deprecated the format
-        module = torch.jit.trace(Colours().eval(), torch.zeros(2, 3, 4, 6))
+        warnings.simplefilter("ignore")  # PyTorch has deprecated the format
+        module = torch.jit.trace(Colors().eval(), torch.zeros(2, 3, 4, 6))
         torch.jit.save(module, str(path), _extra_files={} if document is None else {SPEC_FILE: document})
     return path

@@ -1,4 +1,4 @@
-"""A request that is answered with an error, and how."""
+"""Errors of HTTP requests, and their names in the metrics and in the access log."""
 
 from http import HTTPStatus
 from typing import Final
@@ -17,24 +17,24 @@ CAUSES: Final = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded",
     HTTPStatus.GATEWAY_TIMEOUT: "deadline",
 }
-"""What the metrics call each status."""
+"""The cause that the metrics and the access log name for each status."""
 
 CLIENT_CLOSED_REQUEST: Final = 499
-"""What the log has for a request that nobody waited for; it is never sent."""
+"""The status in the access log of a request whose client disconnected. It is never sent. The number is nginx's."""
 
 
 class ClientDisconnect(Exception):
-    """Nobody waits for the answer."""
+    """The client closed the connection before it was sent a response."""
 
 
 class RequestError(CifarxError):
-    """What a client did wrong, or what the server cannot do for it now.
+    """A request that is answered with an error status.
 
     Args:
-        status: HTTP's.
-        problem: what was wrong, naming the value.
-        remedy: how to mend it.
-        headers: of the answer, beside those of every answer with this status.
+        status: the HTTP status, one of `CAUSES`.
+        problem: what is wrong, with the value.
+        remedy: how to fix it.
+        headers: headers of the response, in addition to those of every response with this status.
     """
 
     def __init__(

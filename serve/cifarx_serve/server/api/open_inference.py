@@ -1,8 +1,10 @@
 """The Open Inference Protocol (KServe's "predict protocol v2") for a classifier, with Triton's binary tensor data.
 
-From bytes to a tensor and from logits to bytes; no network and no model. A model has one input, `input`, and one
-output, `logits`. The texts: inference_rest.md of kserve/open-inference-protocol, required_api.md of kserve/kserve (for
-tensor data and parameters), extension_binary_data.md of triton-inference-server/server.
+Converts request bodies to tensors and logits to response bodies; knows no network and no model. A model has one input,
+`input`, and one output, `logits`.
+
+Sources: inference_rest.md of kserve/open-inference-protocol; required_api.md of kserve/kserve for tensor data and
+parameters; extension_binary_data.md of triton-inference-server/server.
 """
 
 from collections.abc import Sequence
@@ -16,33 +18,35 @@ from msgspec import UNSET
 from numpy.typing import NDArray
 
 from cifarx_serve.server.api.open_inference_schemas import (
+    INPUT,
+    OUTPUT,
     AnyRequest,
     Fp32,
+    InferenceResponse,
     Input,
-    Response,
+    ModelMetadata,
     ResponseOutput,
     ResponseParameters,
+    ServerMetadata,
+    TensorMetadata,
     decode_request,
 )
 from cifarx_serve.server.api.tensor_codec import Tensor, from_binary, from_numbers
 from cifarx_serve.server.errors import RequestError
 from cifarx_serve.spec import ModelSpec
 
-INPUT: Final = "input"
-OUTPUT: Final = "logits"
-
-_OTHER_VALUES: Final = 1024
-"""JSON values that a request may hold beside those of its tensor."""
+_MAX_OTHER_VALUES: Final = 1024
+"""The most JSON values of a request besides the numbers of its tensor."""
 
 
-class InferRequest(NamedTuple):
-    """A request for the logits of a tensor.
+class InferInput(NamedTuple):
+    """What an inference request asks for.
 
     Attributes:
-        id: the client's; None where it gave none.
-        tensor: float32 (N, 3, height, width), finite, as the network takes it; or uint8 (N, H, W, 3), RGB pixels. Not
-            to be written to: it may be a view of the body.
-        binary_output: whether the logits go out as bytes after the JSON.
+        id: the client's ID of the request, if it sent one.
+        tensor: the preprocessed input of the network, finite float32 (N, 3, height, width); or RGB pixels, uint8
+            (N, H, W, 3). It can be a read-only view of the body.
+        binary_output: whether to return the logits as binary data after the JSON.
     """
 
     id: str | None
@@ -50,209 +54,197 @@ class InferRequest(NamedTuple):
     binary_output: bool
 
 
-class ServerMetadata(msgspec.Struct, frozen=True):
-    """The protocol's metadata_server_response."""
-
-    name: str
-    version: str
-    extensions: tuple[str, ...]
-
-
-class TensorMetadata(msgspec.Struct, frozen=True):
-    """The protocol's metadata_tensor: -1 is a size that may vary."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-class ModelMetadata(msgspec.Struct, frozen=True):
-    """The protocol's metadata_model_response."""
-
-    name: str
-    versions: tuple[str, ...]
-    platform: str
-    inputs: tuple[TensorMetadata, ...]
-    outputs: tuple[TensorMetadata, ...]
-
-
 def server_metadata(version: str) -> ServerMetadata:
-    """What the server says about itself; `version` is its own."""
+    """Return the metadata of a server of this version."""
     return ServerMetadata("cifarx", version, ("binary_tensor_data",))
 
 
 def model_metadata(name: str, versions: Sequence[str], platform: str, spec: ModelSpec) -> ModelMetadata:
-    """What the server says about a model.
+    """Return the metadata of a model.
 
-    The input is told as the model itself takes it; of a float32 model, `parse_infer` takes pixels too.
+    The input is described as the model itself takes it; for a float32 model, `parse_infer` accepts pixels too.
 
     Args:
         name: the model's name in the URL.
-        versions: those that may be asked for.
-        platform: the backend, in the protocol's words: `onnx_onnxruntime`, `pytorch_torchscript` ….
-        spec: the model's.
+        versions: the versions that are served.
+        platform: the format and runtime, as the protocol names them: `onnx_onnxruntime`, `pytorch_torchscript`, …
+        spec: the model's spec.
     """
-    datatype, layout = next(iter(_layouts(spec).items()))
-    shape = tuple([size if isinstance(size, int) else -1 for size in layout])
-    taken = TensorMetadata(INPUT, datatype, shape)
-    given = TensorMetadata(OUTPUT, "FP32", (-1, len(spec.class_names)))
-    return ModelMetadata(name, tuple(versions), platform, (taken,), (given,))
+    datatype, shape = next(iter(_input_shapes(spec).items()))
+    sizes = tuple([size if isinstance(size, int) else -1 for size in shape])
+    inputs = (TensorMetadata(INPUT, datatype, sizes),)
+    outputs = (TensorMetadata(OUTPUT, "FP32", (-1, len(spec.class_names))),)
+    return ModelMetadata(name, tuple(versions), platform, inputs, outputs)
 
 
 def parse_infer(
     body: bytes, header_length: int | None, spec: ModelSpec, max_images: int, max_pixels: int
-) -> InferRequest:
-    """Read an inference request.
+) -> InferInput:
+    """Parse an inference request.
 
-    Of the protocol's extensions, only binary tensor data is there. Other fields and parameters are ignored.
+    Binary tensor data is the only extension of the protocol that is supported. Unknown fields and parameters are
+    ignored.
 
     Args:
-        body: the whole body.
-        header_length: the value of Inference-Header-Content-Length: the bytes of JSON that the body begins with. None
-            where there is no such header, and the body is JSON.
-        spec: the model's.
+        body: the body of the request.
+        header_length: the value of the header Inference-Header-Content-Length, the number of bytes of JSON at the
+            start of the body; None without the header, when the whole body is JSON.
+        spec: the model's spec.
         max_images: the most images, N.
         max_pixels: the most pixels of all images together, N * H * W.
 
     Raises:
-        RequestError: 413 for too many images or pixels; 400 for all else that is not as the protocol and the model
-            have it.
+        RequestError: there are too many images or pixels (413), or the request is not valid for the protocol or the
+            model (400).
     """
     length = len(body) if header_length is None else header_length
     if not 0 <= length <= len(body):
-        raise _bad(
-            f"Inference-Header-Content-Length is {length}, and the body has {len(body)} bytes",
-            "give the length of the JSON that the body begins with",
+        raise _bad_request(
+            f"Inference-Header-Content-Length is {length} and the body has {len(body)} bytes",
+            "send the length of the JSON at the start of the body",
         )
     content = memoryview(body)
-    _require_few_values(content[:length], spec, max_images, max_pixels)
-    request = _request(content[:length], spec)
-    entry = _only_input(request.inputs)
-    _require_shape(entry, spec, max_images, max_pixels)
-    binary_output = _binary_output(request)
-    tensor = _tensor(entry, None if header_length is None else content[length:])
-    return InferRequest(None if request.id is UNSET else request.id, tensor, binary_output)
+    _limit_values(content[:length], spec, max_images, max_pixels)
+    request = _decode(content[:length], spec)
+    tensor_input = _only_input(request.inputs)
+    _check_shape(tensor_input, spec, max_images, max_pixels)
+    binary_output = _wants_binary_output(request)
+    tensor = _decode_tensor(tensor_input, None if header_length is None else content[length:])
+    return InferInput(None if request.id is UNSET else request.id, tensor, binary_output)
 
 
-def _require_few_values(document: memoryview, spec: ModelSpec, max_images: int, max_pixels: int) -> None:
-    """A comma stands between any two values: counting them first bounds the memory and the time of decoding."""
-    taken = spec.input
-    pixels = max_pixels if spec.embedded_preprocessing else min(max_pixels, max_images * taken.height * taken.width)
-    most = 3 * pixels + _OTHER_VALUES
-    if len(document) <= most:
+def _limit_values(document: memoryview, spec: ModelSpec, max_images: int, max_pixels: int) -> None:
+    """Limit the memory and the time of decoding JSON: two values have a comma between them, so count the commas."""
+    size = spec.input
+    pixels = max_pixels if spec.embedded_preprocessing else min(max_pixels, max_images * size.height * size.width)
+    max_values = 3 * pixels + _MAX_OTHER_VALUES
+    if len(document) <= max_values:
         return
     commas = int(np.count_nonzero(np.frombuffer(document, np.uint8) == ord(",")))
-    if commas > most:
-        raise _too_large(f"the JSON holds over {commas} values", f"send at most {max_images} images, {pixels} pixels")
+    if commas > max_values:
+        remedy = f"send at most {max_images} images with {pixels} pixels"
+        raise _too_large(f"the JSON has more than {commas} values", remedy)
 
 
-def _request(document: memoryview, spec: ModelSpec) -> AnyRequest:
+def _decode(document: memoryview, spec: ModelSpec) -> AnyRequest:
     try:
-        return decode_request(document, pixels_only=spec.embedded_preprocessing)
-    # Bytes that are no UTF-8 and brackets nested without end are not errors of msgspec's own.
+        return decode_request(document, uint8_only=spec.embedded_preprocessing)
+    # Invalid UTF-8 and lists nested too deeply raise no error of msgspec.
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise _bad(
-            f"the body is no inference request ({str(error)[:200]})",
-            f"send JSON as the Open Inference Protocol has it; the model takes {_taken(spec)}",
+        raise _bad_request(
+            f"the body is not a valid inference request ({str(error)[:200]})",
+            f"send JSON of the Open Inference Protocol; the model takes {_accepted(spec)}",
         ) from error
 
 
 def _only_input(inputs: list[Input[list[Any]]]) -> Input[list[Any]]:
-    _require_names("input", [entry.name for entry in inputs], INPUT)
+    _check_names("input", [tensor_input.name for tensor_input in inputs], INPUT)
     if not inputs:
-        raise _bad("the request has no inputs", f"give one, named {INPUT!r}")
+        raise _bad_request("the request has no inputs", f"send one, named {INPUT!r}")
     return inputs[0]
 
 
-def _require_names(kind: str, names: list[str], known: str) -> None:
+def _check_names(kind: str, names: list[str], known: str) -> None:
     for name in names:
         if name != known:
-            raise _bad(f"unknown {kind} {shortened(name)}", f"the model has one {kind}, {known!r}")
+            raise _bad_request(f"unknown {kind} {shortened(name)}", f"the model has one {kind}, {known!r}")
     if len(names) > 1:
-        raise _bad(f"{kind} {known!r} stands there {len(names)} times", "name it once")
+        raise _bad_request(f"{kind} {known!r} occurs {len(names)} times", "name it once")
 
 
-def _layouts(spec: ModelSpec) -> dict[str, tuple[int | str, ...]]:
-    """The shape of each data type that is taken, the model's own first; what may vary is a letter."""
+def _input_shapes(spec: ModelSpec) -> dict[str, tuple[int | str, ...]]:
+    """Return the shape for each data type that is accepted, the model's own first; a letter stands for any size."""
     if spec.embedded_preprocessing:
         return {"UINT8": ("N", "H", "W", 3)}
     height, width = spec.input.height, spec.input.width
     return {"FP32": ("N", 3, height, width), "UINT8": ("N", height, width, 3)}
 
 
-def _taken(spec: ModelSpec) -> str:
-    return " or ".join(f"{datatype} [{', '.join(map(str, layout))}]" for datatype, layout in _layouts(spec).items())
+def _accepted(spec: ModelSpec) -> str:
+    return " or ".join(f"{datatype} [{', '.join(map(str, shape))}]" for datatype, shape in _input_shapes(spec).items())
 
 
-def _datatype(entry: Input[list[Any]]) -> str:
-    return "FP32" if isinstance(entry, Fp32) else "UINT8"
+def _datatype(tensor_input: Input[list[Any]]) -> str:
+    return "FP32" if isinstance(tensor_input, Fp32) else "UINT8"
 
 
-def _require_shape(entry: Input[list[Any]], spec: ModelSpec, max_images: int, max_pixels: int) -> None:
-    datatype, shape = _datatype(entry), entry.shape
-    layout = _layouts(spec)[datatype]
-    if len(shape) != len(layout) or not all(
-        size >= 1 if isinstance(wanted, str) else size == wanted for size, wanted in zip(shape, layout, strict=True)
+def _check_shape(tensor_input: Input[list[Any]], spec: ModelSpec, max_images: int, max_pixels: int) -> None:
+    datatype, shape = _datatype(tensor_input), tensor_input.shape
+    expected = _input_shapes(spec)[datatype]
+    if len(shape) != len(expected) or not all(
+        size >= 1 if isinstance(allowed, str) else size == allowed
+        for size, allowed in zip(shape, expected, strict=True)
     ):
-        raise _bad(f"a tensor of {datatype} {shortened(shape)}", f"the model takes {_taken(spec)}, no size 0")
+        problem = f"the input is {datatype} {shortened(shape)}"
+        raise _bad_request(problem, f"the model takes {_accepted(spec)}, without empty dimensions")
     if shape[0] > max_images:
         raise _too_large(f"{shape[0]} images in one request", f"send at most {max_images}")
     height, width = shape[2:] if datatype == "FP32" else shape[1:3]
     if (pixels := shape[0] * height * width) > max_pixels:
-        raise _too_large(f"{shape[0]} images of {width} x {height} are {pixels} pixels", f"send at most {max_pixels}")
+        raise _too_large(f"{shape[0]} images of {width} x {height} have {pixels} pixels", f"send at most {max_pixels}")
 
 
-def _tensor(entry: Input[list[Any]], raw: memoryview | None) -> Tensor:
-    """From the input's data, or from `raw`, what follows the JSON; None where no header said that something does."""
-    size = entry.parameters.binary_data_size
-    if (size is UNSET) == (entry.data is UNSET):
+def _decode_tensor(tensor_input: Input[list[Any]], raw: memoryview | None) -> Tensor:
+    """Return the tensor of the input's data or, if it has a binary_data_size, of `raw`.
+
+    `raw` is what follows the JSON; None without the header that says so.
+    """
+    size = tensor_input.parameters.binary_data_size
+    if (size is UNSET) == (tensor_input.data is UNSET):
         found = "neither data nor" if size is UNSET else "both data and"
-        raise _bad(f"the input has {found} binary_data_size", "give one of them")
-    if entry.data is not UNSET:
+        raise _bad_request(f"the input has {found} binary_data_size", "send one of them")
+    if tensor_input.data is not UNSET:
         if raw:
-            raise _bad(
-                f"{len(raw)} bytes follow the JSON, and no input has binary_data_size",
-                "give Inference-Header-Content-Length the length of the JSON",
+            raise _bad_request(
+                f"{len(raw)} bytes follow the JSON and no input has binary_data_size",
+                "set Inference-Header-Content-Length to the length of the JSON",
             )
-        return from_numbers(entry.data, _datatype(entry), entry.shape)
+        return from_numbers(tensor_input.data, _datatype(tensor_input), tensor_input.shape)
     if raw is None:
-        raise _bad("binary_data_size without the header Inference-Header-Content-Length", "send the length of the JSON")
+        raise _bad_request(
+            "binary_data_size requires the header Inference-Header-Content-Length", "send the length of the JSON in it"
+        )
     if size != len(raw):
-        raise _bad(f"binary_data_size is {size}, and {len(raw)} bytes follow the JSON", "give the size of what is sent")
-    return from_binary(raw, _datatype(entry), entry.shape)
+        raise _bad_request(f"binary_data_size is {size} and {len(raw)} bytes follow the JSON", "send as many bytes")
+    return from_binary(raw, _datatype(tensor_input), tensor_input.shape)
 
 
-def _binary_output(request: AnyRequest) -> bool:
-    """What the output itself says goes before what the request says of all."""
-    _require_names("output", [output.name for output in request.outputs], OUTPUT)
+def _wants_binary_output(request: AnyRequest) -> bool:
+    """Return whether to send binary data. The parameter of the output takes precedence over that of the request."""
+    _check_names("output", [output.name for output in request.outputs], OUTPUT)
     for output in request.outputs:
-        asked = output.parameters
+        parameters = output.parameters
         for extension in ("classification", "shared_memory_region"):
-            if getattr(asked, extension) is not UNSET:
-                raise _bad(
-                    f"output {OUTPUT!r} asks for {extension}", "leave it out: the server gives logits as they are"
+            if getattr(parameters, extension) is not UNSET:
+                raise _bad_request(
+                    f"output {OUTPUT!r} has the parameter {extension}, which is not supported", "leave it out"
                 )
-        if asked.binary_data is not UNSET:
-            return asked.binary_data
+        if parameters.binary_data is not UNSET:
+            return parameters.binary_data
     return request.parameters.binary_data_output
 
 
 def infer_response(
-    request: InferRequest, model_name: str, model_version: str, logits: NDArray[np.float32]
+    request: InferInput, model_name: str, model_version: str, logits: NDArray[np.float32]
 ) -> tuple[bytes, int | None]:
-    """The body that answers a request, and the value of its Inference-Header-Content-Length; None for JSON alone.
+    """Return the body of a response, and the value of its Inference-Header-Content-Length; None if all of it is JSON.
 
-    JSON has no NaN and no infinities: such a logit is `null` in it, which NumPy and tritonclient read as NaN. Binary
-    output carries each bit as it is.
+    JSON has no NaN and no infinity: such a logit becomes `null`, which tritonclient reads as NaN. Binary data keeps
+    every bit.
 
     Args:
-        request: what was asked.
-        model_name: as in the URL.
-        model_version: of the file that ran.
+        request: the request.
+        model_name: the model's name in the URL.
+        model_version: the version of the model that ran.
         logits: (N, classes).
     """
     output = ResponseOutput(OUTPUT, "FP32", logits.shape)
-    response = Response(model_name, model_version, UNSET if request.id is None else request.id, [output])
+    response = InferenceResponse(
+        model_name=model_name,
+        model_version=model_version,
+        id=UNSET if request.id is None else request.id,
+        outputs=[output],
+    )
     if not request.binary_output:
         output.data = logits.ravel().tolist()
         return msgspec.json.encode(response), None
@@ -262,7 +254,7 @@ def infer_response(
     return header + raw, len(header)
 
 
-def _bad(problem: str, remedy: str) -> RequestError:
+def _bad_request(problem: str, remedy: str) -> RequestError:
     return RequestError(HTTPStatus.BAD_REQUEST, problem, remedy)
 
 

@@ -1,15 +1,25 @@
-"""The JSON of an inference request and its response, as the Open Inference Protocol has it.
+"""The JSON of the Open Inference Protocol.
 
-Fields and parameters that are not named here are ignored; all else is checked while it is read.
+Fields and parameters of a request that are not declared here are ignored; the others are validated while they are
+decoded.
 """
 
-from typing import Annotated, Any, Final, Generic, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+INPUT: Final = "input"
+OUTPUT: Final = "logits"
+
 Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Byte: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
+
+# `extra_json_schema` is documentation: these rules are checked after decoding, with clearer error messages.
+InputName: TypeAlias = Annotated[str, Meta(extra_json_schema={"const": INPUT})]
+OutputName: TypeAlias = Annotated[str, Meta(extra_json_schema={"const": OUTPUT})]
+Shape: TypeAlias = Annotated[list[Size], Meta(extra_json_schema={"minItems": 4, "maxItems": 4})]
 
 Number = TypeVar("Number")
 Data = TypeVar("Data")
@@ -20,30 +30,38 @@ Nested: TypeAlias = list[list[list[list[Number]]]]
 
 
 class InputParameters(msgspec.Struct, frozen=True):
-    """Of the binary tensor data extension."""
+    """Parameters of an input. `binary_data_size` is the number of bytes of its tensor after the JSON."""
 
     binary_data_size: Size | UnsetType = UNSET
 
 
 class Input(msgspec.Struct, Generic[Data], tag_field="datatype"):
-    """The protocol's request_input; its data type is the class."""
+    """The input tensor, `request_input` in the protocol. Each subclass is one data type."""
 
-    name: str
-    shape: list[Size]
+    name: InputName
+    shape: Shape
     parameters: InputParameters = InputParameters()
     data: Data | UnsetType = UNSET
 
 
 class Fp32(Input[Data], Generic[Data], tag="FP32"):
-    """An input of float32."""
+    """An input of type float32."""
 
 
 class Uint8(Input[Data], Generic[Data], tag="UINT8"):
-    """An input of bytes."""
+    """An input of type uint8."""
+
+
+class Fp32Input(Fp32[Flat[float]]):
+    """The preprocessed input of the network, of shape [N, 3, height, width]."""
+
+
+class Uint8Input(Uint8[Flat[Byte]]):
+    """RGB pixels, of shape [N, height, width, 3], which the server preprocesses."""
 
 
 class OutputParameters(msgspec.Struct, frozen=True):
-    """Of the binary tensor data extension, and two of Triton's others: what they ask for must not go unheard."""
+    """Parameters of an output. Classification and shared memory are extensions of Triton that are refused."""
 
     binary_data: bool | UnsetType = UNSET
     classification: msgspec.Raw | UnsetType = UNSET
@@ -51,81 +69,130 @@ class OutputParameters(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct):
-    """The protocol's request_output."""
+    """A requested output, `request_output` in the protocol."""
 
-    name: str
+    name: OutputName
     parameters: OutputParameters = OutputParameters()
 
 
 class RequestParameters(msgspec.Struct, frozen=True):
-    """Of the binary tensor data extension."""
+    """Parameters of a request. `binary_data_output` asks for outputs as binary data unless an output says otherwise."""
 
     binary_data_output: bool = False
 
 
 class Request(msgspec.Struct, Generic[AnyInput]):
-    """The protocol's inference_request."""
+    """The body of an inference request, `inference_request` in the protocol."""
 
-    inputs: list[AnyInput]
+    inputs: Annotated[list[AnyInput], Meta(extra_json_schema={"minItems": 1, "maxItems": 1})]
     id: str | UnsetType = UNSET
     parameters: RequestParameters = RequestParameters()
     outputs: list[Output] = []
 
 
+class InferenceRequest(Request[Fp32Input | Uint8Input]):
+    """The body of an inference request."""
+
+
 class ResponseParameters(msgspec.Struct):
-    """Of the binary tensor data extension."""
+    """Parameters of a returned output. `binary_data_size` is the number of bytes of its tensor after the JSON."""
 
     binary_data_size: int
 
 
 class ResponseOutput(msgspec.Struct):
-    """The protocol's response_output."""
+    """The logits, `response_output` in the protocol. A logit that is not finite is null."""
+
+    name: OutputName
+    datatype: Literal["FP32"]
+    shape: tuple[int, ...]
+    parameters: ResponseParameters | UnsetType = UNSET
+    data: Sequence[float | None] | UnsetType = UNSET
+
+
+class InferenceResponse(msgspec.Struct, kw_only=True):
+    """The body of an inference response. `id` is that of the request."""
+
+    model_name: str
+    model_version: str
+    id: str | UnsetType = UNSET
+    outputs: list[ResponseOutput]
+
+
+class ServerMetadata(msgspec.Struct, frozen=True):
+    """The name and version of the server, and the protocol extensions that it supports."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+class TensorMetadata(msgspec.Struct, frozen=True):
+    """The name, data type and shape of a tensor. A dimension of -1 can have any size."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    parameters: ResponseParameters | UnsetType = UNSET
-    data: list[float] | UnsetType = UNSET
 
 
-class Response(msgspec.Struct):
-    """The protocol's inference_response."""
+class ModelMetadata(msgspec.Struct, frozen=True):
+    """The tensors of a model. `platform` is its format and runtime, such as `onnx_onnxruntime`."""
 
-    model_name: str
-    model_version: str
-    id: str | UnsetType
-    outputs: list[ResponseOutput]
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
+
+
+class ServerLive(msgspec.Struct, frozen=True):
+    """Whether the server is running."""
+
+    live: bool
+
+
+class ServerReady(msgspec.Struct, frozen=True):
+    """Whether all models can answer requests."""
+
+    ready: bool
+
+
+class ModelReady(msgspec.Struct, frozen=True):
+    """Whether a model can answer requests."""
+
+    name: str
+    ready: bool
 
 
 AnyRequest: TypeAlias = Request[Input[list[Any]]]
 
-# Typed down to the element: one pass reads the numbers and checks them.
+# Typed down to the numbers, so that they are decoded and validated in one pass.
 _DECODERS: Final[dict[bool, tuple[msgspec.json.Decoder[Any], ...]]] = {
     False: (
-        msgspec.json.Decoder(Request[Fp32[Flat[float]] | Uint8[Flat[Byte]]]),
+        msgspec.json.Decoder(InferenceRequest),
         msgspec.json.Decoder(Request[Fp32[Nested[float]] | Uint8[Nested[Byte]]]),
     ),
     True: (
-        msgspec.json.Decoder(Request[Uint8[Flat[Byte]]]),
+        msgspec.json.Decoder(Request[Uint8Input]),
         msgspec.json.Decoder(Request[Uint8[Nested[Byte]]]),
     ),
 }
-"""For flat and for nested data, by whether pixels alone are taken."""
+"""The decoders for flat and for nested data, by whether UINT8 is the only data type."""
 
 
-def decode_request(document: memoryview, pixels_only: bool) -> AnyRequest:
-    """Read an inference request whose data is a flat list, or lists of lists four deep.
+def decode_request(document: memoryview, uint8_only: bool) -> AnyRequest:
+    """Decode an inference request whose data is a flat list, or lists nested four deep.
 
     Args:
         document: the JSON.
-        pixels_only: whether UINT8 is the only data type.
+        uint8_only: whether UINT8 is the only data type.
 
     Raises:
-        msgspec.DecodeError: it is no JSON, or a field is missing or of the wrong type.
-        UnicodeError: it holds bytes that are no UTF-8.
-        RecursionError: its brackets are nested too deep.
+        msgspec.DecodeError: the document is not JSON, or a field is missing or has the wrong type.
+        UnicodeError: the document is not valid UTF-8.
+        RecursionError: the document is nested too deeply.
     """
-    flat, nested = _DECODERS[pixels_only]
+    flat, nested = _DECODERS[uint8_only]
     request: AnyRequest
     try:
         request = flat.decode(document)
@@ -133,7 +200,7 @@ def decode_request(document: memoryview, pixels_only: bool) -> AnyRequest:
         try:
             request = nested.decode(document)
         except msgspec.ValidationError as nested_error:
-            # Which of them tells what is wrong; no more than the words of the answer hang on it.
-            meant_nested = "got `array` - at `$.inputs[0].data[0]`" in str(flat_error)
-            raise (nested_error if meant_nested else flat_error) from None
+            # Raise the error of the form that the client meant; only the error message depends on this guess.
+            is_nested = "got `array` - at `$.inputs[0].data[0]`" in str(flat_error)
+            raise (nested_error if is_nested else flat_error) from None
     return request

@@ -1,13 +1,13 @@
-"""What the server's own interface answers, as JSON."""
+"""The JSON that the server's own API returns."""
 
 import msgspec
 
 from cifarx_serve.predictor import Candidate
-from cifarx_serve.server.inference.model import ModelRecord
+from cifarx_serve.server.inference.model import ModelInfo
 
 
-class ImageAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One image: its label and the best classes, or what was wrong with it."""
+class ImagePrediction(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The prediction for one image: its label and the best classes. If the image cannot be read, `error` says why."""
 
     image: str | None
     label: str | None = None
@@ -18,7 +18,7 @@ class ImageAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """Where a request's time went, in microseconds; `total` is from its head to its answer."""
+    """How long a request took, in microseconds. `total` is the time from the request's head to its response."""
 
     decode: int
     queue: int
@@ -26,28 +26,22 @@ class Timing(msgspec.Struct, frozen=True):
     total: int
 
 
-class PredictAnswer(msgspec.Struct, frozen=True):
+class PredictResponse(msgspec.Struct, frozen=True):
     """Predictions in the order of the images."""
 
     model: str
     version: str
-    predictions: list[ImageAnswer]
+    predictions: list[ImagePrediction]
     timing_us: Timing
 
 
-class ModelsAnswer(msgspec.Struct, frozen=True):
-    """The models served, in the order of the files."""
+class ModelsResponse(msgspec.Struct, frozen=True):
+    """The served models, in the order of the command line."""
 
-    models: list[ModelRecord]
-
-
-class ErrorAnswer(msgspec.Struct, frozen=True):
-    """What was wrong, and how to mend it."""
-
-    error: str
+    models: list[ModelInfo]
 
 
-class StateAnswer(msgspec.Struct, frozen=True):
-    """`alive`, or of a worker's models: starting, ready, draining or failed."""
+class StatusResponse(msgspec.Struct, frozen=True):
+    """The status of the process, `alive`; or that of its models: `starting`, `ready`, `draining` or `failed`."""
 
     status: str

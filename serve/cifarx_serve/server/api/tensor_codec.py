@@ -1,4 +1,4 @@
-"""The numbers of a tensor as the Open Inference Protocol carries them: in JSON, flat or nested, or as raw bytes."""
+"""Decode tensors of the Open Inference Protocol: JSON numbers, flat or nested, or binary data."""
 
 import math
 import struct
@@ -15,59 +15,59 @@ from cifarx_serve.server.errors import RequestError
 Tensor: TypeAlias = NDArray[np.float32] | NDArray[np.uint8]
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
-"""NumPy's, of the protocol's data types: binary tensor data is little-endian."""
+"""NumPy dtypes of the protocol's data types; binary tensor data is little-endian."""
 
 
 def from_binary(raw: memoryview, datatype: str, shape: Sequence[int]) -> Tensor:
-    """A tensor from raw bytes, row-major, without padding: a view of them where they are aligned, else a copy.
+    """Return a tensor from its bytes in row-major order: a view of them if they are aligned, otherwise a copy.
 
     Raises:
-        RequestError: there are more or fewer bytes than the shape takes, or a number that is not finite.
+        RequestError: the number of bytes does not match the shape, or a number is not finite (400).
     """
     dtype = DTYPES[datatype]
     expected = math.prod(shape) * dtype.itemsize
     if len(raw) != expected:
-        raise RequestError(
-            HTTPStatus.BAD_REQUEST,
-            f"{len(raw)} bytes of binary data",
-            f"{datatype} {list(shape)} takes {expected} bytes",
-        )
-    # The length of the JSON before it decides where a tensor begins: it may be at an odd address.
+        problem = f"{len(raw)} bytes of binary data do not match {datatype} {list(shape)}"
+        raise RequestError(HTTPStatus.BAD_REQUEST, problem, f"send {expected} bytes")
+    # The length of the JSON determines where the tensor starts, so its address can be odd.
     tensor: Tensor = np.require(np.frombuffer(raw, dtype), requirements="A").reshape(shape)
     if dtype.kind == "f" and not (finite := np.isfinite(tensor)).all():
-        place = int(finite.argmin())
-        raise _not_finite(f"number {place} of the binary data is {tensor.flat[place]}")
+        index = int(finite.argmin())
+        raise _not_finite(f"number {index} of the binary data is {tensor.flat[index]}")
     return tensor
 
 
 def from_numbers(data: Sequence[Any], datatype: str, shape: Sequence[int]) -> Tensor:
-    """A tensor from the numbers of a JSON array, read-only.
+    """Return a read-only tensor from the numbers of a JSON array.
 
     Args:
-        data: numbers in row-major order, or nested in lists as the shape has it; of bytes, none is out of range.
+        data: the numbers in row-major order, or nested in lists like the shape; those of UINT8 are 0 to 255.
+        datatype: FP32 or UINT8.
+        shape: the shape of the tensor.
 
     Raises:
-        RequestError: they do not have the shape, or one is too large for a float32.
+        RequestError: the numbers do not match the shape, or one is too large for float32 (400).
     """
-    numbers = _flat(data, shape) if data and isinstance(data[0], list) else data
+    numbers = _flatten(data, shape) if data and isinstance(data[0], list) else data
     if len(numbers) != math.prod(shape):
         raise _wrong_shape(f"{len(numbers)} numbers", shape)
     if datatype == "UINT8":
         return np.frombuffer(bytes(numbers), np.uint8).reshape(shape)
     try:
-        packed = struct.pack(f"<{len(numbers)}f", *numbers)  # three times as fast as NumPy takes a list
+        packed = struct.pack(f"<{len(numbers)}f", *numbers)  # three times as fast as converting the list with NumPy
     except OverflowError as error:
-        raise _not_finite(f"the data has {max(numbers, key=abs)}, which no float32 holds") from error
+        raise _not_finite(f"the data has {max(numbers, key=abs)}, which is too large for float32") from error
     return np.frombuffer(packed, DTYPES["FP32"]).reshape(shape)
 
 
-def _flat(nested: Sequence[Any], shape: Sequence[int]) -> list[Any]:
-    """The numbers of nested lists; the outermost may be of any length."""
+def _flatten(nested: Sequence[Any], shape: Sequence[int]) -> list[Any]:
+    """Return the numbers of nested lists. The length of the outermost list is not checked."""
     rows = list(nested)
     for depth, length in enumerate(shape[1:], start=1):
         lengths = set(map(len, rows))
         if lengths != {length}:
-            raise _wrong_shape(f"lists of {', '.join(map(str, sorted(lengths)[:5]))} elements at depth {depth}", shape)
+            found = ", ".join(map(str, sorted(lengths)[:5]))
+            raise _wrong_shape(f"lists of {found} elements at depth {depth}", shape)
         rows = list(chain.from_iterable(rows))
     return rows
 
@@ -75,10 +75,10 @@ def _flat(nested: Sequence[Any], shape: Sequence[int]) -> list[Any]:
 def _wrong_shape(found: str, shape: Sequence[int]) -> RequestError:
     return RequestError(
         HTTPStatus.BAD_REQUEST,
-        f"the data has {found}",
-        f"its shape is {list(shape)}, so give {math.prod(shape)} numbers, flat or nested as the shape has it",
+        f"the data has {found} and the shape is {list(shape)}",
+        f"send {math.prod(shape)} numbers, flat or nested like the shape",
     )
 
 
 def _not_finite(problem: str) -> RequestError:
-    return RequestError(HTTPStatus.BAD_REQUEST, problem, "give numbers that are finite as float32")
+    return RequestError(HTTPStatus.BAD_REQUEST, problem, "send numbers that are finite in float32")

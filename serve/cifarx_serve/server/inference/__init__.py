@@ -1,1 +1,1 @@
-"""The models of a server: repository, batcher and metrics."""
+"""Inference: the models of a server, their batching queues and their metrics. Knows nothing about HTTP."""

@@ -1,7 +1,7 @@
-"""Requests that wait for a model, put together: what queued while it was busy goes through it at once.
+"""Dynamic batching: requests that queue up while a model is busy go through it together.
 
-An idle model is never kept waiting (but for `max_delay_us`, where that was asked for), so a batch is as large as the
-load makes it: one image where there is no other, `max_batch` where there are enough.
+An idle model runs at once (unless `max_delay_s` makes it wait for more requests), so the batch size follows the load:
+one image when there is only one, up to `max_batch` when enough are queued.
 """
 
 import asyncio
@@ -10,268 +10,294 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from http import HTTPStatus
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.predictor import Prediction, predictions
-from cifarx_serve.server.errors import ClientDisconnect, RequestError
+from cifarx_serve.predictor import Prediction, top_predictions
+from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.errors import BatcherClosed, QueueFull, RequestCancelled
 
-Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
-"""From a batch of images to its logits; called by one thread at a time."""
+RunModel: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""Maps a batch of images to its logits; called by one thread at a time."""
+
+_MAX_SHARED_TOP_K: Final = 10
+"""Up to this `top_k`, the predictions of a whole batch are computed once and shared by its requests."""
+
+_STOP: Final = None
+
+_EXPIRY_INTERVAL_S: Final = 0.01
+"""How late a deadline may be noticed: checking all requests now and then is cheaper than one timer per request."""
+
+_TIMER_RESOLUTION_S: Final = 1e-3
+"""How late a timer of the event loop can fire; shorter delays are polled."""
 
 
-class Computed:
-    """What one call of the model gave, for the images of all its requests: logits, (N, classes)."""
+class BatchOutput:
+    """The output of one call of the model, shared by all requests of the batch.
+
+    Args:
+        logits: float32 (N, classes).
+    """
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self.logits = logits
         self._predictions: dict[int, list[Prediction]] = {}
 
-    def predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
-        """Of all images, made once for each `top_k`: it takes about as long for one image as for ten."""
+    def top_predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
+        """Return the predictions of all N images, cached per `top_k`: ten images cost about as much as one."""
         if top_k not in self._predictions:
-            self._predictions[top_k] = predictions(self.logits, class_names, top_k)
+            self._predictions[top_k] = top_predictions(self.logits, class_names, top_k)
         return self._predictions[top_k]
 
 
-class Answer(NamedTuple):
-    """The images of one request, `rows` of a call of the model, and what they took: seconds."""
+class InferenceResult(NamedTuple):
+    """The result of one request.
 
-    computed: Computed
+    Attributes:
+        output: the output of the batch that the request was part of.
+        rows: the rows of the batch that belong to the request.
+        queue_s: how long the request was queued, in seconds.
+        compute_s: how long the model took for the batch, in seconds.
+    """
+
+    output: BatchOutput
     rows: slice
-    queued_s: float
-    computed_s: float
+    queue_s: float
+    compute_s: float
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """(N, classes)."""
-        return self.computed.logits[self.rows]
+        """The logits of the request's images, float32 (N, classes)."""
+        return self.output.logits[self.rows]
 
-    def predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
-        """One for each image."""
-        if top_k > _SHARED_TOP_K:  # else each of many requests could ask for another number of all images' classes
-            return predictions(self.logits, class_names, top_k)
-        return self.computed.predictions(class_names, top_k)[self.rows]
+    def top_predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
+        """Return one prediction per image of the request, with its `top_k` best classes."""
+        if top_k > _MAX_SHARED_TOP_K:  # otherwise each request could make the server rank the whole batch again
+            return top_predictions(self.logits, class_names, top_k)
+        return self.output.top_predictions(class_names, top_k)[self.rows]
 
 
-class Batch(NamedTuple):
-    """What one call of the model took: its images, seconds, and the images that wait at its end."""
+class BatchEvent(NamedTuple):
+    """What `on_batch` is called with after each call of the model.
+
+    Attributes:
+        images: the images of the batch.
+        queued_images: the images still queued when the call ended.
+        queue_s: how long each request of the batch was queued, in seconds.
+        compute_s: how long the call took, in seconds.
+    """
 
     images: int
-    left: int
-    queued_s: tuple[float, ...]
-    computed_s: float
+    queued_images: int
+    queue_s: tuple[float, ...]
+    compute_s: float
 
 
-class _Waiting:
-    """The images of one request, (N, ...), and who waits for them."""
+class _PendingRequest:
+    """A request whose future has no result yet."""
 
-    __slots__ = ("answer", "arrived", "images", "is_disconnected", "queued")
+    __slots__ = ("deadline", "future", "images", "is_disconnected", "queued_at")
 
     def __init__(
         self,
         images: NDArray[Any],
-        answer: "asyncio.Future[Answer]",
+        future: "asyncio.Future[InferenceResult]",
+        deadline: Deadline,
         is_disconnected: Callable[[], bool],
-        arrived: float,
     ) -> None:
         self.images = images
-        self.answer = answer
+        self.future = future
+        self.deadline = deadline
         self.is_disconnected = is_disconnected
-        self.arrived = arrived
-        self.queued = time.perf_counter()
+        self.queued_at = time.perf_counter()
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
-_Result: TypeAlias = "tuple[Computed, slice] | Exception"
+_Outcome: TypeAlias = "tuple[BatchOutput, slice] | Exception"
 
 
-class _Done(NamedTuple):
-    """What the model made of some requests: rows of logits or an error for each."""
+class _CompletedBatch(NamedTuple):
+    """The requests of one batch with an output or an error for each."""
 
-    requests: list[_Waiting]
-    results: list[_Result]
-    started: float
-    ended: float
-
-
-_SHARED_TOP_K: Final = 10
-"""So many classes of every image are made for all requests of a batch; more for a request alone."""
-
-_END: Final = None
-
-_LOOK_S: Final = 0.01
-"""How late a deadline may be: a look at all requests now and then costs less than a timer for each."""
-
-_TIMER_S: Final = 1e-3
-"""What an event loop's timers may be late: shorter waits are polled."""
+    requests: list[_PendingRequest]
+    outcomes: list[_Outcome]
+    started_at: float
+    ended_at: float
 
 
 class Batcher:
-    """One model's queue. Made, asked and closed in an event loop; the model runs in a thread, or there if it is quick.
+    """The queue of one model. Create, use and close it in one event loop; the model runs in a thread of its own.
 
     Args:
         run: the model.
-        max_batch: images of one call; a request with more is run in parts.
-        max_delay_s: how long the first image of a batch waits for others where the model is idle.
-        max_queue: images that may wait.
-        deadline_s: of a request.
-        told: hears of every call of the model.
-        at_once_s: a call that should take less, by what the last one took for an image, is made in the event loop: the
-            way to a thread and back is a fifteenth of a small request's time. For models that take about as long for
-            every image.
+        max_batch: the most images of one call; a request with more is split into several calls.
+        max_delay_s: how long an idle model waits for more images to fill its batch, in seconds.
+        max_queue: the most images in the queue.
+        on_batch: called in the event loop after each call of the model.
+        inline_limit_s: a batch that should take less than this, judging by the time per image of the last one, runs in
+            the event loop itself: handing it to the thread and back costs a fifteenth of a small request's time. Use
+            it only for models that take about the same time for every image.
     """
 
     def __init__(
         self,
-        run: Run,
+        run: RunModel,
         max_batch: int,
         max_delay_s: float,
         max_queue: int,
-        deadline_s: float,
-        told: Callable[[Batch], None],
-        at_once_s: float = 0.0,
+        on_batch: Callable[[BatchEvent], None],
+        inline_limit_s: float = 0.0,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
         self._max_delay_s = max_delay_s
         self._max_queue = max_queue
-        self._deadline_s = deadline_s
-        self._told = told
-        self._at_once_s = at_once_s
-        self._image_s = math.inf
+        self._on_batch = on_batch
+        self._inline_limit_s = inline_limit_s
+        self._seconds_per_image = math.inf
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_PendingRequest] = deque()
         self._queued_images = 0
         self._busy = False
-        self._unanswered: list[_Waiting] = []
-        self._looking: asyncio.TimerHandle | None = None
-        self._start: asyncio.Handle | None = None
-        self._work: SimpleQueue[list[_Waiting] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
+        self._pending: list[_PendingRequest] = []
+        self._expiry_timer: asyncio.TimerHandle | None = None
+        self._next_start: asyncio.Handle | None = None
+        self._batches: SimpleQueue[list[_PendingRequest] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
-    def require_room(self, count: int) -> None:
-        """Raises RequestError (503) where so many images may not wait too; an empty queue takes any number."""
+    def require_capacity(self, count: int) -> None:
+        """Raise QueueFull if `count` more images do not fit into the queue; an empty queue takes any number."""
         if self._queued_images and self._queued_images + count > self._max_queue:
-            problem = f"{self._queued_images} images are waiting, and {self._max_queue} may"
-            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")
+            problem = f"the queue is full, with {self._queued_images} images of at most {self._max_queue}"
+            raise QueueFull(problem, "try again in a second")
 
     def submit(
-        self, images: NDArray[Any], arrived: float, is_disconnected: Callable[[], bool]
-    ) -> "asyncio.Future[Answer]":
+        self, images: NDArray[Any], deadline: Deadline, is_disconnected: Callable[[], bool]
+    ) -> "asyncio.Future[InferenceResult]":
         """Queue the images of one request.
 
         Args:
-            images: (N, ...), N at least 1; those of one shape and dtype go together.
-            arrived: when the request did, by `time.perf_counter`: its deadline and its delay count from there.
-            is_disconnected: asked before the images are computed: whether nobody waits for them any more.
+            images: (N, ...), N at least 1; only images of the same shape and dtype are batched together.
+            deadline: when the request must be answered; `max_delay_s` counts from its start.
+            is_disconnected: returns whether the client has disconnected; called before the images are run.
+
+        Returns:
+            A future for the result. It raises DeadlineExceeded, RequestCancelled if the client has disconnected,
+            BatcherClosed, or the error of the model.
 
         Raises:
-            RequestError: the queue is full (503). From the future also: the deadline has passed (504), the client has
-                left (ClientDisconnect), or what the model raised.
+            QueueFull: the queue has no capacity for the images.
         """
-        self.require_room(len(images))
-        waiting = _Waiting(images, self._loop.create_future(), is_disconnected, arrived)
-        self._unanswered.append(waiting)
-        if self._looking is None:
-            self._look()
-        self._queue.append(waiting)
+        self.require_capacity(len(images))
+        request = _PendingRequest(images, self._loop.create_future(), deadline, is_disconnected)
+        self._pending.append(request)
+        if self._expiry_timer is None:
+            self._expire()
+        self._queue.append(request)
         self._queued_images += len(images)
-        if self._start is not None and self._queued_images >= self._max_batch:
-            self._start.cancel()  # it may have been put off, for others to come
-            self._start = None
+        if self._next_start is not None and self._queued_images >= self._max_batch:
+            self._next_start.cancel()  # it may be a timer that waits for more images
+            self._next_start = None
         self._schedule()
-        return waiting.answer
+        return request.future
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing waits and nothing is computed."""
+    def is_idle(self) -> bool:
+        """Whether nothing is queued and the model is not running."""
         return not (self._busy or self._queue)
 
     def close(self) -> None:
-        """End the thread once it has done what it was given; what still waits is answered with 503."""
-        for waiting in self._queue:
-            self._fail(waiting, RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the server ends", "try again"))
+        """Fail the queued requests with BatcherClosed, and stop the thread after the batch it is running."""
+        for request in self._queue:
+            request.fail(BatcherClosed("the server is shutting down", "try again"))
         self._queue.clear()
         self._queued_images = 0
-        self._work.put(_END)
+        self._batches.put(_STOP)
 
     def _schedule(self) -> None:
-        """Start a batch once what has arrived by now is queued."""
-        if self._queue and not self._busy and self._start is None:
-            self._start = self._loop.call_soon(self._begin)
+        """Start a batch in the next iteration of the event loop, with everything that is queued by then."""
+        if self._queue and not self._busy and self._next_start is None:
+            self._next_start = self._loop.call_soon(self._start_batch)
 
-    def _begin(self) -> None:
-        self._start = None
+    def _start_batch(self) -> None:
+        self._next_start = None
         if self._busy or not self._queue:
             return
-        wait_s = self._queue[0].arrived + self._max_delay_s - time.perf_counter()
-        if wait_s > 0 and self._queued_images < self._max_batch:
-            late = wait_s - _TIMER_S
-            self._start = self._loop.call_later(late, self._begin) if late > 0 else self._loop.call_soon(self._begin)
-        elif batch := self._take():
+        delay_s = self._queue[0].deadline.started_at + self._max_delay_s - time.perf_counter()
+        if delay_s > 0 and self._queued_images < self._max_batch:
+            self._next_start = self._start_after(delay_s)
+        elif batch := self._take_batch():
             self._busy = True
-            if self._image_s * _images(batch) < self._at_once_s:
-                self._finish(self._done(batch))
+            if self._seconds_per_image * _count_images(batch) < self._inline_limit_s:
+                self._finish(self._run_batch(batch))
             else:
-                self._work.put(batch)
+                self._batches.put(batch)
 
-    def _take(self) -> list[_Waiting]:
-        """The next batch: the first that waits, and those after it that fit; those whose client left are dropped."""
-        taken: list[_Waiting] = []
-        others: deque[_Waiting] = deque()
+    def _start_after(self, delay_s: float) -> asyncio.Handle:
+        timer_s = delay_s - _TIMER_RESOLUTION_S
+        if timer_s > 0:
+            return self._loop.call_later(timer_s, self._start_batch)
+        return self._loop.call_soon(self._start_batch)
+
+    def _take_batch(self) -> list[_PendingRequest]:
+        """Remove the next batch from the queue: the first request and those after it that fit.
+
+        Requests whose client has disconnected are dropped.
+        """
+        batch: list[_PendingRequest] = []
+        skipped: deque[_PendingRequest] = deque()
         images = 0
         while self._queue and images < self._max_batch:
-            waiting = self._queue.popleft()
-            if waiting.answer.done() or waiting.is_disconnected():
-                self._drop(waiting)
-            elif taken and not (_alike(waiting, taken[0]) and images + len(waiting.images) <= self._max_batch):
-                others.append(waiting)
+            request = self._queue.popleft()
+            if request.future.done() or request.is_disconnected():
+                self._queued_images -= len(request.images)
+                request.fail(RequestCancelled())
+            elif batch and not (_can_stack(request, batch[0]) and images + len(request.images) <= self._max_batch):
+                skipped.append(request)
             else:
-                taken.append(waiting)
-                images += len(waiting.images)
-        self._queue.extendleft(reversed(others))
+                batch.append(request)
+                images += len(request.images)
+        self._queue.extendleft(reversed(skipped))
         self._queued_images -= images
-        return taken
+        return batch
 
-    def _drop(self, waiting: _Waiting) -> None:
-        self._queued_images -= len(waiting.images)
-        self._fail(waiting, ClientDisconnect())
-
-    def _compute(self) -> None:
-        """The thread: one batch after the other."""
-        while batch := self._work.get():
-            done = self._done(batch)
+    def _work(self) -> None:
+        """Run batches in the thread until the batcher or the event loop is closed."""
+        while batch := self._batches.get():
+            completed = self._run_batch(batch)
             try:
-                self._loop.call_soon_threadsafe(self._finish, done)
-            except RuntimeError:  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(self._finish, completed)
+            except RuntimeError:  # the event loop is closed: nobody awaits the results
                 return
 
-    def _done(self, batch: list[_Waiting]) -> _Done:
-        started = time.perf_counter()
-        results = self._results(batch)
-        return _Done(batch, results, started, time.perf_counter())
+    def _run_batch(self, batch: list[_PendingRequest]) -> _CompletedBatch:
+        started_at = time.perf_counter()
+        outcomes = self._outcomes(batch)
+        return _CompletedBatch(batch, outcomes, started_at, time.perf_counter())
 
-    def _results(self, batch: list[_Waiting]) -> list[_Result]:
-        """One call for all; where it fails one for each, so that one request's images cannot fail another's."""
+    def _outcomes(self, batch: list[_PendingRequest]) -> list[_Outcome]:
+        """Run a batch in one call; if that fails, one call per request, so that no request can fail another."""
         try:
-            images = batch[0].images if len(batch) == 1 else np.concatenate([waiting.images for waiting in batch])
-            computed = Computed(self._logits(images))
+            images = batch[0].images if len(batch) == 1 else np.concatenate([request.images for request in batch])
+            output = BatchOutput(self._logits(images))
         except Exception as error:
             if len(batch) == 1:
                 return [error]
-            return [result for waiting in batch for result in self._results([waiting])]
-        results: list[_Result] = []
+            return [outcome for request in batch for outcome in self._outcomes([request])]
+        outcomes: list[_Outcome] = []
         start = 0
-        for waiting in batch:
-            end = start + len(waiting.images)
-            results.append((computed, slice(start, end)))
+        for request in batch:
+            end = start + len(request.images)
+            outcomes.append((output, slice(start, end)))
             start = end
-        return results
+        return outcomes
 
     def _logits(self, images: NDArray[Any]) -> NDArray[np.float32]:
         size = self._max_batch
@@ -279,46 +305,42 @@ class Batcher:
             return self._run(images)
         return np.concatenate([self._run(images[start : start + size]) for start in range(0, len(images), size)])
 
-    def _finish(self, done: _Done) -> None:
+    def _finish(self, completed: _CompletedBatch) -> None:
         self._busy = False
-        self._schedule()  # before the answers: the thread computes the next batch while this one's are written
-        computed_s = done.ended - done.started
-        queued = []
-        for waiting, result in zip(done.requests, done.results, strict=True):
-            queued_s = done.started - waiting.queued
-            queued.append(queued_s)
-            if isinstance(result, Exception):
-                self._fail(waiting, result)
-            elif not waiting.answer.done():
-                waiting.answer.set_result(Answer(*result, queued_s, computed_s))
-        images = _images(done.requests)
-        failed = any(isinstance(result, Exception) for result in done.results)
-        self._image_s = math.inf if failed else computed_s / images  # a failure tells nothing of how long a call takes
-        self._told(Batch(images, self._queued_images, tuple(queued), computed_s))
+        self._schedule()  # first, so that the thread runs the next batch while the responses of this one are written
+        compute_s = completed.ended_at - completed.started_at
+        queue_s = []
+        for request, outcome in zip(completed.requests, completed.outcomes, strict=True):
+            waited_s = completed.started_at - request.queued_at
+            queue_s.append(waited_s)
+            if isinstance(outcome, Exception):
+                request.fail(outcome)
+            elif not request.future.done():
+                request.future.set_result(InferenceResult(*outcome, waited_s, compute_s))
+        images = _count_images(completed.requests)
+        failed = any(isinstance(outcome, Exception) for outcome in completed.outcomes)
+        self._seconds_per_image = math.inf if failed else compute_s / images  # a failure may end long before a run
+        self._on_batch(BatchEvent(images, self._queued_images, tuple(queue_s), compute_s))
 
-    def _look(self) -> None:
-        """Fail those whose deadline has passed, and make room in the queue; again and again, until all are answered."""
-        self._unanswered = [waiting for waiting in self._unanswered if not waiting.answer.done()]
-        late = time.perf_counter() - self._deadline_s
-        for waiting in self._unanswered:
-            if waiting.arrived <= late:
-                problem = f"no answer within {self._deadline_s:g} s"
-                error = RequestError(HTTPStatus.GATEWAY_TIMEOUT, problem, "try again when there is less load")
-                self._fail(waiting, error)
-        self._queue = deque(waiting for waiting in self._queue if not waiting.answer.done())
-        self._queued_images = _images(self._queue)
-        pause_s = max(_TIMER_S, min(_LOOK_S, self._deadline_s / 10))
-        self._looking = self._loop.call_later(pause_s, self._look) if self._unanswered else None
-
-    @staticmethod
-    def _fail(waiting: _Waiting, error: Exception) -> None:
-        if not waiting.answer.done():
-            waiting.answer.set_exception(error)
+    def _expire(self) -> None:
+        """Fail the requests whose deadline has passed and remove them from the queue; repeat while any is pending."""
+        self._pending = [request for request in self._pending if not request.future.done()]
+        now = time.perf_counter()
+        for request in self._pending:
+            if request.deadline.expires_at <= now:
+                request.fail(request.deadline.exceeded())
+        self._queue = deque(request for request in self._queue if not request.future.done())
+        self._queued_images = _count_images(self._queue)
+        self._expiry_timer = None
+        if self._pending:
+            shortest_s = min(request.deadline.timeout_s for request in self._pending)
+            interval_s = max(_TIMER_RESOLUTION_S, min(_EXPIRY_INTERVAL_S, shortest_s / 10))
+            self._expiry_timer = self._loop.call_later(interval_s, self._expire)
 
 
-def _images(requests: Iterable[_Waiting]) -> int:
-    return sum(len(waiting.images) for waiting in requests)
+def _count_images(requests: Iterable[_PendingRequest]) -> int:
+    return sum(len(request.images) for request in requests)
 
 
-def _alike(one: _Waiting, other: _Waiting) -> bool:
+def _can_stack(one: _PendingRequest, other: _PendingRequest) -> bool:
     return one.images.dtype == other.images.dtype and one.images.shape[1:] == other.images.shape[1:]

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus: every worker's figures in one page, whichever worker is asked."""
+"""Prometheus metrics of a server. Any worker's page shows the metrics of all workers."""
 
 import os
 from collections.abc import Callable
@@ -7,85 +7,100 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from cifarx_serve.server.inference.batcher import Batch
-from cifarx_serve.server.inference.multiprocess_metrics import SharedFigures
-from cifarx_serve.server.settings import SHARED_FIGURES
+from cifarx_serve.server.inference.batcher import BatchEvent
+from cifarx_serve.server.inference.multiprocess_metrics import BufferedValues
+from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-# From a tenth of a millisecond to ten seconds, about 1.6 times apart: a percentile between two is a fair guess.
-_SECONDS: Final = (
+# From 0.1 ms to 10 s, about 1.6 times apart: close enough to interpolate percentiles within a bucket.
+_SECONDS_BUCKETS: Final = (
     *(0.0001, 0.00016, 0.00025, 0.0004, 0.00063, 0.001, 0.0016, 0.0025, 0.004, 0.0063, 0.01, 0.016, 0.025),
     *(0.04, 0.063, 0.1, 0.16, 0.25, 0.4, 0.63, 1.0, 1.6, 2.5, 4.0, 6.3, 10.0),
 )
-_IMAGES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_IMAGES_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The figures of one process; those of all where `SHARED_FIGURES` is set."""
+    """The metrics of one process, shared with other processes if the variable `PROMETHEUS_MULTIPROC_DIR` is set."""
 
     def __init__(self) -> None:
-        self._shared = SharedFigures() if SHARED_FIGURES in os.environ else None
+        self._shared = BufferedValues() if PROMETHEUS_MULTIPROC_DIR in os.environ else None
         if self._shared:
             values.ValueClass = self._shared.value_class
-        own = CollectorRegistry()
-        self._registry = own
-        self._requests = Counter("cifarx_requests", "Requests answered.", ["route", "status"], registry=own)
-        self._seconds = Histogram(
-            "cifarx_request_seconds", "From a request's head to its answer.", ["route"], buckets=_SECONDS, registry=own
+        registry = CollectorRegistry()
+        self._registry = registry
+        self._requests = Counter("cifarx_requests", "Requests answered.", ["route", "status"], registry=registry)
+        self._request_seconds = Histogram(
+            "cifarx_request_seconds",
+            "Time from the head of a request to its response.",
+            ["route"],
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
-        self._queued = Histogram(
-            "cifarx_queue_seconds", "A request's wait for the model.", ["model"], buckets=_SECONDS, registry=own
+        self._queue_seconds = Histogram(
+            "cifarx_queue_seconds",
+            "Time that a request was queued for the model.",
+            ["model"],
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
-        self._computed = Histogram(
-            "cifarx_compute_seconds", "A call of the model.", ["model"], buckets=_SECONDS, registry=own
+        self._compute_seconds = Histogram(
+            "cifarx_compute_seconds",
+            "Time that the model took for a batch.",
+            ["model"],
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
-        self._batch = Histogram(
-            "cifarx_batch_images", "Images of a call of the model.", ["model"], buckets=_IMAGES, registry=own
+        self._batch_images = Histogram(
+            "cifarx_batch_images", "Images per batch.", ["model"], buckets=_IMAGES_BUCKETS, registry=registry
         )
-        self._waiting = Gauge(
-            "cifarx_queue_images", "Images that wait.", ["model"], registry=own, multiprocess_mode="livesum"
+        self._queue_images = Gauge(
+            "cifarx_queue_images", "Images in the queue.", ["model"], registry=registry, multiprocess_mode="livesum"
         )
-        self._routes: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
-        self._errors = Counter("cifarx_errors", "Requests answered with an error.", ["cause"], registry=own)
+        self._errors = Counter("cifarx_errors", "Requests answered with an error.", ["cause"], registry=registry)
+        self._by_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
-    def request(self, route: str, status: int, seconds: float, cause: str | None) -> None:
-        """A request was answered; `cause` where it was with an error."""
-        answered, took = self._of_route(route, status)
-        answered.inc()
-        took.observe(seconds)
+    def observe_request(self, route: str, status: int, seconds: float, cause: str | None) -> None:
+        """Count a request that was answered; `cause` is that of an error response."""
+        requests, request_seconds = self._of_route(route, status)
+        requests.inc()
+        request_seconds.observe(seconds)
         if cause is not None:
             self._errors.labels(cause).inc()
 
     def _of_route(self, route: str, status: int) -> tuple[Counter, Histogram]:
-        """Kept, because the library looks for labels slowly; routes are templates, so there are few."""
-        if (route, status) not in self._routes:
-            self._routes[route, status] = self._requests.labels(route, status), self._seconds.labels(route)
-        return self._routes[route, status]
+        """Cache the metrics per route and status: `labels()` is slow, and there are few route templates."""
+        if (route, status) not in self._by_route:
+            self._by_route[route, status] = (
+                self._requests.labels(route, status),
+                self._request_seconds.labels(route),
+            )
+        return self._by_route[route, status]
 
-    def of_model(self, name: str) -> Callable[[Batch], None]:
-        """What counts the calls of one model."""
-        queued, computed = self._queued.labels(name), self._computed.labels(name)
-        images, waiting = self._batch.labels(name), self._waiting.labels(name)
+    def batch_observer(self, model: str) -> Callable[[BatchEvent], None]:
+        """Return a function that counts the batches of one model, for `Batcher`'s `on_batch`."""
+        queue_seconds, compute_seconds = self._queue_seconds.labels(model), self._compute_seconds.labels(model)
+        batch_images, queue_images = self._batch_images.labels(model), self._queue_images.labels(model)
 
-        def told(batch: Batch) -> None:
-            images.observe(batch.images)
-            computed.observe(batch.computed_s)
-            waiting.set(batch.left)
-            for seconds in batch.queued_s:
-                queued.observe(seconds)
+        def observe(event: BatchEvent) -> None:
+            batch_images.observe(event.images)
+            compute_seconds.observe(event.compute_s)
+            queue_images.set(event.queued_images)
+            for seconds in event.queue_s:
+                queue_seconds.observe(seconds)
 
-        return told
+        return observe
 
-    def write(self) -> None:
-        """Let other processes see now what was counted here, and not a little later; in the thread that counts."""
+    def flush(self) -> None:
+        """Make everything counted so far visible to other processes now. Call it in the thread that counts."""
         if self._shared:
-            self._shared.write()
+            self._shared.flush()
 
-    def page(self) -> bytes:
-        """Prometheus's text format; of other processes, and of this one where it shares, what was written."""
+    def render(self) -> bytes:
+        """Return the metrics of all processes in Prometheus's text format, as far as they have been flushed."""
         if not self._shared:
             return generate_latest(self._registry)
-        everybody = CollectorRegistry()
-        MultiProcessCollector(everybody)
-        return generate_latest(everybody)
+        all_processes = CollectorRegistry()
+        MultiProcessCollector(all_processes)
+        return generate_latest(all_processes)

@@ -1,4 +1,4 @@
-"""A model file in service: opened, checked and warmed before it answers anybody, and replaced the same way."""
+"""A served model: loaded, verified and warmed up before it answers any request."""
 
 import hashlib
 from datetime import UTC, datetime
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import model_file, open_backend
-from cifarx_serve.errors import CifarxError, ModelFileError
-from cifarx_serve.files.checksum import SealState, read_seal
+from cifarx_serve.errors import CifarxError, ModelFileError, error_message
+from cifarx_serve.files.checksum import ChecksumState, read_checksum
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.spec import ModelSpec
 
 _VERSION_DIGITS: Final = 12
 
 
-class ModelRecord(msgspec.Struct, frozen=True):
-    """What the server says about a model: `version` is the start of the file's sha256."""
+class ModelInfo(msgspec.Struct, frozen=True):
+    """A served model. `version` is the start of the file's SHA-256; `provider` is what runs the model."""
 
     name: str
     version: str
@@ -33,28 +33,29 @@ class ModelRecord(msgspec.Struct, frozen=True):
 
 
 class ServedModel:
-    """One version of one model; `run` is called by one thread at a time.
+    """One version of one model. One thread at a time may call `run`.
 
-    `failed` says that it answers nothing any more, whatever it is asked.
+    Attributes:
+        failed: whether the model runs on no input any more.
 
     Args:
-        name: it is served under.
-        path: of the file.
-        backend: the backend's name; None for the one that the suffix asks for.
-        device: as users write it.
-        max_batch: the largest batch it will be given.
+        name: the name that the model is served under.
+        path: the model file.
+        backend: the backend's name; by default the suffix of the file selects it.
+        device: the device, as users write it.
+        max_batch: the largest batch it will be run with.
 
     Raises:
-        ModelFileError: the file is absent, damaged, or does not answer as it should.
-        DeviceError: the device cannot be had.
+        ModelFileError: the file is missing or damaged, or the model does not return valid logits.
+        DeviceError: the device is not available.
     """
 
     def __init__(self, name: str, path: str, backend: str | None, device: str, max_batch: int) -> None:
         file = model_file(Path(path))
         self.name = name
         self.version = file_version(path)
-        if read_seal(file).state is SealState.CHANGED:
-            raise ModelFileError(f"{file} is not as it was exported: its seal is broken", "copy or export it again")
+        if read_checksum(file).state is ChecksumState.CHANGED:
+            raise ModelFileError(f"the checksum of {file} does not match", "get the file again, or export it again")
         self._backend: Backend = open_backend(file, backend, device)
         self._file = file.name
         self._loaded_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -68,22 +69,22 @@ class ServedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the file says about itself."""
+        """The model's spec, from its file."""
         return self._backend.spec
 
     @property
     def platform(self) -> str:
-        """What runs it, as the Open Inference Protocol names it: format and library."""
+        """The format and the runtime, as the Open Inference Protocol names platforms: `onnx_onnxruntime`."""
         return f"{Path(self._file).suffix.lstrip('.') or 'model'}_{self._backend.name}"
 
     @property
-    def is_steady(self) -> bool:
-        """Whether it takes this process's own CPUs, for every image about as long: its images have one size."""
+    def has_predictable_latency(self) -> bool:
+        """Whether the model runs on this process's CPUs, and all its images have one size and take about as long."""
         return self._backend.provider == "CPUExecutionProvider" and not self.spec.embedded_preprocessing
 
-    def record(self) -> ModelRecord:
-        """What there is to say about it."""
-        return ModelRecord(
+    def info(self) -> ModelInfo:
+        """Return the description of the model that the server publishes."""
+        return ModelInfo(
             self.name,
             self.version,
             self._file,
@@ -95,76 +96,77 @@ class ServedModel:
         )
 
     def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits, float32 (N, classes).
+        """Return the logits of a batch, float32 (N, classes).
 
         Args:
-            images: RGB pixels, uint8 (N, H, W, 3), at the model's size where it does not resize them itself; or what
-                its network takes, float32 (N, 3, height, width).
+            images: RGB pixels, uint8 (N, H, W, 3), of the model's input size unless it resizes them itself; or the
+                preprocessed input of the network, float32 (N, 3, height, width).
 
         Raises:
-            CifarxError: the model does not run on them.
+            CifarxError: the model cannot run on them. `failed` is then set if it cannot run on anything else either.
         """
         try:
             if images.dtype == np.uint8:
                 images = model_input(images, self.spec)
             logits = self._logits(images)
         except CifarxError:
-            self._test()
+            self._check_health()
             raise
         self.failed = False
         return logits
 
-    def grey_image(self, count: int = 1) -> NDArray[np.uint8]:
-        """Images that it must be able to answer: RGB pixels, (count, height, width, 3)."""
+    def gray_images(self, count: int = 1) -> NDArray[np.uint8]:
+        """Return gray images that a working model can run on: RGB pixels, uint8 (count, height, width, 3)."""
         return np.full((count, self.spec.input.height, self.spec.input.width, 3), 127, np.uint8)
 
     def warm_up(self) -> None:
-        """Answer batches of the sizes to come, and see that the answers are some.
+        """Run batches of the sizes to come, and check that the logits have the right shape and are finite.
 
         Raises:
-            ModelFileError: they are not.
+            ModelFileError: they do not, or are not.
         """
-        for size in _warm_sizes(self._max_batch):
-            logits = self._logits(model_input(self.grey_image(size), self.spec))
-            if logits.shape != (size, len(self.spec.class_names)) or not np.isfinite(logits).all():
-                problem = (
-                    f"{self._file} answers {size} grey images with {logits.dtype} {logits.shape}, or not with numbers"
-                )
+        for size in _warm_up_sizes(self._max_batch):
+            logits = self._logits(model_input(self.gray_images(size), self.spec))
+            expected = (size, len(self.spec.class_names))
+            if logits.shape != expected:
+                problem = f"{self._file} returns logits of shape {logits.shape} for a batch of {size}, not {expected}"
+                raise ModelFileError(problem, "export it again")
+            if not np.isfinite(logits).all():
+                problem = f"{self._file} returns logits that are not finite for a batch of {size}"
                 raise ModelFileError(problem, "export it again")
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release the model's resources."""
         self._backend.close()
 
-    def _test(self) -> None:
-        """After a failure: whether it was the request's images, or the model answers nothing any more."""
+    def _check_health(self) -> None:
+        """After a failure, find out whether the images were the cause or the model fails on everything."""
         try:
-            self._logits(model_input(self.grey_image(), self.spec))
+            self._logits(model_input(self.gray_images(), self.spec))
         except CifarxError:
             self.failed = True
 
     def _logits(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Whatever the backend raises, as ModelFileError."""
+        """Run the backend; raise any error of it as ModelFileError."""
         try:
             return self._backend.run(batch)
         except CifarxError:
             raise
-        except Exception as error:  # what the libraries raise, as on a device that is lost, has no common base
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            problem = f"{self._file} does not run on {batch.dtype} {batch.shape} ({reason})"
+        except Exception as error:  # the errors of the libraries, such as a lost device, have no common base class
+            problem = f"{self._file} cannot run on {batch.dtype} {batch.shape} ({error_message(error)})"
             raise ModelFileError(problem, "export it again") from error
 
 
-def _warm_sizes(largest: int) -> list[int]:
-    """The powers of two, at which memory is bound and kernels are chosen where that is done a size, and the largest."""
+def _warm_up_sizes(largest: int) -> list[int]:
+    """Return the powers of two up to `largest`, and `largest`: runtimes allocate and choose kernels per batch size."""
     return sorted({1 << bits for bits in range(largest.bit_length())} | {largest})
 
 
 def file_version(path: str) -> str:
-    """The start of the file's sha256.
+    """Return the version of a model file: the start of its SHA-256.
 
     Raises:
-        ModelFileError: it cannot be read.
+        ModelFileError: the file cannot be read.
     """
     file = model_file(Path(path))
     try:

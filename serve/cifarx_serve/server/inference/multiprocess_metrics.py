@@ -1,4 +1,4 @@
-"""Figures that processes share by files, as prometheus_client does it, written some at a time."""
+"""Metrics that processes share through files, as in prometheus_client, but with buffered writes."""
 
 import asyncio
 import os
@@ -7,38 +7,38 @@ from typing import Any, Final
 
 from prometheus_client.values import MultiProcessValue
 
-_PAUSE_S: Final = 0.1
-"""How late other processes may see what was added; a process that is killed loses as much."""
+_FLUSH_INTERVAL_S: Final = 0.1
+"""How late other processes can see an increment, and how much of the metrics a killed process loses."""
 
 
-class SharedFigures:
-    """What is added to figures, in an event loop, is held a while: a small request adds to five, 2 us each to write.
+class BufferedValues:
+    """Buffers the increments made in an event loop: a small request makes five, and writing each one takes 2 us.
 
     Attributes:
-        value_class: what prometheus_client makes its figures of, once `prometheus_client.values.ValueClass` is set.
+        value_class: the class of values, to be assigned to `prometheus_client.values.ValueClass`.
     """
 
     def __init__(self) -> None:
-        number = os.getpid()  # else the library asks the system at every count
-        shared: Any = MultiProcessValue(lambda: number)
-        held: defaultdict[Any, float] = defaultdict(float)
-        write = self.write
+        process_id = os.getpid()  # the library would call getpid() for every increment
+        base: Any = MultiProcessValue(lambda: process_id)
+        buffer: defaultdict[Any, float] = defaultdict(float)
+        flush = self.flush
 
-        class HeldValue(shared):  # type: ignore[misc]
-            """A figure, and what waits to be added to it."""
+        class BufferedValue(base):  # type: ignore[misc]
+            """A value with increments that are not written yet."""
 
             def inc(self, amount: float) -> None:
-                if not held:
-                    asyncio.get_running_loop().call_later(_PAUSE_S, write)
-                held[self] += amount
+                if not buffer:
+                    asyncio.get_running_loop().call_later(_FLUSH_INTERVAL_S, flush)
+                buffer[self] += amount
 
-        self.value_class = HeldValue
-        self._held = held
-        self._add = shared.inc
+        self.value_class = BufferedValue
+        self._buffer = buffer
+        self._increment = base.inc
 
-    def write(self) -> None:
-        """To the files, now; in the thread that counts."""
-        held = dict(self._held)
-        self._held.clear()
-        for figure, amount in held.items():
-            self._add(figure, amount)
+    def flush(self) -> None:
+        """Write the buffered increments to the files. Call it in the thread of the event loop."""
+        buffered = dict(self._buffer)
+        self._buffer.clear()
+        for value, amount in buffered.items():
+            self._increment(value, amount)

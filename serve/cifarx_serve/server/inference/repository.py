@@ -1,48 +1,54 @@
-"""The models that a worker serves, each with its queue; opened, replaced and closed while requests come."""
+"""The models that a worker serves, each with its queue; loaded, reloaded and closed while requests arrive."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from numpy.typing import NDArray
 
-from cifarx_serve.errors import CifarxError, unknown
-from cifarx_serve.server.errors import RequestError
-from cifarx_serve.server.http.request import Request
-from cifarx_serve.server.inference.batcher import Answer, Batcher
+from cifarx_serve.errors import CifarxError, unknown_name_error
+from cifarx_serve.server.inference.batcher import Batcher, InferenceResult
+from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.errors import (
+    InferenceError,
+    InvalidInput,
+    ModelFailed,
+    ModelNotFound,
+    ModelNotReady,
+)
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.model import ServedModel, file_version
 from cifarx_serve.server.settings import Settings
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 
-_LOOK_S: Final = 0.02
+_DRAIN_POLL_S: Final = 0.02
 
-_AT_ONCE_S: Final = 5e-3
-"""Other requests are not read for so long; by default Python lets a thread have the interpreter for as long."""
+_INLINE_LIMIT_S: Final = 5e-3
+"""How long the event loop may run a model itself: as long as a Python thread may hold the interpreter by default."""
 
 
 class ModelInstance:
-    """One version of a model, and the requests that wait for it; a context manager around what asks it.
+    """One version of a model with its queue.
 
-    It is not given back while something is inside: a body that takes its time to arrive is still answered.
+    It is a context manager for the handlers of requests: while any of them is inside it is not closed, so a request
+    that came before a reload is answered even if its body is slow to arrive.
     """
 
     def __init__(self, model: ServedModel, settings: Settings, metrics: Metrics) -> None:
         limits = settings.limits
         self.model = model
         self._users = 0
+        self._deadline_s = limits.deadline_s
         self._batcher = Batcher(
             model.run,
             limits.max_batch,
             limits.max_delay_us / 1e6,
             limits.max_queue,
-            limits.deadline_s,
-            metrics.of_model(model.name),
-            _AT_ONCE_S if model.is_steady and settings.threads == 1 else 0.0,
+            metrics.batch_observer(model.name),
+            _INLINE_LIMIT_S if model.has_predictable_latency and settings.threads == 1 else 0.0,
         )
 
     def __enter__(self) -> Self:
@@ -52,40 +58,51 @@ class ModelInstance:
     def __exit__(self, *_: object) -> None:
         self._users -= 1
 
-    def require_room(self, count: int) -> None:
-        """Raises RequestError (503) where so many images could not be queued now."""
-        self._batcher.require_room(count)
+    def require_capacity(self, count: int) -> None:
+        """Raise QueueFull if `count` more images do not fit into the queue now."""
+        self._batcher.require_capacity(count)
 
-    async def answer(self, images: NDArray[Any], request: Request) -> Answer:
-        """The logits of a request's images.
+    async def infer(
+        self, images: NDArray[Any], deadline: Deadline, is_disconnected: Callable[[], bool]
+    ) -> InferenceResult:
+        """Run the model on the images of one request, batched with those of other requests.
+
+        Args:
+            images: (N, ...), as `ServedModel.run` takes them.
+            deadline: when the request must be answered.
+            is_disconnected: returns whether the client has disconnected.
 
         Raises:
-            RequestError: the queue is full, the deadline has passed, or the model cannot run on them.
-            ClientDisconnect: nobody waits for them any more.
+            QueueFull: the queue has no capacity for the images.
+            DeadlineExceeded: the deadline has passed.
+            InvalidInput: the model cannot run on these images.
+            ModelFailed: the model cannot run on any images.
+            BatcherClosed: the server is shutting down.
+            RequestCancelled: the client has disconnected.
         """
         try:
-            return await self._batcher.submit(images, request.arrived, request.is_disconnected)
-        except RequestError:
+            return await self._batcher.submit(images, deadline, is_disconnected)
+        except InferenceError:
             raise
         except CifarxError as error:
             if self.model.failed:
-                problem = f"model {self.model.name} has failed"
-                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second") from error
-            # Not the error's own words: they name the file, and are for who runs the server.
-            problem = f"model {self.model.name} does not run on {images.dtype} {images.shape}"
-            raise RequestError(HTTPStatus.BAD_REQUEST, problem, "send other images") from error
+                raise ModelFailed(f"model {self.model.name} has failed", "try again in a second") from error
+            # Not the message of the error: it names the file, which clients should not see.
+            problem = f"model {self.model.name} cannot run on {images.dtype} {images.shape}"
+            raise InvalidInput(problem, "send other images") from error
 
-    async def probe(self) -> None:
-        """Try a model that has failed once more; what it answers is kept by the model."""
+    async def recheck(self) -> None:
+        """Run the model on a gray image, which clears `model.failed` if it succeeds."""
+        deadline = Deadline(time.perf_counter(), self._deadline_s)
         try:
-            await self._batcher.submit(self.model.grey_image(), time.perf_counter(), lambda: False)
+            await self._batcher.submit(self.model.gray_images(), deadline, lambda: False)
         except CifarxError:
             return
 
-    async def retire(self) -> None:
-        """Once who asked it is answered, give back what it holds."""
-        while self._users or not self._batcher.idle:
-            await asyncio.sleep(_LOOK_S)
+    async def drain(self) -> None:
+        """Wait until all its requests are answered, then close the model."""
+        while self._users or not self._batcher.is_idle:
+            await asyncio.sleep(_DRAIN_POLL_S)
         self._batcher.close()
         self.model.close()
 
@@ -93,101 +110,116 @@ class ModelInstance:
 class ModelRepository:
     """All models of a worker.
 
-    `awaits_others` says that the server is not whole yet: another worker, which a client may meet next, is not ready.
-
     Args:
-        settings: the files and their limits.
-        metrics: counts what the models do.
+        settings: the model files and the limits.
+        metrics: counts the batches.
+
+    Attributes:
+        draining: whether the worker is shutting down and should get no more requests.
+        peers_starting: whether another worker, which may get a client's next request, is not ready yet.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.draining = False
-        self.awaits_others = False
+        self.peers_starting = False
         self._metrics = metrics
-        self._servings: dict[str, ModelInstance] = {}
-        self._swapping = asyncio.Lock()
+        self._instances: dict[str, ModelInstance] = {}
+        self._lock = asyncio.Lock()
 
     @property
     def state(self) -> State:
-        """What `/readyz` says."""
+        """The state that `/readyz` reports."""
         if self.draining:
             return "draining"
-        if self.awaits_others or len(self._servings) < len(self.settings.files):
+        if self.peers_starting or len(self._instances) < len(self.settings.files):
             return "starting"
-        return "failed" if any(serving.model.failed for serving in self._servings.values()) else "ready"
+        return "failed" if any(instance.model.failed for instance in self._instances.values()) else "ready"
 
     @property
-    def servings(self) -> list[ModelInstance]:
-        """In the order of the files; fewer while the models are being opened."""
-        return [self._servings[name] for name in self.settings.files if name in self._servings]
+    def instances(self) -> list[ModelInstance]:
+        """The loaded models, in the order of the files."""
+        return [self._instances[name] for name in self.settings.files if name in self._instances]
 
-    def serving(self, name: str | None) -> ModelInstance:
-        """The model of that name, or the first.
+    def get(self, name: str | None = None, version: str | None = None) -> ModelInstance:
+        """Return a model.
+
+        Args:
+            name: the name it is served under; by default the first one.
+            version: the version that it must have; by default any.
 
         Raises:
-            RequestError: there is none (404), or it is not yet open (503).
+            ModelNotFound: there is no such model, or it has another version.
+            ModelNotReady: it is not loaded yet.
         """
         files = self.settings.files
-        name = next(iter(files)) if name is None else name
-        if serving := self._servings.get(name):
-            return serving
-        if name in files:
-            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, f"model {name} is being opened", "try again in a second")
-        error = unknown("model", name[:80], files)
-        raise RequestError(HTTPStatus.NOT_FOUND, error.problem, error.remedy)
+        if name is None:
+            name = next(iter(files))
+        instance = self._instances.get(name)
+        if instance is None:
+            if name in files:
+                raise ModelNotReady(f"model {name} is still loading", "try again in a second")
+            error = unknown_name_error("model", name[:80], files)
+            raise ModelNotFound(error.problem, error.remedy)
+        if version is not None and version != instance.model.version:
+            problem = f"model {name} has no version {version[:80]!r}"
+            raise ModelNotFound(problem, f"its version is {instance.model.version}")
+        return instance
 
     async def open(self) -> None:
-        """Open every model, one after the other, while the loop goes on.
+        """Load the models, one after the other, without blocking the event loop.
 
         Raises:
-            CifarxError: one cannot be opened.
+            CifarxError: a model cannot be loaded.
         """
-        async with self._swapping:  # who asks for new versions meanwhile gets them after
+        async with self._lock:  # a reload that is requested meanwhile follows
             for name in self.settings.files:
-                self._servings[name] = await self._open(name)
+                self._instances[name] = await self._load(name)
 
-    async def swap(self, told: Callable[[str], None]) -> None:
-        """Take new versions of the files into service, those that open, check and answer; the others stay as they are.
+    async def reload(self, on_event: Callable[[str], None]) -> None:
+        """Replace each model whose file has changed, if the new version loads, verifies and runs; keep it otherwise.
 
-        Requests that wait are answered by the version that they came to.
+        Requests that are queued for the old version are answered by it.
+
+        Args:
+            on_event: called with a line of text for each model that was reloaded or had to be kept.
         """
-        async with self._swapping:
+        async with self._lock:
             for name in self.settings.files:
                 try:
                     if await asyncio.to_thread(file_version, self.settings.files[name]) == self._version(name):
                         continue
-                    new = await self._open(name)
+                    new = await self._load(name)
                 except CifarxError as error:
-                    told(f"kept {name} {self._version(name)}: {error}")
+                    on_event(f"kept {name} at version {self._version(name)}: {error}")
                     continue
-                old, self._servings[name] = self._servings[name], new
-                told(f"swapped {name} from {old.model.version} to {new.model.version}")
-                await old.retire()
+                old, self._instances[name] = self._instances[name], new
+                on_event(f"reloaded {name} from version {old.model.version} to {new.model.version}")
+                await old.drain()
 
-    async def probe(self) -> bool:
-        """Try those that have failed once more; whether none is left."""
-        for serving in self.servings:
-            if serving.model.failed:
-                await serving.probe()
-        return not any(serving.model.failed for serving in self.servings)
+    async def recheck_failed(self) -> bool:
+        """Run the models that have failed once more, and return whether all models work."""
+        for instance in self.instances:
+            if instance.model.failed:
+                await instance.recheck()
+        return not any(instance.model.failed for instance in self.instances)
 
     async def close(self) -> None:
-        """Give back what the models hold."""
-        for serving in self.servings:
-            await serving.retire()
-        self._servings.clear()
+        """Drain and close all models."""
+        for instance in self.instances:
+            await instance.drain()
+        self._instances.clear()
 
     def _version(self, name: str) -> str:
-        return self._servings[name].model.version
+        return self._instances[name].model.version
 
-    async def _open(self, name: str) -> ModelInstance:
+    async def _load(self, name: str) -> ModelInstance:
         settings = self.settings
-        # A thread that ends with the model's opening: a library may leave some of its memory to the thread.
-        pool = ThreadPoolExecutor(1, "open")
+        # A thread that ends when the model is loaded: a library may keep some of its memory until then.
+        executor = ThreadPoolExecutor(1, "load")
         try:
             model = await asyncio.get_running_loop().run_in_executor(
-                pool,
+                executor,
                 ServedModel,
                 name,
                 settings.files[name],
@@ -196,5 +228,5 @@ class ModelRepository:
                 settings.limits.max_batch,
             )
         finally:
-            pool.shutdown(wait=False)  # a server that is told to end meanwhile does not wait for the model
+            executor.shutdown(wait=False)  # a server that is stopped meanwhile does not wait for the model
         return ModelInstance(model, settings, self._metrics)

@@ -1,8 +1,9 @@
-"""The document against the standard's own schema, and against the routes."""
+"""The OpenAPI document against the OpenAPI standard, the routes and the responses of the server."""
 
 import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,29 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from cifarx_serve.server.api.openapi import openapi_document
-from cifarx_serve.server.api.routes import Routes
-from tests.support.asked import application, encoded
+from cifarx_serve.server.api.routes import create_routes
+from cifarx_serve.server.asgi import Route
+from cifarx_serve.server.inference.metrics import Metrics
+from cifarx_serve.server.inference.repository import ModelRepository
+from cifarx_serve.server.settings import Settings
+from tests.support.asgi_client import encode_image, open_client
 from tests.support.color_model import write_onnx
 
 PAGES = {"/", "/docs", "/openapi.json"}
 
 
 @pytest.fixture(scope="module")
-def document() -> dict[str, Any]:
-    found = json.loads(openapi_document())
-    assert isinstance(found, dict)
-    return found
+def routes() -> list[Route]:
+    metrics = Metrics()
+    with ThreadPoolExecutor(1) as executor:
+        return create_routes(ModelRepository(Settings(files={}), metrics), metrics, executor)
+
+
+@pytest.fixture(scope="module")
+def document(routes: list[Route]) -> dict[str, Any]:
+    document = json.loads(openapi_document(routes))
+    assert isinstance(document, dict)
+    return document
 
 
 def operations(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -35,31 +47,33 @@ def operations(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]
     }
 
 
-def routes() -> dict[tuple[str, str], bool]:
-    """Whether each is open."""
-    table = Routes(None, None, None).table()  # type: ignore[arg-type]
-    return {(route.method, route.template): route.open for route in table if route.template not in PAGES}
+def is_public(routes: list[Route]) -> dict[tuple[str, str], bool]:
+    return {(route.method, route.path): route.public for route in routes if route.path not in PAGES}
 
 
-def test_every_route_is_in_it_and_no_other(document: dict[str, Any]) -> None:
-    assert operations(document).keys() == routes().keys()
+def test_only_pages_have_no_documentation(routes: list[Route]) -> None:
+    assert {route.path for route in routes if route.operation is None} == PAGES
 
 
-def test_it_says_which_need_a_key(document: dict[str, Any]) -> None:
-    found = operations(document)
-    assert {key: "security" not in operation for key, operation in found.items()} == routes()
-    assert all(("401" in operation["responses"]) == ("security" in operation) for operation in found.values())
+def test_it_has_every_route_and_no_other(document: dict[str, Any], routes: list[Route]) -> None:
+    assert operations(document).keys() == is_public(routes).keys()
 
 
-def test_it_is_openapi(document: dict[str, Any]) -> None:
+def test_it_says_which_operations_require_an_api_key(document: dict[str, Any], routes: list[Route]) -> None:
+    documented = operations(document)
+    assert {key: "security" not in operation for key, operation in documented.items()} == is_public(routes)
+    assert all(("401" in operation["responses"]) == ("security" in operation) for operation in documented.values())
+
+
+def test_it_is_valid_openapi(document: dict[str, Any]) -> None:
     assert document["openapi"] == "3.1.0"
     schema = schemathesis.openapi.from_dict(document)
     schema.validate()
-    found = {(operation.ok().method.upper(), operation.ok().path) for operation in schema.get_all_operations()}
-    assert found == operations(document).keys()
+    loaded = {(operation.ok().method.upper(), operation.ok().path) for operation in schema.get_all_operations()}
+    assert loaded == operations(document).keys()
 
 
-def test_every_reference_has_a_schema_and_every_schema_is_one(document: dict[str, Any]) -> None:
+def test_every_reference_has_a_valid_schema(document: dict[str, Any]) -> None:
     text = json.dumps(document)
     schemas = document["components"]["schemas"]
     assert set(re.findall(r'"#/components/schemas/([^"]+)"', text)) <= schemas.keys()
@@ -67,22 +81,40 @@ def test_every_reference_has_a_schema_and_every_schema_is_one(document: dict[str
         Draft202012Validator.check_schema(schema)
 
 
-def test_operations_have_names_of_their_own(document: dict[str, Any]) -> None:
-    names = [operation["operationId"] for operation in operations(document).values()]
-    assert len(set(names)) == len(names)
+def test_operation_ids_are_unique(document: dict[str, Any]) -> None:
+    ids = [operation["operationId"] for operation in operations(document).values()]
+    assert len(set(ids)) == len(ids)
 
 
-def test_every_part_of_a_path_is_described(document: dict[str, Any]) -> None:
+def test_every_path_parameter_is_described(document: dict[str, Any]) -> None:
     for path, item in document["paths"].items():
         described = {entry["name"] for entry in item.get("parameters", []) if entry["in"] == "path"}
         assert described == set(re.findall(r"\{(\w+)\}", path))
 
 
-def test_answers_are_as_it_says(document: dict[str, Any], tmp_path: Path) -> None:
-    """Good ones and errors."""
-    image = encoded(Image.new("RGB", (9, 5)))
+def test_an_inference_request_may_have_flat_nested_or_binary_data(document: dict[str, Any]) -> None:
+    reference = {"$ref": "#/components/schemas/InferenceRequest"}
+    request = Draft202012Validator({**reference, "components": document["components"]})
+    tensor = {"name": "input", "shape": [1, 1, 2, 3], "datatype": "UINT8"}
+    for entry in ({"data": [0] * 6}, {"data": [[[[0] * 3] * 2]]}, {"parameters": {"binary_data_size": 6}}):
+        request.validate({"inputs": [tensor | entry]})
+    for inputs in (
+        [],
+        [tensor, tensor],
+        [tensor | {"name": "image"}],
+        [tensor | {"shape": [0, 1, 2, 3]}],
+        [tensor | {"shape": [1, 2, 3]}],
+        [tensor | {"datatype": "FP64"}],
+        [tensor | {"data": [[0] * 6]}],
+        [tensor | {"data": [256] * 6}],
+    ):
+        assert not request.is_valid({"inputs": inputs})
+
+
+def test_responses_match_their_schemas(document: dict[str, Any], tmp_path: Path) -> None:
+    image = encode_image(Image.new("RGB", (9, 5)))
     infer = {"inputs": [{"name": "input", "shape": [1, 4, 6, 3], "datatype": "UINT8", "data": [0] * 72}]}
-    asked = [
+    requests = [
         ("POST", "/v1/predict", "/v1/predict?top_k=2", image),
         ("POST", "/v1/predict", "/v1/predict", b"no image"),
         ("POST", "/v1/predict", "/v1/predict?model=x", image),
@@ -101,13 +133,30 @@ def test_answers_are_as_it_says(document: dict[str, Any], tmp_path: Path) -> Non
     ]
 
     async def run() -> None:
-        async with application({"m": write_onnx(tmp_path / "m.onnx")}) as client:
-            for method, template, target, body in asked:
-                answer = await client.ask(method, target, body)
-                described = operations(document)[method, template]["responses"][str(answer.status)]
+        async with open_client({"m": write_onnx(tmp_path / "m.onnx")}) as client:
+            for method, path, target, body in requests:
+                response = await client.request(method, target, body)
+                described = operations(document)[method, path]["responses"][str(response.status)]
                 schema = described["content"]["application/json"]["schema"]
-                Draft202012Validator({**schema, "components": document["components"]}).validate(answer.json)
+                Draft202012Validator({**schema, "components": document["components"]}).validate(response.json)
             served = await client.get("/openapi.json")
             assert served.json == document
+
+    asyncio.run(run())
+
+
+def test_a_server_that_is_not_ready_responds_as_described(document: dict[str, Any], tmp_path: Path) -> None:
+    async def run() -> None:
+        async with open_client({"m": write_onnx(tmp_path / "m.onnx")}, open_models=False) as client:
+            for path, target in [
+                ("/readyz", "/readyz"),
+                ("/v2/health/ready", "/v2/health/ready"),
+                ("/v2/models/{model}/ready", "/v2/models/m/ready"),
+            ]:
+                response = await client.get(target)
+                assert response.status == 503
+                described = operations(document)["GET", path]["responses"]["503"]
+                schema = described["content"]["application/json"]["schema"]
+                Draft202012Validator({**schema, "components": document["components"]}).validate(response.json)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Figures of a process in a folder, as another process reads them."""
+"""Metrics that one process writes to a directory, as another process reads them."""
 
 import subprocess
 import sys
@@ -8,46 +8,46 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-_COUNTING = """
+_PROGRAM = """
 import asyncio, sys
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
-from cifarx_serve.server.inference.multiprocess_metrics import SharedFigures
-shared = SharedFigures()
-values.ValueClass = shared.value_class
-own = CollectorRegistry()
-images = Counter("images", "Images.", ["model"], registry=own)
-seconds = Histogram("seconds", "Seconds.", registry=own, buckets=(1, 2))
-waiting = Gauge("waiting", "Waiting.", registry=own, multiprocess_mode="livesum")
+from cifarx_serve.server.inference.multiprocess_metrics import BufferedValues
+buffered = BufferedValues()
+values.ValueClass = buffered.value_class
+registry = CollectorRegistry()
+images = Counter("images", "Images.", ["model"], registry=registry)
+seconds = Histogram("seconds", "Seconds.", registry=registry, buckets=(1, 2))
+queued = Gauge("queued", "Queued.", registry=registry, multiprocess_mode="livesum")
 
 async def count():
     for line in sys.stdin:
-        if line == "write\\n":
-            shared.write()
+        if line == "flush\\n":
+            buffered.flush()
         elif line == "wait\\n":
             await asyncio.sleep(0.3)
         else:
             images.labels("lzh").inc(float(line))
             seconds.observe(float(line))
-            waiting.set(float(line))
+            queued.set(float(line))
         print("done", flush=True)
 
 asyncio.run(count())
 """
 
 
-class Counting:
-    """A process that counts what it is told."""
+class CountingProcess:
+    """A process that counts the numbers it is sent."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, directory: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _COUNTING],
+            [sys.executable, "-W", "error", "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"PROMETHEUS_MULTIPROC_DIR": str(folder)},
+            env={"PROMETHEUS_MULTIPROC_DIR": str(directory)},
         )
 
-    def tell(self, *lines: str) -> None:
+    def send(self, *lines: str) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         for line in lines:
@@ -56,9 +56,9 @@ class Counting:
             assert self.process.stdout.readline() == "done\n"
 
 
-def figures(folder: Path) -> dict[str, float]:
+def read_metrics(directory: Path) -> dict[str, float]:
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]
     return {
         sample.name + sample.labels.get("le", ""): sample.value
         for family in registry.collect()
@@ -67,33 +67,33 @@ def figures(folder: Path) -> dict[str, float]:
 
 
 @pytest.fixture
-def counting(tmp_path: Path) -> Counting:
-    return Counting(tmp_path)
+def counting(tmp_path: Path) -> CountingProcess:
+    return CountingProcess(tmp_path)
 
 
-def test_what_is_counted_is_seen_once_it_is_written(tmp_path: Path, counting: Counting) -> None:
+def test_increments_are_visible_after_a_flush(tmp_path: Path, counting: CountingProcess) -> None:
     with counting.process:
-        counting.tell("0.5", "1.5", "1.5")
-        before = figures(tmp_path)
+        counting.send("0.5", "1.5", "1.5")
+        before = read_metrics(tmp_path)
         assert (before.get("images_total", 0), before["seconds_sum"]) == (0, 0)
-        counting.tell("write")
-        found = figures(tmp_path)
-        assert (found["images_total"], found["seconds_sum"]) == (3.5, 3.5)
-        assert [found[f"seconds_bucket{bound}"] for bound in ("1.0", "2.0", "+Inf")] == [1, 3, 3]
-        counting.tell("write", "4", "write", "write")
-        found = figures(tmp_path)
-        assert (found["images_total"], found["seconds_count"]) == (7.5, 4)
+        counting.send("flush")
+        values = read_metrics(tmp_path)
+        assert (values["images_total"], values["seconds_sum"]) == (3.5, 3.5)
+        assert [values[f"seconds_bucket{bound}"] for bound in ("1.0", "2.0", "+Inf")] == [1, 3, 3]
+        counting.send("flush", "4", "flush", "flush")
+        values = read_metrics(tmp_path)
+        assert (values["images_total"], values["seconds_count"]) == (7.5, 4)
 
 
-def test_a_state_is_seen_at_once(tmp_path: Path, counting: Counting) -> None:
-    """What is set, and not added to, is not held back."""
+def test_a_gauge_that_is_set_is_visible_at_once(tmp_path: Path, counting: CountingProcess) -> None:
+    """Only increments are buffered."""
     with counting.process:
-        counting.tell("3", "2")
-        assert figures(tmp_path)["waiting"] == 2
+        counting.send("3", "2")
+        assert read_metrics(tmp_path)["queued"] == 2
 
 
-def test_it_is_written_soon_in_any_case(tmp_path: Path, counting: Counting) -> None:
+def test_increments_are_flushed_periodically(tmp_path: Path, counting: CountingProcess) -> None:
     with counting.process:
         for total in (2, 4):
-            counting.tell("2", "wait")
-            assert figures(tmp_path)["images_total"] == total
+            counting.send("2", "wait")
+            assert read_metrics(tmp_path)["images_total"] == total

@@ -1,6 +1,6 @@
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -9,268 +9,272 @@ import pytest
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import ModelFileError
-from cifarx_serve.server.errors import RequestError
-from cifarx_serve.server.http.body_budget import BodyBudget
-from cifarx_serve.server.http.request import Message, Request
+from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.errors import InvalidInput, ModelFailed, ModelNotFound, ModelNotReady
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
-from tests.support.asked import application
 from tests.support.color_model import write_onnx
-from tests.support.planted_backend import BOMB, POISON, PlantedBackend, plant, write_planted
+from tests.support.faulty_backend import BOMB, POISON, FaultyBackend, register_faulty_backend, write_faulty_model
 
 
 @pytest.fixture(autouse=True)
-def _planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
+def _faulty_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_faulty_backend(monkeypatch)
 
 
-def request() -> Request:
-    async def receive() -> Message:
-        await asyncio.sleep(60)
-        raise AssertionError
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    return Request(scope, receive, Limits(), BodyBudget(1 << 20))
+def image(color: tuple[int, int, int] = (255, 0, 0)) -> NDArray[np.uint8]:
+    return np.full((1, 4, 6, 3), color, np.uint8)
 
 
-def image(colour: tuple[int, int, int] = (255, 0, 0)) -> NDArray[np.uint8]:
-    return np.full((1, 4, 6, 3), colour, np.uint8)
-
-
-def with_service(
+def run_with_repository(
     test: Callable[[ModelRepository], Awaitable[None]], *paths: Path, is_open: bool = True, **limits: Any
 ) -> None:
-    """Run a test with a service of these files; what it opened is closed at the end."""
+    """Run a test with a repository of these files, and close it at the end."""
 
     async def run() -> None:
-        files = {path.stem: path for path in paths}
-        async with application(files, Limits(max_batch=2, **limits), open_models=is_open) as client:
-            await test(client.service)
+        files = {path.stem: str(path) for path in paths}
+        settings = Settings(files=files, device="cpu", limits=Limits(max_batch=2, **limits))
+        repository = ModelRepository(settings, Metrics())
+        if is_open:
+            await repository.open()
+        try:
+            await test(repository)
+        finally:
+            await repository.close()
 
     asyncio.run(run())
-    assert PlantedBackend.opened == 0
+    assert FaultyBackend.open_count == 0
 
 
-async def best(serving: ModelInstance, colour: tuple[int, int, int] = (255, 0, 0)) -> int:
-    answer = await serving.answer(image(colour), request())
-    return int(answer.logits[0].argmax())
+async def best_class(instance: ModelInstance, color: tuple[int, int, int] = (255, 0, 0)) -> int:
+    result = await instance.infer(image(color), Deadline(time.perf_counter(), 10.0), lambda: False)
+    return int(result.logits[0].argmax())
 
 
-def test_models_are_opened_in_order_and_found_by_name(tmp_path: Path) -> None:
-    async def test(service: ModelRepository) -> None:
-        assert service.state == "ready"
-        assert [serving.model.name for serving in service.servings] == ["b", "a"]
-        assert service.serving(None).model.name == "b"
-        assert service.serving("a").model.name == "a"
-        assert await best(service.serving("a"), (0, 255, 0)) == 1
-        with pytest.raises(RequestError, match=r"unknown model 'aa': did you mean 'a'\? known are a, b") as absent:
-            service.serving("aa")
-        assert absent.value.status == HTTPStatus.NOT_FOUND
+def test_models_are_loaded_in_order_and_found_by_name(tmp_path: Path) -> None:
+    async def test(repository: ModelRepository) -> None:
+        assert repository.state == "ready"
+        assert [instance.model.name for instance in repository.instances] == ["b", "a"]
+        assert repository.get().model.name == "b"
+        assert repository.get("a").model.name == "a"
+        assert await best_class(repository.get("a"), (0, 255, 0)) == 1
+        with pytest.raises(ModelNotFound, match=r"unknown model 'aa': did you mean 'a'\? choose from a, b"):
+            repository.get("aa")
 
-    with_service(test, write_onnx(tmp_path / "b.onnx"), write_planted(tmp_path / "a.planted"))
+    run_with_repository(test, write_onnx(tmp_path / "b.onnx"), write_faulty_model(tmp_path / "a.faulty"))
 
 
-def test_before_its_models_are_open_it_is_starting(tmp_path: Path) -> None:
-    async def test(service: ModelRepository) -> None:
-        assert service.state == "starting"
-        with pytest.raises(RequestError, match="model a is being opened: try again in a second") as early:
-            service.serving("a")
-        assert early.value.status == HTTPStatus.SERVICE_UNAVAILABLE
+def test_a_model_is_found_by_its_version(tmp_path: Path) -> None:
+    async def test(repository: ModelRepository) -> None:
+        version = repository.get("a").model.version
+        assert repository.get("a", version) is repository.get("a")
+        with pytest.raises(ModelNotFound) as not_found:
+            repository.get("a", "1")
+        assert str(not_found.value) == f"model a has no version '1': its version is {version}"
+
+    run_with_repository(test, write_faulty_model(tmp_path / "a.faulty"))
+
+
+def test_the_state_is_starting_until_all_models_are_loaded(tmp_path: Path) -> None:
+    async def test(repository: ModelRepository) -> None:
+        assert repository.state == "starting"
+        with pytest.raises(ModelNotReady, match="model a is still loading: try again in a second"):
+            repository.get("a")
         slow = tmp_path / "b.slow"
         slow.touch()
-        opening = asyncio.create_task(service.open())
+        opening = asyncio.create_task(repository.open())
         async with asyncio.timeout(20):
-            while not service.servings:
+            while not repository.instances:
                 await asyncio.sleep(0.005)
-        assert service.state == "starting"
-        assert await best(service.serving("a")) == 0
+        assert repository.state == "starting"
+        assert await best_class(repository.get("a")) == 0
         slow.unlink()
         await opening
-        assert service.state == "ready"
+        assert repository.state == "ready"
 
-    with_service(test, write_planted(tmp_path / "a.planted"), write_planted(tmp_path / "b.planted"), is_open=False)
+    run_with_repository(
+        test, write_faulty_model(tmp_path / "a.faulty"), write_faulty_model(tmp_path / "b.faulty"), is_open=False
+    )
 
 
-def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    path = write_planted(tmp_path / "a.planted")
+def test_a_file_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
     path.write_text("{}")
 
-    async def test(service: ModelRepository) -> None:
+    async def test(repository: ModelRepository) -> None:
         with pytest.raises(Exception, match="malformed model spec"):
-            await service.open()
+            await repository.open()
 
-    with_service(test, path, is_open=False)
-
-
-def test_while_it_drains_it_says_so(tmp_path: Path) -> None:
-    async def test(service: ModelRepository) -> None:
-        service.draining = True
-        assert service.state == "draining"
-
-    with_service(test, write_planted(tmp_path / "a.planted"))
+    run_with_repository(test, path, is_open=False)
 
 
-def test_a_new_version_is_taken_into_service(tmp_path: Path) -> None:
+def test_the_state_is_draining_during_shutdown(tmp_path: Path) -> None:
+    async def test(repository: ModelRepository) -> None:
+        repository.draining = True
+        assert repository.state == "draining"
+
+    run_with_repository(test, write_faulty_model(tmp_path / "a.faulty"))
+
+
+def test_reload_replaces_a_model_whose_file_changed(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "a.onnx")
 
-    async def test(service: ModelRepository) -> None:
-        before = service.serving("a").model.version
-        told: list[str] = []
+    async def test(repository: ModelRepository) -> None:
+        before = repository.get("a").model.version
+        events: list[str] = []
         write_onnx(path, order=(2, 1, 0))
-        assert await best(service.serving("a")) == 0
-        await service.swap(told.append)
-        after = service.serving("a").model.version
-        assert told == [f"swapped a from {before} to {after}"]
+        assert await best_class(repository.get("a")) == 0
+        await repository.reload(events.append)
+        after = repository.get("a").model.version
+        assert events == [f"reloaded a from version {before} to {after}"]
         assert before != after
-        assert await best(service.serving("a")) == 2
-        await service.swap(told.append)
-        assert len(told) == 1
+        assert await best_class(repository.get("a")) == 2
+        await repository.reload(events.append)
+        assert len(events) == 1
 
-    with_service(test, path)
+    run_with_repository(test, path)
 
 
 @pytest.mark.parametrize("kind", ["broken", "foreign", "empty", "absent", "failing"])
-def test_a_file_that_does_not_open_leaves_the_old_in_service(tmp_path: Path, kind: str) -> None:
-    path = write_planted(tmp_path / "a.planted")
-    other = write_planted(tmp_path / "b.planted")
+def test_reload_keeps_the_old_version_of_a_file_that_does_not_load(tmp_path: Path, kind: str) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
+    other = write_faulty_model(tmp_path / "b.faulty")
     contents = {"broken": path.read_bytes()[:-9], "foreign": b"\x89PNG\r\n\x1a\n", "empty": b""}
 
-    async def test(service: ModelRepository) -> None:
-        version = service.serving("a").model.version
-        told: list[str] = []
+    async def test(repository: ModelRepository) -> None:
+        version = repository.get("a").model.version
+        events: list[str] = []
         if kind == "absent":
             path.unlink()
         elif kind == "failing":
-            write_planted(path, "new")
+            write_faulty_model(path, "new")
             path.with_suffix(".failing").touch()
         else:
             path.write_bytes(contents[kind])
-        write_planted(other, "new")
-        await service.swap(told.append)
+        write_faulty_model(other, "new")
+        await repository.reload(events.append)
         path.with_suffix(".failing").unlink(missing_ok=True)
-        assert told[0].startswith(f"kept a {version}: ")
-        assert told[1].startswith("swapped b from ")
-        assert service.serving("a").model.version == version
-        assert service.state == "ready"
-        assert await best(service.serving("a")) == 0
-        assert PlantedBackend.opened == 2
+        assert events[0].startswith(f"kept a at version {version}: ")
+        assert events[1].startswith("reloaded b from version ")
+        assert repository.get("a").model.version == version
+        assert repository.state == "ready"
+        assert await best_class(repository.get("a")) == 0
+        assert FaultyBackend.open_count == 2
 
-    with_service(test, path, other)
+    run_with_repository(test, path, other)
 
 
-def test_who_came_to_the_old_version_is_answered_by_it(tmp_path: Path) -> None:
-    """Whether the images wait for the model, or are still being sent."""
-    path = write_planted(tmp_path / "a.planted")
+def test_requests_of_the_old_version_are_answered_by_it(tmp_path: Path) -> None:
+    """Both those in its queue and those whose body is still being received."""
+    path = write_faulty_model(tmp_path / "a.faulty")
 
-    async def test(service: ModelRepository) -> None:
-        old = service.serving("a")
-        told: list[str] = []
+    async def test(repository: ModelRepository) -> None:
+        old = repository.get("a")
+        events: list[str] = []
         with old:
-            waiting = asyncio.create_task(best(old))
-            write_planted(path, "new")
-            swapping = asyncio.create_task(service.swap(told.append))
+            waiting = asyncio.create_task(best_class(old))
+            write_faulty_model(path, "new")
+            reloading = asyncio.create_task(repository.reload(events.append))
             async with asyncio.timeout(20):
-                while not told:
+                while not events:
                     await asyncio.sleep(0.005)
             await asyncio.sleep(0.1)
             assert await waiting == 0
-            assert service.serving("a") is not old
-            assert not swapping.done()
-            assert PlantedBackend.opened == 2
-            assert await best(old, (0, 0, 255)) == 2
-        await swapping
-        assert PlantedBackend.opened == 1
+            assert repository.get("a") is not old
+            assert not reloading.done()
+            assert FaultyBackend.open_count == 2
+            assert await best_class(old, (0, 0, 255)) == 2
+        await reloading
+        assert FaultyBackend.open_count == 1
 
-    with_service(test, path, deadline_s=5.0)
+    run_with_repository(test, path, deadline_s=5.0)
 
 
-def test_versions_asked_for_while_the_models_are_opened_are_taken_after(tmp_path: Path) -> None:
-    path = write_planted(tmp_path / "a.planted")
+def test_a_reload_while_models_are_loading_follows(tmp_path: Path) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
     path.with_suffix(".slow").touch()
 
-    async def test(service: ModelRepository) -> None:
-        told: list[str] = []
-        opening = asyncio.create_task(service.open())
+    async def test(repository: ModelRepository) -> None:
+        events: list[str] = []
+        opening = asyncio.create_task(repository.open())
         async with asyncio.timeout(20):
-            while not PlantedBackend.opened:
+            while not FaultyBackend.open_count:
                 await asyncio.sleep(0.005)
-        swapping = asyncio.create_task(service.swap(told.append))
+        reloading = asyncio.create_task(repository.reload(events.append))
         await asyncio.sleep(0.02)
-        write_planted(path, "new")
+        write_faulty_model(path, "new")
         path.with_suffix(".slow").unlink()
         await opening
-        await swapping
-        assert service.serving("a").model.spec.model == "new"
-        assert len(told) == 1
+        await reloading
+        assert repository.get("a").model.spec.model == "new"
+        assert len(events) == 1
 
-    with_service(test, path, is_open=False)
+    run_with_repository(test, path, is_open=False)
 
 
-def test_a_model_that_fails_is_told_and_found_well_again(tmp_path: Path) -> None:
-    path = write_planted(tmp_path / "a.planted")
+def test_a_failed_model_is_reported_and_recovers(tmp_path: Path) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
     failing = path.with_suffix(".failing")
 
-    async def test(service: ModelRepository) -> None:
-        assert await service.probe()
+    async def test(repository: ModelRepository) -> None:
+        assert await repository.recheck_failed()
         failing.touch()
-        with pytest.raises(RequestError, match="model a has failed: try again in a second") as failed:
-            await best(service.serving("a"))
-        assert failed.value.status == HTTPStatus.SERVICE_UNAVAILABLE
-        assert service.state == "failed"
-        assert not await service.probe()
-        assert service.state == "failed"
+        with pytest.raises(ModelFailed, match="model a has failed: try again in a second"):
+            await best_class(repository.get("a"))
+        assert repository.state == "failed"
+        assert not await repository.recheck_failed()
+        assert repository.state == "failed"
         failing.unlink()
-        assert await service.probe()
-        assert service.state == "ready"
-        assert await best(service.serving("a")) == 0
+        assert await repository.recheck_failed()
+        assert repository.state == "ready"
+        assert await best_class(repository.get("a")) == 0
 
-    with_service(test, path, write_planted(tmp_path / "b.planted"))
+    run_with_repository(test, path, write_faulty_model(tmp_path / "b.faulty"))
 
 
-def test_a_new_version_replaces_one_that_failed(tmp_path: Path) -> None:
-    path = write_planted(tmp_path / "a.planted")
+def test_reload_replaces_a_failed_model(tmp_path: Path) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
 
-    async def test(service: ModelRepository) -> None:
+    async def test(repository: ModelRepository) -> None:
         path.with_suffix(".failing").touch()
-        with pytest.raises(RequestError, match="has failed"):
-            await best(service.serving("a"))
+        with pytest.raises(ModelFailed, match="model a has failed"):
+            await best_class(repository.get("a"))
         path.with_suffix(".failing").unlink()
-        write_planted(path, "new")
-        await service.swap(lambda _: None)
-        assert service.state == "ready"
+        write_faulty_model(path, "new")
+        await repository.reload(lambda _: None)
+        assert repository.state == "ready"
 
-    with_service(test, path)
-
-
-def test_images_that_the_model_does_not_take_are_the_clients_to_mend(tmp_path: Path) -> None:
-    async def test(service: ModelRepository) -> None:
-        problem = r"^model a does not run on uint8 \(1, 4, 6, 3\): send other images$"
-        for colour in (POISON, BOMB):
-            with pytest.raises(RequestError, match=problem) as refused:
-                await best(service.serving("a"), colour)
-            assert refused.value.status == HTTPStatus.BAD_REQUEST
-            assert isinstance(refused.value.__cause__, ModelFileError)
-            assert service.state == "ready"
-
-    with_service(test, write_planted(tmp_path / "a.planted"))
+    run_with_repository(test, path)
 
 
-def test_closing_answers_what_waits(tmp_path: Path) -> None:
-    path = write_planted(tmp_path / "a.planted")
+def test_images_that_the_model_cannot_run_on_are_invalid_input(tmp_path: Path) -> None:
+    async def test(repository: ModelRepository) -> None:
+        problem = r"^model a cannot run on uint8 \(1, 4, 6, 3\): send other images$"
+        for color in (POISON, BOMB):
+            with pytest.raises(InvalidInput, match=problem) as invalid:
+                await best_class(repository.get("a"), color)
+            assert isinstance(invalid.value.__cause__, ModelFileError)
+            assert repository.state == "ready"
+
+    run_with_repository(test, write_faulty_model(tmp_path / "a.faulty"))
+
+
+def test_close_answers_queued_requests(tmp_path: Path) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
 
     async def run() -> None:
-        service = ModelRepository(Settings(files={"a": str(path)}, device="cpu"), Metrics())
-        await service.open()
+        repository = ModelRepository(Settings(files={"a": str(path)}, device="cpu"), Metrics())
+        await repository.open()
         path.with_suffix(".slow").touch()
-        waiting = asyncio.create_task(best(service.serving("a")))
+        waiting = asyncio.create_task(best_class(repository.get("a")))
         await asyncio.sleep(0.02)
-        closing = asyncio.create_task(service.close())
+        closing = asyncio.create_task(repository.close())
         await asyncio.sleep(0.02)
         path.with_suffix(".slow").unlink()
         assert await waiting == 0
         await closing
-        assert service.servings == []
+        assert repository.instances == []
 
     asyncio.run(run())
-    assert PlantedBackend.opened == 0
+    assert FaultyBackend.open_count == 0

@@ -1,0 +1,124 @@
+"""Image classification: decode the images of a request, run them through a model, and rank the classes."""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarx_serve.errors import ImageError
+from cifarx_serve.predictor import Prediction
+from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.decoding import decode_image
+from cifarx_serve.server.inference.repository import ModelInstance
+
+_Decoded: TypeAlias = NDArray[np.uint8] | ImageError
+
+
+class Classification(NamedTuple):
+    """The result of a classification request.
+
+    Attributes:
+        predictions: one per image, in order; the error of an image that could not be read.
+        decode_s: how long decoding took, in seconds.
+        queue_s: the longest time that images of the request were queued, in seconds.
+        compute_s: the longest time that the model took for one of its batches, in seconds.
+    """
+
+    predictions: list[Prediction | ImageError]
+    decode_s: float
+    queue_s: float
+    compute_s: float
+
+
+class ImageClassifier:
+    """Classifies the images of requests.
+
+    Args:
+        executor: a thread pool for decoding large images.
+        max_pixels: the most pixels of one image; of all images of a request together if the model resizes them itself.
+    """
+
+    def __init__(self, executor: Executor, max_pixels: int) -> None:
+        self._executor = executor
+        self._max_pixels = max_pixels
+
+    async def classify(
+        self,
+        images: Sequence[bytes],
+        instance: ModelInstance,
+        top_k: int,
+        deadline: Deadline,
+        is_disconnected: Callable[[], bool],
+    ) -> Classification:
+        """Classify the image files of one request.
+
+        Args:
+            images: the contents of the files, at least one.
+            instance: the model.
+            top_k: the number of classes per image.
+            deadline: when the request must be answered.
+            is_disconnected: returns whether the client has disconnected.
+
+        Raises:
+            ImageError: no image could be read; the error is that of the first one.
+            InferenceError: the queue is full, the deadline has passed, or the model cannot run on the images.
+            RequestCancelled: the client has disconnected.
+        """
+        instance.require_capacity(len(images))  # before decoding: a request that is refused should cost little
+        started_at = time.perf_counter()
+        decoded = await self._decode(images, instance, deadline)
+        decode_s = time.perf_counter() - started_at
+        batches = _batches(decoded)
+        pending = [instance.infer(batch, deadline, is_disconnected) for _, batch in batches]
+        results = [await pending[0]] if len(pending) == 1 else await asyncio.gather(*pending)
+        class_names = instance.model.spec.class_names
+        ranked: dict[int, Prediction] = {}
+        for (indices, _), result in zip(batches, results, strict=True):
+            ranked.update(zip(indices, result.top_predictions(class_names, top_k), strict=True))
+        return Classification(
+            [image if isinstance(image, ImageError) else ranked[index] for index, image in enumerate(decoded)],
+            decode_s,
+            max(result.queue_s for result in results),
+            max(result.compute_s for result in results),
+        )
+
+    async def _decode(self, images: Sequence[bytes], instance: ModelInstance, deadline: Deadline) -> list[_Decoded]:
+        """Decode the images, one after the other.
+
+        Images that the model resizes itself are all in memory at full size, so `max_pixels` limits them together.
+        """
+        spec, pixels_left = instance.model.spec, self._max_pixels
+        decoded: list[_Decoded] = []
+        for data in images:
+            try:
+                pixels = await decode_image(data, spec, pixels_left, self._executor, deadline)
+            except ImageError as error:
+                decoded.append(error)
+            else:
+                decoded.append(pixels)
+                pixels_left -= pixels.size // 3 if spec.embedded_preprocessing else 0
+        return decoded
+
+
+def _batches(decoded: Sequence[_Decoded]) -> list[tuple[list[int], NDArray[np.uint8]]]:
+    """Stack the readable images of each shape; return every batch, (N, H, W, 3), with the indices of its images.
+
+    Raises:
+        ImageError: there is no readable image; the error is that of the first one.
+    """
+    groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = defaultdict(list)
+    for index, image in enumerate(decoded):
+        if not isinstance(image, ImageError):
+            groups[image.shape].append((index, image))
+    if not groups:
+        raise next(error for error in decoded if isinstance(error, ImageError))
+    return [([index for index, _ in group], _stack([image for _, image in group])) for group in groups.values()]
+
+
+def _stack(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return images[0][None] if len(images) == 1 else np.stack(images)
