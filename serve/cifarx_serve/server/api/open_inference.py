@@ -39,7 +39,7 @@ _MAX_OTHER_VALUES: Final = 1024
 """The most JSON values of a request besides the numbers of its tensor."""
 
 
-class InferInput(NamedTuple):
+class InferRequest(NamedTuple):
     """What an inference request asks for.
 
     Attributes:
@@ -79,7 +79,7 @@ def model_metadata(name: str, versions: Sequence[str], platform: str, spec: Mode
 
 def parse_infer(
     body: bytes, header_length: int | None, spec: ModelSpec, max_images: int, max_pixels: int
-) -> InferInput:
+) -> InferRequest:
     """Parse an inference request.
 
     Binary tensor data is the only extension of the protocol that is supported. Unknown fields and parameters are
@@ -110,7 +110,7 @@ def parse_infer(
     _check_shape(tensor_input, spec, max_images, max_pixels)
     binary_output = _wants_binary_output(request)
     tensor = _decode_tensor(tensor_input, None if header_length is None else content[length:])
-    return InferInput(None if request.id is UNSET else request.id, tensor, binary_output)
+    return InferRequest(None if request.id is UNSET else request.id, tensor, binary_output)
 
 
 def _limit_values(document: memoryview, spec: ModelSpec, max_images: int, max_pixels: int) -> None:
@@ -225,7 +225,7 @@ def _wants_binary_output(request: AnyRequest) -> bool:
 
 
 def infer_response(
-    request: InferInput, model_name: str, model_version: str, logits: NDArray[np.float32]
+    request: InferRequest, model_name: str, model_version: str, logits: NDArray[np.float32]
 ) -> tuple[bytes, int | None]:
     """Return the body of a response, and the value of its Inference-Header-Content-Length; None if all of it is JSON.
 

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Final
 
 from cifarx_serve.server.api.open_inference import (
-    InferInput,
+    InferRequest,
     infer_response,
     model_metadata,
     parse_infer,
@@ -178,7 +178,7 @@ class OpenInferenceRoutes:
         headers = ((_HEADER_LENGTH, str(header_length).encode()),)
         return Response(body, content_type=BINARY_TYPE.encode(), headers=headers)
 
-    async def _parse(self, request: Request, instance: ModelInstance, deadline: Deadline) -> InferInput:
+    async def _parse(self, request: Request, instance: ModelInstance, deadline: Deadline) -> InferRequest:
         body, header_length, limits = await request.body(), _header_length(request), request.limits
         spec = instance.model.spec
         if (len(body) if header_length is None else header_length) <= _MAX_INLINE_JSON:

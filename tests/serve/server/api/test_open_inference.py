@@ -1,4 +1,4 @@
-"""The protocol against its own texts, against Triton's client, and against what nobody should send."""
+"""The Open Inference Protocol against its specification, Triton's client and invalid requests."""
 
 import json
 from http import HTTPStatus
@@ -23,7 +23,7 @@ from cifarx_serve.server.api.open_inference import (
 from cifarx_serve.server.errors import RequestError
 from tests.support.color_model import SPEC
 
-PICTURES = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
+EMBEDDED = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
 MAX_IMAGES, MAX_PIXELS = 4, 2000
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -31,7 +31,7 @@ tensors = st.integers(1, MAX_IMAGES).flatmap(
     lambda images: arrays.arrays(np.float32, (images, 3, 4, 6), elements=finite, fill=finite)
 )
 pixels = st.integers(1, MAX_IMAGES).flatmap(lambda images: arrays.arrays(np.uint8, (images, 4, 6, 3)))
-pictures = st.tuples(st.integers(1, MAX_IMAGES), st.integers(1, 20), st.integers(1, 20), st.just(3)).flatmap(
+images_of_any_size = st.tuples(st.integers(1, MAX_IMAGES), st.integers(1, 20), st.integers(1, 20), st.just(3)).flatmap(
     lambda shape: arrays.arrays(np.uint8, shape)
 )
 logits = st.tuples(st.integers(1, 5), st.integers(2, 12)).flatmap(
@@ -55,41 +55,40 @@ def tensor_input(tensor: NDArray[Any], **fields: Any) -> dict[str, Any]:
         "datatype": datatype(tensor),
         "data": tensor.ravel().tolist(),
     }
-    kept = entry | fields
-    return {name: value for name, value in kept.items() if value is not None}
+    return {name: value for name, value in (entry | fields).items() if value is not None}
 
 
 def request(*inputs: dict[str, Any], **fields: Any) -> bytes:
     return json.dumps({"inputs": list(inputs), **fields}).encode()
 
 
-def with_bytes(tensor: NDArray[Any], **fields: Any) -> tuple[bytes, int]:
+def binary_request(tensor: NDArray[Any], **fields: Any) -> tuple[bytes, int]:
     raw = tensor.tobytes()
     header = request(tensor_input(tensor, data=None, parameters={"binary_data_size": len(raw)}), **fields)
     return header + raw, len(header)
 
 
-def same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
-    return found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
+def is_identical(tensor: NDArray[Any], expected: NDArray[Any]) -> bool:
+    return tensor.dtype == expected.dtype and tensor.shape == expected.shape and tensor.tobytes() == expected.tobytes()
 
 
-BLANK = np.zeros((1, 3, 4, 6), np.float32)
+ZEROS = np.zeros((1, 3, 4, 6), np.float32)
 BLACK = np.zeros((1, 4, 6, 3), np.uint8)
 
 
-# What the texts say
+# Examples of the specification
 
 
 def test_a_request_in_json() -> None:
-    asked = parse(request(tensor_input(BLANK + 0.5), id="42", outputs=[{"name": "logits"}]))
-    assert asked.id == "42"
-    assert same(asked.tensor, BLANK + np.float32(0.5))
-    assert not asked.binary_output
+    parsed = parse(request(tensor_input(ZEROS + 0.5), id="42", outputs=[{"name": "logits"}]))
+    assert parsed.id == "42"
+    assert is_identical(parsed.tensor, ZEROS + np.float32(0.5))
+    assert not parsed.binary_output
 
 
-def test_an_answer_in_json() -> None:
-    asked = InferRequest("42", BLANK, binary_output=False)
-    body, header_length = infer_response(asked, "lzh_9", "3f2a", np.array([[1.0, 1.5], [2.0, -0.25]], np.float32))
+def test_a_response_in_json() -> None:
+    parsed = InferRequest("42", ZEROS, binary_output=False)
+    body, header_length = infer_response(parsed, "lzh_9", "3f2a", np.array([[1.0, 1.5], [2.0, -0.25]], np.float32))
     assert header_length is None
     assert body == (
         b'{"model_name":"lzh_9","model_version":"3f2a","id":"42","outputs":['
@@ -97,9 +96,9 @@ def test_an_answer_in_json() -> None:
     )
 
 
-def test_an_answer_in_bytes() -> None:
-    asked = InferRequest(None, BLANK, binary_output=True)
-    body, header_length = infer_response(asked, "lzh_9", "3f2a", np.array([[1.0, 1.5]], np.float32))
+def test_a_binary_response() -> None:
+    parsed = InferRequest(None, ZEROS, binary_output=True)
+    body, header_length = infer_response(parsed, "lzh_9", "3f2a", np.array([[1.0, 1.5]], np.float32))
     header = (
         b'{"model_name":"lzh_9","model_version":"3f2a","outputs":['
         b'{"name":"logits","datatype":"FP32","shape":[1,2],"parameters":{"binary_data_size":8}}]}'
@@ -107,16 +106,16 @@ def test_an_answer_in_bytes() -> None:
     assert (body, header_length) == (header + b"\x00\x00\x80\x3f\x00\x00\xc0\x3f", len(header))
 
 
-def test_logits_that_json_has_no_number_for_are_null() -> None:
-    answer = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
-    body, _ = infer_response(InferRequest(None, BLANK, binary_output=False), "m", "1", answer)
+def test_logits_that_are_not_finite_are_null_in_json() -> None:
+    values = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
+    body, _ = infer_response(InferRequest(None, ZEROS, binary_output=False), "m", "1", values)
     assert json.loads(body)["outputs"][0]["data"] == [None, None, None, 1.0]
     read = InferenceServerClient.parse_response_body(body).as_numpy("logits")
     assert np.isnan(read[0, :3]).all()
     assert read[0, 3] == 1.0
 
 
-def test_the_server_says_what_it_is() -> None:
+def test_server_metadata() -> None:
     assert msgspec.to_builtins(server_metadata("0.1.0")) == {
         "name": "cifarx",
         "version": "0.1.0",
@@ -125,74 +124,74 @@ def test_the_server_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "taken"),
+    ("spec", "input_metadata"),
     [
         (SPEC, {"name": "input", "datatype": "FP32", "shape": [-1, 3, 4, 6]}),
-        (PICTURES, {"name": "input", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}),
+        (EMBEDDED, {"name": "input", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}),
     ],
 )
-def test_a_model_says_what_it_takes(spec: Any, taken: dict[str, Any]) -> None:
-    told = json.loads(msgspec.json.encode(model_metadata("lzh_9", ["3f2a"], "onnx_onnxruntime", spec)))
-    assert told == {
+def test_model_metadata(spec: Any, input_metadata: dict[str, Any]) -> None:
+    metadata = json.loads(msgspec.json.encode(model_metadata("lzh_9", ["3f2a"], "onnx_onnxruntime", spec)))
+    assert metadata == {
         "name": "lzh_9",
         "versions": ["3f2a"],
         "platform": "onnx_onnxruntime",
-        "inputs": [taken],
+        "inputs": [input_metadata],
         "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 3]}],
     }
 
 
-# The same bits, however they come
+# Tensors keep every bit in every encoding
 
 
 @given(tensors | pixels)
-def test_flat_nested_and_binary_give_the_same_bits(tensor: NDArray[Any]) -> None:
-    assert same(parse(request(tensor_input(tensor))).tensor, tensor)
-    assert same(parse(request(tensor_input(tensor, data=tensor.tolist()))).tensor, tensor)
-    assert same(parse(*with_bytes(tensor)).tensor, tensor)
+def test_flat_nested_and_binary_data_have_the_same_bits(tensor: NDArray[Any]) -> None:
+    assert is_identical(parse(request(tensor_input(tensor))).tensor, tensor)
+    assert is_identical(parse(request(tensor_input(tensor, data=tensor.tolist()))).tensor, tensor)
+    assert is_identical(parse(*binary_request(tensor)).tensor, tensor)
 
 
-@given(pictures)
-def test_pictures_of_any_size_give_the_same_bits(tensor: NDArray[Any]) -> None:
-    assert same(parse(request(tensor_input(tensor)), spec=PICTURES).tensor, tensor)
-    assert same(parse(request(tensor_input(tensor, data=tensor.tolist())), spec=PICTURES).tensor, tensor)
-    assert same(parse(*with_bytes(tensor), PICTURES).tensor, tensor)
+@given(images_of_any_size)
+def test_images_of_any_size_have_the_same_bits(tensor: NDArray[Any]) -> None:
+    assert is_identical(parse(request(tensor_input(tensor)), spec=EMBEDDED).tensor, tensor)
+    assert is_identical(parse(request(tensor_input(tensor, data=tensor.tolist())), spec=EMBEDDED).tensor, tensor)
+    assert is_identical(parse(*binary_request(tensor), EMBEDDED).tensor, tensor)
 
 
 @pytest.mark.parametrize("offset", range(8))
-def test_binary_numbers_are_aligned_wherever_the_json_ends(offset: int) -> None:
+def test_binary_data_is_aligned_wherever_the_json_ends(offset: int) -> None:
     tensor = np.arange(72, dtype=np.float32).reshape(1, 3, 4, 6)
-    found = parse(*with_bytes(tensor, id="x" * offset)).tensor
-    assert found.flags.aligned
-    assert found.flags.c_contiguous
-    assert same(found, tensor)
+    parsed = parse(*binary_request(tensor, id="x" * offset)).tensor
+    assert parsed.flags.aligned
+    assert parsed.flags.c_contiguous
+    assert is_identical(parsed, tensor)
 
 
-def test_aligned_binary_numbers_are_not_copied() -> None:
+def test_aligned_binary_data_is_not_copied() -> None:
     for padding in range(4):
-        body, header_length = with_bytes(BLANK, id="x" * padding)
+        body, header_length = binary_request(ZEROS, id="x" * padding)
         if header_length % 4 == 0:
             assert np.shares_memory(parse(body, header_length).tensor, np.frombuffer(body, np.uint8))
             return
     pytest.fail("no JSON ended at a multiple of four bytes")
 
 
-def test_the_data_may_stand_before_its_type() -> None:
+def test_the_data_may_precede_the_datatype() -> None:
     entry = tensor_input(BLACK + 7)
-    assert same(parse(request({name: entry[name] for name in sorted(entry)})).tensor, BLACK + np.uint8(7))
+    assert is_identical(parse(request({name: entry[name] for name in sorted(entry)})).tensor, BLACK + np.uint8(7))
 
 
-def test_whole_numbers_are_numbers() -> None:
-    assert same(parse(request(tensor_input(BLANK, data=[3] * 72))).tensor, BLANK + np.float32(3))
+def test_integers_are_valid_fp32_data() -> None:
+    assert is_identical(parse(request(tensor_input(ZEROS, data=[3] * 72))).tensor, ZEROS + np.float32(3))
 
 
-def test_a_header_length_may_come_with_json_alone() -> None:
-    body = request(tensor_input(BLANK))
-    assert same(parse(body, len(body)).tensor, BLANK)
+def test_the_header_length_may_cover_the_whole_body() -> None:
+    body = request(tensor_input(ZEROS))
+    assert is_identical(parse(body, len(body)).tensor, ZEROS)
 
 
 @pytest.mark.parametrize(
-    ("of_all", "of_the_output", "binary"),
+    ("request_parameters", "output_parameters", "binary"),
     [
         ({}, None, False),
         ({}, {}, False),
@@ -203,13 +202,13 @@ def test_a_header_length_may_come_with_json_alone() -> None:
         ({"priority": 1, "sequence_id": "a"}, {"unheard_of": 0.5}, False),
     ],
 )
-def test_the_output_goes_before_the_request(of_all: Any, of_the_output: Any, binary: bool) -> None:
-    outputs = [] if of_the_output is None else [{"name": "logits", "parameters": of_the_output}]
-    asked = parse(request(tensor_input(BLANK), parameters=of_all, outputs=outputs))
-    assert asked.binary_output is binary
+def test_output_parameters_take_precedence(request_parameters: Any, output_parameters: Any, binary: bool) -> None:
+    outputs = [] if output_parameters is None else [{"name": "logits", "parameters": output_parameters}]
+    parsed = parse(request(tensor_input(ZEROS), parameters=request_parameters, outputs=outputs))
+    assert parsed.binary_output is binary
 
 
-# Triton's own client
+# Triton's client
 
 
 @given(tensors | pixels, st.booleans(), st.booleans() | st.none(), ids)
@@ -217,180 +216,191 @@ def test_requests_of_tritonclient(tensor: NDArray[Any], binary: bool, binary_out
     entry = InferInput("input", list(tensor.shape), datatype(tensor))
     entry.set_data_from_numpy(tensor, binary_data=binary)
     outputs = None if binary_output is None else [InferRequestedOutput("logits", binary_data=binary_output)]
-    asked = parse(*InferenceServerClient.generate_request_body([entry], outputs, request_id=name))
-    assert asked.id == (name or None)  # it leaves an empty one out
-    assert same(asked.tensor, tensor)
-    assert asked.binary_output is (binary_output is not False)  # its default is binary
+    parsed = parse(*InferenceServerClient.generate_request_body([entry], outputs, request_id=name))
+    assert parsed.id == (name or None)  # it leaves an empty one out
+    assert is_identical(parsed.tensor, tensor)
+    assert parsed.binary_output is (binary_output is not False)  # its default is binary
 
 
 @given(logits, st.booleans(), st.none() | ids)
-def test_answers_to_tritonclient(answer: NDArray[np.float32], binary: bool, name: str | None) -> None:
-    body, header_length = infer_response(InferRequest(name, BLANK, binary), "lzh_9", "3f2a", answer)
+def test_responses_to_tritonclient(values: NDArray[np.float32], binary: bool, name: str | None) -> None:
+    body, header_length = infer_response(InferRequest(name, ZEROS, binary), "lzh_9", "3f2a", values)
     read = InferenceServerClient.parse_response_body(body, header_length=header_length)
-    told = read.get_response()
-    assert (told["model_name"], told["model_version"], told.get("id")) == ("lzh_9", "3f2a", name)
-    expected = answer if binary else np.where(np.isfinite(answer), answer, np.float32(np.nan))
+    header = read.get_response()
+    assert (header["model_name"], header["model_version"], header.get("id")) == ("lzh_9", "3f2a", name)
+    expected = values if binary else np.where(np.isfinite(values), values, np.float32(np.nan))
     np.testing.assert_array_equal(read.as_numpy("logits"), expected)
     if binary:
-        assert same(read.as_numpy("logits"), answer)
+        assert is_identical(read.as_numpy("logits"), values)
 
 
-# What is wrong is told
+# Invalid requests
 
 
 LONG = "x" * 100_000
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "message"),
     [
-        (b"", "no inference request"),
+        (b"", "not a valid inference request"),
         (b"[]", "Expected `object`"),
         (b"{}", "missing required field `inputs`"),
-        (b'{"inputs": "\xff"}', "no inference request"),
-        (b'{"inputs": ' + b"[" * 100_000, "no inference request"),
+        (b'{"inputs": "\xff"}', "not a valid inference request"),
+        (b'{"inputs": ' + b"[" * 100_000, "not a valid inference request"),
         (b'{"x": ' + b"[" * 100_000, "recursion"),
-        (request(), "the request has no inputs: give one, named 'input'"),
-        (request(tensor_input(BLANK), id=42), "$.id"),
-        (request(tensor_input(BLANK), id=None), "$.id"),
-        (request(tensor_input(BLANK, name="image")), "unknown input 'image': the model has one input, 'input'"),
-        (request(tensor_input(BLANK, name=LONG)), "unknown input 'xxx"),
-        (request(tensor_input(BLANK), tensor_input(BLANK)), "'input' stands there 2 times"),
-        (request(tensor_input(BLANK), outputs=[{"name": "softmax"}]), "unknown output 'softmax'"),
-        (request(tensor_input(BLANK), outputs=[{"name": "logits"}] * 3), "'logits' stands there 3 times"),
-        (request(tensor_input(BLANK), outputs=[{"name": "logits", "parameters": {"binary_data": 1}}]), "binary_data"),
+        (request(), "the request has no inputs: send one, named 'input'"),
+        (request(tensor_input(ZEROS), id=42), "$.id"),
+        (request(tensor_input(ZEROS), id=None), "$.id"),
+        (request(tensor_input(ZEROS, name="image")), "unknown input 'image': the model has one input, 'input'"),
+        (request(tensor_input(ZEROS, name=LONG)), "unknown input 'xxx"),
+        (request(tensor_input(ZEROS), tensor_input(ZEROS)), "input 'input' occurs 2 times: name it once"),
+        (request(tensor_input(ZEROS), outputs=[{"name": "softmax"}]), "unknown output 'softmax'"),
         (
-            request(tensor_input(BLANK), outputs=[{"name": "logits", "parameters": {"classification": 3}}]),
-            "asks for classification: leave it out",
+            request(tensor_input(ZEROS), outputs=[{"name": "logits"}] * 3),
+            "output 'logits' occurs 3 times: name it once",
         ),
-        (request(tensor_input(BLANK), parameters={"binary_data_output": "yes"}), "binary_data_output"),
-        (request(tensor_input(BLANK, datatype="FP64")), "FP64"),
-        (request(tensor_input(BLANK, datatype=LONG)), "FP32 [N, 3, 4, 6] or UINT8 [N, 4, 6, 3]"),
-        (request(tensor_input(BLANK, datatype=None)), "missing required field `datatype`"),
-        (request(tensor_input(BLANK, shape=None)), "missing required field `shape`"),
-        (request(tensor_input(BLANK, shape=[3, 4, 6])), "FP32 [3, 4, 6]: the model takes FP32 [N, 3, 4, 6] or UINT8"),
-        (request(tensor_input(BLANK, shape=[1, 3, 6, 4])), "FP32 [1, 3, 6, 4]"),
-        (request(tensor_input(BLANK, shape=[1, 4, 6, 3])), "FP32 [1, 4, 6, 3]"),
-        (request(tensor_input(BLANK, shape=[0, 3, 4, 6], data=[])), "FP32 [0, 3, 4, 6]"),
-        (request(tensor_input(BLANK, shape=[-1, 3, 4, 6])), "$.inputs[0].shape[0]"),
-        (request(tensor_input(BLANK, shape=[2**63, 3, 4, 6])), "$.inputs[0].shape[0]"),
-        (request(tensor_input(BLANK, shape=[1, 3, 4, 6.5])), "$.inputs[0].shape[3]"),
-        (request(tensor_input(BLANK, shape=[1, 3, 4, True])), "$.inputs[0].shape[3]"),
-        (request(tensor_input(BLANK, shape=[1] * 500)), "FP32 [1, 1, 1"),
-        (request(tensor_input(BLANK, data=None)), "neither data nor binary_data_size"),
-        (request(tensor_input(BLANK, data=[0.5] * 71)), "71 numbers: its shape is [1, 3, 4, 6], so give 72 numbers"),
-        (request(tensor_input(BLANK, data=[])), "0 numbers"),
-        (request(tensor_input(BLANK, data="AAAA")), "$.inputs[0].data"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + [None])), "$.inputs[0].data[71]"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + ["1"])), "$.inputs[0].data[71]"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + [True])), "$.inputs[0].data[71]"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + [[0.5]])), "$.inputs[0].data[71]"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + [-1e39])), "-1e+39, which no float32 holds"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + [10**400])), "out of range"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + [float("nan")])), "malformed"),
-        (request(tensor_input(BLANK, data=[0.5] * 71 + [float("-inf")])), "malformed"),
-        (request(tensor_input(BLANK, data=[[[0.5] * 6] * 4] * 3)), "$.inputs[0].data[0][0][0]"),
-        (request(tensor_input(BLANK, data=[[[["a"] * 6] * 4] * 3])), "$.inputs[0].data[0][0][0][0]"),
-        (request(tensor_input(BLANK, data=[[[[0.5] * 6] * 4] * 3] * 2)), "144 numbers"),
-        (request(tensor_input(BLANK, data=[[[[0.5] * 4] * 6] * 3])), "lists of 6 elements at depth 2"),
-        (request(tensor_input(BLANK, data=[[[[0.5] * 6] * 3 + [[0.5] * 5]] * 3])), "lists of 5, 6 elements at depth 3"),
+        (request(tensor_input(ZEROS), outputs=[{"name": "logits", "parameters": {"binary_data": 1}}]), "binary_data"),
+        (
+            request(tensor_input(ZEROS), outputs=[{"name": "logits", "parameters": {"classification": 3}}]),
+            "has the parameter classification, which is not supported: leave it out",
+        ),
+        (request(tensor_input(ZEROS), parameters={"binary_data_output": "yes"}), "binary_data_output"),
+        (request(tensor_input(ZEROS, datatype="FP64")), "FP64"),
+        (request(tensor_input(ZEROS, datatype=LONG)), "FP32 [N, 3, 4, 6] or UINT8 [N, 4, 6, 3]"),
+        (request(tensor_input(ZEROS, datatype=None)), "missing required field `datatype`"),
+        (request(tensor_input(ZEROS, shape=None)), "missing required field `shape`"),
+        (request(tensor_input(ZEROS, shape=[3, 4, 6])), "FP32 [3, 4, 6]: the model takes FP32 [N, 3, 4, 6] or UINT8"),
+        (request(tensor_input(ZEROS, shape=[1, 3, 6, 4])), "FP32 [1, 3, 6, 4]"),
+        (request(tensor_input(ZEROS, shape=[1, 4, 6, 3])), "FP32 [1, 4, 6, 3]"),
+        (request(tensor_input(ZEROS, shape=[0, 3, 4, 6], data=[])), "FP32 [0, 3, 4, 6]"),
+        (request(tensor_input(ZEROS, shape=[-1, 3, 4, 6])), "$.inputs[0].shape[0]"),
+        (request(tensor_input(ZEROS, shape=[2**63, 3, 4, 6])), "$.inputs[0].shape[0]"),
+        (request(tensor_input(ZEROS, shape=[1, 3, 4, 6.5])), "$.inputs[0].shape[3]"),
+        (request(tensor_input(ZEROS, shape=[1, 3, 4, True])), "$.inputs[0].shape[3]"),
+        (request(tensor_input(ZEROS, shape=[1] * 500)), "FP32 [1, 1, 1"),
+        (request(tensor_input(ZEROS, data=None)), "neither data nor binary_data_size"),
+        (
+            request(tensor_input(ZEROS, data=[0.5] * 71)),
+            "the data has 71 numbers and the shape is [1, 3, 4, 6]: send 72 numbers, flat or nested like the shape",
+        ),
+        (request(tensor_input(ZEROS, data=[])), "0 numbers"),
+        (request(tensor_input(ZEROS, data="AAAA")), "$.inputs[0].data"),
+        (request(tensor_input(ZEROS, data=[0.5] * 71 + [None])), "$.inputs[0].data[71]"),
+        (request(tensor_input(ZEROS, data=[0.5] * 71 + ["1"])), "$.inputs[0].data[71]"),
+        (request(tensor_input(ZEROS, data=[0.5] * 71 + [True])), "$.inputs[0].data[71]"),
+        (request(tensor_input(ZEROS, data=[0.5] * 71 + [[0.5]])), "$.inputs[0].data[71]"),
+        (
+            request(tensor_input(ZEROS, data=[0.5] * 71 + [-1e39])),
+            "-1e+39, which is too large for float32: send numbers that are finite in float32",
+        ),
+        (request(tensor_input(ZEROS, data=[0.5] * 71 + [10**400])), "out of range"),
+        (request(tensor_input(ZEROS, data=[0.5] * 71 + [float("nan")])), "malformed"),
+        (request(tensor_input(ZEROS, data=[0.5] * 71 + [float("-inf")])), "malformed"),
+        (request(tensor_input(ZEROS, data=[[[0.5] * 6] * 4] * 3)), "$.inputs[0].data[0][0][0]"),
+        (request(tensor_input(ZEROS, data=[[[["a"] * 6] * 4] * 3])), "$.inputs[0].data[0][0][0][0]"),
+        (request(tensor_input(ZEROS, data=[[[[0.5] * 6] * 4] * 3] * 2)), "144 numbers"),
+        (request(tensor_input(ZEROS, data=[[[[0.5] * 4] * 6] * 3])), "lists of 6 elements at depth 2"),
+        (request(tensor_input(ZEROS, data=[[[[0.5] * 6] * 3 + [[0.5] * 5]] * 3])), "lists of 5, 6 elements at depth 3"),
         (request(tensor_input(BLACK, data=[0] * 71 + [256])), "$.inputs[0].data[71]"),
         (request(tensor_input(BLACK, data=[0] * 71 + [-1])), "$.inputs[0].data[71]"),
         (request(tensor_input(BLACK, data=[0] * 71 + [0.5])), "$.inputs[0].data[71]"),
-        (request(tensor_input(BLANK, parameters={"binary_data_size": 288})), "both data and binary_data_size"),
+        (request(tensor_input(ZEROS, parameters={"binary_data_size": 288})), "both data and binary_data_size"),
         (
-            request(tensor_input(BLANK, data=None, parameters={"binary_data_size": 288})),
-            "without the header Inference-Header-Content-Length",
+            request(tensor_input(ZEROS, data=None, parameters={"binary_data_size": 288})),
+            "binary_data_size requires the header Inference-Header-Content-Length",
         ),
-        (request(tensor_input(BLANK, data=None, parameters={"binary_data_size": -1})), "binary_data_size"),
-        (request(tensor_input(BLANK, data=None, parameters={"shared_memory_region": "r"})), "neither data nor"),
+        (request(tensor_input(ZEROS, data=None, parameters={"binary_data_size": -1})), "binary_data_size"),
+        (request(tensor_input(ZEROS, data=None, parameters={"shared_memory_region": "r"})), "neither data nor"),
     ],
 )
-def test_what_is_wrong_is_told(body: bytes, words: str) -> None:
+def test_an_invalid_request_is_refused(body: bytes, message: str) -> None:
     with pytest.raises(RequestError) as raised:
         parse(body)
-    assert words in str(raised.value)
+    assert message in str(raised.value)
     assert raised.value.status == HTTPStatus.BAD_REQUEST
     assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize(
-    ("more", "longer", "words"),
+    ("more", "longer", "message"),
     [
-        (b"\0", 0, "binary_data_size is 288, and 289 bytes follow the JSON"),
-        (b"", 1, "no inference request"),
-        (b"", -1, "no inference request"),
-        (b"", 10_000, "and the body has"),
+        (b"\0", 0, "binary_data_size is 288 and 289 bytes follow the JSON"),
+        (b"", 1, "not a valid inference request"),
+        (b"", -1, "not a valid inference request"),
+        (b"", 10_000, " and the body has "),
         (b"", -10_000, "Inference-Header-Content-Length is -"),
     ],
 )
-def test_lengths_that_do_not_fit_are_told(more: bytes, longer: int, words: str) -> None:
-    body, header_length = with_bytes(BLANK)
+def test_a_wrong_length_is_refused(more: bytes, longer: int, message: str) -> None:
+    body, header_length = binary_request(ZEROS)
     with pytest.raises(RequestError) as raised:
         parse(body + more, header_length + longer)
-    assert words in str(raised.value)
+    assert message in str(raised.value)
     assert raised.value.status == HTTPStatus.BAD_REQUEST
 
 
-def test_a_size_that_is_not_the_shapes_is_told() -> None:
-    header = request(tensor_input(BLANK, data=None, parameters={"binary_data_size": 284}))
-    with pytest.raises(RequestError, match=r"284 bytes of binary data: FP32 \[1, 3, 4, 6\] takes 288"):
+def test_binary_data_that_does_not_match_the_shape_is_refused() -> None:
+    header = request(tensor_input(ZEROS, data=None, parameters={"binary_data_size": 284}))
+    with pytest.raises(
+        RequestError, match=r"284 bytes of binary data do not match FP32 \[1, 3, 4, 6\]: send 288 bytes"
+    ):
         parse(header + bytes(284), len(header))
 
 
-def test_bytes_that_no_input_asks_for_are_told() -> None:
-    header = request(tensor_input(BLANK))
-    with pytest.raises(RequestError, match="3 bytes follow the JSON, and no input has binary_data_size"):
+def test_binary_data_without_binary_data_size_is_refused() -> None:
+    header = request(tensor_input(ZEROS))
+    with pytest.raises(RequestError, match="3 bytes follow the JSON and no input has binary_data_size"):
         parse(header + b"abc", len(header))
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_binary_numbers_that_are_not_finite_are_told(number: float) -> None:
-    tensor = BLANK.copy()
+def test_binary_data_that_is_not_finite_is_refused(number: float) -> None:
+    tensor = ZEROS.copy()
     tensor[0, 1, 0, 0] = number
     with pytest.raises(RequestError, match=f"number 24 of the binary data is {number}") as raised:
-        parse(*with_bytes(tensor))
+        parse(*binary_request(tensor))
     assert raised.value.status == HTTPStatus.BAD_REQUEST
 
 
-def test_a_model_of_pictures_takes_pictures_alone() -> None:
+def test_a_model_with_embedded_preprocessing_takes_only_pixels() -> None:
     with pytest.raises(RequestError, match=r"'FP32'.*the model takes UINT8 \[N, H, W, 3\]"):
-        parse(request(tensor_input(BLANK)), spec=PICTURES)
-    with pytest.raises(RequestError, match=r"a tensor of UINT8 \[1, 0, 6, 3\]"):
-        parse(request(tensor_input(BLACK, shape=[1, 0, 6, 3])), spec=PICTURES)
-    with pytest.raises(RequestError, match=r"a tensor of UINT8 \[1, 4, 6, 4\]"):
-        parse(request(tensor_input(BLACK, shape=[1, 4, 6, 4])), spec=PICTURES)
+        parse(request(tensor_input(ZEROS)), spec=EMBEDDED)
+    with pytest.raises(RequestError, match=r"the input is UINT8 \[1, 0, 6, 3\]"):
+        parse(request(tensor_input(BLACK, shape=[1, 0, 6, 3])), spec=EMBEDDED)
+    with pytest.raises(RequestError, match=r"the input is UINT8 \[1, 4, 6, 4\]"):
+        parse(request(tensor_input(BLACK, shape=[1, 4, 6, 4])), spec=EMBEDDED)
 
 
 @pytest.mark.parametrize(
-    ("tensor", "spec", "words"),
+    ("tensor", "spec", "message"),
     [
         (np.zeros((5, 3, 4, 6), np.float32), SPEC, "5 images in one request: send at most 4"),
         (np.zeros((5, 4, 6, 3), np.uint8), SPEC, "5 images in one request: send at most 4"),
-        (np.zeros((1, 1, 2001, 3), np.uint8), PICTURES, "1 images of 2001 x 1 are 2001 pixels: send at most 2000"),
-        (np.zeros((4, 3, 40, 60), np.float32), SPEC, "the JSON holds over 28"),
+        (np.zeros((1, 1, 2001, 3), np.uint8), EMBEDDED, "1 images of 2001 x 1 have 2001 pixels: send at most 2000"),
+        (np.zeros((4, 3, 40, 60), np.float32), SPEC, "the JSON has more than 28"),
     ],
 )
-def test_too_much_is_told(tensor: NDArray[Any], spec: Any, words: str) -> None:
+def test_too_many_images_or_pixels_are_refused(tensor: NDArray[Any], spec: Any, message: str) -> None:
     with pytest.raises(RequestError) as raised:
         parse(request(tensor_input(tensor)), spec=spec)
-    assert words in str(raised.value)
+    assert message in str(raised.value)
     assert raised.value.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
-def test_shapes_beyond_any_memory_are_told() -> None:
+def test_a_shape_larger_than_any_memory_is_refused() -> None:
     header = request(tensor_input(BLACK, shape=[1, 2**62, 2**62, 3], data=None, parameters={"binary_data_size": 0}))
     with pytest.raises(RequestError, match="pixels: send at most 2000") as raised:
-        parse(header, len(header), PICTURES)
+        parse(header, len(header), EMBEDDED)
     assert raised.value.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
-# What nobody should send
+# Fuzzing
 
 
-def survives(body: bytes, header_length: int | None) -> None:
-    """It is read, or refused in words."""
-    for spec in (SPEC, PICTURES):
+def check_parses_or_refuses(body: bytes, header_length: int | None) -> None:
+    """Check that the request is parsed, or refused with an error message."""
+    for spec in (SPEC, EMBEDDED):
         try:
             parse(body, header_length, spec)
         except RequestError as error:
@@ -404,13 +414,13 @@ lengths = st.none() | st.integers(-5, 600) | st.integers()
 @given(st.binary(max_size=300), lengths)
 @example(b"", 0)
 @example(b"", None)
-def test_any_bytes_are_survived(body: bytes, header_length: int | None) -> None:
-    survives(body, header_length)
+def test_random_bytes(body: bytes, header_length: int | None) -> None:
+    check_parses_or_refuses(body, header_length)
 
 
 @given(st.data())
-def test_damaged_requests_are_survived(data: st.DataObject) -> None:
-    whole = data.draw(st.sampled_from([(request(tensor_input(BLANK), id="a"), None), with_bytes(BLACK)]))
+def test_corrupted_requests(data: st.DataObject) -> None:
+    whole = data.draw(st.sampled_from([(request(tensor_input(ZEROS), id="a"), None), binary_request(BLACK)]))
     body = bytearray(whole[0])
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(body)))
@@ -418,7 +428,7 @@ def test_damaged_requests_are_survived(data: st.DataObject) -> None:
         body[start:end] = data.draw(
             st.binary(max_size=8) | st.sampled_from([b"[" * 3000, b"NaN", b"1e999", b"\\ud800"])
         )
-    survives(bytes(body), data.draw(st.just(whole[1]) | lengths))
+    check_parses_or_refuses(bytes(body), data.draw(st.just(whole[1]) | lengths))
 
 
 anything = st.recursive(
@@ -426,7 +436,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abc"), inner, max_size=3),
     max_leaves=10,
 )
-odd_inputs = st.fixed_dictionaries(
+random_inputs = st.fixed_dictionaries(
     {},
     optional={
         "name": st.just("input") | anything,
@@ -436,19 +446,19 @@ odd_inputs = st.fixed_dictionaries(
         "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": st.just(72) | anything}) | anything,
     },
 )
-odd_requests = st.fixed_dictionaries(
+random_requests = st.fixed_dictionaries(
     {},
     optional={
         "id": anything,
-        "inputs": st.lists(odd_inputs, max_size=2) | anything,
+        "inputs": st.lists(random_inputs, max_size=2) | anything,
         "outputs": st.lists(st.fixed_dictionaries({"name": st.just("logits") | anything, "parameters": anything})),
         "parameters": anything,
     },
 )
 
 
-@given(odd_requests, lengths, st.binary(max_size=80))
-def test_odd_requests_are_survived(odd: dict[str, Any], header_length: int | None, more: bytes) -> None:
-    header = json.dumps(odd).encode()
-    survives(header, header_length)
-    survives(header + more, len(header))
+@given(random_requests, lengths, st.binary(max_size=80))
+def test_random_json(fields: dict[str, Any], header_length: int | None, more: bytes) -> None:
+    header = json.dumps(fields).encode()
+    check_parses_or_refuses(header, header_length)
+    check_parses_or_refuses(header + more, len(header))
