@@ -1,14 +1,16 @@
 """The devices that a model can run on, by the names that users write."""
 
 import re
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from cifarx_serve.errors import UsageError
 
 _DEVICES = "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps"
 
 
-class Device(NamedTuple):
+class Device(msgspec.Struct, frozen=True):
     """A requested device.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Files made to harm whoever opens them, given to the real program: one line, exit status 2, little time and memory."""
+"""Run the real program on malicious files: one line of error, exit status 2, little time and memory."""
 
 import resource
 import subprocess
@@ -14,18 +14,18 @@ import torch
 from onnx import TensorProto
 from PIL import Image
 
-from cifarx_serve.backends.torch.torchscript import SPEC_FILE
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from tests.support.color_model import SPEC, write_onnx, write_torchscript
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone"),
+    pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS works only on Linux"),
 ]
 
 PROGRAM = Path(sys.executable).with_name("cifarx")
 LIMIT = 6 << 30
-"""Bytes of address space: what PyTorch's libraries take, and some."""
+"""The limit of the address space in bytes, a bit more than PyTorch's libraries need."""
 
 
 def external(path: Path) -> None:
@@ -92,21 +92,21 @@ def random_bytes(path: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "external.onnx": (external, "holds its weights in another file"),
+    "external.onnx": (external, "stores its weights in another file"),
     "huge.onnx": (huge_tensor, "has a tensor"),
     "nested.onnx": (nested, "messages deep"),
     "metadata.onnx": (metadata, "metadata"),
-    "overrun.onnx": (overrun, "is not an ONNX model"),
-    "future.onnx": (future, "needs ONNX Runtime >= 99.0"),
-    "noise.onnx": (random_bytes, "is not an ONNX model"),
-    "bomb.torchscript.pt": (bomb, "when unpacked"),
-    "traversal.torchscript.pt": (traversal, "name that leads elsewhere"),
-    "writing.torchscript.pt": (writing, "reaches beyond its tensors"),
-    "noise.torchscript.pt": (random_bytes, "is not an archive"),
-    "noise.pth": (random_bytes, "is not a checkpoint that can be read"),
+    "overrun.onnx": (overrun, "is not a valid ONNX model"),
+    "future.onnx": (future, "requires ONNX Runtime >= 99.0"),
+    "noise.onnx": (random_bytes, "is not a valid ONNX model"),
+    "bomb.torchscript.pt": (bomb, "its compressed members unpack to"),
+    "traversal.torchscript.pt": (traversal, "has an unsafe path"),
+    "writing.torchscript.pt": (writing, "contains code that does more than compute tensors"),
+    "noise.torchscript.pt": (random_bytes, "is not a zip archive"),
+    "noise.pth": (random_bytes, "is not a readable checkpoint"),
 }
-SAYS_ITSELF = {"future.onnx", "writing.torchscript.pt"}
-"""Files that are harmless until they are opened: `inspect` shows what they say."""
+SAFE_TO_INSPECT = {"future.onnx", "writing.torchscript.pt"}
+"""Files that are harmless until they are opened, so `inspect` shows their spec."""
 
 
 def varint(value: int) -> bytes:
@@ -119,14 +119,14 @@ def varint(value: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def test_malicious_files_are_refused_with_one_line(name: str, tmp_path: Path) -> None:
     make, words = HOSTILE[name]
     make(tmp_path / name)
     (tmp_path / "written").unlink(missing_ok=True)
     Image.new("RGB", (6, 4)).save(tmp_path / "x.png")
     for line in (f"infer x.png --model {name}", f"inspect {name}", f"verify {name} --ckpt absent.pth"):
         ran, seconds = run(line, tmp_path)
-        if line.startswith("inspect") and name in SAYS_ITSELF:
+        if line.startswith("inspect") and name in SAFE_TO_INSPECT:
             assert ran.returncode == 0
             continue
         assert ran.returncode == 2, ran.stderr

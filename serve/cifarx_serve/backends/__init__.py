@@ -1,1 +1,1 @@
-"""One module a runtime that can answer for a model file."""
+"""Backends: one runtime each, which opens model files and runs them."""

@@ -1,4 +1,4 @@
-"""What every backend is: a model file opened on a device."""
+"""The base class of all backends."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -14,7 +14,13 @@ from cifarx_serve.spec import ModelSpec
 
 
 class TensorInfo(NamedTuple):
-    """A model's input or output: a name, a numpy type, and a shape in which an axis that may vary is a name."""
+    """An input or output of a model.
+
+    Attributes:
+        name: the name in the model file.
+        dtype: the name of the numpy dtype.
+        shape: the size of each axis; a name for an axis of variable size.
+    """
 
     name: str
     dtype: str
@@ -22,65 +28,70 @@ class TensorInfo(NamedTuple):
 
 
 class Backend(ABC):
-    """A model file opened on a device; a context manager.
+    """A model file that is open on a device. Backends are context managers.
 
-    A subclass imports its heavy library inside `__init__`, not at the top of its module: the registry imports
-    the modules to learn their suffixes.
+    A subclass should import its runtime in `__init__` rather than at module level, because reading a spec or listing
+    backends imports the module.
 
     Attributes:
-        name: the backend's name on the command line.
-        suffixes: the endings of the files it can open.
-        spec: what the file says about itself.
-        provider: what really runs the model, as the library names it; never merely what was asked for.
+        name: the name of the backend on the command line.
+        suffixes: the suffixes of the files that the backend opens. Set it for a backend that is found through an entry
+            point. Other backends are registered with their suffixes; see `cifarx_serve.backends.registry`.
+        spec: the model spec in the file.
+        provider: what runs the model, as the runtime reports it. It is never just the requested device.
     """
 
     name: ClassVar[str]
-    suffixes: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]] = ()
     spec: ModelSpec
     provider: str
 
     @abstractmethod
     def __init__(self, path: Path, device: Device) -> None:
-        """Open the file.
+        """Open a model file on a device.
 
         Raises:
-            ModelFileError: the file is not one this backend can run, or has no spec.
-            DeviceError: the device cannot be had.
+            ModelFileError: this backend cannot run the file, or the file contains no spec.
+            DeviceError: the device is not available.
         """
 
     @classmethod
     @abstractmethod
     def read_spec(cls, path: Path) -> ModelSpec:
-        """What the file says about itself, without the cost of making it ready to run; raises as opening does."""
+        """Return the spec of a file without preparing the model to run.
+
+        Raises:
+            ModelFileError: this backend cannot run the file, or the file contains no spec.
+        """
 
     @abstractmethod
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits, (N, classes), of a batch as `preprocess.model_input` makes it."""
+        """Return the logits, float32 (N, classes), for a batch that `preprocess.model_input` returned."""
 
-    def device_time(self, batch: NDArray[Any]) -> float | None:  # noqa: ARG002  the device's, where there is one
-        """Microseconds between two events on the device around the run of a batch that lies there already.
+    def device_time(self, batch: NDArray[Any]) -> float | None:  # noqa: ARG002  unused where there is no such device
+        """Return the time that the device takes for a batch, in microseconds, measured between two events on it.
 
-        None where there is no such device, as on a CPU, or where its time cannot be told.
+        This is None for a device without events, such as the CPU, or if the time cannot be measured.
 
         Args:
-            batch: as `run` takes it; it is copied to the device before the first event.
+            batch: as for `run`. It is copied to the device before the first event.
         """
         return None
 
     def tensor_infos(self) -> tuple[TensorInfo, ...]:
-        """The inputs, then the outputs, where the file states them; none where it does not."""
+        """Return the inputs and then the outputs of the model, or an empty tuple if the file does not describe them."""
         return ()
 
     def single_threaded(self) -> "Backend":
-        """The model for callers that bring a thread a CPU, so that each call keeps to its caller's; who asks closes it.
+        """Return a backend for the same model whose runs use only the calling thread. The caller must close it.
 
-        It is this one where that makes no difference.
+        Use it when many threads call `run` at once. It is this backend itself where that makes no difference.
         """
         return self
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the file holds open; a second call does nothing."""
+        """Release the model. Calling it twice is safe."""
 
     def __enter__(self) -> Self:
         return self
@@ -92,9 +103,25 @@ class Backend(ABC):
 
 
 def require_file(path: Path) -> None:
-    """Raises ModelFileError where `path` is not a file."""
+    """Check that a file exists.
+
+    Raises:
+        ModelFileError: the path does not exist or is a directory.
+    """
     if path.is_dir():
-        raise ModelFileError(f"{path} is a folder", "name a model file")
+        raise ModelFileError(f"{path} is a directory", "give the path of a model file")
     if not path.exists():
-        maker = "train" if path.suffix == ".pth" else "export"
-        raise ModelFileError(f"no such file {path}", f"check the path, or make it with `cifarx {maker}`")
+        command = "train" if path.suffix == ".pth" else "export"
+        raise ModelFileError(f"no such file {path}", f"check the path, or create the file with `cifarx {command}`")
+
+
+def parse_spec(document: bytes | None, path: Path) -> ModelSpec:
+    """Return the spec of a model file from the JSON document in it, which is None if there is none.
+
+    Raises:
+        ModelFileError: there is no document.
+        SpecError: the document is malformed or has a newer schema.
+    """
+    if document is None:
+        raise ModelFileError(f"{path} contains no model spec", "create the file with `cifarx export`")
+    return ModelSpec.from_json(document, str(path))

@@ -1,4 +1,4 @@
-"""What ONNX Runtime needs for CUDA: load it, and say what is missing. Imports no PyTorch."""
+"""Load the libraries that ONNX Runtime needs for CUDA, and report what is missing. This module imports no PyTorch."""
 
 import contextlib
 import ctypes
@@ -15,53 +15,60 @@ _INSTALL = 'pip install "cifarx[cuda]"'
 
 @cache
 def has_driver() -> bool:
-    """Whether this machine has an NVIDIA driver: without one, no library helps."""
-    return _load_problem(_DRIVER) is None
+    """Return whether an NVIDIA driver is installed. Without one, no other library helps."""
+    return _load_error(_DRIVER) is None
 
 
 @cache
 def preload() -> None:
-    """Load the CUDA and cuDNN libraries that pip installed, which the system's loader does not look for."""
+    """Load the CUDA and cuDNN libraries that pip installed, where the system's loader does not search."""
     import onnxruntime
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; `missing` says it in one line
+    # It prints what it cannot load; `availability_error` reports that in one line.
+    with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
 
 
-def missing() -> DeviceError | None:
-    """Why ONNX Runtime cannot use CUDA, or None where nothing is seen to be missing."""
+def availability_error() -> DeviceError | None:
+    """Return why ONNX Runtime cannot use CUDA, or None if nothing appears to be missing."""
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return DeviceError("this ONNX Runtime is a CPU build", "install onnxruntime-gpu in place of onnxruntime")
+        return DeviceError(
+            "the installed ONNX Runtime is a CPU build", "install onnxruntime-gpu in place of onnxruntime"
+        )
     if not has_driver():
         return DeviceError(
-            f"ONNX Runtime cannot use CUDA: no NVIDIA driver here ({_DRIVER} does not load)", "use --device cpu"
+            f"ONNX Runtime cannot use CUDA: no NVIDIA driver found ({_DRIVER} does not load)", "use --device cpu"
         )
     preload()
-    problem = loading_problem("shared") or loading_problem("cuda")
+    problem = provider_load_error("shared") or provider_load_error("cuda")
     return DeviceError(f"ONNX Runtime cannot use CUDA ({problem})", _INSTALL) if problem else None
 
 
-def loading_problem(name: str) -> str | None:
-    """Why the library of one of ONNX Runtime's providers does not load, in the loader's words; None where it does."""
+def provider_load_error(name: str) -> str | None:
+    """Return the loader's message if the library of an execution provider of ONNX Runtime does not load, or None.
+
+    Args:
+        name: the provider, as in the name of its library: "shared", "cuda" or "tensorrt".
+    """
     import onnxruntime
 
     folder = Path(onnxruntime.__file__).parent / "capi"
-    problems = (_load_problem(str(library)) for library in folder.glob(f"*onnxruntime_providers_{name}.*"))
+    problems = (_load_error(str(library)) for library in folder.glob(f"*onnxruntime_providers_{name}.*"))
     return next((problem for problem in problems if problem), None)
 
 
-def cuda_major() -> str:
-    """The major version of CUDA that ONNX Runtime was built with, as "13"; empty for a CPU build."""
+def cuda_major_version() -> str:
+    """Return the major version of CUDA that ONNX Runtime was built with, such as "13", or "" for a CPU build."""
     from onnxruntime.capi import build_and_package_info
 
     return str(getattr(build_and_package_info, "cuda_version", "")).partition(".")[0]
 
 
-def _load_problem(library: str) -> str | None:
+def _load_error(library: str) -> str | None:
     try:
-        # Global, because the CUDA provider takes symbols from the shared one without naming it.
+        # RTLD_GLOBAL because the CUDA provider uses symbols of the shared provider without linking to it.
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return str(error)

@@ -1,7 +1,7 @@
-"""Backends by name and by file: this room's own, and any that an installed package offers.
+"""Find backends by name or by file: those of cifarx, and those of other installed packages.
 
-A package offers one through the entry-point group `cifarx.backends`: the entry's name is the backend's, its
-value the `Backend` subclass, as in `tvm = "my_package.tvm_backend:TvmBackend"`.
+A package provides a backend through the entry-point group `cifarx.backends`. The entry's name is the name of the
+backend and its value is the `Backend` subclass, as in `tvm = "my_package.tvm_backend:TvmBackend"`.
 """
 
 from collections.abc import Iterable
@@ -12,103 +12,112 @@ from typing import Final, NamedTuple
 
 from cifarx_serve.backends.base import Backend, require_file
 from cifarx_serve.devices import parse_device
-from cifarx_serve.errors import ModelFileError, UsageError, unknown
+from cifarx_serve.errors import ModelFileError, UsageError, unknown_name_error
 from cifarx_serve.spec import ModelSpec
 
 GROUP: Final = "cifarx.backends"
 
 
-class _Target(NamedTuple):
-    """Where a backend is, and the suffixes of its files where they are known without importing it."""
-
-    path: str
-    suffixes: tuple[str, ...] | None = None
-
-
-# Known without reading every installed package's metadata (30 ms), without an install, and without an import.
-_targets: dict[str, _Target] = {
-    "onnxruntime": _Target("cifarx_serve.backends.onnxruntime.backend:OnnxRuntimeBackend", (".onnx",)),
-    "torchscript": _Target("cifarx_serve.backends.torch.torchscript:TorchScriptBackend", (".torchscript.pt",)),
-    "exported_program": _Target("cifarx_serve.backends.torch.exported_program:ExportedProgramBackend", (".pt2",)),
-    "aot_inductor": _Target("cifarx_serve.backends.torch.aot_inductor:AotInductorBackend", (".aoti.pt2",)),
-}
-
-
 class RegisteredBackend(NamedTuple):
-    """What `register_backend` takes."""
+    """A backend that is registered in this process, with the arguments of `register_backend`."""
 
     name: str
     target: str
     suffixes: tuple[str, ...] | None
 
 
-def registered_backends() -> tuple[RegisteredBackend, ...]:
-    """Of this process, in the order they were added: another process can have the same."""
-    return tuple(RegisteredBackend(name, target.path, target.suffixes) for name, target in _targets.items())
+_registered: dict[str, RegisteredBackend] = {}
 
 
 def register_backend(name: str, target: str, suffixes: tuple[str, ...] | None = None) -> None:
-    """Add a backend for this process; `target` is `module:Class`, imported when it is first asked for.
+    """Register a backend in this process.
 
-    With `suffixes`, those of the class, it is not imported for other backends' files.
+    Args:
+        name: the name of the backend.
+        target: the `Backend` subclass as `module:Class`. It is imported when it is first needed.
+        suffixes: the suffixes of the files that the backend opens. If None, those of the class are used, which is then
+            also imported for the files of other backends.
     """
-    _targets[name] = _Target(target, suffixes)
+    _registered[name] = RegisteredBackend(name, target, suffixes)
+
+
+# This table spares `cifarx infer` both the metadata of the installed packages (30 ms) and the import of the backends.
+register_backend("onnxruntime", "cifarx_serve.backends.onnxruntime.backend:OnnxRuntimeBackend", (".onnx",))
+register_backend("torchscript", "cifarx_serve.backends.torch.torchscript:TorchScriptBackend", (".torchscript.pt",))
+register_backend("exported_program", "cifarx_serve.backends.torch.exported_program:ExportedProgramBackend", (".pt2",))
+register_backend("aot_inductor", "cifarx_serve.backends.torch.aot_inductor:AotInductorBackend", (".aoti.pt2",))
+
+
+def registered_backends() -> tuple[RegisteredBackend, ...]:
+    """Return the registered backends in the order of their registration, so that a worker can register them too."""
+    return tuple(_registered.values())
 
 
 def backend_names() -> list[str]:
-    """Every backend that can be asked for, sorted."""
-    return sorted(_targets.keys() | _entry_points().keys())
+    """Return the names of all backends, sorted."""
+    return sorted(_registered.keys() | _entry_points().keys())
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The backend of that name.
+    """Return the backend with this name.
 
     Raises:
         UsageError: there is none.
     """
-    if own := _targets.get(name):
-        return _load(name, own.path)
+    if registered := _registered.get(name):
+        return _load(name, registered.target)
     if target := _entry_points().get(name):
         return _load(name, target)
-    raise unknown("backend", name, backend_names())
+    raise unknown_name_error("backend", name, backend_names())
+
+
+def backend_suffixes(name: str) -> tuple[str, ...]:
+    """Return the suffixes of the files that a backend opens, without importing it if it was registered with them.
+
+    Raises:
+        UsageError: there is no backend with this name.
+    """
+    if (registered := _registered.get(name)) and registered.suffixes:
+        return registered.suffixes
+    backend = backend_class(name)
+    # The import may have registered it, as that of `cifarx_train` does for the entry point `pytorch`.
+    registered = _registered.get(name)
+    return registered.suffixes if registered and registered.suffixes else backend.suffixes
 
 
 def backend_for(path: Path) -> type[Backend]:
-    """The backend that opens a file of this name, by its suffix; the longest suffix of this process's own wins.
+    """Return the backend that opens a file, by its suffix. The longest matching suffix wins.
+
+    Registered backends take precedence over those of other packages.
 
     Raises:
-        UsageError: none does.
+        UsageError: no backend opens such a file.
     """
-    # This process's own first: other packages' cost the reading of every installed package's metadata.
-    for names in (_targets.keys, backend_names):
-        if fitting := [pair for pair in _suffixes(names()) if path.name.endswith(pair[0])]:
-            return backend_class(max(fitting, key=lambda pair: len(pair[0]))[1])
+    for names in (_registered.keys, backend_names):  # a registered backend spares the metadata of the packages
+        if matching := [pair for pair in _suffixes(names()) if path.name.endswith(pair[0])]:
+            return backend_class(max(matching, key=lambda pair: len(pair[0]))[1])
     known = ", ".join(sorted({suffix for suffix, _ in _suffixes(backend_names())}))
-    raise UsageError(f"no backend opens {path}", f"give a file that ends in {known}")
+    raise UsageError(f"no backend opens {path}", f"give a file that ends with {known}")
 
 
 def _suffixes(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Each suffix with its backend's name."""
-    return [(suffix, name) for name in names for suffix in _suffixes_of(name)]
+    """Return pairs of a suffix and the name of its backend."""
+    return [(suffix, name) for name in list(names) for suffix in backend_suffixes(name)]
 
 
-def _suffixes_of(name: str) -> tuple[str, ...]:
-    own = _targets.get(name)
-    return own.suffixes if own and own.suffixes else backend_class(name).suffixes
-
-
-def _opens(backend: type[Backend], path: Path) -> bool:
-    """Whether the file's name is of this backend's kind, and not more closely of another's: x.aoti.pt2 is no x.pt2."""
-    longest = max((len(suffix) for suffix, _ in _suffixes(_targets) if path.name.endswith(suffix)), default=0)
-    return any(path.name.endswith(suffix) and len(suffix) >= longest for suffix in backend.suffixes)
+def _opens(name: str, path: Path) -> bool:
+    """Return whether a backend opens a file. `x.aoti.pt2` is not a `.pt2` file, because a longer suffix matches."""
+    longest = max((len(suffix) for suffix, _ in _suffixes(_registered) if path.name.endswith(suffix)), default=0)
+    return any(path.name.endswith(suffix) and len(suffix) >= longest for suffix in backend_suffixes(name))
 
 
 def read_spec(path: str | Path) -> ModelSpec:
-    """What a checkpoint or artifact says about itself.
+    """Return the spec of a checkpoint or artifact.
 
     Raises:
-        UsageError: no backend knows its suffix.
-        ModelFileError, SpecError: it is absent, damaged or says nothing.
+        UsageError: no backend opens such a file.
+        ModelFileError: the file is missing or damaged, or contains no spec.
+        SpecError: the spec is malformed or has a newer schema.
     """
     path = model_file(Path(path))
     require_file(path)
@@ -116,50 +125,58 @@ def read_spec(path: str | Path) -> ModelSpec:
 
 
 def open_backend(path: str | Path, backend: str | None = None, device: str = "auto") -> Backend:
-    """Open a model file on a device, with the backend named or the one that its suffix asks for.
+    """Open a model file on a device.
+
+    Args:
+        path: the model file.
+        backend: the name of the backend, or None to select it by the file's suffix.
+        device: the name of the device, as for `parse_device`.
 
     Raises:
-        UsageError: no such backend or device, or a file of another backend's kind.
-        ModelFileError: the file is absent or not what its name says.
-        DeviceError: the device cannot be had.
+        UsageError: the backend or device is unknown, or the backend does not open such a file.
+        ModelFileError: the file is missing or damaged.
+        DeviceError: the device is not available.
     """
     path, parsed = model_file(Path(path)), parse_device(device)
-    kind = backend_class(backend) if backend else None
+    if not backend:
+        require_file(path)
+        return backend_for(path)(path, parsed)
+    selected = backend_class(backend)
     require_file(path)
-    if kind is None:
-        kind = backend_for(path)
-    elif not _opens(kind, path):
-        raise UsageError(
-            f"backend {kind.name} does not open {path}", f"give a file that ends in {', '.join(kind.suffixes)}"
-        )
-    return kind(path, parsed)
+    if not _opens(backend, path):
+        suffixes = ", ".join(backend_suffixes(backend))
+        raise UsageError(f"backend {backend} does not open {path}", f"give a file that ends with {suffixes}")
+    return selected(path, parsed)
 
 
 def model_file(path: Path) -> Path:
-    """The model in a folder that is a model repository of NVIDIA Triton with one model; else the path itself."""
+    """Return the model file in an NVIDIA Triton model repository with one model, or the path itself for other paths."""
     models = list(path.glob("*/1/model.onnx")) if path.is_dir() else []
     return models[0] if len(models) == 1 else path
 
 
-def find_model(folder: Path, backend: str) -> Path:
-    """The newest file in a folder that the backend can open.
+def find_model(directory: Path, backend: str) -> Path:
+    """Return the newest file in a directory that the backend opens.
 
     Raises:
-        ModelFileError: there is none.
+        UsageError: there is no backend with this name.
+        ModelFileError: there is no such file.
     """
-    kind = backend_class(backend)
-    fitting = [path for path in folder.iterdir() if path.name[0] != "." and _opens(kind, path) and path.is_file()]
-    if not fitting:
+    suffixes = backend_suffixes(backend)
+    matching = [
+        path for path in directory.iterdir() if path.name[0] != "." and _opens(backend, path) and path.is_file()
+    ]
+    if not matching:
         raise ModelFileError(
-            f"no file for backend {backend} (*{', *'.join(kind.suffixes)}) in {folder.resolve()}",
-            "name one with --model, or make one with `cifarx train` and `cifarx export`",
+            f"no file for backend {backend} (*{', *'.join(suffixes)}) in {directory.resolve()}",
+            "give one with --model, or create one with `cifarx train` and `cifarx export`",
         )
-    return max(fitting, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return max(matching, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 @cache
 def _entry_points() -> dict[str, str]:
-    from importlib.metadata import entry_points  # costs 30 ms, and most runs need none of it
+    from importlib.metadata import entry_points  # takes 30 ms, and most runs do not need it
 
     return {entry.name: entry.value for entry in entry_points(group=GROUP)}
 
@@ -169,7 +186,9 @@ def _load(name: str, target: str) -> type[Backend]:
     try:
         backend = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"backend {name} ({target}) cannot be loaded ({error})", "repair its package") from error
+        raise UsageError(
+            f"backend {name} ({target}) cannot be loaded ({error})", "fix or reinstall its package"
+        ) from error
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
-        raise UsageError(f"backend {name} ({target}) is not a Backend", "repair its package")
+        raise UsageError(f"backend {name} ({target}) is not a Backend", "fix its package")
     return backend

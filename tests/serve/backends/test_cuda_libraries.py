@@ -1,4 +1,4 @@
-"""The system's loader and ONNX Runtime are made to say what they say on other machines."""
+"""These tests simulate the loader and ONNX Runtime of other machines."""
 
 import ctypes
 import sys
@@ -17,8 +17,8 @@ Machine = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_remembered() -> Iterator[None]:
-    """What this machine has is found out once a process, and each test is a machine of its own."""
+def _empty_caches() -> Iterator[None]:
+    """Clear what was cached about this machine, because each test simulates another one."""
     for found in (cuda_libraries.has_driver, cuda_libraries.preload):
         found.cache_clear()
     yield
@@ -28,7 +28,7 @@ def _nothing_remembered() -> Iterator[None]:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """`machine(lacks={...})` has every library but those whose names contain a key, refused with its value."""
+    """Simulate a machine without some libraries: `lacks` maps a part of their names to the message of the loader."""
 
     def make(lacks: dict[str, str], providers: tuple[str, ...] = ("CUDAExecutionProvider",)) -> None:
         def load(name: str, *_: Any, **__: Any) -> None:
@@ -46,12 +46,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_nothing_is_missing(machine: Machine) -> None:
     machine(lacks={})
     assert cuda_libraries.has_driver()
-    assert cuda_libraries.missing() is None
+    assert cuda_libraries.availability_error() is None
 
 
 def test_a_cpu_build(machine: Machine) -> None:
     machine(lacks={}, providers=())
-    error = cuda_libraries.missing()
+    error = cuda_libraries.availability_error()
     assert isinstance(error, DeviceError)
     assert "CPU build" in error.problem
     assert "onnxruntime-gpu" in error.remedy
@@ -60,20 +60,21 @@ def test_a_cpu_build(machine: Machine) -> None:
 def test_no_driver(machine: Machine) -> None:
     machine(lacks={DRIVER: "cannot open shared object file"})
     assert not cuda_libraries.has_driver()
-    error = cuda_libraries.missing()
+    error = cuda_libraries.availability_error()
     assert isinstance(error, DeviceError)
-    assert f"no NVIDIA driver here ({DRIVER} does not load)" in error.problem
+    assert f"no NVIDIA driver found ({DRIVER} does not load)" in error.problem
     assert error.remedy == "use --device cpu"
 
 
 @pytest.mark.skipif(
-    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="this ONNX Runtime is a CPU build"
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="the installed ONNX Runtime is a CPU build",
 )
-def test_a_library_that_does_not_load_is_named(machine: Machine) -> None:
+def test_a_library_that_does_not_load_is_reported(machine: Machine) -> None:
     reason = "libcurand.so.10: cannot open shared object file: No such file or directory"
     machine(lacks={"providers_cuda": reason})
     assert cuda_libraries.has_driver()
-    error = cuda_libraries.missing()
+    error = cuda_libraries.availability_error()
     assert isinstance(error, DeviceError)
     assert reason in error.problem
     assert error.remedy == 'pip install "cifarx[cuda]"'
@@ -86,16 +87,16 @@ def test_preloading_prints_nothing(machine: Machine, capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("", "")
 
 
-def test_this_machine() -> None:
-    """Whatever it has: an answer, not an exception, and no answer but a `DeviceError` where there is no driver."""
+def test_on_this_machine() -> None:
+    """Without a driver, the result is a DeviceError."""
     if cuda_libraries.has_driver():
-        pytest.skip("there is an NVIDIA driver here, and loading its libraries takes seconds")
-    assert isinstance(cuda_libraries.missing(), DeviceError)
+        pytest.skip("an NVIDIA driver is installed, and loading its libraries takes seconds")
+    assert isinstance(cuda_libraries.availability_error(), DeviceError)
 
 
-def test_asking_needs_no_pytorch(fresh_python: Callable[..., str]) -> None:
+def test_pytorch_is_not_imported(fresh_python: Callable[..., str]) -> None:
     code = (
-        "import sys; from cifarx_serve.backends import cuda_libraries; cuda_libraries.missing()\n"
+        "import sys; from cifarx_serve.backends import cuda_libraries; cuda_libraries.availability_error()\n"
         "print('torch' in sys.modules)"
     )
     assert fresh_python(code) == "False"

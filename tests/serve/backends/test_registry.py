@@ -20,7 +20,7 @@ from cifarx_serve.backends.torch.torchscript import TorchScriptBackend
 from cifarx_serve.errors import ModelFileError, UsageError
 from tests.support.color_model import SPEC, write_onnx
 
-# A backend as a third party would write it: it answers with the class that the file's one byte says.
+# A backend of another package. It always predicts the class in the first byte of its file.
 TINY_BACKEND = """
 import numpy as np
 from cifarx_serve.backends.base import Backend
@@ -48,7 +48,7 @@ class NoBackend:
 
 @pytest.fixture
 def third_party(tmp_path: Path, fresh_python: Callable[..., str]) -> Callable[[str, str], str]:
-    """`third_party(entries, code)` runs code where a package with these entry points is installed."""
+    """Run code with a package of these entry points installed: `third_party(entries, code)` returns its output."""
     (tmp_path / "tiny_package.py").write_text(TINY_BACKEND)
     metadata = tmp_path / "tiny_package-1.0.dist-info"
     metadata.mkdir()
@@ -66,17 +66,17 @@ def third_party(tmp_path: Path, fresh_python: Callable[..., str]) -> Callable[[s
     return run
 
 
-def test_this_rooms_own_backends() -> None:
+def test_the_backends_of_the_runtime() -> None:
     assert {"onnxruntime", "torchscript"} <= set(backend_names())
     assert backend_names() == sorted(backend_names())
     assert backend_class("onnxruntime") is OnnxRuntimeBackend
     assert backend_class("torchscript") is TorchScriptBackend
 
 
-def test_the_installed_distribution_offers_the_same() -> None:
-    offered = {entry.name: entry for entry in entry_points(group=GROUP)}
-    assert {"onnxruntime", "torchscript", "pytorch"} <= set(offered)
-    for name, entry in offered.items():
+def test_the_entry_points_are_the_same_backends() -> None:
+    provided = {entry.name: entry for entry in entry_points(group=GROUP)}
+    assert {"onnxruntime", "torchscript", "pytorch"} <= set(provided)
+    for name, entry in provided.items():
         assert backend_class(name) is entry.load()
         assert backend_class(name).name == name
 
@@ -99,19 +99,37 @@ def test_an_unknown_backend(name: str, near: str) -> None:
         ("lzh_9.pth", "pytorch"),
     ],
 )
-def test_the_suffix_chooses(file: str, name: str) -> None:
+def test_the_suffix_selects_the_backend(file: str, name: str) -> None:
     assert backend_for(Path(file)) is backend_class(name)
 
 
+def test_the_suffixes_of_registered_backends_need_no_import(fresh_python: Callable[..., str]) -> None:
+    code = (
+        "import sys; from cifarx_serve.backends.registry import backend_suffixes, registered_backends\n"
+        "for backend in registered_backends():\n"
+        "    assert backend_suffixes(backend.name) == backend.suffixes\n"
+        "    assert backend.target.partition(':')[0] not in sys.modules"
+    )
+    assert fresh_python(code) == ""
+
+
+def test_the_suffixes_of_an_entry_point_may_be_registered_by_its_package(fresh_python: Callable[..., str]) -> None:
+    code = (
+        "from pathlib import Path; from cifarx_serve.backends.registry import backend_for, backend_suffixes\n"
+        "print(backend_for(Path('lzh_9.pth')).name, *backend_suffixes('pytorch'))"
+    )
+    assert fresh_python(code) == "pytorch .pth"
+
+
 @pytest.mark.parametrize("file", ["lzh_9.pt", "lzh_9", "onnx", "lzh_9.onnx.parity.json", "lzh_9.ONNX.txt"])
-def test_a_suffix_of_no_backend(file: str) -> None:
+def test_an_unknown_suffix(file: str) -> None:
     with pytest.raises(UsageError) as raised:
         backend_for(Path(file))
     assert raised.value.problem == f"no backend opens {file}"
     assert all(suffix in raised.value.remedy for suffix in (".onnx", ".torchscript.pt", ".pth"))
 
 
-def test_a_third_partys_backend_is_found_and_runs(third_party: Callable[[str, str], str]) -> None:
+def test_a_third_party_backend_is_found_and_runs(third_party: Callable[[str, str], str]) -> None:
     Path("model.tiny").write_bytes(b"\x01")
     code = (
         "from cifarx_serve.predictor import load; from PIL import Image\n"
@@ -140,7 +158,7 @@ def test_the_longest_suffix_wins(third_party: Callable[[str, str], str]) -> None
         ("tiny_package:__name__", "is not a Backend"),
     ],
 )
-def test_a_third_partys_mistake_is_told_by_its_name(
+def test_a_third_party_backend_that_cannot_be_loaded_is_named(
     third_party: Callable[[str, str], str], target: str, words: str
 ) -> None:
     code = "try: registry.backend_class('tiny')\nexcept UsageError as error: print(error)"
@@ -148,12 +166,12 @@ def test_a_third_partys_mistake_is_told_by_its_name(
     assert message.startswith(f"backend tiny ({target}) {words}")
 
 
-def test_a_third_partys_mistake_does_not_touch_our_own_files(third_party: Callable[[str, str], str]) -> None:
+def test_a_broken_third_party_backend_does_not_affect_our_own_files(third_party: Callable[[str, str], str]) -> None:
     code = "from pathlib import Path; print(registry.backend_for(Path('lzh_9.onnx')).name)"
     assert third_party("tiny = absent_package:Backend", code) == "onnxruntime"
 
 
-def test_a_backend_of_this_process_alone(third_party: Callable[[str, str], str]) -> None:
+def test_a_backend_that_is_registered_in_this_process_only(third_party: Callable[[str, str], str]) -> None:
     code = (
         "assert 'mine' not in registry.backend_names()\n"
         "registry.register_backend('mine', 'tiny_package:TinyBackend')\n"
@@ -162,7 +180,7 @@ def test_a_backend_of_this_process_alone(third_party: Callable[[str, str], str])
     assert third_party("", code) == "True tiny"
 
 
-def test_opens_by_suffix_and_by_name(tmp_path: Path) -> None:
+def test_open_by_suffix_and_by_name(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "a.onnx")
     for backend in (None, "onnxruntime"):
         for place in (path, str(path)):
@@ -172,7 +190,7 @@ def test_opens_by_suffix_and_by_name(tmp_path: Path) -> None:
     assert read_spec(path) == read_spec(str(path)) == SPEC
 
 
-def test_a_model_repository_is_opened_as_its_model(tmp_path: Path) -> None:
+def test_a_model_repository_with_one_model_is_opened_as_this_model(tmp_path: Path) -> None:
     repository = tmp_path / "a.triton"
     (repository / "a" / "1").mkdir(parents=True)
     assert model_file(repository) == repository
@@ -183,15 +201,15 @@ def test_a_model_repository_is_opened_as_its_model(tmp_path: Path) -> None:
         assert opened.spec == read_spec(repository) == SPEC
 
 
-def test_a_model_repository_of_several_models_is_a_folder(tmp_path: Path) -> None:
+def test_a_model_repository_with_several_models_is_a_directory(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / "1").mkdir(parents=True)
         write_onnx(tmp_path / name / "1" / "model.onnx")
-    with pytest.raises(ModelFileError, match="is a folder"):
+    with pytest.raises(ModelFileError, match="is a directory"):
         open_backend(tmp_path)
 
 
-def test_a_backend_that_does_not_open_such_files(tmp_path: Path) -> None:
+def test_a_backend_for_other_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         open_backend(write_onnx(tmp_path / "a.onnx"), "torchscript")
     assert "backend torchscript does not open" in raised.value.problem
@@ -199,7 +217,7 @@ def test_a_backend_that_does_not_open_such_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".torchscript.pt", ".pth"])
-def test_files_that_are_not_there(suffix: str) -> None:
+def test_missing_files(suffix: str) -> None:
     path = Path(f"absent{suffix}")
     for attempt in (lambda: open_backend(path), lambda: read_spec(path)):
         with pytest.raises(ModelFileError, match=f"no such file absent{suffix}"):
@@ -207,11 +225,11 @@ def test_files_that_are_not_there(suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".torchscript.pt", ".pth"])
-def test_folders_with_the_name_of_a_file(suffix: str) -> None:
+def test_directories_with_the_suffix_of_a_file(suffix: str) -> None:
     path = Path(f"folder{suffix}")
     path.mkdir()
     for attempt in (lambda: open_backend(path), lambda: read_spec(path)):
-        with pytest.raises(ModelFileError, match="is a folder"):
+        with pytest.raises(ModelFileError, match="is a directory"):
             attempt()
 
 
@@ -221,21 +239,21 @@ def test_an_unknown_device(tmp_path: Path) -> None:
 
 
 def made(name: str, age: int) -> Path:
-    """An empty file that many seconds old."""
+    """Create an empty file that is `age` seconds old."""
     path = Path(name)
     path.touch()
     os.utime(path, ns=(10**18, 10**18 - age * 10**9))
     return path
 
 
-def test_find_model_takes_the_newest() -> None:
+def test_find_model_returns_the_newest() -> None:
     made("a.onnx", age=3)
     newest = made("b.int8.onnx", age=1)
     made("c.onnx", age=2)
     assert find_model(Path(), "onnxruntime") == newest
 
 
-def test_find_model_leaves_out_what_is_no_model_of_the_backend() -> None:
+def test_find_model_ignores_files_that_the_backend_does_not_open() -> None:
     wanted = made("lzh_9.onnx", age=9)
     made(".partial.onnx", age=1)
     made("lzh_9.onnx.parity.json", age=1)
@@ -248,13 +266,13 @@ def test_find_model_leaves_out_what_is_no_model_of_the_backend() -> None:
     assert find_model(Path(), "torchscript") == Path("lzh_9.torchscript.pt")
 
 
-def test_find_model_of_one_age_takes_the_last_by_name() -> None:
+def test_find_model_returns_the_last_by_name_if_the_times_are_equal() -> None:
     for name in ("lzh_1.onnx", "lzh_3.onnx", "lzh_2.onnx"):
         made(name, age=1)
     assert find_model(Path(), "onnxruntime") == Path("lzh_3.onnx")
 
 
-def test_find_model_where_there_is_none(tmp_path: Path) -> None:
+def test_find_model_without_a_model(tmp_path: Path) -> None:
     made("lzh_9.torchscript.pt", age=1)
     with pytest.raises(ModelFileError) as raised:
         find_model(Path(), "onnxruntime")
@@ -263,6 +281,6 @@ def test_find_model_where_there_is_none(tmp_path: Path) -> None:
     assert "--model" in raised.value.remedy
 
 
-def test_find_model_for_an_unknown_backend() -> None:
+def test_find_model_with_an_unknown_backend() -> None:
     with pytest.raises(UsageError, match="unknown backend"):
         find_model(Path(), "onnxrt")

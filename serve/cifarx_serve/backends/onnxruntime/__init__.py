@@ -1,1 +1,1 @@
-"""ONNX Runtime on the CPU, CUDA and TensorRT."""
+"""The ONNX Runtime backend, for the CPU, CUDA and TensorRT."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime: `.onnx` files, on the CPU or an NVIDIA GPU, there also by TensorRT. Needs no PyTorch."""
+"""Run `.onnx` files with ONNX Runtime, on the CPU, CUDA or TensorRT. This backend does not need PyTorch."""
 
 import copy
 import os
@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.backends import cuda_libraries
-from cifarx_serve.backends.base import Backend, TensorInfo, require_file
-from cifarx_serve.backends.onnxruntime.model_reader import read_onnx
+from cifarx_serve.backends.base import Backend, TensorInfo, parse_spec, require_file
+from cifarx_serve.backends.onnxruntime.model_reader import read_model_info
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError
+from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
-from cifarx_serve.system.cpus import available_cpus, shares_cpus
+from cifarx_serve.system.cpus import available_cpus, has_cpu_limit
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -27,41 +27,40 @@ if TYPE_CHECKING:
     from cifarx_serve.backends.onnxruntime.io_binding import BoundSession, TimedSession
 
 SPEC_KEY: Final = "cifarx.spec"
-"""The key of the model spec in an ONNX file's `metadata_props`."""
+"""The key of the model spec in the `metadata_props` of an ONNX file."""
 
-# y = Identity(x), x float32 of any length, opset 13: the smallest model there is to try a provider with.
-_PROBE: Final = bytes.fromhex(
+# y = Identity(x), x float32 of any length, opset 13: the smallest model that can test an execution provider.
+_TEST_MODEL: Final = bytes.fromhex(
     "08083a390a100a017812017922084964656e746974791201675a100a0178120b0a09080112050a0312016e"
     "62100a0179120b0a09080112050a0312016e42040a00100d"
 )
 
 _DTYPES: Final = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
 
-# At the opening, nodes of constants are run and replaced by what they give; a few bytes of shape can ask for any size.
-_FOLDED_SIZE: Final = "optimization.constant_folding_max_output_size_in_bytes"
+# When a session is created, constant nodes are replaced by their outputs. A few bytes of shape can declare any size.
+_MAX_FOLDED_SIZE: Final = "optimization.constant_folding_max_output_size_in_bytes"
 
-# Threads that wait for work spin by default, on CPUs that others could use.
-_SPINNING: Final = "session.intra_op.allow_spinning"
+# By default, idle threads spin on CPUs that other processes could use.
+_ALLOW_SPINNING: Final = "session.intra_op.allow_spinning"
 
 _CPU: Final[list[tuple[str, dict[str, str]]]] = [("CPUExecutionProvider", {})]
 _CUDA: Final = "CUDAExecutionProvider"
 _TENSORRT: Final = "TensorrtExecutionProvider"
 
-_ENGINE_BATCHES: Final = (1, 8, 64)
-"""The least, the best and the largest batch of a TensorRT engine: its kernels are chosen at the second."""
+_ENGINE_BATCH_SIZES: Final = (1, 8, 64)
+"""The minimum, optimal and maximum batch size of a TensorRT engine. Its kernels are chosen for the optimal one."""
 
-# Errors come back as exceptions, where they are told in one line; the library's own log would say them again.
+# Errors are raised as exceptions with a message of one line, so the library's log would only repeat them.
 _LOG_FATAL: Final = 4
 
 
 class OnnxRuntimeBackend(Backend):
-    """One ONNX Runtime session; `provider` is the first of those that the session reports after it is made.
+    """An ONNX Runtime session. `provider` is the first execution provider that the session reports.
 
-    Nothing of a file runs before its bytes were looked at; see `onnx_file`.
+    The bytes of a file are checked before the library opens it; see `model_reader`.
     """
 
     name = "onnxruntime"
-    suffixes = (".onnx",)
 
     def __init__(self, path: Path, device: Device) -> None:
         self.spec = self.read_spec(path)
@@ -70,74 +69,72 @@ class OnnxRuntimeBackend(Backend):
         self._device = device
         self._session: Any = _open_session(path, device, self.spec)
         self.provider = self._session.get_providers()[0]
-        self._options: Any = None
+        self._run_options: Any = None
         self._bound: BoundSession | None = None
         if self.provider == _CUDA:
             self._bind()
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
-        """Makes no session: memory and time do not grow with the weights."""
+        """Return the spec of a file without creating a session. Memory and time do not grow with the weights."""
         require_file(path)
-        document = read_onnx(path).metadata.get(SPEC_KEY.encode())
-        if document is None:
-            raise ModelFileError(f"{path} carries no model spec", "make it with `cifarx export`")
-        return ModelSpec.from_json(document, str(path))
+        return parse_spec(read_model_info(path).metadata.get(SPEC_KEY.encode()), path)
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        if self.provider == _TENSORRT and len(batch) > (largest := _ENGINE_BATCHES[-1]):
-            return np.concatenate([self.run(batch[start : start + largest]) for start in range(0, len(batch), largest)])
+        if self.provider == _TENSORRT and len(batch) > (limit := _ENGINE_BATCH_SIZES[-1]):
+            return np.concatenate([self.run(batch[start : start + limit]) for start in range(0, len(batch), limit)])
         try:
-            if self._bound is not None and len(batch) <= self._bound.largest:
+            if self._bound is not None and len(batch) <= self._bound.max_batch_size:
                 return self._bound.run(batch)
-            logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch}, self._options)[0]
-        except Exception as error:  # the library's errors have no common base
-            problem = f"{self._path} does not run on {batch.dtype} {batch.shape} ({_reason(error)})"
+            logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch}, self._run_options)[0]
+        except Exception as error:  # the library's exceptions have no common base class
+            problem = f"{self._path} does not run on {batch.dtype} {batch.shape} ({error_message(error)})"
             raise ModelFileError(problem, "export it again") from error
         return logits
 
     def single_threaded(self) -> Backend:
-        """A second session on the same file, which starts no threads of its own."""
+        """Return a backend with a second session on the same file, which starts no threads."""
         if self.provider != _CPU[0][0]:
             return self
         other = copy.copy(self)
-        other._session = _session(self._path, _CPU, threads=1)
+        other._session = _create_session(self._path, _CPU, threads=1)
         return other
 
     def tensor_infos(self) -> tuple[TensorInfo, ...]:
         return tuple(
-            TensorInfo(port.name, _DTYPES.get(port.type, port.type), tuple(port.shape))
-            for port in [*self._session.get_inputs(), *self._session.get_outputs()]
+            TensorInfo(tensor.name, _DTYPES.get(tensor.type, tensor.type), tuple(tensor.shape))
+            for tensor in [*self._session.get_inputs(), *self._session.get_outputs()]
         )
 
     def device_time(self, batch: NDArray[Any]) -> float | None:
-        """On CUDA, of a second session on the file, made for it alone: ONNX Runtime hides the stream of the first.
+        """Return the time of a run in microseconds, on CUDA only.
 
-        Where it does not work, as for want of memory, a benchmark goes on without: None, with a FallbackWarning.
+        It is measured in a second session on the same file, because ONNX Runtime does not expose the stream of the
+        first one. If that fails, for example for lack of memory, the result is None with a FallbackWarning.
         """
         if self._bound is None:
             return None
         try:
             return self._timed.device_time(batch) if self._timed else None
-        except Exception as error:  # the library's errors have no common base
-            told = f"no time on the device of {self._path}: {_reason(error)}"
-            warnings.warn(told, FallbackWarning, stacklevel=2)
+        except Exception as error:  # the library's exceptions have no common base class
+            message = f"cannot measure the device time of {self._path}: {error_message(error)}"
+            warnings.warn(message, FallbackWarning, stacklevel=2)
             return None
 
     @cached_property
     def _timed(self) -> "TimedSession | None":
-        assert self._bound is not None, "the CPU has no such time"
+        assert self._bound is not None, "only a session on CUDA can be timed"
         from cifarx_serve.backends.onnxruntime import cuda_timer, io_binding
 
-        number = self._device.number
-        if (clock := cuda_timer.open_clock(number)) is None:
+        index = self._device.index
+        if (timer := cuda_timer.open_cuda_timer(index)) is None:
             return None
         try:
-            session = _cuda_session(self._path, number, {"user_compute_stream": str(clock.stream)})
+            session = _cuda_session(self._path, index, {"user_compute_stream": str(timer.stream)})
         except DeviceError:
-            clock.close()
+            timer.close()
             raise
-        return io_binding.TimedSession(self._bound.on(session), clock)
+        return io_binding.TimedSession(self._bound.with_session(session), timer)
 
     def close(self) -> None:
         if timed := self.__dict__.pop("_timed", None):
@@ -146,55 +143,58 @@ class OnnxRuntimeBackend(Backend):
         self._session = None
 
     def _bind(self) -> None:
-        """With memory of its own on the GPU and CUDA graphs; told where that does not work, and why."""
+        """Use IO binding and CUDA graphs, or issue a FallbackWarning with the reason if they do not work."""
         from cifarx_serve.backends.onnxruntime import io_binding
 
-        taken = self.spec.input
-        shape = (taken.channels, taken.height, taken.width)
-        self._options = io_binding.without_graph()
-        bound = io_binding.BoundSession(self._session, "cuda", self._device.number, shape, len(self.spec.class_names))
+        image = self.spec.input
+        shape = (image.channels, image.height, image.width)
+        self._run_options = io_binding.run_options()
+        bound = io_binding.BoundSession(self._session, "cuda", self._device.index, shape, len(self.spec.class_names))
         try:
-            problem = bound.problem()
-        except Exception as error:  # the library's errors have no common base
-            problem = _reason(error)
+            problem = bound.find_mismatch()
+        except Exception as error:  # the library's exceptions have no common base class
+            problem = error_message(error)
         if problem is None:
             self._bound = bound
         else:
             warnings.warn(f"running {self._path} without CUDA graphs: {problem}", FallbackWarning, stacklevel=3)
 
 
-def provider_problem(device: Device) -> DeviceError | None:
-    """Why ONNX Runtime cannot run on a device, found by running a model there, or None where it can."""
+def provider_error(device: Device) -> DeviceError | None:
+    """Return why ONNX Runtime cannot run on a device, or None. This runs a small model on the device."""
     try:
-        session = _open_session(_PROBE, device)
+        session = _open_session(_TEST_MODEL, device)
     except DeviceError as error:
         return error
-    from cifarx_serve.backends.onnxruntime.io_binding import without_graph
+    from cifarx_serve.backends.onnxruntime.io_binding import run_options
 
     try:
-        session.run(None, {"x": np.zeros(1, np.float32)}, without_graph())
-    except Exception as error:  # the library's errors have no common base
-        return DeviceError(f"ONNX Runtime cannot run on {device} ({_reason(error)})", "use --device cpu")
+        session.run(None, {"x": np.zeros(1, np.float32)}, run_options())
+    except Exception as error:  # the library's exceptions have no common base class
+        return DeviceError(f"ONNX Runtime cannot run on {device} ({error_message(error)})", "use --device cpu")
     return None
 
 
 def _require_runtime(spec: ModelSpec, path: Path) -> None:
-    """Raises ModelFileError where the file asks for a newer ONNX Runtime than the one that is here."""
+    """Raise ModelFileError if the file requires a newer ONNX Runtime than the installed one."""
     import onnxruntime
 
-    needed, here = spec.minimum_onnxruntime, onnxruntime.__version__
-    if needed is None:
+    required, installed = spec.minimum_onnxruntime, onnxruntime.__version__
+    if required is None:
         return
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,6}){1,2}", needed):
-        raise ModelFileError(f"{path} needs ONNX Runtime {needed[:60]!r}, which is no version", "export it again")
-    if _release(needed) > _release(here):
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6}){1,2}", required):
         raise ModelFileError(
-            f"{path} needs ONNX Runtime >= {needed}, and {here} is installed", f'pip install "onnxruntime>={needed}"'
+            f"{path} requires ONNX Runtime {required[:60]!r}, which is not a version", "export it again"
+        )
+    if _release(required) > _release(installed):
+        raise ModelFileError(
+            f"{path} requires ONNX Runtime >= {required}, but {installed} is installed",
+            f'pip install "onnxruntime>={required}"',
         )
 
 
 def _release(version: str) -> list[int]:
-    """The numbers of "1.31.1" or "1.32.0.dev3", to be compared."""
+    """Return the numbers of a version such as "1.31.1" or "1.32.0.dev3", for comparison."""
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
@@ -202,103 +202,108 @@ def _open_session(path: Path | bytes, device: Device, spec: ModelSpec | None = N
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(_LOG_FATAL)
-    if device.kind == "mps":
-        raise DeviceError("ONNX Runtime has no device mps", "use --device cpu, or a backend of PyTorch's")
-    if device.kind == "cuda":
-        return _cuda_session(path, device.number)
-    if device.kind == "tensorrt":
-        return _tensorrt_session(path, device.number, spec)
-    if device.kind == "auto" and cuda_libraries.has_driver():
+    if device.type == "mps":
+        raise DeviceError("ONNX Runtime does not support device mps", "use --device cpu, or a PyTorch backend")
+    if device.type == "cuda":
+        return _cuda_session(path, device.index)
+    if device.type == "tensorrt":
+        return _tensorrt_session(path, device.index, spec)
+    if device.type == "auto" and cuda_libraries.has_driver():
         try:
-            return _cuda_session(path, device.number)
+            return _cuda_session(path, device.index)
         except DeviceError as error:
             warnings.warn(f"running on the CPU: {error}", FallbackWarning, stacklevel=2)
-    return _session(path, _CPU)
+    return _create_session(path, _CPU)
 
 
 def _cuda_session(
-    path: Path | bytes, number: int, further: dict[str, str] | None = None
+    path: Path | bytes, index: int, extra_options: dict[str, str] | None = None
 ) -> "onnxruntime.InferenceSession":
-    """A session on CUDA or an error; `further` are options of the provider."""
-    if not cuda_libraries.has_driver() and (problem := cuda_libraries.missing()):
-        raise problem
+    """Return a session on CUDA, or raise DeviceError. `extra_options` are for the CUDA provider."""
+    if not cuda_libraries.has_driver() and (error := cuda_libraries.availability_error()):
+        raise error
     cuda_libraries.preload()
     options = {
-        **_cuda_options(number),
-        "enable_cuda_graph": "1",  # of the runs that ask for it: see `bound_session`
-        **(further or {}),
+        **_cuda_options(index),
+        "enable_cuda_graph": "1",  # for the runs that request it; see `io_binding`
+        **(extra_options or {}),
     }
-    return _given_session(path, Device("cuda", number), [(_CUDA, options)], cuda_libraries.missing)
+    return _require_provider(path, Device("cuda", index), [(_CUDA, options)], cuda_libraries.availability_error)
 
 
-def _tensorrt_session(path: Path | bytes, number: int, spec: ModelSpec | None) -> "onnxruntime.InferenceSession":
-    """A session on TensorRT, with CUDA for the operators that it does not have, or an error.
+def _tensorrt_session(path: Path | bytes, index: int, spec: ModelSpec | None) -> "onnxruntime.InferenceSession":
+    """Return a session on TensorRT, or raise DeviceError. CUDA runs the operators that TensorRT does not support.
 
-    An engine for a range of batch sizes is built here, which takes tens of seconds, or read from where it was kept.
+    This builds an engine for a range of batch sizes, which takes tens of seconds, or loads it from the cache.
     """
     from cifarx_serve.backends.onnxruntime import tensorrt_engines, tensorrt_libraries
 
-    if not cuda_libraries.has_driver() and (problem := tensorrt_libraries.missing()):
-        raise problem
+    if not cuda_libraries.has_driver() and (error := tensorrt_libraries.availability_error()):
+        raise error
     tensorrt_libraries.preload()
     shapes = _engine_shapes(spec)
     options = {
-        "device_id": str(number),
+        "device_id": str(index),
         "trt_fp16_enable": "1" if spec and spec.precision == "fp16" else "0",
-        "trt_cuda_graph_enable": "0",  # it would need bound memory, and records one shape
+        "trt_cuda_graph_enable": "0",  # it would need IO binding, and captures only one shape
         **shapes,
     }
-    # Without shapes an engine is built when a batch is there, and again when one of another size comes: none to keep.
-    keeping: AbstractContextManager[dict[str, str]] = (
-        tensorrt_engines.kept_engines(path) if shapes and isinstance(path, Path) else nullcontext({})
+    # Without shapes, an engine is built for the first batch and again for each new size, so it is not worth caching.
+    cache: AbstractContextManager[dict[str, str]] = (
+        tensorrt_engines.engine_cache(path) if shapes and isinstance(path, Path) else nullcontext({})
     )
-    with keeping as kept:
-        providers = [(_TENSORRT, {**options, **kept}), (_CUDA, _cuda_options(number))]
-        return _given_session(path, Device("tensorrt", number), providers, tensorrt_libraries.missing)
+    with cache as cache_options:
+        providers = [(_TENSORRT, {**options, **cache_options}), (_CUDA, _cuda_options(index))]
+        return _require_provider(path, Device("tensorrt", index), providers, tensorrt_libraries.availability_error)
 
 
 def _engine_shapes(spec: ModelSpec | None) -> dict[str, str]:
-    """The batch sizes to build an engine for, where TensorRT takes the whole graph.
+    """Return the options for the batch sizes of the engine, or none if TensorRT runs only parts of the graph.
 
-    It takes parts of an int8 file, for its unsigned activations, and of one that preprocesses; ONNX Runtime then wants
-    shapes of what goes in between.
+    It runs parts of an int8 model, because of its unsigned activations, and of a model with embedded preprocessing.
+    ONNX Runtime would then also require the shapes between these parts.
     """
     if spec is None or spec.precision == "int8" or spec.embedded_preprocessing:
         return {}
     image = f"{spec.input.channels}x{spec.input.height}x{spec.input.width}"
     return {
-        f"trt_profile_{name}_shapes": f"input:{batch}x{image}"
-        for name, batch in zip(("min", "opt", "max"), _ENGINE_BATCHES, strict=True)
+        f"trt_profile_{name}_shapes": f"input:{batch_size}x{image}"
+        for name, batch_size in zip(("min", "opt", "max"), _ENGINE_BATCH_SIZES, strict=True)
     }
 
 
-def _cuda_options(number: int) -> dict[str, str]:
+def _cuda_options(index: int) -> dict[str, str]:
     return {
-        "device_id": str(number),
-        "use_tf32": "0",  # on by default, and a thousand times outside fp32's tolerance
-        "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm for every new batch size
+        "device_id": str(index),
+        "use_tf32": "0",  # enabled by default, with errors a thousand times the tolerance of fp32
+        "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm for each new batch size
     }
 
 
-def _given_session(
+def _require_provider(
     path: Path | bytes,
     device: Device,
     providers: list[tuple[str, dict[str, str]]],
-    missing: Callable[[], DeviceError | None],
+    availability_error: Callable[[], DeviceError | None],
 ) -> "onnxruntime.InferenceSession":
-    """A session on the first provider or an error: the library itself would go on with another and only log it."""
+    """Return a session on the first provider, or raise DeviceError.
+
+    The library itself would fall back to another provider and only log it.
+    """
     try:
-        session = _session(path, providers, {"session.disable_cpu_ep_fallback": "1"})
+        session = _create_session(path, providers, {"session.disable_cpu_ep_fallback": "1"})
     except ModelFileError as error:
-        raise missing() or DeviceError(
+        raise availability_error() or DeviceError(
             f"ONNX Runtime cannot use {device} ({error.problem})", "run `cifarx doctor`"
         ) from error
-    if (given := session.get_providers()[0]) != providers[0][0]:
-        raise missing() or DeviceError(f"{device} was asked for and ONNX Runtime gave {given}", "run `cifarx doctor`")
+    if (provider := session.get_providers()[0]) != providers[0][0]:
+        raise availability_error() or DeviceError(
+            f"{device} was requested, but ONNX Runtime uses {provider}", "run `cifarx doctor`"
+        )
     return session
 
 
-def _session(
+def _create_session(
     model: Path | bytes,
     providers: list[tuple[str, dict[str, str]]],
     config: dict[str, str] | None = None,
@@ -309,23 +314,18 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_FATAL
     if (cpus := threads or available_cpus()) != os.cpu_count():
-        options.intra_op_num_threads = cpus  # explicit counts cost the pinning to cores, so only where needed
-    spinning = {_SPINNING: "0"} if shares_cpus() else {}
-    for key, value in {_FOLDED_SIZE: str(_folded_size(model)), **spinning, **(config or {})}.items():
+        options.intra_op_num_threads = cpus  # an explicit count disables the pinning of threads to cores
+    spinning = {_ALLOW_SPINNING: "0"} if has_cpu_limit() else {}
+    for key, value in {_MAX_FOLDED_SIZE: str(_max_folded_size(model)), **spinning, **(config or {})}.items():
         options.add_session_config_entry(key, value)
     try:
-        # enable_fallback=0: the library would print to standard output and go on with the CPU.
+        # With enable_fallback=1, the library would print to standard output and continue on the CPU.
         return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
-    except Exception as error:  # the library's errors have no common base
-        path = model if isinstance(model, Path) else "the probe"
-        problem = f"{path} is not an ONNX model that can be run ({_reason(error)})"
-        raise ModelFileError(problem, "export it again") from error
+    except Exception as error:  # the library's exceptions have no common base class
+        path = model if isinstance(model, Path) else "the test model"
+        raise ModelFileError(f"{path} is not a valid ONNX model ({error_message(error)})", "export it again") from error
 
 
-def _folded_size(model: Path | bytes) -> int:
-    """The most bytes that a node may be replaced by: all weights of the file from 8 bits to 32, and some."""
+def _max_folded_size(model: Path | bytes) -> int:
+    """Return the maximum bytes of a folded constant: all weights of the file from 8 to 32 bits, and some more."""
     return (1 << 20) + 4 * (model.stat().st_size if isinstance(model, Path) else len(model))
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__  # some say nothing

@@ -1,4 +1,4 @@
-"""Time between two events on a CUDA device, by CUDA's own runtime library. Imports no PyTorch."""
+"""Measure time on a CUDA device with events of the CUDA runtime library. This module imports no PyTorch."""
 
 import ctypes
 import sys
@@ -9,47 +9,47 @@ from cifarx_serve.backends import cuda_libraries
 from cifarx_serve.errors import DeviceError
 
 _NON_BLOCKING: Final = 1
-"""`cudaStreamNonBlocking`: the stream does not wait for the legacy default stream."""
+"""`cudaStreamNonBlocking`: the stream does not synchronize with the legacy default stream."""
 
 
-class CudaClock:
-    """A stream on a device and two events to record on it, until it is closed.
+class CudaTimer:
+    """A CUDA stream and two events to record on it.
 
     Args:
-        runtime: the library, libcudart.
-        number: of the device.
+        runtime: the CUDA runtime library, libcudart.
+        index: the index of the device.
 
     Attributes:
-        stream: the address of the `cudaStream_t`, for a library that is to work on it; closing destroys it, so that
-            must end first.
+        stream: the address of the `cudaStream_t`, for a library that runs its work on it. `close` destroys the stream,
+            so that work must end first.
 
     Raises:
-        DeviceError: the device cannot be had.
+        DeviceError: the device is not available.
     """
 
-    def __init__(self, runtime: Any, number: int) -> None:
+    def __init__(self, runtime: Any, index: int) -> None:
         self._runtime = runtime
         self._events = (ctypes.c_void_p(), ctypes.c_void_p())
         stream = ctypes.c_void_p()
-        self._call("cudaSetDevice", number)
+        self._call("cudaSetDevice", index)
         self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
         for event in self._events:
             self._call("cudaEventCreate", ctypes.byref(event))
         self.stream: int = stream.value or 0
 
-    def time(self, work: Callable[[], object]) -> float:
-        """Microseconds from the start to the end, on the device, of what `work` puts on the stream.
+    def time(self, function: Callable[[], object]) -> float:
+        """Return the time on the device, in microseconds, of the work that `function` enqueues on the stream.
 
-        Where the host waits in between, its waiting is part of the time.
+        This includes any time that the device waits for the host in between.
         """
-        started, ended = self._events
+        start, end = self._events
         stream = ctypes.c_void_p(self.stream)
-        self._call("cudaEventRecord", started, stream)
-        work()
-        self._call("cudaEventRecord", ended, stream)
-        self._call("cudaEventSynchronize", ended)
+        self._call("cudaEventRecord", start, stream)
+        function()
+        self._call("cudaEventRecord", end, stream)
+        self._call("cudaEventSynchronize", end)
         milliseconds = ctypes.c_float()
-        self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), started, ended)
+        self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), start, end)
         return milliseconds.value * 1e3
 
     def close(self) -> None:
@@ -65,16 +65,16 @@ class CudaClock:
             raise DeviceError(f"{name} failed ({describe(status).decode()})", "run `cifarx doctor`")
 
 
-def open_clock(number: int) -> CudaClock | None:
-    """A clock of a device, by the library that ONNX Runtime's provider loads; None where there is none.
+def open_cuda_timer(index: int) -> CudaTimer | None:
+    """Return a timer for a device, or None if the CUDA runtime library of ONNX Runtime's provider is not installed.
 
     Raises:
-        DeviceError: the device cannot be had.
+        DeviceError: the device is not available.
     """
     cuda_libraries.preload()
-    major = cuda_libraries.cuda_major()
+    major = cuda_libraries.cuda_major_version()
     try:
         runtime = ctypes.CDLL(f"cudart64_{major}.dll" if sys.platform == "win32" else f"libcudart.so.{major}")
     except OSError:
         return None
-    return CudaClock(runtime, number)
+    return CudaTimer(runtime, index)

@@ -1,7 +1,8 @@
-"""An ONNX Runtime session whose input and output stay in a device's memory, at addresses made once.
+"""Run an ONNX Runtime session with IO binding: its input and output stay in device memory at fixed addresses.
 
-A call then copies in, runs and copies out, and allocates nothing but the result; and the kernels of a batch size can
-be recorded as a CUDA graph, which replays them without the launches: those cost more than the work at small batches.
+A run then copies the input to the device, runs the model and copies the output back, and allocates only the result. The
+kernels of each batch size can also be captured as a CUDA graph. Replaying it avoids the kernel launches, which take
+longer than the work itself for small batches.
 """
 
 import threading
@@ -11,145 +12,152 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from cifarx_serve.backends.onnxruntime.cuda_timer import CudaClock
+    from cifarx_serve.backends.onnxruntime.cuda_timer import CudaTimer
 
-_GRAPH: Final = "gpu_graph_id"
-"""ONNX Runtime's run option: the number of the CUDA graph that a run records or replays."""
+_GRAPH_ID: Final = "gpu_graph_id"
+"""ONNX Runtime's run option for the ID of the CUDA graph that a run captures or replays."""
 
 _NO_GRAPH: Final = "-1"
+"""The ID for a run that neither captures nor replays a graph."""
 
-_NO_WAITING: Final = "disable_synchronize_execution_providers"
-"""ONNX Runtime's run option: the run ends when its work is on the stream, and not when it is done."""
+_NO_SYNCHRONIZATION: Final = "disable_synchronize_execution_providers"
+"""ONNX Runtime's run option to return when the work is enqueued on the stream, without waiting until it is done."""
 
 
 class BoundSession:
-    """Runs batches of up to `largest` at the next power of two, one call at a time whatever threads call.
+    """A session with IO binding. Batches are padded to the next power of two. Threads run one at a time.
 
     Args:
-        session: an `onnxruntime.InferenceSession` from `input` to `logits`, made with `enable_cuda_graph` on a GPU.
-        device: "cuda", or "cpu", where nothing is recorded.
-        number: of the device.
-        shape: of one image as the input takes it, (3, height, width).
-        classes: logits of one image.
+        session: an `onnxruntime.InferenceSession` with the input `input` and the output `logits`, created with
+            `enable_cuda_graph` on a GPU.
+        device: "cuda", or "cpu", where no graphs are captured.
+        index: the index of the device.
+        shape: the shape of one image, (3, height, width).
+        classes: the number of classes.
 
     Attributes:
-        largest: a larger batch is worth its launches and allocations, and is left to the session.
+        max_batch_size: the largest batch for `run`. The launches and allocations of larger batches cost little in
+            comparison, so these are left to the session.
     """
 
-    largest: Final = 64
+    max_batch_size: Final = 64
 
-    def __init__(self, session: Any, device: str, number: int, shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, session: Any, device: str, index: int, shape: tuple[int, int, int], classes: int) -> None:
         self._session = session
-        self._place = (device, number)
+        self._device = (device, index)
         self._shape = shape
         self._classes = classes
-        self._sizes: dict[int, _Bound] = {}
+        self._bindings: dict[int, _BatchBinding] = {}
         self._lock = threading.Lock()
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits, float32 (N, classes), of float32 (N, 3, height, width), N up to `largest`."""
+        """Return the logits, float32 (N, classes), of a batch, float32 (N, 3, height, width), N <= `max_batch_size`."""
         with self._lock:
-            return self._fitting(len(batch)).run(batch)
+            return self._binding_for(len(batch)).run(batch)
 
-    def device_time(self, batch: NDArray[np.float32], clock: "CudaClock") -> float:
-        """Microseconds on the device of a run that finds its input there; of any N, above `largest` without a graph.
+    def device_time(self, batch: NDArray[np.float32], timer: "CudaTimer") -> float:
+        """Return the time on the device, in microseconds, of a run whose input is already there.
 
         Args:
-            batch: float32 (N, 3, height, width).
-            clock: of the stream that the session works on.
+            batch: float32 (N, 3, height, width) of any N. Above `max_batch_size` no graph is used.
+            timer: the timer of the stream that the session runs on.
         """
         with self._lock:
-            return self._fitting(len(batch)).device_time(batch, clock)
+            return self._binding_for(len(batch)).device_time(batch, timer)
 
-    def on(self, session: Any) -> "BoundSession":
-        """The same for another session on the same file."""
-        return BoundSession(session, *self._place, self._shape, self._classes)
+    def with_session(self, session: Any) -> "BoundSession":
+        """Return a bound session with the same shapes for another session on the same file."""
+        return BoundSession(session, *self._device, self._shape, self._classes)
 
-    def _fitting(self, count: int) -> "_Bound":
-        size = 1 << (count - 1).bit_length() if count <= self.largest else count
-        if size not in self._sizes:
-            graph = str(size) if count <= self.largest else _NO_GRAPH
-            taken, given = (size, *self._shape), (size, self._classes)
-            self._sizes[size] = _Bound(self._session, self._place, taken, given, graph)
-        return self._sizes[size]
+    def _binding_for(self, count: int) -> "_BatchBinding":
+        size = 1 << (count - 1).bit_length() if count <= self.max_batch_size else count
+        if size not in self._bindings:
+            graph_id = str(size) if count <= self.max_batch_size else _NO_GRAPH
+            input_shape, output_shape = (size, *self._shape), (size, self._classes)
+            self._bindings[size] = _BatchBinding(self._session, self._device, input_shape, output_shape, graph_id)
+        return self._bindings[size]
 
-    def problem(self) -> str | None:
-        """What is wrong with its answers, found by asking the session itself too; None where they are the same.
+    def find_mismatch(self) -> str | None:
+        """Compare `run` with plain runs of the session. Return what differs, or None.
 
-        The first run records, the second replays what was recorded, with another input.
+        The first run captures the graph. The second one replays it with another input.
         """
         random = np.random.default_rng(0)
         for _ in range(2):
             batch = random.random((2, *self._shape), np.float32)
-            expected = self._session.run(["logits"], {"input": batch}, without_graph())[0]
+            expected = self._session.run(["logits"], {"input": batch}, run_options())[0]
             found = self.run(batch)
             if not np.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
                 return f"max |Δ| {np.abs(found - expected).max():.1e} between a replayed run and a plain one"
         return None
 
 
-class _Bound:
-    """One batch size: its memory, and what binds it."""
+class _BatchBinding:
+    """The memory of one batch size and its IO binding."""
 
     def __init__(
-        self, session: Any, place: tuple[str, int], taken: tuple[int, ...], given: tuple[int, ...], graph: str
+        self,
+        session: Any,
+        device: tuple[str, int],
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        graph_id: str,
     ) -> None:
         import onnxruntime
 
         self._session = session
-        self._host = np.zeros(taken, np.float32)
-        self._input = onnxruntime.OrtValue.ortvalue_from_shape_and_type(taken, np.float32, *place)
-        self._output = onnxruntime.OrtValue.ortvalue_from_shape_and_type(given, np.float32, *place)
+        self._host = np.zeros(input_shape, np.float32)
+        self._input = onnxruntime.OrtValue.ortvalue_from_shape_and_type(input_shape, np.float32, *device)
+        self._output = onnxruntime.OrtValue.ortvalue_from_shape_and_type(output_shape, np.float32, *device)
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input("input", self._input)
         self._binding.bind_ortvalue_output("logits", self._output)
-        self._options = _run_options(graph)
-        self._graph = graph
+        self._options = run_options(graph_id)
+        self._graph_id = graph_id
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of at most as many images; rows that are left over hold earlier ones, which change no other row."""
+        """Run a batch of this size or less. The remaining rows hold earlier images, which affect no other row."""
         self._host[: len(batch)] = batch
         self._input.update_inplace(self._host)
         self._session.run_with_iobinding(self._binding, self._options)
         logits: NDArray[np.float32] = self._output.numpy()[: len(batch)].copy()
         return logits
 
-    def device_time(self, batch: NDArray[np.float32], clock: "CudaClock") -> float:
-        """In microseconds; a whole run comes first, which copies the input in and records what is not recorded yet."""
+    def device_time(self, batch: NDArray[np.float32], timer: "CudaTimer") -> float:
+        """Return the time of a run in microseconds, after a first run that copies the input and captures the graph."""
         self.run(batch)
-        options = _run_options(self._graph)
-        options.add_run_config_entry(_NO_WAITING, "1")
-        return clock.time(lambda: self._session.run_with_iobinding(self._binding, options))
+        options = run_options(self._graph_id)
+        options.add_run_config_entry(_NO_SYNCHRONIZATION, "1")
+        return timer.time(lambda: self._session.run_with_iobinding(self._binding, options))
 
 
 class TimedSession:
-    """A session that works on a stream of ours, so that its time on the device can be told.
+    """A session that runs on the stream of a timer, so that its time on the device can be measured.
 
-    ONNX Runtime records and replays CUDA graphs on a stream that it is given as it does on its own.
+    ONNX Runtime captures and replays CUDA graphs on a given stream as it does on its own.
     """
 
-    def __init__(self, bound: BoundSession, clock: "CudaClock") -> None:
+    def __init__(self, bound: BoundSession, timer: "CudaTimer") -> None:
         self._bound: BoundSession | None = bound
-        self._clock = clock
+        self._timer = timer
 
     def device_time(self, batch: NDArray[np.float32]) -> float | None:
-        """Microseconds between two events around the run, see `BoundSession.device_time`; None after closing."""
-        return self._bound.device_time(batch, self._clock) if self._bound else None
+        """Return the time in microseconds, as `BoundSession.device_time` does, or None after `close`."""
+        return self._bound.device_time(batch, self._timer) if self._bound else None
 
     def close(self) -> None:
-        """End the session, then its stream."""
+        """Release the session, then its stream."""
         self._bound = None
-        self._clock.close()
+        self._timer.close()
 
 
-def without_graph() -> Any:
-    """Run options for a session that records: this run is left out of it."""
-    return _run_options(_NO_GRAPH)
+def run_options(graph_id: str = _NO_GRAPH) -> Any:
+    """Return the `onnxruntime.RunOptions` for a run that captures or replays a CUDA graph, by default for one without.
 
-
-def _run_options(graph: str) -> Any:
+    A session that was created with `enable_cuda_graph` needs them in every run.
+    """
     import onnxruntime
 
     options = onnxruntime.RunOptions()
-    options.add_run_config_entry(_GRAPH, graph)
+    options.add_run_config_entry(_GRAPH_ID, graph_id)
     return options

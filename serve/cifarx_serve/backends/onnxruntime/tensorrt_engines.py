@@ -1,4 +1,4 @@
-"""TensorRT's engines, kept between processes: to build one takes tens of seconds, to read one less than one."""
+"""Cache TensorRT engines on disk. Building an engine takes tens of seconds, and loading one takes less than one."""
 
 import hashlib
 import os
@@ -14,61 +14,63 @@ from cifarx_serve.errors import FallbackWarning
 
 
 @contextmanager
-def kept_engines(model: Path) -> Iterator[dict[str, str]]:
-    """The provider options with which a session made inside finds the engine of a file, or builds and keeps it.
+def engine_cache(model: Path) -> Iterator[dict[str, str]]:
+    """Yield the provider options with which a session loads the cached engine of a model file, or builds and caches it.
 
-    ONNX Runtime writes an engine in place and takes half of one for whole. So it is built in a folder of its own,
-    which gets its name when the session is made: a killed process leaves nothing that another would read. The time
-    that each kernel took is kept for the next network of such layers. Another version of TensorRT, of ONNX Runtime or
-    of the file is another folder; another kind of GPU another engine in it.
+    ONNX Runtime writes an engine in place and does not notice an incomplete one. So the engine is built in a temporary
+    directory, which is renamed after the session was created: a killed process leaves nothing that another one would
+    load. The timings of the kernels are kept for other models with similar layers. Another version of TensorRT, of ONNX
+    Runtime or of the file uses another directory, and another kind of GPU uses another engine in the same directory.
 
-    Without a place to write it, an engine is built each time, told with a FallbackWarning.
+    If the cache cannot be written, a FallbackWarning is issued and the engine is built each time.
     """
     with model.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    made: Path | None = None
+    temporary: Path | None = None
     try:
-        folder = engine_folder() / _versions()
-        if not (kept := folder / digest).is_dir():
+        folder = engine_cache_dir() / _versions()
+        if not (cached := folder / digest).is_dir():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=".", dir=folder))
-            _copy_timings(folder, made)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        _discard(made)
+            temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+            _copy_timings(folder, temporary)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        _remove(temporary)
         yield {}
-        told = f"building TensorRT's engine of {model} each time: it cannot be kept ({error})"
-        warnings.warn(told, FallbackWarning, stacklevel=2)
+        message = f"the TensorRT engine of {model} is built each time: it cannot be cached ({error})"
+        warnings.warn(message, FallbackWarning, stacklevel=2)
         return
     try:
-        yield _options(made or kept, digest)
-        if made:
-            _publish(made, kept)
+        yield _provider_options(temporary or cached, digest)
+        if temporary:
+            _publish(temporary, cached)
     except Exception:
-        _discard(kept)  # it may be damaged: the next session builds another
+        _remove(cached)  # the engine may be damaged, so the next session builds another one
         raise
     finally:
-        _discard(made)
+        _remove(temporary)
 
 
-def engine_folder() -> Path:
-    """The folder of all engines, by the XDG base directory specification: what is no absolute path there is ignored.
+def engine_cache_dir() -> Path:
+    """Return the directory of all engines, according to the XDG base directory specification.
+
+    As specified, `XDG_CACHE_HOME` is ignored if it is not an absolute path.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home directory.
     """
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "cifarx" / "tensorrt"
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache_home if cache_home.is_absolute() else Path.home() / ".cache") / "cifarx" / "tensorrt"
 
 
 def _versions() -> str:
     import onnxruntime
 
     if (version := tensorrt_libraries.version()) is None:
-        raise OSError("the version of TensorRT is not known")
+        raise OSError("the version of TensorRT is unknown")
     return f"{version}-{onnxruntime.__version__}"
 
 
-def _options(folder: Path, prefix: str) -> dict[str, str]:
+def _provider_options(folder: Path, prefix: str) -> dict[str, str]:
     return {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": str(folder),
@@ -83,14 +85,14 @@ def _copy_timings(source: Path, target: Path) -> None:
         shutil.copyfile(timing, target / timing.name)
 
 
-def _publish(made: Path, kept: Path) -> None:
-    """Under its name, unless another process was first; of the timings the last that were written stay."""
+def _publish(temporary: Path, cached: Path) -> None:
+    """Rename the directory, unless another process was first. The latest timings replace the earlier ones."""
     with suppress(OSError):
-        for timing in made.glob("*.timing"):
-            timing.replace(kept.parent / timing.name)
-        made.rename(kept)
+        for timing in temporary.glob("*.timing"):
+            timing.replace(cached.parent / timing.name)
+        temporary.rename(cached)
 
 
-def _discard(made: Path | None) -> None:
-    if made:
-        shutil.rmtree(made, ignore_errors=True)
+def _remove(folder: Path | None) -> None:
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What ONNX Runtime needs for TensorRT: load it, and say what is missing."""
+"""Load the libraries that ONNX Runtime needs for TensorRT, and report what is missing."""
 
 import ctypes
 import os
@@ -14,55 +14,55 @@ from cifarx_serve.errors import DeviceError
 
 _PROVIDER: Final = "TensorrtExecutionProvider"
 
-_OURS: Final = re.compile(r"libnv(?:infer|onnxparser)\w*\.so\.(\d+)")
-"""TensorRT's libraries, as the loader names them; they end in the major version that ONNX Runtime was built with."""
+_LIBRARY: Final = re.compile(r"libnv(?:infer|onnxparser)\w*\.so\.(\d+)")
+"""The TensorRT libraries in a message of the loader, with the major version that ONNX Runtime was built with."""
 
-_MAJORS: Final = ("10", "11")
-"""Of TensorRT: the one that ONNX Runtime 1.31 was built with, and the next."""
+_MAJOR_VERSIONS: Final = ("10", "11")
+"""The versions of TensorRT to look for: the one that ONNX Runtime 1.31 was built with, and the next."""
 
 _TF32: Final = "NVIDIA_TF32_OVERRIDE"
 
 
 @cache
 def preload() -> None:
-    """Load TensorRT and CUDA as pip installed them, which the system's loader does not look for.
+    """Load the TensorRT and CUDA libraries that pip installed, where the system's loader does not search.
 
-    Also switches TF32 off for this process: TensorRT takes it by default, fp32 means fp32, and the provider of ONNX
-    Runtime 1.31 has no option for it.
+    This also disables TF32 in this process. TensorRT uses it by default, which is less than fp32's precision, and the
+    TensorRT provider of ONNX Runtime 1.31 has no option for it.
     """
     os.environ[_TF32] = "0"
     cuda_libraries.preload()
     try:
-        import_module("tensorrt_libs")  # loads every library that it brings
+        import_module("tensorrt_libs")  # loads all of its libraries
     except ImportError:
-        return  # the system may have them: `missing` says so where it has not
+        return  # the system may provide them; if not, `availability_error` reports it
 
 
 def version() -> int | None:
-    """Of the TensorRT that is loaded, 101601 for 10.16.1; None where there is none."""
+    """Return the version of the loaded TensorRT, such as 101601 for 10.16.1, or None if there is none."""
     preload()
-    for major in _MAJORS:
+    for major in _MAJOR_VERSIONS:
         with suppress(OSError):
             name = f"nvinfer_{major}.dll" if sys.platform == "win32" else f"libnvinfer.so.{major}"
             return int(ctypes.CDLL(name).getInferLibVersion())
     return None
 
 
-def missing() -> DeviceError | None:
-    """Why ONNX Runtime cannot use TensorRT, or None where nothing is seen to be missing."""
+def availability_error() -> DeviceError | None:
+    """Return why ONNX Runtime cannot use TensorRT, or None if nothing appears to be missing."""
     import onnxruntime
 
-    if problem := cuda_libraries.missing():
-        return problem
+    if error := cuda_libraries.availability_error():
+        return error
     if _PROVIDER not in onnxruntime.get_available_providers():
-        return DeviceError("this ONNX Runtime is built without TensorRT", "use --device cuda")
+        return DeviceError("the installed ONNX Runtime is built without TensorRT", "use --device cuda")
     preload()
-    reason = cuda_libraries.loading_problem("tensorrt")
-    return DeviceError(f"ONNX Runtime cannot use TensorRT ({reason})", _remedy(reason)) if reason else None
+    reason = cuda_libraries.provider_load_error("tensorrt")
+    return DeviceError(f"ONNX Runtime cannot use TensorRT ({reason})", _install_command(reason)) if reason else None
 
 
-def _remedy(reason: str) -> str:
-    """What brings the library that the loader did not find; a newer major version of TensorRT is another library."""
-    found = _OURS.search(reason)
-    major = found[1] if found else _MAJORS[0]
-    return f'pip install "tensorrt-cu{cuda_libraries.cuda_major()}-libs=={major}.*"'
+def _install_command(reason: str) -> str:
+    """Return the command that installs the missing library. Each major version of TensorRT has its own package."""
+    found = _LIBRARY.search(reason)
+    major = found[1] if found else _MAJOR_VERSIONS[0]
+    return f'pip install "tensorrt-cu{cuda_libraries.cuda_major_version()}-libs=={major}.*"'

@@ -1,1 +1,1 @@
-"""Backends that run the files of PyTorch."""
+"""Backends that run PyTorch's own file formats."""

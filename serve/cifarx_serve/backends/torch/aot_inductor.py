@@ -1,8 +1,8 @@
-"""AOTInductor packages: `.aoti.pt2` files, a network compiled to machine code for the CPU.
+"""Run AOTInductor packages, `.aoti.pt2`: models compiled to machine code for the CPU.
 
-Opening a package runs the machine code in it, as loading any shared library does; no check of a file can make that
-safe. So a package is opened only where this process compiled it itself (an export proves what it made), or where the
-user says with `CIFARX_TRUST_AOTI=1` that it comes from where they trust. Reading its spec runs nothing of it.
+Opening a package runs the machine code in it, like loading any shared library, and no check can make that safe. So a
+package is opened only if this process compiled it, as an export does before it checks parity, or if the user sets
+`CIFARX_TRUST_AOTI=1` because the package comes from a trusted source. Reading the spec runs no code of the package.
 """
 
 import os
@@ -17,25 +17,22 @@ from typing import Any, Final, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.backends.base import require_file
-from cifarx_serve.backends.torch.base import TorchBackend
+from cifarx_serve.backends.base import parse_spec, require_file
+from cifarx_serve.backends.torch.base import SPEC_FILE, TorchBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import DeviceError, ModelFileError, OutputError, UsageError
+from cifarx_serve.errors import DeviceError, ModelFileError, OutputError, UsageError, error_message
 from cifarx_serve.spec import ModelSpec
 
-SPEC_FILE: Final = "cifarx_spec.json"
-"""The name of the model spec among a package's extra files."""
-
-TRUST: Final = "CIFARX_TRUST_AOTI"
-"""The environment variable with which a user says that packages may run their code."""
+TRUST_VARIABLE: Final = "CIFARX_TRUST_AOTI"
+"""The environment variable that allows packages to run their code."""
 
 CPU_KEY: Final = "cpu"
-"""What `spec.exporter` calls the machine that a package was compiled for, as `target_machine` names it."""
+"""The key in `spec.exporter` for the machine that a package was compiled for, as `target_machine` returns it."""
 
 _MAX_SPEC_BYTES: Final = 1 << 24
 
-# All that an export writes, in the one folder that every entry of a PyTorch archive lies in. Nothing else is let
-# through to the library, which would also read pickles there.
+# Every entry that an export writes, in the one directory that a PyTorch archive has. Other entries are refused before
+# the library reads them, because it would also unpickle some of them.
 _ENTRY: Final = re.compile(
     r"[A-Za-z0-9_-]+/(?:\.data/(?:version|serialization_id)|version|byteorder|archive_format|archive_version"
     rf"|extra/{re.escape(SPEC_FILE)}|data/aotinductor/model/[A-Za-z0-9_]+\.[a-z]+(?:\.so|_metadata\.json))"
@@ -48,13 +45,12 @@ class AotInductorBackend(TorchBackend):
     """A loaded package, on the CPU."""
 
     name = "aot_inductor"
-    suffixes = (".aoti.pt2",)
 
     def __init__(self, path: Path, device: Device) -> None:
         require_file(path)
-        if device.kind not in ("auto", "cpu"):
+        if device.type not in ("auto", "cpu"):
             raise DeviceError(
-                f"{path} holds machine code for the CPU and {device.kind} was asked for", "use --device cpu"
+                f"{path} contains machine code for the CPU, but {device.type} was requested", "use --device cpu"
             )
         self.spec = self.read_spec(path)
         _require_trust(path)
@@ -62,58 +58,56 @@ class AotInductorBackend(TorchBackend):
 
         from cifarx_serve.backends.torch.device import torch_device
 
-        place = torch_device(Device("cpu"))
+        target = torch_device(Device("cpu"))
         _require_same_machine(self.spec, path)
-        # Unpacked here: the library keeps what it unpacks until the model is freed, and so for ever if the process is
-        # ended first, as a server's worker is. Code that is loaded needs its file no more.
+        # Unpacked here, because the library would keep its unpacked files until the model is freed, and so leave them
+        # behind if the process is killed, like a server's worker. Loaded code does not need its file any more.
         try:
             with TemporaryDirectory(prefix="cifarx_aoti_") as folder:
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(folder)
-                # Not `torch._inductor.aoti_load_package`: it imports the whole compiler to load what is compiled.
+                # Not `torch._inductor.aoti_load_package`, which imports the whole compiler.
                 loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", False, 1, -1)
         except OSError as error:
-            problem = f"cannot unpack {path} in the temporary folder ({error.strerror or error})"
-            raise OutputError(problem, "make room there, or name another in TMPDIR") from error
-        except Exception as error:  # what zipfile and the library's C++ raise has no common base
-            _refuse(path, (str(error).strip() or type(error).__name__).splitlines()[0], error)
-        self._hold(loader, place)
+            problem = f"cannot unpack {path} in the temporary directory ({error_message(error)})"
+            raise OutputError(problem, "free some space, or set TMPDIR to another directory") from error
+        except Exception as error:  # the exceptions of zipfile and of the library's C++ have no common base class
+            _raise_invalid(path, error_message(error), error)
+        self._init_module(loader, target)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
-        """Needs no PyTorch and runs nothing of the file: the package is a zip archive."""
+        """Return the spec of a package without PyTorch and without running any code of the package."""
         require_file(path)
         try:
             with zipfile.ZipFile(path) as archive:
-                if problem := _problem(archive.infolist(), path.stat().st_size):
-                    _refuse(path, problem)
+                if problem := _archive_problem(archive.infolist(), path.stat().st_size):
+                    _raise_invalid(path, problem)
                 names = [name for name in archive.namelist() if name.endswith(f"/extra/{SPEC_FILE}")]
                 document = archive.read(names[0]) if names else None
         except ModelFileError:
             raise
-        except Exception as error:  # what zipfile raises on damaged archives has no common base
-            _refuse(path, " ".join(str(error).split()), error)
-        if document is None:
-            raise ModelFileError(f"{path} carries no model spec", "make it with `cifarx export`")
-        return ModelSpec.from_json(document, str(path))
+        except Exception as error:  # the exceptions of zipfile for damaged archives have no common base class
+            _raise_invalid(path, error_message(error), error)
+        return parse_spec(document, path)
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         with self._torch.inference_mode():
-            # The compiled code takes any strides for those of a contiguous batch.
+            # The compiled code assumes the strides of a contiguous batch without checking them.
             (logits,) = self._module.run([self._torch.from_numpy(np.ascontiguousarray(batch))])
         array: NDArray[np.float32] = logits.numpy()
         return array
 
 
-def trust(path: Path) -> None:
-    """Let this process open a package with these bytes: it compiled them itself."""
+def trust_package(path: Path) -> None:
+    """Allow this process to open a package with the content of this file, because this process compiled it."""
     _trusted.add(_sha256(path))
 
 
 def target_machine() -> str | None:
-    """What packages are compiled for, where this machine can run them; None where it cannot.
+    """Return the kind of machine that packages are compiled for, or None if this machine cannot run them.
 
-    Every x86-64 with AVX2 runs them, be it otherwise of any make.
+    Packages run on every x86-64 CPU with AVX2 under Linux.
     """
     import torch
 
@@ -122,48 +116,48 @@ def target_machine() -> str | None:
 
 
 def _require_trust(path: Path) -> None:
-    if os.environ.get(TRUST) == "1" or (_trusted and _sha256(path) in _trusted):
+    if os.environ.get(TRUST_VARIABLE) == "1" or (_trusted and _sha256(path) in _trusted):
         return
     raise UsageError(
-        f"{path} holds machine code, which opening it runs",
-        f"set {TRUST}=1 if you trust where it comes from, or use an ONNX file",
+        f"{path} contains machine code, which runs when the file is opened",
+        f"set {TRUST_VARIABLE}=1 if you trust its source, or use an ONNX file",
     )
 
 
 def _require_same_machine(spec: ModelSpec, path: Path) -> None:
     import torch
 
-    said, version = spec.exporter or {}, str(torch.__version__)
-    if said.get("torch") != version:
+    exporter, version = spec.exporter or {}, str(torch.__version__)
+    if exporter.get("torch") != version:
         raise ModelFileError(
-            f"{path} was compiled against torch {said.get('torch')} and this is {version}",
-            "export it again with this one",
+            f"{path} was compiled for torch {exporter.get('torch')}, but torch {version} is installed",
+            "export it again with this version",
         )
-    if said.get(CPU_KEY) != target_machine():
+    if exporter.get(CPU_KEY) != target_machine():
         raise ModelFileError(
-            f"{path} was compiled for {said.get(CPU_KEY)}, which this machine is not",
+            f"{path} was compiled for {exporter.get(CPU_KEY)}, which is not this machine",
             "export it again on this machine, or use an ONNX file",
         )
 
 
-def _problem(entries: list[zipfile.ZipInfo], size: int) -> str | None:
-    """Why an archive is not one that an export wrote: a foreign entry, one twice, or more than its bytes can hold."""
+def _archive_problem(entries: list[zipfile.ZipInfo], size: int) -> str | None:
+    """Return why an archive cannot come from an export, or None."""
     names = [entry.filename for entry in entries]
     for entry in entries:
         if not _ENTRY.fullmatch(entry.filename) or entry.filename.partition("/")[0] != names[0].partition("/")[0]:
-            return f"a strange entry {entry.filename!r}"
+            return f"an unexpected entry {entry.filename!r}"
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             return f"{entry.filename} is compressed"
         if entry.filename.endswith(SPEC_FILE) and entry.file_size > _MAX_SPEC_BYTES:
             return f"a spec of {entry.file_size} bytes"
     if len(set(names)) != len(names):
-        return "an entry that is there twice"
+        return "a duplicate entry"
     if sum(entry.file_size for entry in entries) > size:
-        return "entries that overlap"
+        return "overlapping entries"
     return None
 
 
-def _refuse(path: Path, reason: str, cause: Exception | None = None) -> NoReturn:
+def _raise_invalid(path: Path, reason: str, cause: Exception | None = None) -> NoReturn:
     raise ModelFileError(f"{path} is not an AOTInductor package ({reason})", "export it again") from cause
 
 

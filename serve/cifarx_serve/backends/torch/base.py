@@ -1,6 +1,6 @@
-"""What the backends that run PyTorch share: a module on a device, numpy in and numpy out."""
+"""The base class of the backends that run PyTorch: a module on a device, with numpy arrays in and out."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +10,18 @@ from cifarx_serve.backends.base import Backend
 if TYPE_CHECKING:
     import torch
 
+SPEC_FILE: Final = "cifarx_spec.json"
+"""The name of the model spec among the extra files of a PyTorch archive."""
+
 
 class TorchBackend(Backend):
-    """A subclass's `__init__` calls `_hold` with what it loaded. Importing this module imports no PyTorch."""
+    """A backend that runs a PyTorch module.
 
-    def _hold(self, module: Any, device: "torch.device") -> None:
+    The `__init__` of a subclass calls `_init_module` with the module that it loaded. Importing this class does not
+    import PyTorch.
+    """
+
+    def _init_module(self, module: Any, device: "torch.device") -> None:
         import torch
 
         self._torch = torch
@@ -29,18 +36,18 @@ class TorchBackend(Backend):
         return array
 
     def device_time(self, batch: NDArray[Any]) -> float | None:
-        """On CUDA alone."""
+        """Return the time of a run in microseconds, on CUDA only."""
         if self._device.type != "cuda":
             return None
         cuda = self._torch.cuda
         with self._torch.inference_mode(), cuda.device(self._device):
             images = self._torch.from_numpy(batch).to(self._device)
-            started, ended = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            started.record()
+            start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+            start.record()
             self._module(images)
-            ended.record()
-            ended.synchronize()
-        return float(started.elapsed_time(ended)) * 1e3
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3
 
     def close(self) -> None:
         self._module = None

@@ -1,4 +1,4 @@
-"""ExportedProgram: `.pt2` files of `torch.export`, on any device of PyTorch's."""
+"""Run the files of `torch.export`, `.pt2`, on any PyTorch device."""
 
 import logging
 import warnings
@@ -9,19 +9,18 @@ from pathlib import Path
 from cifarx_serve.backends.torch import exported_program_archive
 from cifarx_serve.backends.torch.base import TorchBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import ModelFileError
+from cifarx_serve.errors import ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
 
 
 class ExportedProgramBackend(TorchBackend):
-    """A loaded program: a graph of PyTorch's operators, run by Python that PyTorch writes for it.
+    """An exported program on a PyTorch device: a graph of PyTorch operators, for which PyTorch generates Python code.
 
-    `torch.export.load` trusts its file with code, and is given none that is not checked:
-    see `exported_program_archive` for what a file may hold.
+    `torch.export.load` executes code from its file, so it is only given an archive whose content was checked; see
+    `exported_program_archive`.
     """
 
     name = "exported_program"
-    suffixes = (".pt2",)
 
     def __init__(self, path: Path, device: Device) -> None:
         self.spec = self.read_spec(path)
@@ -31,27 +30,29 @@ class ExportedProgramBackend(TorchBackend):
 
         from cifarx_serve.backends.torch.device import torch_device
 
-        place = torch_device(device)
+        target = torch_device(device)
         try:
-            with _quiet():
+            with _no_logging():
                 program = torch.export.load(archive)
-                if place.type != "cpu":
-                    program = move_to_device_pass(program, place)
-                module = program.module(check_guards=False)  # they are Python source; shapes are checked without
-        except Exception as error:  # a damaged graph raises whatever the code that meets it does
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelFileError(f"{path} is not an exported program ({reason})", "export it again") from error
-        self._hold(module, place)
+                if target.type != "cpu":
+                    program = move_to_device_pass(program, target)
+                # Guards are Python source code. Shapes are checked without them.
+                module = program.module(check_guards=False)
+        except Exception as error:  # a damaged graph can raise any exception
+            raise ModelFileError(
+                f"{path} is not an exported program ({error_message(error)})", "export it again"
+            ) from error
+        self._init_module(module, target)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
-        """Needs no PyTorch: the archive is a zip file."""
+        """Return the spec of a file without PyTorch, because the archive is a zip file."""
         return exported_program_archive.read_spec(path)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What goes wrong is raised; PyTorch would log it as well, with a traceback."""
+def _no_logging() -> Iterator[None]:
+    """Suppress PyTorch's warnings and its log, which repeats with a traceback what is raised anyway."""
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

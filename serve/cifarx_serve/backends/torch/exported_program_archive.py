@@ -1,20 +1,21 @@
-"""What is let through to `torch.export.load`, which by itself runs code that a file tells it to run.
+"""Check the archives of exported programs, because `torch.export.load` executes code from the file that it loads.
 
-Read in torch 2.15 (`torch/export/pt2_archive/_package.py`, `torch/_export/serde/serialize.py`), a `.pt2` file has
-these ways to run code when it is loaded or called:
+In torch 2.15 (`torch/export/pt2_archive/_package.py`, `torch/_export/serde/serialize.py`), a `.pt2` file can run code
+when it is loaded or called in these ways:
 
-- example inputs, and weights and constants of the old format or marked `use_pickle`, are unpickled; script objects too;
-- sizes are expressions, which SymPy evaluates as Python;
-- guards are Python source, which is executed;
-- tree specs and metadata name modules to import; operators are looked up by any name below `torch` and `operator`;
-- names of nodes are written into Python source, which is executed;
-- compiled libraries of AOTInductor in it are loaded.
+- example inputs, script objects, and weights and constants that are in the old format or marked `use_pickle` are
+  unpickled;
+- sizes are expressions that SymPy evaluates as Python;
+- guards are Python source code, which is executed;
+- tree specs and metadata name modules to import, and operators can have any name in `torch` and `operator`;
+- the names of nodes become part of Python source code, which is executed;
+- compiled libraries of AOTInductor in the archive are loaded.
 
-None of these gets through. The graph may consist of the operators that image classifiers are made of, on numbers and
-tensors; its names are plain names, its sizes sums and products of the batch size. A new archive is then written of
-what was checked, so that PyTorch cannot see in the file what this module did not.
+All of these are refused. The graph may only use the operators of image classifiers, on numbers and tensors. Its names
+must be plain identifiers and its sizes must be sums and products of the batch size. A new archive is then written from
+the checked members, so that PyTorch cannot find anything in the file that this module did not check.
 
-What is left to a hostile file: to answer wrongly, and to ask for more memory or time than there is.
+A malicious file can still return wrong logits, or need more memory or time than is available.
 """
 
 import ast
@@ -26,21 +27,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from cifarx_serve.backends.base import require_file
-from cifarx_serve.errors import ModelFileError
+from cifarx_serve.backends.base import parse_spec, require_file
+from cifarx_serve.backends.torch.base import SPEC_FILE
+from cifarx_serve.errors import ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
 
-_Found = TypeVar("_Found")
-
-SPEC_FILE: Final = "cifarx_spec.json"
-"""The name of the model spec among the archive's extra files."""
+_Result = TypeVar("_Result")
 
 SAMPLE_INPUTS: Final = "data/sample_inputs/model.pt"
-"""Always there, and empty in our files: PyTorch would unpickle it."""
+"""Every archive has this member. It must be empty, because PyTorch would unpickle it."""
 
 _PROGRAM: Final = "models/model.json"
 _DOCUMENTS: Final = (_PROGRAM, "data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
-_LARGEST_DOCUMENT: Final = 64 * 2**20  # the graph of torchvision's largest classifier takes 3 MB
+_MAX_DOCUMENT_BYTES: Final = 64 * 2**20  # the graph of the largest classifier of torchvision takes 3 MB
 
 _MEMBER: Final = re.compile(
     r"data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder"
@@ -48,7 +47,7 @@ _MEMBER: Final = re.compile(
     + "|".join(map(re.escape, (*_DOCUMENTS, SAMPLE_INPUTS, f"extra/{SPEC_FILE}")))
 )
 
-# Of torchvision's classifiers and our own, in float32 and float16.
+# The operators of the classifiers of torchvision and cifarx, in float32 and float16.
 _ATEN: Final = """
 _assert_tensor_metadata.default adaptive_avg_pool2d.default add.Tensor add_.Tensor amax.default avg_pool2d.default
 batch_norm.default cat.default chunk.default clamp.default clamp_min.default clone.default contiguous.default
@@ -71,17 +70,17 @@ _ARGUMENTS: Final = """
 as_bool as_bools as_device as_expr as_float as_floats as_int as_ints as_layout as_memory_format as_name as_none
 as_optional_tensor as_optional_tensors as_scalar_type as_string as_sym_int as_sym_ints as_tensor as_tensors
 """
-_KINDS: Final = frozenset(_ARGUMENTS.split())
-_EMPTY: Final = frozenset({"metadata", "guards_code", "treespec_namedtuple_fields", "custom_obj_values"})
+_ARGUMENT_TYPES: Final = frozenset(_ARGUMENTS.split())
+_MUST_BE_EMPTY: Final = frozenset({"metadata", "guards_code", "treespec_namedtuple_fields", "custom_obj_values"})
 
 _KEY: Final = "a key"
 _NAME: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
-_STATE_NAME: Final = re.compile(r"(\w[\w-]*(\.\w[\w-]*)*)?", re.ASCII)  # `0.weight`, and RegNet's `block1-0`
-_HIDDEN: Final = re.compile(r"(^|\.)__")
+_STATE_NAME: Final = re.compile(r"(\w[\w-]*(\.\w[\w-]*)*)?", re.ASCII)  # `0.weight`, or `block1-0` of RegNet
+_DUNDER: Final = re.compile(r"(^|\.)__")
 _STATE_KEYS: Final = frozenset({_KEY, "parameter_name", "buffer_name", "tensor_constant_name", "fqn"})
-_TEXTS: Final = {
+_STRING_PATTERNS: Final = {
     "as_float": re.compile(r"-?Infinity|NaN"),
-    "as_string": re.compile(r"[\w ,.>-]*", re.ASCII),  # of einsum, padding modes and the like
+    "as_string": re.compile(r"[\w ,.>-]*", re.ASCII),  # for example the equation of einsum, or a padding mode
     "path_name": re.compile(r"(weight|tensor)_\d+", re.ASCII),
     "torch_version": re.compile(r"[\w.+-]*", re.ASCII),
 }
@@ -101,130 +100,129 @@ _ONE_TENSOR_IN: Final = [
 _TREES: Final[dict[str, Any]] = {"in_spec": _ONE_TENSOR_IN, "out_spec": [1, _LEAF]}
 
 
-class _Refused(Exception):
-    """Says what of a file is not let through."""
+class _RefusedError(Exception):
+    """The content of a file is not allowed."""
 
 
 def checked_archive(path: Path) -> io.BytesIO:
-    """An archive for `torch.export.load`, written anew of the members of `path` after each was checked.
+    """Return an archive for `torch.export.load`, written from the members of a file after each was checked.
 
     Raises:
-        ModelFileError: it is damaged, not an exported program, or holds what could run code.
+        ModelFileError: the file is damaged, is not an exported program, or contains something that could run code.
     """
-    members = _reading(path, _members)
+    members = _read_archive(path, _read_members)
     try:
         for name in _DOCUMENTS:
             members[name] = _checked_document(name, members[name])
-    except _Refused as refusal:
-        raise ModelFileError(
-            f"{path} is not an exported program of ours ({refusal})", "open only what `cifarx export` made"
-        ) from refusal
+    except _RefusedError as refusal:
+        raise _refused(path, refusal) from refusal
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as written:
+    with zipfile.ZipFile(archive, "w") as writer:
         for name in list(members):
-            written.writestr(f"archive/{name}", members.pop(name))
+            writer.writestr(f"archive/{name}", members.pop(name))
     archive.seek(0)
     return archive
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """The spec of a file, without PyTorch.
+    """Return the spec of a file without PyTorch.
 
     Raises:
-        ModelFileError: the file is absent, damaged, or carries none.
-        SpecError: the spec is malformed.
+        ModelFileError: the file is missing or damaged, or contains no spec.
+        SpecError: the spec is malformed or has a newer schema.
     """
-    document = _reading(path, _spec_document)
-    if document is None:
-        raise ModelFileError(f"{path} carries no model spec", "make it with `cifarx export`")
-    return ModelSpec.from_json(document, str(path))
+    return parse_spec(_read_archive(path, _read_document), path)
 
 
-def _spec_document(archive: zipfile.ZipFile, size: int) -> bytes | None:
-    entries = _entries(archive, size)
-    entry = entries.get(f"extra/{SPEC_FILE}")
+def _read_document(archive: zipfile.ZipFile, size: int) -> bytes | None:
+    entry = _entries_by_name(archive, size).get(f"extra/{SPEC_FILE}")
     return archive.read(entry) if entry else None
 
 
-def _members(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
-    entries = _entries(archive, size)
+def _read_members(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
+    entries = _entries_by_name(archive, size)
     for name in (*_DOCUMENTS, SAMPLE_INPUTS):
         if name not in entries:
-            raise _Refused(f"it has no {name}")
+            raise _RefusedError(f"it has no {name}")
     for name, entry in entries.items():
         if not _MEMBER.fullmatch(name):
-            raise _Refused(f"it has a member {name!r}")
-        if name in _DOCUMENTS and entry.file_size > _LARGEST_DOCUMENT:
-            raise _Refused(f"{name} has {entry.file_size} bytes")
+            raise _RefusedError(f"it has an unexpected member {name!r}")
+        if name in _DOCUMENTS and entry.file_size > _MAX_DOCUMENT_BYTES:
+            raise _RefusedError(f"{name} has {entry.file_size} bytes")
     if entries[SAMPLE_INPUTS].file_size:
-        raise _Refused("it has example inputs, which PyTorch would unpickle")
+        raise _RefusedError("it has example inputs, which PyTorch would unpickle")
     return {name: archive.read(entry) for name, entry in entries.items()}
 
 
-def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The members by their names within the one folder that all of them lie in."""
+def _entries_by_name(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """Return the members by their names within the directory that all of them share."""
     listed = archive.infolist()
     entries = {entry.filename.partition("/")[2]: entry for entry in listed}
     if len(entries) != len(listed) or len({entry.filename.partition("/")[0] for entry in listed}) > 1:
-        raise _Refused("its members do not lie in one folder, each once")
-    # PyTorch stores and never compresses: so what is declared must be there, once.
+        raise _RefusedError("its members are not in one directory, or one is duplicated")
+    # PyTorch never compresses members, so the declared bytes must all be in the file.
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in listed):
-        raise _Refused("it is compressed or encrypted")
+        raise _RefusedError("it is compressed or encrypted")
     if sum(entry.file_size for entry in listed) > size:
-        raise _Refused("it declares more bytes than it has")
+        raise _RefusedError("its members declare more bytes than the file has")
     return entries
 
 
-def _reading(path: Path, read: Callable[[zipfile.ZipFile, int], _Found]) -> _Found:
+def _read_archive(path: Path, read: Callable[[zipfile.ZipFile, int], _Result]) -> _Result:
     require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return read(archive, path.stat().st_size)
-    except _Refused as refusal:
+    except _RefusedError as refusal:
+        raise _refused(path, refusal) from refusal
+    except Exception as error:  # the exceptions of zipfile for damaged archives have no common base class
         raise ModelFileError(
-            f"{path} is not an exported program of ours ({refusal})", "open only what `cifarx export` made"
-        ) from refusal
-    except Exception as error:  # what zipfile raises on damaged archives has no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelFileError(f"{path} is not an exported program ({reason})", "export it again") from error
+            f"{path} is not an exported program ({error_message(error)})", "export it again"
+        ) from error
+
+
+def _refused(path: Path, refusal: _RefusedError) -> ModelFileError:
+    return ModelFileError(
+        f"{path} is not an exported program of cifarx ({refusal})", "open only files from `cifarx export`"
+    )
 
 
 def _checked_document(name: str, content: bytes) -> bytes:
-    """The JSON document, parsed, checked and written again."""
+    """Parse and check a JSON document, and return it serialized again."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _Refused(f"{name} is not JSON") from error
-    for key, value in _strings_and_flags(document):
+        raise _RefusedError(f"{name} is not JSON") from error
+    for key, value in _walk(document):
         _check(key, value)
     return json.dumps(document).encode()
 
 
-def _strings_and_flags(document: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with what it holds, and every string with the key that it is under, itself or in a list."""
-    waiting: list[tuple[str, Any]] = [("", document)]
-    while waiting:
-        key, value = waiting.pop()
+def _walk(document: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, every string with the key above it, and every key itself under `_KEY`."""
+    pending: list[tuple[str, Any]] = [("", document)]
+    while pending:
+        key, value = pending.pop()
         if isinstance(value, dict):
             yield from ((name, inner) for name, inner in value.items() if not isinstance(inner, str))
             yield from ((_KEY, name) for name in value)
-            waiting += value.items()
+            pending += value.items()
         elif isinstance(value, list):
-            waiting += ((key, inner) for inner in value)
+            pending += ((key, inner) for inner in value)
         elif isinstance(value, str):
             yield key, value
 
 
 def _check(key: str, value: Any) -> None:
-    """Refuse a string, or what a key holds."""
-    if key in _EMPTY and value:
-        raise _Refused(f"its {key} is not empty")
+    """Refuse a value that is not allowed under its key."""
+    if key in _MUST_BE_EMPTY and value:
+        raise _RefusedError(f"its {key} is not empty")
     if key == "use_pickle" and value is not False:
-        raise _Refused("it has pickled tensors")
-    if key.startswith("as_") and key not in _KINDS:
-        raise _Refused(f"it has an argument {key!r}")
+        raise _RefusedError("it has pickled tensors")
+    if key.startswith("as_") and key not in _ARGUMENT_TYPES:
+        raise _RefusedError(f"it has an argument of type {key!r}")
     if isinstance(value, str) and not _is_allowed(key, value):
-        raise _Refused(f"{key} is {value[:60]!r}")
+        raise _RefusedError(f"{key} is {value[:60]!r}")
 
 
 def _is_allowed(key: str, text: str) -> bool:
@@ -234,10 +232,10 @@ def _is_allowed(key: str, text: str) -> bool:
         return _is_size(text)
     if key in _TREES:
         return _is_tree(text, _TREES[key])
-    if key in _TEXTS:
-        return _TEXTS[key].fullmatch(text) is not None
-    name = _STATE_NAME if key in _STATE_KEYS else _NAME
-    return name.fullmatch(text) is not None and not _HIDDEN.search(text)
+    if key in _STRING_PATTERNS:
+        return _STRING_PATTERNS[key].fullmatch(text) is not None
+    pattern = _STATE_NAME if key in _STATE_KEYS else _NAME
+    return pattern.fullmatch(text) is not None and not _DUNDER.search(text)
 
 
 def _is_tree(text: str, expected: Any) -> bool:
@@ -248,7 +246,7 @@ def _is_tree(text: str, expected: Any) -> bool:
 
 
 def _is_size(text: str) -> bool:
-    """Whether it is SymPy's own spelling of sums and products of whole numbers and symbols. Evaluates nothing."""
+    """Return whether this is SymPy's form of sums and products of integers and symbols, without evaluating it."""
     if len(text) > 1000:
         return False
     try:

@@ -1,75 +1,65 @@
-"""TorchScript: `.torchscript.pt` files, on any device of PyTorch's. Legacy: PyTorch deprecated the format."""
+"""Run TorchScript files, `.torchscript.pt`, on any PyTorch device. PyTorch has deprecated this format."""
 
 import re
 import warnings
 from pathlib import Path
 from typing import Final
 
-from cifarx_serve.backends.base import require_file
-from cifarx_serve.backends.torch.base import TorchBackend
+from cifarx_serve.backends.base import parse_spec, require_file
+from cifarx_serve.backends.torch.base import SPEC_FILE, TorchBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import ModelFileError
+from cifarx_serve.errors import ModelFileError, error_message
+from cifarx_serve.files.zip_safety import read_member, read_members, require_safe_archive
 from cifarx_serve.spec import ModelSpec
 
-SPEC_FILE: Final = "cifarx_spec.json"
-"""The name of the model spec among a TorchScript archive's extra files."""
-
-
-# What TorchScript has to reach beyond its own tensors: files to write, files to map, operators of other libraries, and
-# a method that is called while the file is read. `torch._C._jit_get_all_schemas()` lists all that there is.
-_REACHES_OUT: Final = re.compile(
+# What TorchScript code can use beyond tensors: writing and mapping files, operators of other libraries, and a method
+# that is called while the file is loaded. `torch._C._jit_get_all_schemas()` lists all operators.
+_UNSAFE_CODE: Final = re.compile(
     rb"\b(save|from_file|__setstate__|__torch__\.torch\.classes|ops\.(?!aten\b|prim\b)\w+)\b"
 )
 
 
 class TorchScriptBackend(TorchBackend):
-    """A loaded script module.
+    """A script module on a PyTorch device.
 
-    A file holds no Python but TorchScript, compiled when it is opened and run on every batch. Code that could write a
-    file, or that would run at the opening, is refused: an export holds operations on tensors alone.
+    The code in a file is TorchScript, not Python. It is compiled when the file is opened and runs on every batch. Code
+    that could write a file, or that would run while the file is loaded, is refused: exported files contain only tensor
+    operations.
     """
 
     name = "torchscript"
-    suffixes = (".torchscript.pt",)
 
     def __init__(self, path: Path, device: Device) -> None:
         self.spec = self.read_spec(path)
-        _require_harmless(path)
+        _require_safe_code(path)
         import torch
 
         from cifarx_serve.backends.torch.device import torch_device
 
-        place = torch_device(device)
+        target = torch_device(device)
         try:
             with warnings.catch_warnings():
-                # Deprecated since torch 2.11; the user was told at the export.
+                # TorchScript is deprecated since torch 2.11; the user was warned at the export.
                 warnings.simplefilter("ignore", category=FutureWarning)
                 warnings.simplefilter("ignore", category=DeprecationWarning)
-                module = torch.jit.load(str(path), map_location=place)
-        except Exception as error:  # what its C++ raises on damaged files has no common base
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelFileError(f"{path} is not a TorchScript file ({reason})", "export it again") from error
-        self._hold(module, place)
+                module = torch.jit.load(str(path), map_location=target)
+        except Exception as error:  # the exceptions of its C++ code for damaged files have no common base class
+            raise ModelFileError(
+                f"{path} is not a TorchScript file ({error_message(error)})", "export it again"
+            ) from error
+        self._init_module(module, target)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
-        """Needs no PyTorch: the archive is a zip file."""
-        # Here, because the registry imports this module to learn its suffix.
-        from cifarx_serve.files.zip_safety import read_member, require_sound_archive
-
+        """Return the spec of a file without PyTorch, because the archive is a zip file."""
         require_file(path)
-        require_sound_archive(path)
-        document = read_member(path, f"/extra/{SPEC_FILE}")
-        if document is None:
-            raise ModelFileError(f"{path} carries no model spec", "make it with `cifarx export`")
-        return ModelSpec.from_json(document, str(path))
+        require_safe_archive(path)
+        return parse_spec(read_member(path, f"/extra/{SPEC_FILE}"), path)
 
 
-def _require_harmless(path: Path) -> None:
-    from cifarx_serve.files.zip_safety import read_members
-
+def _require_safe_code(path: Path) -> None:
     for code in read_members(path, ".py").values():
-        if found := _REACHES_OUT.search(code):
+        if found := _UNSAFE_CODE.search(code):
             raise ModelFileError(
-                f"{path} holds code that reaches beyond its tensors ({found[0].decode()})", "it is not opened"
+                f"{path} contains code that does more than compute tensors ({found[0].decode()})", "export it again"
             )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY, OnnxRuntimeBackend
-from cifarx_serve.backends.onnxruntime.model_reader import minimum_onnxruntime, read_onnx
+from cifarx_serve.backends.onnxruntime.model_reader import minimum_onnxruntime, read_model_info
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ModelFileError, UsageError
 from tests.support.color_model import SPEC, write_onnx
@@ -22,15 +22,15 @@ CPU = Device("cpu")
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Path:
-    return write_onnx(tmp_path / "colours.onnx")
+def colors(tmp_path: Path) -> Path:
+    return write_onnx(tmp_path / "colors.onnx")
 
 
 def problem(path: Path) -> str:
-    """Why a file is refused, in less than a second or two."""
+    """Return why a file is refused, which must not take long."""
     started = time.perf_counter()
     with pytest.raises(ModelFileError) as raised:
-        read_onnx(path)
+        read_model_info(path)
     assert time.perf_counter() - started < 5
     assert raised.value.problem.startswith(str(path))
     assert "\n" not in str(raised.value)
@@ -56,11 +56,11 @@ def field(number: int, content: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-# --- what a file says
+# --- metadata
 
 
-def test_says_what_the_onnx_library_and_the_runtime_say(trained: Trained) -> None:
-    found, model = read_onnx(trained.onnx), onnx.load(trained.onnx)
+def test_the_metadata_is_that_of_the_onnx_library_and_the_runtime(trained: Trained) -> None:
+    found, model = read_model_info(trained.onnx), onnx.load(trained.onnx)
     assert found.ir_version == model.ir_version
     assert found.opsets == {entry.domain: entry.version for entry in model.opset_import}
     session = onnxruntime.InferenceSession(trained.onnx, providers=["CPUExecutionProvider"])
@@ -69,22 +69,22 @@ def test_says_what_the_onnx_library_and_the_runtime_say(trained: Trained) -> Non
     assert SPEC_KEY in stated
 
 
-def test_of_entries_of_one_key_the_last_counts_as_it_does_for_the_runtime(colours: Path) -> None:
+def test_the_last_entry_of_a_key_counts_as_in_the_runtime(colors: Path) -> None:
     for key, value in (("twice", "1"), ("twice", "2"), ("", "none"), ("empty", "")):
-        colours.write_bytes(colours.read_bytes() + field(14, field(1, key.encode()) + field(2, value.encode())))
-    # Within an entry the last counts too.
-    colours.write_bytes(
-        colours.read_bytes() + field(14, field(1, b"a") + field(2, b"1") + field(2, b"2") + field(1, b"b"))
+        colors.write_bytes(colors.read_bytes() + field(14, field(1, key.encode()) + field(2, value.encode())))
+    # The last field within an entry counts too.
+    colors.write_bytes(
+        colors.read_bytes() + field(14, field(1, b"a") + field(2, b"1") + field(2, b"2") + field(1, b"b"))
     )
     stated = (
-        onnxruntime.InferenceSession(colours, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
+        onnxruntime.InferenceSession(colors, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
     )
-    assert {key.decode(): value.decode() for key, value in read_onnx(colours).metadata.items()} == stated
+    assert {key.decode(): value.decode() for key, value in read_model_info(colors).metadata.items()} == stated
     assert stated["twice"] == "2"
     assert stated["b"] == "2"
 
 
-def test_every_kind_of_tensor_is_taken(colours: Path) -> None:
+def test_every_type_of_tensor_is_accepted(colors: Path) -> None:
     def add(model: onnx.ModelProto) -> None:
         values = np.arange(6).reshape(2, 3)
         for kind in (np.float32, np.float16, np.float64, np.int8, np.uint8, np.int32, np.int64, np.uint64, np.bool_):
@@ -97,10 +97,10 @@ def test_every_kind_of_tensor_is_taken(colours: Path) -> None:
         model.graph.initializer.append(helper.make_tensor("scalar", TensorProto.FLOAT, [], [1.0]))
         model.graph.initializer.append(helper.make_tensor("none", TensorProto.FLOAT, [0, 3], []))
 
-    assert read_onnx(changed(colours, add)).metadata[SPEC_KEY.encode()] == SPEC.to_json().encode()
+    assert read_model_info(changed(colors, add)).metadata[SPEC_KEY.encode()] == SPEC.to_json().encode()
 
 
-# --- what is refused
+# --- refused files
 
 
 def external(tensor: TensorProto, location: str = "../../etc/passwd") -> None:
@@ -133,78 +133,80 @@ def in_function(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("place", [in_graph, in_attribute, in_subgraph, in_function])
-def test_weights_in_another_file(colours: Path, place: Callable[[onnx.ModelProto], None]) -> None:
-    assert "holds its weights in another file ('../../etc/passwd')" in problem(changed(colours, place))
+def test_weights_in_another_file(colors: Path, place: Callable[[onnx.ModelProto], None]) -> None:
+    assert "stores its weights in another file ('../../etc/passwd')" in problem(changed(colors, place))
 
 
-def test_weights_in_another_file_that_has_no_name(colours: Path) -> None:
+def test_weights_in_another_file_without_a_name(colors: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         model.graph.initializer[0].data_location = TensorProto.EXTERNAL
 
-    assert "in another file (of no name)" in problem(changed(colours, change))
+    assert "in another file (unnamed)" in problem(changed(colors, change))
 
 
 @pytest.mark.parametrize("dims", [[1 << 40], [1 << 20, 1 << 20], [3, 3, 1000], [1 << 62, 1 << 62, 4], [-1], [-3, -3]])
-def test_tensors_that_claim_more_than_they_hold(colours: Path, dims: list[int]) -> None:
+def test_tensors_that_declare_more_elements_than_they_contain(colors: Path, dims: list[int]) -> None:
     def change(model: onnx.ModelProto) -> None:
         del model.graph.initializer[0].dims[:]
         model.graph.initializer[0].dims.extend(dims)
 
-    assert "has a tensor" in problem(changed(colours, change))
+    assert "has a tensor" in problem(changed(colors, change))
 
 
-def test_sparse_tensors(colours: Path) -> None:
+def test_sparse_tensors(colors: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         values = numpy_helper.from_array(np.ones(1, np.float32), "s")
         indices = numpy_helper.from_array(np.zeros(1, np.int64), "i")
         model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [1 << 40]))
 
-    assert "sparse" in problem(changed(colours, change))
+    assert "sparse" in problem(changed(colors, change))
 
 
 @pytest.mark.parametrize("depth", [40, 5000])
-def test_graphs_nested_without_end(colours: Path, depth: int) -> None:
+def test_deeply_nested_graphs(colors: Path, depth: int) -> None:
     graph = b""
     for _ in range(depth):
         graph = field(1, field(5, field(6, graph)))  # a node with an attribute that is a graph
-    colours.write_bytes(b"\x08\x0a" + field(7, graph))
-    assert "messages deep" in problem(colours)
+    colors.write_bytes(b"\x08\x0a" + field(7, graph))
+    assert "messages deep" in problem(colors)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (field(14, b"\x0a\0") * 300_000, "fields beside its weights"),
+        (field(14, b"\x0a\0") * 300_000, "fields outside its weights"),
         (field(14, field(1, b"k") + field(2, bytes(5 << 20))), "bytes of metadata"),
-        (field(7, field(5, field(1, b"\x01" * 600_000))), "fields beside its weights"),
+        (field(7, field(5, field(1, b"\x01" * 600_000))), "fields outside its weights"),
         (b"\x3a" + varint(1 << 62), "a field of"),
-        (b"\x3a" + b"\xff" * 100, "without an end"),
-        (b"\xff" * 1000, "without an end"),
-        (b"\x3b\x3c", "wire type 3"),
-        (b"\0", "field number 0"),
+        (b"\x3a" + b"\xff" * 100, "an unterminated varint"),
+        (b"\xff" * 1000, "an unterminated varint"),
+        (b"\x3b\x3c", "invalid wire type 3"),
+        (b"\0", "invalid field number 0"),
     ],
     ids=["a million fields", "metadata", "dimensions", "overrun", "length", "key", "group", "zero"],
 )
-def test_hostile_bytes(colours: Path, content: bytes, words: str) -> None:
-    colours.write_bytes(colours.read_bytes() + content)
-    assert words in problem(colours)
+def test_hostile_bytes(colors: Path, content: bytes, words: str) -> None:
+    colors.write_bytes(colors.read_bytes() + content)
+    assert words in problem(colors)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\x0a", field(7, b""), b"\x08\0" + field(7, b""), b"\x39" + bytes(8)])
-def test_a_message_that_is_no_model(tmp_path: Path, content: bytes) -> None:
+def test_messages_that_are_not_a_model(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(content)
-    assert "is not an ONNX model" in problem(path)
+    assert "is not a valid ONNX model" in problem(path)
 
 
 @settings(max_examples=300)
 @example(content=b"\x08\x0a\x3a\x00")
 @given(content=st.binary(max_size=300))
-def test_any_bytes_are_a_model_or_an_error_of_ours(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_any_bytes_are_read_or_raise_our_own_exceptions(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.onnx"
     path.write_bytes(content)
     try:
-        read_onnx(path)
+        read_model_info(path)
     except ModelFileError as error:
         assert "\n" not in str(error)
 
@@ -214,20 +216,20 @@ def test_any_bytes_are_a_model_or_an_error_of_ours(tmp_path_factory: pytest.Temp
     damage=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=5),
     cut=st.none() | st.integers(0, 2000),
 )
-def test_a_damaged_model_is_a_model_or_an_error_of_ours(
-    colours: Path, damage: list[tuple[int, int]], cut: int | None
+def test_a_damaged_model_is_read_or_raises_our_own_exceptions(
+    colors: Path, damage: list[tuple[int, int]], cut: int | None
 ) -> None:
-    whole = bytearray(write_onnx(colours).read_bytes())
+    whole = bytearray(write_onnx(colors).read_bytes())
     for place, byte in damage:
         whole[place % len(whole)] = byte
-    colours.write_bytes(whole[:cut])
+    colors.write_bytes(whole[:cut])
     try:
-        read_onnx(colours)
+        read_model_info(colors)
     except ModelFileError as error:
         assert "\n" not in str(error)
 
 
-def test_a_file_of_half_a_gigabyte_is_read_at_once_and_in_little_memory(
+def test_a_file_of_half_a_gigabyte_is_read_quickly_and_in_little_memory(
     tmp_path: Path, fresh_python: Callable[..., str]
 ) -> None:
     path = write_onnx(tmp_path / "large.onnx")
@@ -245,14 +247,14 @@ def test_a_file_of_half_a_gigabyte_is_read_at_once_and_in_little_memory(
         "print(read_spec(sys.argv[1]).model, time.perf_counter() - started < 1)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024 < 40)"
     )
-    assert fresh_python(code, path).split() == ["colours", "True", "True"]
+    assert fresh_python(code, path).split() == ["colors", "True", "True"]
 
 
-# --- what asks for memory only once it is opened or run
+# --- files that need much memory only when they are opened or run
 
 
 def growing(kind: str, elements: int) -> bytes:
-    """A model that makes `elements` floats of a few bytes, in one node of constants or in two."""
+    """Return a model that computes `elements` floats from constants of a few bytes."""
     size = numpy_helper.from_array(np.array([elements >> 10], np.int64), "size")
     factor = numpy_helper.from_array(np.array([1 << 10], np.int64), "factor")
     one = numpy_helper.from_array(np.array([1], np.float32), "one")
@@ -281,10 +283,10 @@ def growing(kind: str, elements: int) -> bytes:
     return model.SerializeToString()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS works only on Linux")
 @pytest.mark.parametrize("kind", ["ConstantOfShape", "Expand", "Tile"])
 @pytest.mark.parametrize("elements", [1 << 30, 1 << 40], ids=["4 GiB", "4 TiB"])
-def test_constants_that_grow_cost_nothing_at_the_opening_and_are_an_error_in_the_run(
+def test_growing_constants_take_no_memory_when_opened_and_raise_when_run(
     tmp_path: Path, kind: str, elements: int, fresh_python: Callable[..., str]
 ) -> None:
     path = tmp_path / "growing.onnx"
@@ -302,11 +304,11 @@ def test_constants_that_grow_cost_nothing_at_the_opening_and_are_an_error_in_the
     assert fresh_python(code, path).split() == ["True", "True"]
 
 
-# --- the oldest runtime
+# --- minimum runtime
 
 
 @pytest.mark.parametrize(
-    ("ir_version", "opset", "oldest"),
+    ("ir_version", "opset", "minimum"),
     [
         (8, 18, "1.14"),
         (10, 18, "1.18"),
@@ -317,17 +319,17 @@ def test_constants_that_grow_cost_nothing_at_the_opening_and_are_an_error_in_the
         (11, 18, "1.23"),
     ],
 )
-def test_the_oldest_runtime(ir_version: int, opset: int, oldest: str) -> None:
-    assert minimum_onnxruntime(ir_version, opset) == oldest
+def test_the_minimum_runtime(ir_version: int, opset: int, minimum: str) -> None:
+    assert minimum_onnxruntime(ir_version, opset) == minimum
 
 
-def test_an_opset_that_no_known_runtime_has() -> None:
+def test_an_opset_that_no_known_runtime_supports() -> None:
     with pytest.raises(UsageError, match="opset 999"):
         minimum_onnxruntime(10, 999)
 
 
-def test_the_runtime_here_runs_what_the_table_says_it_does(colours: Path) -> None:
+def test_the_installed_runtime_supports_the_opsets_in_the_table(colors: Path) -> None:
     here = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
     for opset in range(18, 24):
         assert tuple(map(int, minimum_onnxruntime(10, opset).split("."))) <= here
-        OnnxRuntimeBackend(write_onnx(colours, opset=opset), CPU).close()
+        OnnxRuntimeBackend(write_onnx(colors, opset=opset), CPU).close()

@@ -1,4 +1,4 @@
-"""Files written where ONNX Runtime would write them."""
+"""These tests write files in place of ONNX Runtime."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 
 from cifarx_serve.backends.onnxruntime import tensorrt_engines, tensorrt_libraries
-from cifarx_serve.backends.onnxruntime.tensorrt_engines import engine_folder, kept_engines
+from cifarx_serve.backends.onnxruntime.tensorrt_engines import engine_cache, engine_cache_dir
 from cifarx_serve.errors import FallbackWarning
 
 
@@ -23,8 +23,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def open_once(model: Path) -> bool:
-    """As a session would: read the engine, or build it and write it; whether it was there."""
-    with kept_engines(model) as options:
+    """Load the engine as a session does, or build and write it. Return whether it was in the cache."""
+    with engine_cache(model) as options:
         folder = Path(options["trt_engine_cache_path"])
         assert options["trt_timing_cache_path"] == str(folder)
         engine = folder / f"{options['trt_engine_cache_prefix']}_sm90.engine"
@@ -34,18 +34,18 @@ def open_once(model: Path) -> bool:
     return found
 
 
-def test_built_once_and_found_again(model: Path) -> None:
+def test_an_engine_is_built_once(model: Path) -> None:
     assert [open_once(model) for _ in range(3)] == [False, True, True]
 
 
-def test_another_file_is_another_engine_that_starts_from_the_same_timings(model: Path) -> None:
+def test_another_file_has_another_engine_that_starts_with_the_same_timings(model: Path) -> None:
     open_once(model)
     model.write_bytes(b"the model, trained longer")
-    with kept_engines(model) as options:
+    with engine_cache(model) as options:
         assert [path.name for path in Path(options["trt_engine_cache_path"]).iterdir()] == ["all_sm90.timing"]
 
 
-def test_another_version_is_another_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_has_another_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_once(model)
     monkeypatch.setattr(tensorrt_libraries, "version", lambda: 101700)
     assert not open_once(model)
@@ -53,48 +53,51 @@ def test_another_version_is_another_engine(model: Path, monkeypatch: pytest.Monk
     assert not open_once(model)
 
 
-def test_what_ended_early_leaves_nothing(model: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), kept_engines(model) as options:
+def test_an_interrupted_build_leaves_nothing(model: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), engine_cache(model) as options:
         (Path(options["trt_engine_cache_path"]) / "half.engine").write_bytes(b"half")
         raise KeyboardInterrupt
-    assert not [path for path in engine_folder().rglob("*") if path.is_file()]
+    assert not [path for path in engine_cache_dir().rglob("*") if path.is_file()]
     assert not open_once(model)
 
 
-def test_of_two_that_build_at_once_one_is_kept(model: Path) -> None:
-    with kept_engines(model) as options:
+def test_one_of_two_concurrent_builds_is_cached(model: Path) -> None:
+    with engine_cache(model) as options:
         assert not open_once(model)
         (Path(options["trt_engine_cache_path"]) / "second.engine").write_bytes(b"second")
     assert open_once(model)
-    assert not list(engine_folder().rglob("second.engine"))
-    assert not list(engine_folder().rglob(".*"))
+    assert not list(engine_cache_dir().rglob("second.engine"))
+    assert not list(engine_cache_dir().rglob(".*"))
 
 
-def test_one_that_no_session_takes_is_built_again(model: Path) -> None:
+def test_an_engine_that_cannot_be_loaded_is_built_again(model: Path) -> None:
     open_once(model)
-    with pytest.raises(ValueError, match="could not deserialize"), kept_engines(model):
+    with pytest.raises(ValueError, match="could not deserialize"), engine_cache(model):
         raise ValueError("could not deserialize engine from cache")
     assert [open_once(model) for _ in range(2)] == [False, True]
 
 
-def test_only_the_user_reads_it(model: Path) -> None:
+def test_the_cache_is_readable_only_by_the_user(model: Path) -> None:
     open_once(model)
-    [folder] = engine_folder().iterdir()
+    [folder] = engine_cache_dir().iterdir()
     assert folder.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("fault", ["no folder", "no version", "no home"])
-def test_without_a_place_it_is_built_each_time_and_said(
+@pytest.mark.parametrize("fault", ["no directory", "no version", "no home"])
+def test_without_a_cache_the_engine_is_built_each_time_with_a_warning(
     model: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    if fault == "no folder":
-        engine_folder().parent.parent.mkdir()
-        engine_folder().parent.write_text("a file in its way")
+    if fault == "no directory":
+        engine_cache_dir().parent.parent.mkdir()
+        engine_cache_dir().parent.write_text("a file in its way")
     elif fault == "no version":
         monkeypatch.setattr(tensorrt_libraries, "version", lambda: None)
     else:
-        monkeypatch.setattr(tensorrt_engines, "engine_folder", lambda: raises(RuntimeError("no home")))
-    with pytest.warns(FallbackWarning, match=r"each time: it cannot be kept"), kept_engines(model) as options:
+        monkeypatch.setattr(tensorrt_engines, "engine_cache_dir", lambda: raises(RuntimeError("no home")))
+    with (
+        pytest.warns(FallbackWarning, match=r"is built each time: it cannot be cached"),
+        engine_cache(model) as options,
+    ):
         assert options == {}
 
 
@@ -102,12 +105,12 @@ def raises(error: Exception) -> Path:
     raise error
 
 
-def test_a_session_that_cannot_be_made_is_the_error_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exception_of_the_session_is_raised(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_libraries, "version", lambda: None)
-    with pytest.raises(ValueError, match="no session"), kept_engines(model):
+    with pytest.raises(ValueError, match="no session"), engine_cache(model):
         raise ValueError("no session")
 
 
 def test_relative_paths_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/path")
-    assert engine_folder() == Path.home() / ".cache" / "cifarx" / "tensorrt"
+    assert engine_cache_dir() == Path.home() / ".cache" / "cifarx" / "tensorrt"

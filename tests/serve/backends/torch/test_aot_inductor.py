@@ -1,4 +1,4 @@
-"""Packages that must not be opened: nothing of them reaches the library that would run their code."""
+"""Test that unsafe packages are refused before they reach the library that would run their code."""
 
 import io
 import struct
@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cifarx_serve.backends.torch import aot_inductor
-from cifarx_serve.backends.torch.aot_inductor import SPEC_FILE, TRUST, AotInductorBackend, target_machine, trust
+from cifarx_serve.backends.torch.aot_inductor import TRUST_VARIABLE, AotInductorBackend, target_machine, trust_package
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, ModelFileError, OutputError, SpecError, UsageError
 from cifarx_serve.spec import InputSpec, ModelSpec
@@ -34,17 +35,17 @@ SPEC = ModelSpec(
 
 @pytest.fixture(autouse=True)
 def _no_trust(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(TRUST, raising=False)
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
     monkeypatch.setattr(aot_inductor, "_trusted", set())
 
 
 @pytest.fixture
 def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library must not even be asked."""
+    """Fail the test if the library is called."""
     import torch
 
     def loader(*_: Any) -> None:
-        pytest.fail("the package was given to the library")
+        pytest.fail("the package was passed to the library")
 
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", loader)
 
@@ -55,7 +56,7 @@ def entries(spec: ModelSpec = SPEC) -> dict[str, bytes]:
         "model/archive_version": b"0",
         "model/byteorder": b"little",
         "model/.data/version": b"3\n",
-        CODE: b"\x7fELF and no more",
+        CODE: b"\x7fELF and nothing else",
         CODE.replace(".so", "_metadata.json"): b"{}",
         f"model/extra/{SPEC_FILE}": spec.to_json().encode(),
     }
@@ -73,7 +74,7 @@ def package(tmp_path: Path) -> Path:
     return packed(entries(), tmp_path / "lzh_9.aoti.pt2")
 
 
-def test_reading_the_spec_asks_for_no_trust_and_no_pytorch(package: Path) -> None:
+def test_reading_the_spec_needs_neither_trust_nor_pytorch(package: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from cifarx_serve.backends.torch.aot_inductor import AotInductorBackend\n"
@@ -85,28 +86,28 @@ def test_reading_the_spec_asks_for_no_trust_and_no_pytorch(package: Path) -> Non
 
 @pytest.mark.usefixtures("never_loads")
 @pytest.mark.parametrize("value", [None, "", "0", "true", "yes", "1 "])
-def test_a_package_runs_only_where_the_user_says_so(
+def test_a_package_runs_only_if_the_user_trusts_it(
     package: Path, value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if value is not None:
-        monkeypatch.setenv(TRUST, value)
+        monkeypatch.setenv(TRUST_VARIABLE, value)
     with pytest.raises(UsageError, match="machine code") as raised:
         AotInductorBackend(package, CPU)
-    assert f"{TRUST}=1" in raised.value.remedy
+    assert f"{TRUST_VARIABLE}=1" in raised.value.remedy
 
 
 @pytest.mark.usefixtures("never_loads")
-def test_trust_is_of_bytes_not_of_a_path(package: Path) -> None:
-    trust(package)
-    packed(entries() | {CODE: b"\x7fELF of another"}, package)
+def test_the_content_is_trusted_and_not_the_path(package: Path) -> None:
+    trust_package(package)
+    packed(entries() | {CODE: b"\x7fELF of another package"}, package)
     with pytest.raises(UsageError, match="machine code"):
         AotInductorBackend(package, CPU)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 @pytest.mark.usefixtures("never_loads")
-def test_it_has_no_device_but_the_cpu(package: Path, kind: Any) -> None:
-    with pytest.raises(DeviceError, match=f"{kind} was asked for"):
+def test_the_only_device_is_the_cpu(package: Path, kind: Any) -> None:
+    with pytest.raises(DeviceError, match=f"{kind} was requested"):
         AotInductorBackend(package, Device(kind))
 
 
@@ -115,7 +116,7 @@ def this_machine() -> dict[str, str]:
     import torch
 
     if (machine := target_machine()) is None:
-        pytest.skip("packages are for Linux on x86-64 with AVX2")
+        pytest.skip("packages run only on Linux, on x86-64 with AVX2")
     return {"cpu": machine, "torch": str(torch.__version__)}
 
 
@@ -132,9 +133,9 @@ def this_machine() -> dict[str, str]:
 def test_another_machine_or_torch_is_refused(
     tmp_path: Path, this_machine: dict[str, str], changed: dict[str, str | None], problem: str
 ) -> None:
-    said = {key: value for key, value in {**this_machine, **changed}.items() if value is not None}
-    package = packed(entries(msgspec.structs.replace(SPEC, exporter=said)), tmp_path / "x.aoti.pt2")
-    trust(package)
+    exporter = {key: value for key, value in {**this_machine, **changed}.items() if value is not None}
+    package = packed(entries(msgspec.structs.replace(SPEC, exporter=exporter)), tmp_path / "x.aoti.pt2")
+    trust_package(package)
     with pytest.raises(ModelFileError, match=problem) as raised:
         AotInductorBackend(package, CPU)
     assert "export it again" in raised.value.remedy
@@ -151,7 +152,7 @@ def test_another_machine_or_torch_is_refused(
         ("darwin", "x86_64", "AVX2", None),
     ],
 )
-def test_the_machines_that_packages_are_for(
+def test_the_machines_that_packages_run_on(
     system: str, machine: str, capability: str, target: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import platform
@@ -168,25 +169,25 @@ def test_a_package_that_the_library_cannot_load(
     tmp_path: Path, this_machine: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     package = packed(entries(msgspec.structs.replace(SPEC, exporter=this_machine)), tmp_path / "x.aoti.pt2")
-    monkeypatch.setenv(TRUST, "1")
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
     with pytest.raises(ModelFileError, match="not an AOTInductor package") as raised:
         AotInductorBackend(package, CPU)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr().out == ""
 
 
-def test_no_temporary_folder_is_told(
+def test_a_missing_temporary_directory_is_reported(
     tmp_path: Path, this_machine: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = packed(entries(msgspec.structs.replace(SPEC, exporter=this_machine)), tmp_path / "x.aoti.pt2")
-    monkeypatch.setenv(TRUST, "1")
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(OutputError, match=r"cannot unpack .*x\.aoti\.pt2 .*No such file") as raised:
         AotInductorBackend(package, CPU)
     assert "TMPDIR" in raised.value.remedy
 
 
-STRANGE = [
+UNEXPECTED = [
     "/etc/passwd",
     "../model/archive_format",
     "model/../../x.so",
@@ -205,29 +206,31 @@ STRANGE = [
 
 
 @pytest.mark.usefixtures("never_loads")
-@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("name", UNEXPECTED)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_strange_entry_is_refused(tmp_path: Path, name: str, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TRUST, "1")
+def test_an_unexpected_entry_is_refused(
+    tmp_path: Path, name: str, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
     content = {name: b"x", **entries()} if first else {**entries(), name: b"x"}
     package = packed(content, tmp_path / "x.aoti.pt2")
     for open_it in (AotInductorBackend.read_spec, lambda path: AotInductorBackend(path, CPU)):
-        with pytest.raises(ModelFileError, match="strange entry"):
+        with pytest.raises(ModelFileError, match="an unexpected entry"):
             open_it(package)
     assert list(tmp_path.iterdir()) == [package]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_compressed_package_is_refused(tmp_path: Path, method: int) -> None:
-    """Ours are not: so none can hold more than its own size."""
+    """Exported packages are not compressed, so the content is never larger than the file."""
     package = packed({**entries(), CODE: bytes(1 << 24)}, tmp_path / "x.aoti.pt2", method)
     assert package.stat().st_size < 1 << 18
     with pytest.raises(ModelFileError, match="compressed"):
         AotInductorBackend.read_spec(package)
 
 
-def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
-    """Many names of one large entry: a bomb without compression. The directory is written by hand."""
+def test_overlapping_entries_are_refused(tmp_path: Path) -> None:
+    """Many names for one large entry make a zip bomb without compression. The directory is written by hand."""
     package = packed({CODE: bytes(1 << 16)}, tmp_path / "x.aoti.pt2")
     content = package.read_bytes()
     start = content.index(b"PK\x01\x02")
@@ -236,25 +239,25 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     directory = b"".join(entry.replace(b"abc.wrapper", b"ab%c.wrapper" % letter) for letter in b"defgh")
     tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 5, 5, len(directory), start, 0)
     package.write_bytes(content[:start] + directory + tail)
-    with pytest.raises(ModelFileError, match="overlap"):
+    with pytest.raises(ModelFileError, match="overlapping entries"):
         AotInductorBackend.read_spec(package)
 
 
-def test_an_entry_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_entry_is_refused(tmp_path: Path) -> None:
     package = packed({CODE: b"x", CODE.replace("abc", "abd"): b"x"}, tmp_path / "x.aoti.pt2")
     package.write_bytes(package.read_bytes().replace(b"abd.wrapper", b"abc.wrapper"))
-    with pytest.raises(ModelFileError, match="twice"):
+    with pytest.raises(ModelFileError, match="a duplicate entry"):
         AotInductorBackend.read_spec(package)
 
 
 def test_a_package_without_a_spec_is_refused(tmp_path: Path) -> None:
     content = entries()
     del content[f"model/extra/{SPEC_FILE}"]
-    with pytest.raises(ModelFileError, match="no model spec"):
+    with pytest.raises(ModelFileError, match="contains no model spec"):
         AotInductorBackend.read_spec(packed(content, tmp_path / "x.aoti.pt2"))
 
 
-def test_a_huge_spec_is_refused_unread(tmp_path: Path) -> None:
+def test_a_huge_spec_is_refused_before_it_is_read(tmp_path: Path) -> None:
     content = entries() | {f"model/extra/{SPEC_FILE}": b" " * ((1 << 24) + 1)}
     with pytest.raises(ModelFileError, match="a spec of 16777217 bytes"):
         AotInductorBackend.read_spec(packed(content, tmp_path / "x.aoti.pt2"))
@@ -265,7 +268,7 @@ def test_a_malformed_spec_is_refused(tmp_path: Path) -> None:
         AotInductorBackend.read_spec(packed(entries() | {f"model/extra/{SPEC_FILE}": b"{}"}, tmp_path / "x.aoti.pt2"))
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.aoti.pt2"):
         with pytest.raises(ModelFileError):
             AotInductorBackend(path, CPU)
@@ -273,7 +276,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
-def test_any_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_random_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.aoti.pt2"
     path.write_bytes(content)
     with pytest.raises(ModelFileError):
@@ -283,7 +286,7 @@ def test_any_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(st.data())
 def test_damaged_packages_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
-    """A bit that is turned over, or an end that is missing: the spec as it was, or an error of ours."""
+    """After a flipped bit or a truncation, the spec is unchanged or one of our own exceptions is raised."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, value in entries().items():
@@ -300,20 +303,20 @@ def test_damaged_packages_are_read_or_refused(tmp_path: Path, data: st.DataObjec
         assert AotInductorBackend.read_spec(path) == SPEC
 
 
-def test_a_batch_of_any_strides_is_given_in_order() -> None:
-    """Compiled code takes the strides of a contiguous batch for granted."""
+def test_a_batch_of_any_strides_is_made_contiguous() -> None:
+    """The compiled code assumes the strides of a contiguous batch."""
     import torch
 
-    given_to: list[torch.Tensor] = []
+    received: list[torch.Tensor] = []
 
     class Loader:
         def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-            given_to.extend(inputs)
+            received.extend(inputs)
             return [torch.zeros(len(inputs[0]), 2)]
 
     backend = AotInductorBackend.__new__(AotInductorBackend)
-    backend._hold(Loader(), torch.device("cpu"))
+    backend._init_module(Loader(), torch.device("cpu"))
     batch = np.zeros((4, 32, 32, 3), np.float32).transpose(0, 3, 1, 2)
     logits = backend.run(batch)
     assert (logits.shape, logits.dtype) == ((4, 2), np.float32)
-    assert given_to[0].is_contiguous()
+    assert received[0].is_contiguous()

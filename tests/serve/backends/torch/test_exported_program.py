@@ -1,4 +1,4 @@
-"""ExportedProgram files: that they answer, and that no file gets code of its own to run."""
+"""Test that exported programs run, and that no file can run code of its own."""
 
 import io
 import json
@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.backends.torch.exported_program import ExportedProgramBackend
-from cifarx_serve.backends.torch.exported_program_archive import SAMPLE_INPUTS, SPEC_FILE
+from cifarx_serve.backends.torch.exported_program_archive import SAMPLE_INPUTS
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
 from tests.support.color_model import SPEC
@@ -29,8 +30,8 @@ CONSTANTS = "data/constants/model_constants_config.json"
 Members = dict[str, bytes]
 
 
-class Colours(nn.Module):
-    """The mean of each colour, ten times."""
+class Colors(nn.Module):
+    """The mean of each color, ten times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,14 +44,14 @@ class Colours(nn.Module):
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = torch.export.export(
-        Colours(), (torch.rand(2, 3, 4, 6),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        Colors(), (torch.rand(2, 3, 4, 6),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
     for node in program.graph.nodes:
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     program._example_inputs = None
     archive = io.BytesIO()
     torch.export.save(program, archive, extra_files={SPEC_FILE: SPEC.to_json()})
-    path = tmp_path_factory.mktemp("made") / "colours.pt2"
+    path = tmp_path_factory.mktemp("made") / "colors.pt2"
     path.write_bytes(archive.getvalue())
     return path
 
@@ -75,7 +76,7 @@ def refused(path: Path, device: Device = CPU) -> CifarxError:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_answers(made_once: Path, size: int) -> None:
+def test_logits(made_once: Path, size: int) -> None:
     batch = np.zeros((size, 3, 4, 6), np.float32)
     batch[0, 1] = 0.5
     with ExportedProgramBackend(made_once, CPU) as backend:
@@ -85,8 +86,8 @@ def test_answers(made_once: Path, size: int) -> None:
     np.testing.assert_allclose(logits[0], [0, 5, 0], rtol=1e-6)
 
 
-def test_an_archive_written_anew_of_the_same_members_answers_too(made_once: Path, tmp_path: Path) -> None:
-    """So that what the tests below refuse is refused for what they changed."""
+def test_an_archive_rewritten_from_the_same_members_runs_too(made_once: Path, tmp_path: Path) -> None:
+    """So the archives in the tests below are refused only because of what these tests change."""
     with ExportedProgramBackend(write(tmp_path / "x.pt2", members(made_once)), CPU) as backend:
         assert backend.run(np.ones((1, 3, 4, 6), np.float32)).tolist() == [[10, 10, 10]]
 
@@ -96,20 +97,20 @@ def test_images_of_another_size_are_refused(made_once: Path) -> None:
         backend.run(np.zeros((1, 3, 5, 6), np.float32))
 
 
-def test_the_spec_needs_no_pytorch(made_once: Path, fresh_python: Callable[..., str]) -> None:
+def test_reading_the_spec_does_not_import_pytorch(made_once: Path, fresh_python: Callable[..., str]) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from cifarx_serve.backends.torch.exported_program import ExportedProgramBackend as Backend\n"
         "print(Backend.read_spec(Path(sys.argv[1])).model, 'torch' in sys.modules)"
     )
-    assert fresh_python(code, made_once) == "colours False"
+    assert fresh_python(code, made_once) == "colors False"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_cuda_without_a_gpu_is_an_error_that_says_why(made_once: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_cuda_without_a_gpu_is_an_error_with_the_reason(made_once: Path) -> None:
     error = refused(made_once, Device("cuda", 1))
     assert isinstance(error, DeviceError)
-    assert error.problem.startswith("device cuda:1 was asked for and PyTorch cannot use it (")
+    assert error.problem.startswith("device cuda:1 was requested, but PyTorch cannot use it (")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
@@ -144,14 +145,14 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a size with a call inside": lambda d: graph(d)["tensor_values"]["images"]["sizes"][0].update(
         as_expr={"expr_str": f"Mul(Integer(2), {CODE})", "hint": {"as_int": 2}}
     ),
-    "a power without end": lambda d: graph(d)["tensor_values"]["images"]["sizes"][0].update(
+    "a huge power": lambda d: graph(d)["tensor_values"]["images"]["sizes"][0].update(
         as_expr={"expr_str": "Pow(Integer(9), Pow(Integer(9), Integer(99)))", "hint": {"as_int": 2}}
     ),
     "guards": lambda d: d.update(guards_code=[CODE]),
     "a tree spec with a module to import": lambda d: call_signature(d).update(
         in_spec=json.dumps([1, {"type": "collections.defaultdict", "context": '{"default_factory_module": "this"}'}])
     ),
-    "a name that is Python": lambda d: graph(d)["inputs"][-1]["as_tensor"].update(name=f"images={CODE}"),
+    "a name that is Python code": lambda d: graph(d)["inputs"][-1]["as_tensor"].update(name=f"images={CODE}"),
     "a name on two lines": lambda d: graph(d)["nodes"][0].update(name="x\n"),
     "a hidden name": lambda d: graph(d)["nodes"][0].update(name="x.__class__"),
     "an operator that calls any method": lambda d: graph(d)["nodes"][0].update(target="_operator.methodcaller"),
@@ -161,9 +162,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a graph in a graph": lambda d: graph(d)["nodes"][0]["inputs"][0].update(arg={"as_graph": {"name": "x"}}),
     "an object of a custom class": lambda d: graph(d)["nodes"][0]["inputs"][0].update(arg={"as_custom_obj": {}}),
     "metadata": lambda d: graph(d)["nodes"][0].update(metadata={"source_fn_stack": "x,torch.load"}),
-    "a parameter that is Python": lambda d: d["graph_module"]["signature"]["input_specs"][0]["parameter"].update(
-        parameter_name=f'gain"+{CODE}+"'
-    ),
+    "a parameter name that is Python code": lambda d: d["graph_module"]["signature"]["input_specs"][0][
+        "parameter"
+    ].update(parameter_name=f'gain"+{CODE}+"'),
 }
 
 
@@ -172,15 +173,15 @@ def test_a_graph_that_could_run_code(
     made_once: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "hostile.pt2", program_with(members(made_once), change))
-    monkeypatch.setattr(torch.export, "load", lambda *_, **__: pytest.fail("PyTorch was given the file"))
+    monkeypatch.setattr(torch.export, "load", lambda *_, **__: pytest.fail("the file was passed to PyTorch"))
     error = refused(path)
     assert isinstance(error, ModelFileError)
-    assert "is not an exported program of ours" in error.problem
+    assert "is not an exported program of cifarx" in error.problem
     assert not (tmp_path / "it-ran").exists()
 
 
 def hostile_pickle() -> bytes:
-    """Would print, were it ever loaded. Assembled by hand: nothing here pickles or unpickles."""
+    """Return a pickle that prints when it is loaded. It is assembled by hand, so that no test pickles or unpickles."""
     content = b"\x80\x02cbuiltins\nprint\n(X\x06\x00\x00\x00it rantR."
     assert "builtins print" in {argument for _, argument, _ in pickletools.genops(content) if argument}
     return content
@@ -222,13 +223,13 @@ def test_an_archive_that_could_run_code(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = write(tmp_path / "hostile.pt2", change(members(made_once)))
-    monkeypatch.setattr(torch.export, "load", lambda *_, **__: pytest.fail("PyTorch was given the file"))
+    monkeypatch.setattr(torch.export, "load", lambda *_, **__: pytest.fail("the file was passed to PyTorch"))
     assert isinstance(refused(path), ModelFileError)
     assert "it ran" not in capfd.readouterr().out
 
 
 def test_a_compressed_archive(made_once: Path, tmp_path: Path) -> None:
-    """A bomb is one: a few bytes that say they are many."""
+    """Compressed archives are refused because a few bytes can unpack to many."""
     path = write(
         tmp_path / "x.pt2", {**members(made_once), "data/weights/weight_0": bytes(10**7)}, zipfile.ZIP_DEFLATED
     )
@@ -236,28 +237,28 @@ def test_a_compressed_archive(made_once: Path, tmp_path: Path) -> None:
     assert isinstance(unreadable(path), ModelFileError)
 
 
-def test_members_that_lie_over_one_another(made_once: Path, tmp_path: Path) -> None:
+def test_overlapping_members(made_once: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.pt2"
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members(made_once).items():
             archive.writestr(f"archive/{name}", content)
         archive.writestr("archive/data/weights/weight_1", bytes(5000))
-        for number in range(2, 9):  # entries of the same bytes again and again
+        for number in range(2, 9):  # more entries for the same bytes
             entry = zipfile.ZipInfo(f"archive/data/weights/weight_{number}")
             first = archive.getinfo("archive/data/weights/weight_1")
             entry.header_offset, entry.CRC = first.header_offset, first.CRC
             entry.file_size = entry.compress_size = first.file_size
             archive.filelist.append(entry)
             archive.NameToInfo[entry.filename] = entry
-    assert "declares more bytes than it has" in refused(path).problem
+    assert "declare more bytes than the file has" in refused(path).problem
 
 
-def test_a_member_twice(made_once: Path, tmp_path: Path) -> None:
+def test_a_duplicate_member(made_once: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.pt2"
     with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         for name, content in [*members(made_once).items(), (PROGRAM, b"{}")]:
             archive.writestr(f"archive/{name}", content)
-    assert "each once" in refused(path).problem
+    assert "one is duplicated" in refused(path).problem
 
 
 def unreadable(path: Path) -> CifarxError:
@@ -267,8 +268,8 @@ def unreadable(path: Path) -> CifarxError:
     return raised.value
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no model", b"\0" * 1000, b"PK\x03\x04" + b"x" * 100])
-def test_what_is_no_archive(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"this is not a model", b"\0" * 1000, b"PK\x03\x04" + b"x" * 100])
+def test_files_that_are_not_archives(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.pt2"
     path.write_bytes(content)
     for error in (refused(path), unreadable(path)):
@@ -276,23 +277,23 @@ def test_what_is_no_archive(tmp_path: Path, content: bytes) -> None:
         assert error.problem.startswith(f"{path} is not an exported program")
 
 
-def test_half_a_file(made_once: Path, tmp_path: Path) -> None:
+def test_a_truncated_file(made_once: Path, tmp_path: Path) -> None:
     path = tmp_path / "half.pt2"
     path.write_bytes(made_once.read_bytes()[: made_once.stat().st_size // 2])
     assert isinstance(refused(path), ModelFileError)
 
 
-def test_a_checkpoint_under_the_wrong_name(tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_wrong_suffix(tmp_path: Path) -> None:
     path = tmp_path / "x.pt2"
     torch.save({"weight": torch.zeros(3)}, path)
     assert isinstance(refused(path), ModelFileError)
 
 
-def test_a_program_of_somebody_elses(made_once: Path, tmp_path: Path) -> None:
+def test_a_program_of_another_exporter(made_once: Path, tmp_path: Path) -> None:
     content = members(made_once)
     del content[f"extra/{SPEC_FILE}"]
     path = write(tmp_path / "theirs.pt2", content)
-    assert refused(path).problem == unreadable(path).problem == f"{path} carries no model spec"
+    assert refused(path).problem == unreadable(path).problem == f"{path} contains no model spec"
 
 
 def test_a_spec_that_cannot_be_read(made_once: Path, tmp_path: Path) -> None:
@@ -301,20 +302,20 @@ def test_a_spec_that_cannot_be_read(made_once: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [PROGRAM, WEIGHTS, CONSTANTS, SAMPLE_INPUTS, "data/weights/weight_0"])
-def test_a_member_that_is_missing(made_once: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_member(made_once: Path, tmp_path: Path, name: str) -> None:
     content = members(made_once)
     del content[name]
     assert isinstance(refused(write(tmp_path / "x.pt2", content)), ModelFileError)
 
 
 @pytest.mark.parametrize("document", [b"", b"[", b"[" * 10**5, b"[]", b"{}", b'{"graph_module": 1}'])
-def test_a_program_that_is_none(made_once: Path, tmp_path: Path, document: bytes) -> None:
+def test_an_invalid_program(made_once: Path, tmp_path: Path, document: bytes) -> None:
     assert isinstance(refused(write(tmp_path / "x.pt2", {**members(made_once), PROGRAM: document})), ModelFileError)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=st.lists(st.tuples(st.integers(-9000, -1), st.integers(0, 255)), min_size=1, max_size=4))
-def test_a_damaged_file_is_an_error_of_ours_or_a_model(
+def test_a_damaged_file_opens_or_raises_our_own_exceptions(
     made_once: Path, tmp_path: Path, damage: list[tuple[int, int]]
 ) -> None:
     damaged = bytearray(made_once.read_bytes())

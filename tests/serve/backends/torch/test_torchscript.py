@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
-from cifarx_serve.backends.torch.torchscript import SPEC_FILE, TorchScriptBackend
+from cifarx_serve.backends.torch.base import SPEC_FILE
+from cifarx_serve.backends.torch.torchscript import TorchScriptBackend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
-from cifarx_serve.files.checksum import seal
-from cifarx_serve.images.preprocess import scale
+from cifarx_serve.files.checksum import write_checksum
+from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.spec import ModelSpec
 from tests.support.color_model import SPEC, write_torchscript
 from tests.support.trained_model import Trained
@@ -23,10 +24,10 @@ CPU = Device("cpu")
 
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_torchscript(tmp_path_factory.mktemp("made") / "colours.torchscript.pt")
+    return write_torchscript(tmp_path_factory.mktemp("made") / "colors.torchscript.pt")
 
 
-def test_answers(made_once: Path) -> None:
+def test_logits(made_once: Path) -> None:
     batch = np.zeros((2, 3, 4, 6), np.float32)
     batch[0, 1] = 0.5
     batch[1, 2, 0, 0] = 1
@@ -39,7 +40,7 @@ def test_answers(made_once: Path) -> None:
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_backend(trained: Trained) -> None:
     with TorchScriptBackend(trained.torchscript, CPU) as backend, OnnxRuntimeBackend(trained.onnx, CPU) as other:
         images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
-        inputs = scale(images, backend.spec.input)
+        inputs = normalize(images, backend.spec.input)
         together = backend.run(inputs)
         assert together.shape == (64, len(backend.spec.class_names))
         for start, stop in ((0, 1), (1, 4), (63, 64)):
@@ -47,7 +48,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_the_backend(trained: Trained)
         np.testing.assert_allclose(other.run(inputs), together, rtol=1e-4, atol=1e-4)
 
 
-def test_says_what_the_file_says(trained: Trained) -> None:
+def test_the_spec_is_the_one_in_the_file(trained: Trained) -> None:
     with zipfile.ZipFile(trained.torchscript) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(SPEC_FILE)]
         expected = archive.read(name).decode()
@@ -60,49 +61,49 @@ def test_the_provider_is_the_device(made_once: Path) -> None:
         assert backend.spec == SPEC
 
 
-def test_auto_is_the_best_device_there_is(made_once: Path) -> None:
+def test_auto_selects_the_best_device(made_once: Path) -> None:
     with TorchScriptBackend(made_once, Device("auto")) as backend:
         assert backend.provider == ("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_cuda_without_a_gpu_is_an_error_that_says_why(made_once: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_cuda_without_a_gpu_is_an_error_with_the_reason(made_once: Path) -> None:
     error = refused(made_once, Device("cuda", 1))
     assert isinstance(error, DeviceError)
-    assert error.problem.startswith("device cuda:1 was asked for and PyTorch cannot use it (")
+    assert error.problem.startswith("device cuda:1 was requested, but PyTorch cannot use it (")
     assert "--device cpu" in error.remedy
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
-def test_a_gpu_beyond_the_last(made_once: Path) -> None:
+def test_a_gpu_index_that_does_not_exist(made_once: Path) -> None:
     error = refused(made_once, Device("cuda", 999))
     assert isinstance(error, DeviceError)
     assert str(torch.cuda.device_count()) in error.problem
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an Apple GPU here")
-def test_mps_where_there_is_none(made_once: Path) -> None:
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="an Apple GPU is available")
+def test_mps_without_an_apple_gpu(made_once: Path) -> None:
     assert isinstance(refused(made_once, Device("mps")), DeviceError)
 
 
-def test_tensorrt_is_refused_with_the_backend_that_has_it(made_once: Path) -> None:
+def test_tensorrt_is_refused_with_a_hint_at_the_backend_that_supports_it(made_once: Path) -> None:
     error = refused(made_once, Device("tensorrt"))
     assert isinstance(error, DeviceError)
     assert "tensorrt:0" in error.problem
     assert "onnxruntime" in error.remedy
 
 
-def test_no_time_on_a_device_on_the_cpu(made_once: Path) -> None:
+def test_the_cpu_has_no_device_time(made_once: Path) -> None:
     with TorchScriptBackend(made_once, Device("cpu")) as backend:
         assert backend.device_time(np.zeros((1, 3, 4, 6), np.float32)) is None
 
 
-def test_the_spec_needs_no_pytorch(made_once: Path, fresh_python: Callable[..., str]) -> None:
+def test_reading_the_spec_does_not_import_pytorch(made_once: Path, fresh_python: Callable[..., str]) -> None:
     code = (
         "import sys; from cifarx_serve.backends.registry import read_spec\n"
         "print(read_spec(sys.argv[1]).model, 'torch' in sys.modules)"
     )
-    assert fresh_python(code, made_once) == "colours False"
+    assert fresh_python(code, made_once) == "colors False"
 
 
 def refused(path: Path, device: Device = CPU) -> CifarxError:
@@ -119,16 +120,16 @@ def unreadable(path: Path) -> CifarxError:
     return raised.value
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no model", b"\0" * 1000, b"PK\x03\x04" + b"x" * 100])
-def test_what_is_not_torchscript(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"this is not a model", b"\0" * 1000, b"PK\x03\x04" + b"x" * 100])
+def test_files_that_are_not_torchscript(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.torchscript.pt"
     path.write_bytes(content)
     for error in (refused(path), unreadable(path)):
         assert isinstance(error, ModelFileError)
-        assert error.problem.startswith(f"{path} is not an archive")
+        assert error.problem.startswith(f"{path} is not a zip archive")
 
 
-def test_half_a_file(tmp_path: Path, made_once: Path) -> None:
+def test_a_truncated_file(tmp_path: Path, made_once: Path) -> None:
     path = tmp_path / "half.torchscript.pt"
     whole = made_once.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -136,23 +137,23 @@ def test_half_a_file(tmp_path: Path, made_once: Path) -> None:
     assert isinstance(unreadable(path), ModelFileError)
 
 
-def test_a_zip_file_of_something_else(tmp_path: Path) -> None:
+def test_another_zip_archive(tmp_path: Path) -> None:
     path = tmp_path / "x.torchscript.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "nothing here")
     assert isinstance(refused(path), ModelFileError)
-    assert unreadable(path).problem == f"{path} carries no model spec"
+    assert unreadable(path).problem == f"{path} contains no model spec"
 
 
-def test_a_checkpoint_under_the_wrong_name(tmp_path: Path) -> None:
-    """A zip file too, and PyTorch's own, but no script module."""
+def test_a_checkpoint_with_the_wrong_suffix(tmp_path: Path) -> None:
+    """It is a zip archive of PyTorch, but not a script module."""
     path = tmp_path / "x.torchscript.pt"
     torch.save({"weight": torch.zeros(3)}, path)
     assert isinstance(refused(path), ModelFileError)
 
 
 class Writing(torch.nn.Module):
-    """TorchScript can write files: `torch.save` is one of its operators."""
+    """Writes a file. `torch.save` is an operator of TorchScript."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         torch.save(images, "written")
@@ -164,8 +165,8 @@ class Mapping(torch.nn.Module):
         return images.mean((2, 3)) + torch.from_file("written", shared=True, size=3).fill_(1.0)
 
 
-class WritingWhenRead(torch.nn.Module):
-    """`__setstate__` is called while the file is read."""
+class WritingWhenLoaded(torch.nn.Module):
+    """Writes a file while it is loaded, because `__setstate__` is called then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class WritingWhenRead(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("network", "word"), [(Writing, "save"), (Mapping, "from_file"), (WritingWhenRead, "__setstate__")]
+    ("network", "word"), [(Writing, "save"), (Mapping, "from_file"), (WritingWhenLoaded, "__setstate__")]
 )
 def test_code_that_would_write_a_file(tmp_path: Path, network: type[torch.nn.Module], word: str) -> None:
     path = tmp_path / "x.torchscript.pt"
@@ -195,13 +196,13 @@ def test_code_that_would_write_a_file(tmp_path: Path, network: type[torch.nn.Mod
     Path("written").unlink(missing_ok=True)
     error = refused(path)
     assert isinstance(error, ModelFileError)
-    assert "reaches beyond its tensors" in error.problem
+    assert "contains code that does more than compute tensors" in error.problem
     assert word in error.problem or "save" in error.problem
     assert not Path("written").exists()
 
 
 def test_a_pickle_that_would_run_a_command(tmp_path: Path, made_once: Path) -> None:
-    """PyTorch reads these pickles in C++, which makes no Python objects."""
+    """PyTorch reads these pickles in C++, which creates no Python objects."""
     path = tmp_path / "x.torchscript.pt"
     pickle = b"\x80\x02cposix\nsystem\nX\x0d\x00\x00\x00touch written\x85R."
     with zipfile.ZipFile(made_once) as whole, zipfile.ZipFile(path, "w") as changed:
@@ -211,20 +212,20 @@ def test_a_pickle_that_would_run_a_command(tmp_path: Path, made_once: Path) -> N
     assert not Path("written").exists()
 
 
-def test_a_sealed_file_answers_as_before(tmp_path: Path, made_once: Path) -> None:
-    path = tmp_path / "sealed.torchscript.pt"
+def test_a_file_with_a_checksum_runs(tmp_path: Path, made_once: Path) -> None:
+    path = tmp_path / "checksum.torchscript.pt"
     path.write_bytes(made_once.read_bytes())
-    seal(path)
+    write_checksum(path)
     with TorchScriptBackend(path, CPU) as backend:
         assert backend.spec == SPEC
         assert backend.run(np.ones((1, 3, 4, 6), np.float32)).tolist() == [[10, 10, 10]]
 
 
-def test_a_model_of_somebody_elses(tmp_path: Path) -> None:
+def test_a_model_of_another_exporter(tmp_path: Path) -> None:
     path = write_torchscript(tmp_path / "theirs.torchscript.pt", document=None)
     for error in (refused(path), unreadable(path)):
         assert isinstance(error, ModelFileError)
-        assert error.problem == f"{path} carries no model spec"
+        assert error.problem == f"{path} contains no model spec"
 
 
 @pytest.mark.parametrize("document", ["{}", SPEC.to_json()[:-5], SPEC.to_json().replace(":1,", ":2,", 1)])
@@ -240,7 +241,7 @@ damages = st.lists(st.tuples(st.integers(-6000, -1), st.integers(0, 255)), max_s
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages, cut=st.none() | st.integers(0, 6000))
-def test_a_damaged_file_is_an_error_of_ours_or_has_a_spec(
+def test_the_spec_of_a_damaged_file_is_read_or_raises_our_own_exceptions(
     made_once: Path, tmp_path: Path, damage: list[tuple[int, int]], cut: int | None
 ) -> None:
     damaged = bytearray(made_once.read_bytes())
@@ -256,7 +257,7 @@ def test_a_damaged_file_is_an_error_of_ours_or_has_a_spec(
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages)
-def test_opening_a_damaged_file_is_an_error_of_ours_or_a_model(
+def test_a_damaged_file_opens_or_raises_our_own_exceptions(
     made_once: Path, tmp_path: Path, damage: list[tuple[int, int]]
 ) -> None:
     damaged = bytearray(made_once.read_bytes())
