@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10
 from cifarx_serve.errors import DataError
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.cifar10 import Cifar10Set, download, has_batches
+from cifarx_train.data.cifar10 import Cifar10Dataset, contains_cifar10, download_cifar10
 
 SPEC = InputSpec(height=32, width=32)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -25,7 +25,7 @@ FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "bat
 
 
 def batch(name: str, count: int) -> dict[str, Any]:
-    """A batch as published: a row an image, first all its red, then green, then blue."""
+    """Return a batch in the published format: one row per image, with all red values first, then green, then blue."""
     rng = np.random.default_rng(FILES.index(name))
     return {
         "batch_label": name,
@@ -36,7 +36,7 @@ def batch(name: str, count: int) -> dict[str, Any]:
 
 
 def write_batches(root: Path) -> Path:
-    """Small files in the published format: 8 images in each of five training batches, 6 for testing."""
+    """Write small files in the published format: 8 images in each of five training batches, 6 for testing."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     contents = {name: batch(name, 6 if name == "test_batch" else 8) for name in FILES[:-1]}
@@ -47,67 +47,67 @@ def write_batches(root: Path) -> Path:
 
 
 @pytest.fixture
-def vouch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes torchvision take the files in a folder for those that were published, by their checksums."""
+def accept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """A function that makes torchvision accept the checksums of the files in a folder."""
 
-    def vouch_for(folder: Path) -> None:
+    def accept_files(folder: Path) -> None:
         md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in FILES}
         monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in FILES[:5]])
         monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
         monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
 
-    return vouch_for
+    return accept_files
 
 
 # --- reading
 
 
-def test_reads_the_published_format(tmp_path: Path, vouch: Callable[[Path], None]) -> None:
-    vouch(write_batches(tmp_path))
-    data = Cifar10Set(tmp_path)
+def test_the_published_format_is_read(tmp_path: Path, accept: Callable[[Path], None]) -> None:
+    accept(write_batches(tmp_path))
+    data = Cifar10Dataset(tmp_path)
     assert (data.class_names, data.kind, data.name) == (CLASSES, "cifar10", "CIFAR-10")
     for split, names, count in (("train", FILES[:5], 8), ("test", ["test_batch"], 6)):
-        read = data.load("train" if split == "train" else "test", SPEC)
+        loaded = data.load("train" if split == "train" else "test", SPEC)
         batches = [batch(name, count) for name in names]
-        assert (read.images.dtype, read.labels.dtype) == (np.uint8, np.int64)
-        assert read.labels.tolist() == [label for content in batches for label in content["labels"]]
+        assert (loaded.images.dtype, loaded.labels.dtype) == (np.uint8, np.int64)
+        assert loaded.labels.tolist() == [label for content in batches for label in content["labels"]]
         rows = np.concatenate([content["data"] for content in batches])
-        assert read.images.shape == (len(rows), 32, 32, 3)
+        assert loaded.images.shape == (len(rows), 32, 32, 3)
         for channel in range(3):
             plane = rows[:, 1024 * channel : 1024 * (channel + 1)].reshape(-1, 32, 32)
-            assert np.array_equal(read.images[..., channel], plane)
+            assert np.array_equal(loaded.images[..., channel], plane)
 
 
-def test_another_size_is_resized_as_everywhere(tmp_path: Path, vouch: Callable[[Path], None]) -> None:
-    vouch(write_batches(tmp_path))
+def test_another_size_is_resized_as_for_inference(tmp_path: Path, accept: Callable[[Path], None]) -> None:
+    accept(write_batches(tmp_path))
     spec = InputSpec(height=48, width=40)
-    small, large = Cifar10Set(tmp_path).load("test", SPEC), Cifar10Set(tmp_path).load("test", spec)
+    small, large = Cifar10Dataset(tmp_path).load("test", SPEC), Cifar10Dataset(tmp_path).load("test", spec)
     assert large.images.shape == (6, 48, 40, 3)
     assert np.array_equal(large.labels, small.labels)
     for image, expected in zip(large.images, small.images, strict=True):
         assert np.array_equal(image, resize(Image.fromarray(expected), spec))
 
 
-def test_resized_images_are_kept_and_still_only_those_that_were_published(
-    tmp_path: Path, vouch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+def test_resized_images_are_cached_and_the_files_are_still_checked(
+    tmp_path: Path, accept: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("cifarx_train.data.decoded_cache._FEWEST_IMAGES", 1)
-    vouch(write_batches(tmp_path))
+    monkeypatch.setattr("cifarx_train.data.decoded_cache._MIN_IMAGES", 1)
+    accept(write_batches(tmp_path))
     spec = InputSpec(height=48, width=40)
-    first = Cifar10Set(tmp_path).load("train", spec)
-    monkeypatch.delattr("cifarx_train.data.cifar10.resize")  # not needed again
-    second = Cifar10Set(tmp_path).load("train", spec)
+    first = Cifar10Dataset(tmp_path).load("train", spec)
+    monkeypatch.delattr("cifarx_train.data.cifar10.resize")  # not called again
+    second = Cifar10Dataset(tmp_path).load("train", spec)
     assert first.file == second.file is not None
     assert np.array_equal(first.images, second.images)
     assert np.array_equal(first.labels, second.labels)
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").unlink()
     with pytest.raises(DataError, match="is not CIFAR-10 as published"):
-        Cifar10Set(tmp_path).load("train", spec)
+        Cifar10Dataset(tmp_path).load("train", spec)
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -117,12 +117,14 @@ class Payload:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_with_other_bytes_is_never_unpickled(tmp_path: Path, vouch: Callable[[Path], None], name: str) -> None:
+def test_a_file_with_another_checksum_is_not_unpickled(
+    tmp_path: Path, accept: Callable[[Path], None], name: str
+) -> None:
     folder = write_batches(tmp_path)
-    vouch(folder)
+    accept(folder)
     marker = tmp_path / "marker"
     (folder / name).write_bytes(pickle.dumps(Payload(marker), protocol=2))
-    data = Cifar10Set(tmp_path)
+    data = Cifar10Dataset(tmp_path)
     for read in (lambda: data.load("train", SPEC), lambda: data.load("test", SPEC), lambda: data.class_names):
         with pytest.raises(
             DataError, match=r"cifar-10-batches-py is not CIFAR-10 as published .*--data cifar10"
@@ -131,35 +133,35 @@ def test_a_file_with_other_bytes_is_never_unpickled(tmp_path: Path, vouch: Calla
         assert caught.value.exit_status == 2
         assert "\n" not in str(caught.value)
     assert not marker.exists()
-    assert b"system" in (folder / name).read_bytes()  # the payload is a real one
+    assert b"system" in (folder / name).read_bytes()  # the payload works
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_refused(tmp_path: Path, vouch: Callable[[Path], None], name: str) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path, accept: Callable[[Path], None], name: str) -> None:
     folder = write_batches(tmp_path)
-    vouch(folder)
+    accept(folder)
     (folder / name).unlink()
     with pytest.raises(DataError, match="is not CIFAR-10 as published"):
-        Cifar10Set(tmp_path).load("test", SPEC)
+        Cifar10Dataset(tmp_path).load("test", SPEC)
 
 
-def test_what_was_not_published_is_refused(tmp_path: Path) -> None:
+def test_unpublished_files_are_an_error(tmp_path: Path) -> None:
     write_batches(tmp_path)
     with pytest.raises(DataError, match="is not CIFAR-10 as published"):
-        Cifar10Set(tmp_path).load("train", SPEC)
+        Cifar10Dataset(tmp_path).load("train", SPEC)
 
 
-def test_a_folder_has_batches_or_not(tmp_path: Path) -> None:
-    assert not has_batches(tmp_path)
+def test_contains_cifar10(tmp_path: Path) -> None:
+    assert not contains_cifar10(tmp_path)
     write_batches(tmp_path)
-    assert has_batches(tmp_path)
+    assert contains_cifar10(tmp_path)
 
 
 # --- downloading
 
 
 class Site:
-    """A web server on this machine that stands for CIFAR-10's own."""
+    """A local web server that takes the place of CIFAR-10's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.content: bytes | None = None
@@ -202,10 +204,10 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     server.close()
 
 
-def published(tmp_path: Path, vouch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """The archive of small batches that torchvision now takes for the published one."""
+def published_archive(tmp_path: Path, accept: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Return an archive of small batches that torchvision now accepts as the published one."""
     folder = write_batches(tmp_path / "source")
-    vouch(folder)
+    accept(folder)
     archive = Path(shutil.make_archive(str(tmp_path / "source" / "archive"), "gztar", folder.parent, folder.name))
     content = archive.read_bytes()
     shutil.rmtree(tmp_path / "source")
@@ -213,9 +215,9 @@ def published(tmp_path: Path, vouch: Callable[[Path], None], monkeypatch: pytest
     return content
 
 
-def refused() -> DataError:
+def download_error() -> DataError:
     with pytest.raises(DataError) as caught:
-        download()
+        download_cifar10()
     assert caught.value.exit_status == 2
     assert caught.value.problem.startswith("CIFAR-10 is not in ./cifar10 and cannot be downloaded (")
     assert "--data builtin" in caught.value.remedy
@@ -223,52 +225,52 @@ def refused() -> DataError:
     return caught.value
 
 
-def test_without_a_network_it_says_what_to_use_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_suggests_alternatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound and not listening: refuses at once, and nobody else can have it
+        closed.bind(("127.0.0.1", 0))  # reserves the port, but refuses connections
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{closed.getsockname()[1]}/")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        assert "refused" in refused().problem
+        assert "refused" in download_error().problem
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fetches_what_is_not_there_once(
-    tmp_path: Path, site: Site, vouch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+def test_missing_files_are_downloaded_once(
+    tmp_path: Path, site: Site, accept: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.content = published(tmp_path, vouch, monkeypatch)
-    assert len(download().load("train", SPEC)) == 40
+    site.content = published_archive(tmp_path, accept, monkeypatch)
+    assert len(download_cifar10().load("train", SPEC)) == 40
     assert "GET" in site.requests
     site.requests.clear()
-    assert len(download().load("test", SPEC)) == 6
+    assert len(download_cifar10().load("test", SPEC)) == 6
     assert site.requests == []
     assert (tmp_path / "cifar10" / "cifar-10-batches-py" / "test_batch").is_file()
 
 
-def test_a_page_that_is_gone_leaves_nothing(tmp_path: Path, site: Site) -> None:
-    assert "404" in refused().problem or "Not Found" in refused().problem
+def test_a_missing_page_leaves_no_files(tmp_path: Path, site: Site) -> None:
+    assert "404" in download_error().problem or "Not Found" in download_error().problem
     assert site.requests
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5])
-def test_a_download_that_is_not_what_was_published_leaves_nothing(
-    tmp_path: Path, site: Site, vouch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, part: float
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_a_truncated_download_leaves_no_files(
+    tmp_path: Path, site: Site, accept: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, fraction: float
 ) -> None:
-    content = published(tmp_path, vouch, monkeypatch)
-    site.content = content[: int(part * len(content))]
-    refused()
+    content = published_archive(tmp_path, accept, monkeypatch)
+    site.content = content[: int(fraction * len(content))]
+    download_error()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_download_leaves_a_folder_that_was_there(tmp_path: Path, site: Site) -> None:
+def test_a_failed_download_does_not_remove_an_existing_folder(tmp_path: Path, site: Site) -> None:
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "mine.txt").write_text("mine")
     site.content = b"not the archive"
-    refused()
+    download_error()
     assert (tmp_path / "cifar10" / "mine.txt").read_text() == "mine"
 
 
-def test_a_server_that_does_not_speak_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_use_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -281,6 +283,6 @@ def test_a_server_that_does_not_speak_http(tmp_path: Path, monkeypatch: pytest.M
         thread.start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/")
-        refused()
+        download_error()
         thread.join()
     assert list(tmp_path.iterdir()) == []

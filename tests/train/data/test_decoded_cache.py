@@ -20,8 +20,8 @@ from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Dataset, LabeledImages, fingerprint
-from cifarx_train.data.image_folder import open_image_files
-from tests.support.drawn_images import draw_folder, pack
+from cifarx_train.data.image_folder import open_image_dataset
+from tests.support.image_datasets import pack_archive, write_image_folder
 
 SPEC = InputSpec(height=32, width=32)
 DAY_S = 24 * 3600
@@ -29,24 +29,24 @@ DAY_S = 24 * 3600
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where decoded images are kept; even a few are."""
+    """The folder of the cache. Even small splits are cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("cifarx_train.data.decoded_cache._FEWEST_IMAGES", 1)
+    monkeypatch.setattr("cifarx_train.data.decoded_cache._MIN_IMAGES", 1)
     return tmp_path / "cache" / "cifarx" / "decoded"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return draw_folder(tmp_path / "colours", train=5, test=3)
+    return write_image_folder(tmp_path / "colors", train=5, test=3)
 
 
 @pytest.fixture(params=["folder", "archive"])
 def source(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Path:
-    return folder if request.param == "folder" else pack(folder, tmp_path / "colours.tar.gz")
+    return folder if request.param == "folder" else pack_archive(folder, tmp_path / "colors.tar.gz")
 
 
 class Reads(NamedTuple):
-    """How often an image was decoded."""
+    """Counts how often an image is decoded."""
 
     sources: list[object]
 
@@ -55,7 +55,7 @@ class Reads(NamedTuple):
         return read_image(source)
 
     def count(self) -> int:
-        """Since it was last asked."""
+        """Return the number of images decoded since the last call."""
         count = len(self.sources)
         self.sources.clear()
         return count
@@ -69,54 +69,53 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 def load(path: Path, spec: InputSpec = SPEC) -> LabeledImages:
-    return open_image_files(path).load("train", spec)
+    return open_image_dataset(path).load("train", spec)
 
 
 def files(cache: Path, suffix: str) -> list[Path]:
     return [path for path in cache.iterdir() if path.suffix == suffix]
 
 
-# --- kept and found
+# --- entries
 
 
-def test_what_was_decoded_once_is_mapped_the_second_time(source: Path, cache: Path, reads: Reads) -> None:
+def test_images_are_decoded_once_and_then_mapped(source: Path, cache: Path, reads: Reads) -> None:
     first, second = load(source), load(source)
     assert reads.count() == 15
     assert first.file == second.file == files(cache, ".npy")[0]
-    for read in (first, second):
-        assert not read.images.flags.writeable
-        assert (read.images.shape, read.images.dtype, type(read.images)) == ((15, 32, 32, 3), np.uint8, np.ndarray)
-        assert read.labels.dtype == np.int64
-        assert read.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    for loaded in (first, second):
+        images = loaded.images
+        assert not images.flags.writeable
+        assert (images.shape, images.dtype, type(images)) == ((15, 32, 32, 3), np.uint8, np.ndarray)
+        assert loaded.labels.dtype == np.int64
+        assert loaded.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert np.array_equal(first.images, second.images)
 
 
-def test_what_is_kept_is_what_is_decoded_into_memory(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = load(source)
-    monkeypatch.setattr("cifarx_train.data.decoded_cache._FEWEST_IMAGES", 1000)
+def test_a_cached_split_equals_a_decoded_one(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = load(source)
+    monkeypatch.setattr("cifarx_train.data.decoded_cache._MIN_IMAGES", 1000)
     shutil.rmtree(cache)
     decoded = load(source)
-    assert (kept.file is not None, decoded.file) == (True, None)
-    assert fingerprint(kept, ("a", "b")) == fingerprint(decoded, ("a", "b"))
-    assert not cache.exists()  # a small split is not kept
+    assert (cached.file is not None, decoded.file) == (True, None)
+    assert fingerprint(cached, ("a", "b")) == fingerprint(decoded, ("a", "b"))
+    assert not cache.exists()  # small splits are not cached
 
 
-def test_classes_of_a_kept_archive_need_no_listing(
+def test_a_cached_archive_is_not_listed(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = pack(folder, tmp_path / "colours.tar.gz")
+    archive = pack_archive(folder, tmp_path / "colors.tar.gz")
     load(archive)
     assert cache.exists()
-    data = open_image_files(archive)
+    data = open_image_dataset(archive)
     monkeypatch.delattr("cifarx_train.data.image_folder.ImageArchiveDataset._read")
     data.load("train", SPEC)
     assert data.class_names == ("blue", "green", "red")
 
 
-def test_an_archive_is_known_by_its_content(folder: Path, tmp_path: Path, cache: Path, reads: Reads) -> None:
-    archive = pack(folder, tmp_path / "colours.tar.gz")
+def test_an_archive_is_identified_by_its_content(folder: Path, tmp_path: Path, cache: Path, reads: Reads) -> None:
+    archive = pack_archive(folder, tmp_path / "colors.tar.gz")
     load(archive)
     moved = archive.rename(tmp_path / "moved.tar.gz")
     os.utime(moved, (0, 0))
@@ -130,20 +129,22 @@ def test_an_archive_is_known_by_its_content(folder: Path, tmp_path: Path, cache:
     "spec",
     [InputSpec(height=32, width=20), InputSpec(height=20, width=32), InputSpec(height=32, width=32, resize="nearest")],
 )
-def test_another_size_or_filter_is_another_entry(folder: Path, cache: Path, reads: Reads, spec: InputSpec) -> None:
+def test_another_size_or_interpolation_is_another_entry(
+    folder: Path, cache: Path, reads: Reads, spec: InputSpec
+) -> None:
     load(folder)
     assert load(folder, spec).images.shape[1:3] == (spec.height, spec.width)
     assert reads.count() == 30
     assert len(files(cache, ".npy")) == 2
 
 
-def test_scaling_makes_no_other_entry(folder: Path, cache: Path) -> None:
+def test_normalization_does_not_change_the_entry(folder: Path, cache: Path) -> None:
     load(folder)
     load(folder, InputSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), value_range=(-1, 1)))
     assert len(files(cache, ".npy")) == 1
 
 
-def test_another_pillow_decodes_again(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_pillow_is_another_entry(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(folder)
     monkeypatch.setattr("PIL.__version__", "0.0.1")
     load(folder)
@@ -151,7 +152,7 @@ def test_another_pillow_decodes_again(folder: Path, cache: Path, monkeypatch: py
 
 
 def _replace(folder: Path) -> None:
-    """Another picture with the size and the time of the old one."""
+    """Replace an image by another one of the same size and time."""
     path = folder / "train" / "blue" / "0.bmp"
     state = path.stat()
     Image.new("RGB", (32, 32), (9, 9, 9)).save(path)
@@ -177,45 +178,43 @@ def _rename_class(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("alter", [_replace, _add, _rename, _move, _rename_class])
-def test_any_change_to_the_files_is_seen(
+def test_any_change_to_the_files_is_detected(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, alter: Callable[[Path], None]
 ) -> None:
     Image.new("RGB", (32, 32)).save(folder / "train" / "blue" / "0.bmp")
     load(folder)
-    time.sleep(0.02)  # longer than a tick of the clock that files are stamped with
+    time.sleep(0.02)  # longer than the resolution of file times
     alter(folder)
-    data = open_image_files(folder)
-    seen = fingerprint(data.load("train", SPEC), data.class_names)
+    data = open_image_dataset(folder)
+    loaded = fingerprint(data.load("train", SPEC), data.class_names)
     shutil.rmtree(cache)
-    monkeypatch.setattr("cifarx_train.data.decoded_cache._FEWEST_IMAGES", 1000)
-    fresh = open_image_files(folder)
-    assert seen == fingerprint(fresh.load("train", SPEC), fresh.class_names)
+    monkeypatch.setattr("cifarx_train.data.decoded_cache._MIN_IMAGES", 1000)
+    fresh = open_image_dataset(folder)
+    assert loaded == fingerprint(fresh.load("train", SPEC), fresh.class_names)
 
 
 # --- broken images
 
 
-def test_skipped_images_are_named_again_and_refused_later(
-    source: Path, folder: Path, cache: Path, reads: Reads
-) -> None:
+def test_broken_images_are_reported_from_the_cache_too(source: Path, folder: Path, cache: Path, reads: Reads) -> None:
     broken = folder / "train" / "blue" / "0.png"
     broken.write_bytes(broken.read_bytes()[:-100])
     (folder / "train" / "red" / "2.png").write_bytes(b"")
     if source != folder:
-        pack(folder, source)
+        pack_archive(folder, source)
     with pytest.raises(DataError, match=r"2 broken images in .*train/blue/0\.png .*train/red/2\.png"):
         load(source)
     assert not files(cache, ".npy")
-    read: list[LabeledImages] = []
+    splits: list[LabeledImages] = []
     for _ in range(2):
-        with pytest.warns(FallbackWarning, match=r"left out 2 broken images in .*train/blue/0\.png .*train/red/2\.png"):
-            read.append(open_image_files(source, "skip").load("train", SPEC))
+        with pytest.warns(FallbackWarning, match=r"skipped 2 broken images in .*train/blue/0\.png .*train/red/2\.png"):
+            splits.append(open_image_dataset(source, "skip").load("train", SPEC))
     assert reads.count() == 30
-    for each in read:
-        assert each.labels.tolist() == [0] * 4 + [1] * 5 + [2] * 4
-        assert np.array_equal(each.images[0], np.asarray(Image.open(folder / "train" / "blue" / "1.png")))
-        assert np.array_equal(each.images[-1], np.asarray(Image.open(folder / "train" / "red" / "4.png")))
-    with pytest.raises(DataError, match=r"2 broken images in .*or use --broken skip"):
+    for split in splits:
+        assert split.labels.tolist() == [0] * 4 + [1] * 5 + [2] * 4
+        assert np.array_equal(split.images[0], np.asarray(Image.open(folder / "train" / "blue" / "1.png")))
+        assert np.array_equal(split.images[-1], np.asarray(Image.open(folder / "train" / "red" / "4.png")))
+    with pytest.raises(DataError, match=r"2 broken images in .*or use --on-error skip"):
         load(source)
     assert reads.count() == 0
 
@@ -223,68 +222,70 @@ def test_skipped_images_are_named_again_and_refused_later(
 # --- damage
 
 
-@given(place=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255), suffix=st.sampled_from([".npy", ".record"]))
+@given(
+    position=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255), suffix=st.sampled_from([".npy", ".record"])
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-def test_a_changed_byte_of_a_header_or_record_is_found(
-    folder: Path, cache: Path, place: float, change: int, suffix: str
+def test_a_changed_byte_of_a_header_or_record_is_detected(
+    folder: Path, cache: Path, position: float, change: int, suffix: str
 ) -> None:
-    sound = load(folder).images.copy()
+    original = load(folder).images.copy()
     (damaged,) = files(cache, suffix)
     content = bytearray(damaged.read_bytes())
-    content[int(place * (128 if suffix == ".npy" else len(content)))] ^= change
+    content[int(position * (128 if suffix == ".npy" else len(content)))] ^= change
     damaged.write_bytes(content)
-    assert np.array_equal(load(folder).images, sound)
-    assert np.array_equal(np.load(files(cache, ".npy")[0], allow_pickle=False), sound)
+    assert np.array_equal(load(folder).images, original)
+    assert np.array_equal(np.load(files(cache, ".npy")[0], allow_pickle=False), original)
 
 
-@given(part=st.floats(0, 1, exclude_max=True), suffix=st.sampled_from([".npy", ".record"]))
+@given(fraction=st.floats(0, 1, exclude_max=True), suffix=st.sampled_from([".npy", ".record"]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
-def test_a_truncated_file_is_made_again(folder: Path, cache: Path, part: float, suffix: str) -> None:
-    sound = load(folder).images.copy()
-    (cut,) = files(cache, suffix)
-    # A new file, as a copy that was cut short leaves it: the old one is mapped still.
-    content = cut.read_bytes()
-    cut.unlink()
-    cut.write_bytes(content[: int(part * len(content))])
+def test_a_truncated_file_is_replaced(folder: Path, cache: Path, fraction: float, suffix: str) -> None:
+    original = load(folder).images.copy()
+    (truncated,) = files(cache, suffix)
+    # A new file, because the old one is still mapped.
+    content = truncated.read_bytes()
+    truncated.unlink()
+    truncated.write_bytes(content[: int(fraction * len(content))])
     again = load(folder)
-    assert np.array_equal(again.images, sound)
+    assert np.array_equal(again.images, original)
     assert again.file is not None
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".record"])
-def test_half_an_entry_is_none(folder: Path, cache: Path, reads: Reads, suffix: str) -> None:
+def test_half_of_an_entry_is_ignored(folder: Path, cache: Path, reads: Reads, suffix: str) -> None:
     load(folder)
     files(cache, suffix)[0].unlink()
     load(folder)
     assert reads.count() == 30
 
 
-def test_images_of_another_shape_are_made_again(folder: Path, cache: Path, reads: Reads) -> None:
+def test_images_of_another_shape_are_replaced(folder: Path, cache: Path, reads: Reads) -> None:
     load(folder)
     np.save(files(cache, ".npy")[0], np.zeros((15, 32, 96), np.uint8))
     assert load(folder).images.shape == (15, 32, 32, 3)
     assert reads.count() == 30
 
 
-# --- no place for it
+# --- the cache cannot be written
 
 
-def falls_back(folder: Path, why: str) -> None:
-    with pytest.warns(FallbackWarning, match=f"decoded images are not kept for the next start.*{why}"):
-        read = load(folder)
-    assert read.file is None
-    assert read.images.flags.writeable
-    assert len(read) == 15
+def assert_falls_back(folder: Path, reason: str) -> None:
+    with pytest.warns(FallbackWarning, match=f"decoded images are not cached, so the next run will.*{reason}"):
+        loaded = load(folder)
+    assert loaded.file is None
+    assert loaded.images.flags.writeable
+    assert len(loaded) == 15
 
 
-def test_a_folder_that_cannot_be_made(folder: Path, cache: Path) -> None:
+def test_a_folder_that_cannot_be_created(folder: Path, cache: Path) -> None:
     cache.parents[1].write_text("a file")
-    falls_back(folder, "cannot write .*XDG_CACHE_HOME may name another place")
+    assert_falls_back(folder, "cannot write .*; set XDG_CACHE_HOME to use another folder")
 
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond that."""
+    """Limit the size of the files that this process writes, in bytes."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
@@ -293,30 +294,30 @@ def file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_disk_that_fills_up_meanwhile(folder: Path, cache: Path) -> None:
+def test_a_disk_that_fills_up_during_decoding(folder: Path, cache: Path) -> None:
     with file_limit(20_000):
-        falls_back(folder, "too large")
+        assert_falls_back(folder, "too large")
     assert list(cache.iterdir()) == []
 
 
 def test_a_disk_without_enough_space(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = shutil.disk_usage(folder)._replace(free=2 * 15 * 32 * 32 * 3 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: state)
-    falls_back(folder, "more than half of the .* GB that are free")
+    assert_falls_back(folder, "more than half of the .* GB that are free")
     assert list(cache.iterdir()) == []
 
 
-def test_without_a_home(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_directory(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/paths/are/ignored")
     monkeypatch.setattr(Path, "home", no_home)
-    falls_back(folder, "cannot write")
+    assert_falls_back(folder, "cannot write")
     assert not cache.exists()
 
 
-def test_the_home_folder_has_it_unless_told_otherwise(
+def test_the_default_is_in_the_home_directory(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -337,14 +338,14 @@ import cifarx_train.data.image_folder as image_folder
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import fingerprint
 
-decoded_cache._FEWEST_IMAGES = 1
+decoded_cache._MIN_IMAGES = 1
 read = image_folder.read_image
 def slowly(source):
     print("reading", flush=True)
     time.sleep(float(sys.argv[2]))
     return read(source)
 image_folder.read_image = slowly
-data = image_folder.open_image_files(Path(sys.argv[1]))
+data = image_folder.open_image_dataset(Path(sys.argv[1]))
 print(fingerprint(data.load("train", InputSpec(height=32, width=32)), data.class_names))
 """
 
@@ -355,20 +356,20 @@ def start(folder: Path, pause_s: float) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def printed(folder: Path) -> str:
-    data: Dataset = open_image_files(folder)
+def expected_fingerprint(folder: Path) -> str:
+    data: Dataset = open_image_dataset(folder)
     return fingerprint(data.load("train", SPEC), data.class_names)
 
 
-def test_processes_that_decode_at_once_all_end_well(source: Path, cache: Path) -> None:
+def test_several_processes_can_decode_the_same_split(source: Path, cache: Path) -> None:
     running = [start(source, 0.02) for _ in range(3)]
     outputs = [process.communicate(timeout=60)[0].splitlines() for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
-    assert {lines[-1] for lines in outputs} == {printed(source)}
+    assert {lines[-1] for lines in outputs} == {expected_fingerprint(source)}
     assert sorted(path.suffix for path in cache.iterdir()) == [".npy", ".record"]
 
 
-def test_a_killed_process_leaves_nothing_that_is_taken_for_an_entry(folder: Path, cache: Path, reads: Reads) -> None:
+def test_a_killed_process_leaves_no_entry(folder: Path, cache: Path, reads: Reads) -> None:
     with start(folder, 10) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "reading\n"
@@ -377,7 +378,7 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_an_entry(folder: Path
     assert left.name.startswith(".")
     load(folder)
     assert reads.count() == 15
-    assert left.exists()  # it may be another process's, at work
+    assert left.exists()  # another process may still be writing it
     os.utime(left, (time.time() - 2 * DAY_S,) * 2)
     load(folder, InputSpec(height=8, width=8))
     assert not left.exists()
@@ -387,14 +388,14 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_an_entry(folder: Path
 
 
 def age(cache: Path, days: float) -> set[Path]:
-    """Let all entries be that old, and give their files."""
+    """Change the time of all entries to `days` ago and return their files."""
     entries = set(cache.iterdir())
     for path in entries:
         os.utime(path, (time.time() - days * DAY_S,) * 2)
     return entries
 
 
-def test_entries_not_used_for_long_are_removed_when_one_is_made(folder: Path, cache: Path) -> None:
+def test_a_new_entry_removes_unused_ones(folder: Path, cache: Path) -> None:
     load(folder)
     old = age(cache, 31)
     load(folder, InputSpec(height=8, width=8))
@@ -402,7 +403,7 @@ def test_entries_not_used_for_long_are_removed_when_one_is_made(folder: Path, ca
     assert len(files(cache, ".npy")) == len(files(cache, ".record")) == 1
 
 
-def test_use_keeps_an_entry(folder: Path, cache: Path) -> None:
+def test_a_used_entry_is_kept(folder: Path, cache: Path) -> None:
     load(folder)
     old = age(cache, 31)
     load(folder)
@@ -410,7 +411,7 @@ def test_use_keeps_an_entry(folder: Path, cache: Path) -> None:
     assert old < set(cache.iterdir())
 
 
-def test_beyond_a_total_size_the_longest_unused_goes_first(
+def test_the_least_recently_used_entry_is_removed_beyond_the_size_limit(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for days, side in ((3, 8), (2, 9)):
@@ -418,9 +419,9 @@ def test_beyond_a_total_size_the_longest_unused_goes_first(
         load(folder, InputSpec(height=side, width=side))
         for path in set(cache.iterdir()) - before:
             os.utime(path, (time.time() - days * DAY_S,) * 2)
-    monkeypatch.setattr("cifarx_train.data.decoded_cache._MOST_BYTES", 60_000)
+    monkeypatch.setattr("cifarx_train.data.decoded_cache._MAX_BYTES", 60_000)
     load(folder)  # 46,080 bytes of images, 3,645 of 9x9 and 2,880 of 8x8, which are the oldest
     assert len(files(cache, ".npy")) == 3
-    monkeypatch.setattr("cifarx_train.data.decoded_cache._MOST_BYTES", 55_000)
+    monkeypatch.setattr("cifarx_train.data.decoded_cache._MAX_BYTES", 55_000)
     load(folder, InputSpec(height=7, width=7))
     assert sorted(np.load(path).shape[1] for path in files(cache, ".npy")) == [7, 9, 32]

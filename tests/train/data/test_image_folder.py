@@ -15,8 +15,8 @@ from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Dataset, Split, fingerprint
-from cifarx_train.data.image_folder import open_image_files
-from tests.support.drawn_images import COLOURS, draw, draw_folder, pack
+from cifarx_train.data.image_folder import open_image_dataset
+from tests.support.image_datasets import COLORS, color_image, pack_archive, write_image_folder
 
 SPEC = InputSpec(height=32, width=32)
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -24,143 +24,143 @@ SPLITS: tuple[Split, Split] = ("train", "test")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is kept where the user's own decoded images are."""
+    """Do not use the cache of the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """5 training and 3 test images of three classes, to be altered."""
-    return draw_folder(tmp_path / "colours", train=5, test=3)
+    """5 training and 3 test images of three classes, for tests that change them."""
+    return write_image_folder(tmp_path / "colors", train=5, test=3)
 
 
 @pytest.fixture(params=["folder", "archive"])
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path], Dataset]:
-    """Opens a folder as it is, and as an archive."""
+    """A function that opens a folder, or an archive of it, as a dataset."""
 
     def open_folder(folder: Path) -> Dataset:
-        return open_image_files(folder)
+        return open_image_dataset(folder)
 
     def open_archive(folder: Path) -> Dataset:
-        return open_image_files(pack(folder, tmp_path / f"{folder.name}.tar.gz"))
+        return open_image_dataset(pack_archive(folder, tmp_path / f"{folder.name}.tar.gz"))
 
     return open_folder if request.param == "folder" else open_archive
 
 
-def prints(data: Dataset, spec: InputSpec = SPEC) -> list[str]:
+def fingerprints(data: Dataset, spec: InputSpec = SPEC) -> list[str]:
     return [fingerprint(data.load(split, spec), data.class_names) for split in SPLITS]
 
 
-def failing(data: Dataset) -> DataError:
-    """The error of a data set that can be opened and not read."""
+def load_error(data: Dataset) -> DataError:
+    """Return the error that a dataset raises when it is loaded."""
     with pytest.raises(DataError) as caught:
-        prints(data)
+        fingerprints(data)
     assert caught.value.exit_status == 2
     return caught.value
 
 
-# --- what is read
+# --- images and labels
 
 
 def test_every_image_has_the_label_of_its_class(opened: Callable[[Path], Dataset], folder: Path) -> None:
     data = opened(folder)
     for split, count in zip(SPLITS, (5, 3), strict=True):
-        read = data.load(split, SPEC)
-        assert (read.images.shape, read.images.dtype) == ((3 * count, 32, 32, 3), np.uint8)
-        assert read.labels.dtype == np.int64
-        assert read.labels.tolist() == [0] * count + [1] * count + [2] * count
+        loaded = data.load(split, SPEC)
+        assert (loaded.images.shape, loaded.images.dtype) == ((3 * count, 32, 32, 3), np.uint8)
+        assert loaded.labels.dtype == np.int64
+        assert loaded.labels.tolist() == [0] * count + [1] * count + [2] * count
         paths = [
             folder / split / name / f"{number}.png" for name in ("blue", "green", "red") for number in range(count)
         ]
-        assert np.array_equal(read.images, np.stack([np.asarray(Image.open(path)) for path in paths]))
+        assert np.array_equal(loaded.images, np.stack([np.asarray(Image.open(path)) for path in paths]))
 
 
-def test_classes_are_in_the_order_of_their_names(opened: Callable[[Path], Dataset], tmp_path: Path) -> None:
+def test_classes_are_sorted_by_name(opened: Callable[[Path], Dataset], tmp_path: Path) -> None:
     names = ["zebra", "Ant", "ant", "10", "9", "übergang", "two words"]
     rng = np.random.default_rng(0)
     for split in SPLITS:
         for name in names:
-            place = tmp_path / "data" / split / name
-            place.mkdir(parents=True)
-            Image.fromarray(draw((0, 0, 0), rng)).save(place / "0.png")
+            class_folder = tmp_path / "data" / split / name
+            class_folder.mkdir(parents=True)
+            Image.fromarray(color_image((0, 0, 0), rng)).save(class_folder / "0.png")
     assert opened(tmp_path / "data").class_names == ("10", "9", "Ant", "ant", "two words", "zebra", "übergang")
 
 
-def test_files_are_in_the_order_of_their_names(opened: Callable[[Path], Dataset], folder: Path) -> None:
-    for name in COLOURS:
+def test_files_are_sorted_by_name(opened: Callable[[Path], Dataset], folder: Path) -> None:
+    for name in COLORS:
         Image.new("RGB", (32, 32), (1, 2, 3)).save(folder / "train" / name / "10.png")
     images = opened(folder).load("train", SPEC).images
-    # As text: 0, 1, 10, 2 …
+    # Sorted as text: 0, 1, 10, 2, …
     assert (images[2] == (1, 2, 3)).all()
     assert not (images[5] == (1, 2, 3)).all()
 
 
-def test_a_folder_and_its_archives_are_the_same_data(folder: Path, tmp_path: Path) -> None:
-    plain = open_image_files(folder)
-    expected = prints(plain)
-    for top in (".", "colours", "./colours"):
-        archive = open_image_files(pack(folder, tmp_path / "colours.tar.gz", top))
+def test_a_folder_and_its_archives_have_the_same_data(folder: Path, tmp_path: Path) -> None:
+    plain = open_image_dataset(folder)
+    expected = fingerprints(plain)
+    for top in (".", "colors", "./colors"):
+        archive = open_image_dataset(pack_archive(folder, tmp_path / "colors.tar.gz", top))
         assert archive.class_names == plain.class_names
-        assert prints(archive) == expected
+        assert fingerprints(archive) == expected
         for split in SPLITS:
             assert np.array_equal(archive.load(split, SPEC).images, plain.load(split, SPEC).images)
 
 
-def test_the_order_of_an_archives_members_does_not_count(folder: Path, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "backwards.tar", "w") as archive:
+def test_the_order_of_archive_members_does_not_matter(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "reversed.tar", "w") as archive:
         for path in sorted(folder.rglob("*.png"), reverse=True):
             archive.add(path, path.relative_to(folder))
-    assert prints(open_image_files(tmp_path / "backwards.tar")) == prints(open_image_files(folder))
+    assert fingerprints(open_image_dataset(tmp_path / "reversed.tar")) == fingerprints(open_image_dataset(folder))
 
 
-def test_of_a_file_twice_in_an_archive_the_later_one_counts(folder: Path, tmp_path: Path) -> None:
+def test_the_later_of_two_members_with_the_same_name_is_used(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
-        archive.add(folder, "colours")
+        archive.add(folder, "colors")
         Image.new("RGB", (32, 32), "white").save(folder / "train" / "blue" / "0.png")
-        archive.add(folder / "train" / "blue" / "0.png", "colours/train/blue/0.png")
-    assert prints(open_image_files(tmp_path / "twice.tar")) == prints(open_image_files(folder))
+        archive.add(folder / "train" / "blue" / "0.png", "colors/train/blue/0.png")
+    assert fingerprints(open_image_dataset(tmp_path / "twice.tar")) == fingerprints(open_image_dataset(folder))
 
 
-def test_every_splits_print_is_its_own(folder: Path) -> None:
-    before = prints(open_image_files(folder))
+def test_each_split_has_its_own_fingerprint(folder: Path) -> None:
+    before = fingerprints(open_image_dataset(folder))
     Image.new("RGB", (32, 32), "white").save(folder / "test" / "blue" / "0.png")
-    after = prints(open_image_files(folder))
+    after = fingerprints(open_image_dataset(folder))
     assert after[0] == before[0]
     assert after[1] != before[1]
 
 
 def test_other_files_are_ignored(opened: Callable[[Path], Dataset], folder: Path) -> None:
-    expected = prints(open_image_files(folder))
-    for place in (folder, folder / "train", folder / "train" / "blue", folder / "test" / "red"):
-        (place / "README.md").write_text("about")
-        (place / "labels.csv").write_text("0,blue")
-        (place / ".DS_Store").write_bytes(b"\0")
-        (place / "._0.png").write_bytes(b"\0")
-        (place / "no-suffix").write_bytes(b"\0")
+    expected = fingerprints(open_image_dataset(folder))
+    for parent in (folder, folder / "train", folder / "train" / "blue", folder / "test" / "red"):
+        (parent / "README.md").write_text("about")
+        (parent / "labels.csv").write_text("0,blue")
+        (parent / ".DS_Store").write_bytes(b"\0")
+        (parent / "._0.png").write_bytes(b"\0")
+        (parent / "no-suffix").write_bytes(b"\0")
     (folder / "train" / "empty").mkdir()
     (folder / "train" / "blue" / "folder.png").mkdir()
     (folder / "validation" / "blue").mkdir(parents=True)
     shutil.copy(folder / "test" / "blue" / "0.png", folder / "validation" / "blue")
     shutil.copy(folder / "test" / "blue" / "0.png", folder / "train" / "0.png")
-    assert prints(opened(folder)) == expected
+    assert fingerprints(opened(folder)) == expected
 
 
-def test_kinds_of_images_may_be_mixed(opened: Callable[[Path], Dataset], folder: Path) -> None:
-    picture = Image.new("RGB", (32, 32), (250, 250, 250))
+def test_image_formats_can_be_mixed(opened: Callable[[Path], Dataset], folder: Path) -> None:
+    image = Image.new("RGB", (32, 32), (250, 250, 250))
     for suffix in ("jpg", "JPEG", "bmp", "webp", "PNG"):
-        picture.save(folder / "test" / "green" / f"x.{suffix}")
-    picture.convert("L").save(folder / "test" / "green" / "grey.png")
-    picture.convert("RGBA").save(folder / "test" / "green" / "alpha.png")
-    read = opened(folder).load("test", SPEC)
-    assert read.labels.tolist() == [0] * 3 + [1] * 10 + [2] * 3
-    assert read.images[6:13].min() >= 245
+        image.save(folder / "test" / "green" / f"x.{suffix}")
+    image.convert("L").save(folder / "test" / "green" / "gray.png")
+    image.convert("RGBA").save(folder / "test" / "green" / "alpha.png")
+    loaded = opened(folder).load("test", SPEC)
+    assert loaded.labels.tolist() == [0] * 3 + [1] * 10 + [2] * 3
+    assert loaded.images[6:13].min() >= 245
 
 
 @pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
-def test_other_sizes_are_resized_as_everywhere(
+def test_other_sizes_are_resized_as_for_inference(
     opened: Callable[[Path], Dataset], tmp_path: Path, resample: str
 ) -> None:
-    folder = draw_folder(tmp_path / "large", train=1, test=1, width=50, height=41)
+    folder = write_image_folder(tmp_path / "large", train=1, test=1, width=50, height=41)
     spec = InputSpec(height=24, width=20, resize=resample)
     images = opened(folder).load("test", spec).images
     assert images.shape == (3, 24, 20, 3)
@@ -168,32 +168,32 @@ def test_other_sizes_are_resized_as_everywhere(
         assert np.array_equal(image, resize(Image.open(folder / "test" / name / "0.png"), spec))
 
 
-def test_the_name_is_that_of_the_file_and_no_path(
+def test_the_name_is_the_file_name_without_the_path(
     opened: Callable[[Path], Dataset], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = opened(folder)
     assert data.kind == "folder"
-    assert data.name in {"colours", "colours.tar.gz"}
+    assert data.name in {"colors", "colors.tar.gz"}
     monkeypatch.chdir(folder)
-    assert open_image_files(Path()).name == "colours"
-    assert open_image_files(Path("train/..")).name == "colours"
+    assert open_image_dataset(Path()).name == "colors"
+    assert open_image_dataset(Path("train/..")).name == "colors"
 
 
-def test_nothing_is_unpacked(folder: Path, tmp_path: Path) -> None:
-    archive = pack(folder, tmp_path / "colours.tar.gz")
+def test_archives_are_not_extracted(folder: Path, tmp_path: Path) -> None:
+    archive = pack_archive(folder, tmp_path / "colors.tar.gz")
     before = sorted(tmp_path.rglob("*"))
-    prints(open_image_files(archive))
+    fingerprints(open_image_dataset(archive))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- what is refused
+# --- errors
 
 
 def test_no_class_folders(opened: Callable[[Path], Dataset], tmp_path: Path) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "test").mkdir()
-    error = failing(opened(tmp_path / "data"))
-    assert "has 0 class folders with images under train/" in error.problem
+    error = load_error(opened(tmp_path / "data"))
+    assert "has 0 class folders with images in train/" in error.problem
     assert "train/<class>/<image> and test/<class>/<image>" in error.remedy
 
 
@@ -201,193 +201,196 @@ def test_one_class(opened: Callable[[Path], Dataset], folder: Path) -> None:
     for split in SPLITS:
         for name in ("blue", "green"):
             shutil.rmtree(folder / split / name)
-    assert "has 1 class folders with images under train/" in failing(opened(folder)).problem
+    assert "has 1 class folder with images in train/" in load_error(opened(folder)).problem
 
 
 def test_no_test_split(opened: Callable[[Path], Dataset], folder: Path) -> None:
     shutil.rmtree(folder / "test")
-    assert "has 0 class folders with images under test/" in failing(opened(folder)).problem
+    assert "has 0 class folders with images in test/" in load_error(opened(folder)).problem
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_classes_that_differ_between_splits(opened: Callable[[Path], Dataset], folder: Path, split: Split) -> None:
     (folder / split / "red").rename(folder / split / "crimson")
-    error = failing(opened(folder))
-    assert "classes in one split alone (crimson, red)" in error.problem
+    error = load_error(opened(folder))
+    assert "classes in only one split (crimson, red)" in error.problem
     assert "the same class folders" in error.remedy
 
 
-def test_an_empty_class_is_one_that_is_missing(opened: Callable[[Path], Dataset], folder: Path) -> None:
+def test_an_empty_class_folder_is_a_missing_class(opened: Callable[[Path], Dataset], folder: Path) -> None:
     for path in (folder / "test" / "green").iterdir():
         path.unlink()
-    assert "one split alone (green)" in failing(opened(folder)).problem
+    assert "only one split (green)" in load_error(opened(folder)).problem
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "magic"])
-def test_a_broken_image_is_named(opened: Callable[[Path], Dataset], folder: Path, content: bytes) -> None:
+def test_a_broken_image_is_reported(opened: Callable[[Path], Dataset], folder: Path, content: bytes) -> None:
     (folder / "test" / "green" / "1.png").write_bytes(content)
     data = opened(folder)
     assert len(data.load("train", SPEC)) == 15
-    error = failing(data)
+    error = load_error(data)
     assert f"1 broken image in {data.path}: test/green/1.png (not an image" in error.problem  # type: ignore[attr-defined]
-    assert error.remedy == "repair or remove them, or use --broken skip"
+    assert error.remedy == "repair or remove them, or use --on-error skip"
 
 
-def test_a_truncated_image_is_named(opened: Callable[[Path], Dataset], folder: Path) -> None:
+def test_a_truncated_image_is_reported(opened: Callable[[Path], Dataset], folder: Path) -> None:
     truncate(folder / "train" / "red" / "4.png")
-    assert ": train/red/4.png (truncated or damaged (" in failing(opened(folder)).problem
+    assert ": train/red/4.png (truncated or damaged (" in load_error(opened(folder)).problem
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def test_of_many_broken_images_the_first_are_named_and_all_are_counted(
+def test_broken_images_are_counted_and_the_first_five_are_listed(
     opened: Callable[[Path], Dataset], folder: Path
 ) -> None:
-    for name in COLOURS:
+    for name in COLORS:
         for number in (0, 2, 3):
             truncate(folder / "train" / name / f"{number}.png")
-    problem = failing(opened(folder)).problem
+    problem = load_error(opened(folder)).problem
     assert problem.startswith("9 broken images in ")
-    named = ["blue/0.png", "blue/2.png", "blue/3.png", "green/0.png", "green/2.png"]
-    assert [part.split(" (")[0] for part in problem.split("train/")[1:]] == named
+    listed = ["blue/0.png", "blue/2.png", "blue/3.png", "green/0.png", "green/2.png"]
+    assert [part.split(" (")[0] for part in problem.split("train/")[1:]] == listed
     assert problem.endswith(", …")
 
 
-def test_broken_images_are_left_out_on_request_and_named(folder: Path, tmp_path: Path) -> None:
-    expected_folder = Path(shutil.copytree(folder, tmp_path / "sound"))
+def test_broken_images_can_be_skipped_with_a_warning(folder: Path, tmp_path: Path) -> None:
+    expected_folder = Path(shutil.copytree(folder, tmp_path / "intact"))
     for file in ("train/blue/0.png", "train/red/4.png", "test/green/1.png"):
         truncate(folder / file)
         (expected_folder / file).unlink()
-    expected = open_image_files(expected_folder)
-    for path in (folder, pack(folder, tmp_path / "colours.tar")):
-        data = open_image_files(path, "skip")
-        for split, named in (("train", r"2 broken .*train/blue/0.png \(trunc.*red/4"), ("test", "1 broken .*green/1")):
-            with pytest.warns(FallbackWarning, match=f"left out {named}"):
-                read = data.load("train" if split == "train" else "test", SPEC)
-            sound = expected.load("train" if split == "train" else "test", SPEC)
-            assert np.array_equal(read.images, sound.images)
-            assert np.array_equal(read.labels, sound.labels)
-            assert fingerprint(read, data.class_names) == fingerprint(sound, data.class_names)
+    expected = open_image_dataset(expected_folder)
+    for path in (folder, pack_archive(folder, tmp_path / "colors.tar")):
+        data = open_image_dataset(path, "skip")
+        for split, listed in (
+            ("train", r"2 broken .*train/blue/0.png \(trunc.*red/4"),
+            ("test", "1 broken .*green/1"),
+        ):
+            with pytest.warns(FallbackWarning, match=f"skipped {listed}"):
+                loaded = data.load("train" if split == "train" else "test", SPEC)
+            intact = expected.load("train" if split == "train" else "test", SPEC)
+            assert np.array_equal(loaded.images, intact.images)
+            assert np.array_equal(loaded.labels, intact.labels)
+            assert fingerprint(loaded, data.class_names) == fingerprint(intact, data.class_names)
 
 
-def test_sound_images_are_read_without_a_word_when_broken_ones_may_be_skipped(folder: Path) -> None:
-    assert prints(open_image_files(folder, "skip")) == prints(open_image_files(folder))
+def test_skipping_causes_no_warning_without_broken_images(folder: Path) -> None:
+    assert fingerprints(open_image_dataset(folder, "skip")) == fingerprints(open_image_dataset(folder))
 
 
-def test_a_class_without_a_sound_image_is_refused_even_then(folder: Path) -> None:
+def test_a_class_with_only_broken_images_is_an_error_even_if_they_are_skipped(folder: Path) -> None:
     for path in (folder / "test" / "green").iterdir():
         truncate(path)
-    with pytest.raises(DataError, match=r"3 broken images in .*; no image is left of green: repair them"):
-        open_image_files(folder, "skip").load("test", SPEC)
+    with pytest.raises(DataError, match=r"3 broken images in .*; no images are left in class green: repair them"):
+        open_image_dataset(folder, "skip").load("test", SPEC)
 
 
-def test_of_a_broken_and_a_later_sound_file_of_one_name_the_sound_one_counts(folder: Path, tmp_path: Path) -> None:
+def test_a_broken_member_can_be_replaced_by_a_later_one(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("train/blue/0.png"), io.BytesIO())
         archive.add(folder, ".")
-    assert prints(open_image_files(tmp_path / "twice.tar")) == prints(open_image_files(folder))
+    assert fingerprints(open_image_dataset(tmp_path / "twice.tar")) == fingerprints(open_image_dataset(folder))
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])
-def test_validation_images_take_the_place_of_missing_test_images(
+def test_validation_images_are_used_if_there_are_no_test_images(
     opened: Callable[[Path], Dataset], folder: Path, name: str
 ) -> None:
-    expected = prints(open_image_files(folder))
+    expected = fingerprints(open_image_dataset(folder))
     (folder / "test").rename(folder / name)
-    assert prints(opened(folder)) == expected
+    assert fingerprints(opened(folder)) == expected
     truncate(folder / name / "red" / "0.png")
     shutil.rmtree(folder / name / "blue")
-    error = failing(opened(folder))
-    assert "classes in one split alone (blue)" in error.problem
+    error = load_error(opened(folder))
+    assert "classes in only one split (blue)" in error.problem
     assert f"train/ and {name}/" in error.remedy
 
 
-def test_test_images_go_before_validation_images(opened: Callable[[Path], Dataset], folder: Path) -> None:
-    expected = prints(open_image_files(folder))
-    draw_folder(folder / "other", train=1, test=2, seed=1)
+def test_test_images_are_preferred_to_validation_images(opened: Callable[[Path], Dataset], folder: Path) -> None:
+    expected = fingerprints(open_image_dataset(folder))
+    write_image_folder(folder / "other", train=1, test=2, seed=1)
     (folder / "other" / "test").rename(folder / "val")
     shutil.rmtree(folder / "other")
-    assert prints(opened(folder)) == expected
+    assert fingerprints(opened(folder)) == expected
 
 
-def test_files_that_change_while_they_are_read_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_change_while_they_are_read_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_and_alter(source: Path) -> Image.Image:
         (folder / "train" / "red" / "0.png").touch()
         return read_image(source)
 
     monkeypatch.setattr("cifarx_train.data.image_folder.read_image", read_and_alter)
-    with pytest.raises(DataError, match="colours changed while it was read"):
-        open_image_files(folder).load("train", SPEC)
+    with pytest.raises(DataError, match="colors changed while it was read"):
+        open_image_dataset(folder).load("train", SPEC)
 
 
 @given(st.floats(0, 1, exclude_max=True))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-def test_a_truncated_archive_is_refused(drawn_once: Path, tmp_path: Path, part: float) -> None:
-    archive = tmp_path / "colours.tar.gz"
+def test_a_truncated_archive_is_an_error(color_folder: Path, tmp_path: Path, fraction: float) -> None:
+    archive = tmp_path / "colors.tar.gz"
     if not archive.exists():
-        pack(drawn_once, archive)
+        pack_archive(color_folder, archive)
     content = archive.read_bytes()
     cut = tmp_path / "cut.tar.gz"
-    cut.write_bytes(content[: int(part * len(content))])
+    cut.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(DataError, match=r"cut\.tar\.gz is (truncated|not a folder or a)"):
-        prints(open_image_files(cut))
+        fingerprints(open_image_dataset(cut))
 
 
-def test_an_archive_that_lost_its_last_byte_is_refused(folder: Path, tmp_path: Path) -> None:
-    archive = pack(folder, tmp_path / "cut.tar.gz")
+def test_an_archive_without_its_last_byte_is_an_error(folder: Path, tmp_path: Path) -> None:
+    archive = pack_archive(folder, tmp_path / "cut.tar.gz")
     archive.write_bytes(archive.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"cut\.tar\.gz is truncated or damaged"):
-        prints(open_image_files(archive))
+        fingerprints(open_image_dataset(archive))
 
 
-def test_a_truncated_plain_archive_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_truncated_uncompressed_archive_is_an_error(folder: Path, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.add(folder, ".")
     (tmp_path / "cut.tar").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     with pytest.raises(DataError, match=r"cut\.tar is truncated or damaged .*copy or download it again"):
-        prints(open_image_files(tmp_path / "cut.tar"))
+        fingerprints(open_image_dataset(tmp_path / "cut.tar"))
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-def test_an_altered_byte_of_an_archive_is_found_or_changes_nothing(
-    drawn_once: Path, tmp_path: Path, place: float, change: int
+def test_a_changed_byte_of_an_archive_is_detected_or_harmless(
+    color_folder: Path, tmp_path: Path, position: float, change: int
 ) -> None:
-    archive = tmp_path / "colours.tar.gz"
+    archive = tmp_path / "colors.tar.gz"
     if not archive.exists():
-        pack(drawn_once, archive)
+        pack_archive(color_folder, archive)
     content = bytearray(archive.read_bytes())
-    content[int(place * len(content))] ^= change
+    content[int(position * len(content))] ^= change
     altered = tmp_path / "altered.tar.gz"
     altered.write_bytes(content)
     try:
-        read = prints(open_image_files(altered))
+        loaded = fingerprints(open_image_dataset(altered))
     except DataError:
         return
-    assert read == prints(open_image_files(archive))
+    assert loaded == fingerprints(open_image_dataset(archive))
 
 
 @pytest.mark.parametrize("content", [b"", b"a text\n" * 200, bytes(3)], ids=["empty", "text", "zeros"])
-def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "data.tar.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"data\.tar\.gz is not a folder or a \.tar\.gz of one .*train/<class>/<image>"):
-        open_image_files(tmp_path / "data.tar.gz")
+        open_image_dataset(tmp_path / "data.tar.gz")
 
 
-def test_a_deeper_layout_is_not_guessed_at(folder: Path, tmp_path: Path) -> None:
-    archive = open_image_files(pack(folder, tmp_path / "deep.tar.gz", "one/two"))
-    assert "has 0 class folders" in failing(archive).problem
+def test_a_deeper_layout_is_not_supported(folder: Path, tmp_path: Path) -> None:
+    archive = open_image_dataset(pack_archive(folder, tmp_path / "deep.tar.gz", "one/two"))
+    assert "has 0 class folders" in load_error(archive).problem
 
 
 # --- CIFAR-10 as image files
 
 
 @pytest.mark.slow
-def test_the_copy_of_cifar10_is_whole(cifar10_jpeg: Path) -> None:
-    data = open_image_files(cifar10_jpeg)
+def test_the_jpeg_copy_of_cifar10_is_complete(cifar10_jpeg: Path) -> None:
+    data = open_image_dataset(cifar10_jpeg)
     test = data.load("test", SPEC)
     assert data.class_names == (
         "airplane",

@@ -8,16 +8,16 @@ from torchvision.datasets import CIFAR10
 
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import DataRecord, InputSpec
-from cifarx_train.data.cifar10 import Cifar10Set
+from cifarx_train.data.cifar10 import Cifar10Dataset
 from cifarx_train.data.dataset import fingerprint
 from cifarx_train.data.image_folder import ImageArchiveDataset, ImageFolderDataset
-from cifarx_train.data.selection import select_data, select_data_like
+from cifarx_train.data.selection import select_dataset, select_dataset_for_model
 from cifarx_train.data.synthetic.dataset import SyntheticDataset
-from tests.support.drawn_images import draw_folder, pack
+from tests.support.image_datasets import pack_archive, write_image_folder
 
 SPEC = InputSpec(height=32, width=32)
 RECORD = DataRecord(
-    name="colours",
+    name="colors",
     kind="folder",
     train_images=60,
     test_images=30,
@@ -30,193 +30,193 @@ CIFAR = msgspec.structs.replace(RECORD, name="CIFAR-10", kind="cifar10")
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CIFAR-10 at a port of this machine where nothing listens (TCP's discard service, long out of use)."""
+    """Replace CIFAR-10's server by a local port on which nothing listens (the obsolete discard service)."""
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
-def colours(drawn_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of images, named in the environment."""
-    monkeypatch.setenv("CIFARX_DATA", str(drawn_once))
-    return drawn_once
+def data_in_environment(color_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of images whose path is in `$CIFARX_DATA`."""
+    monkeypatch.setenv("CIFARX_DATA", str(color_folder))
+    return color_folder
 
 
-# --- what is named
+# --- explicit choices
 
 
-def test_builtin_is_the_drawings() -> None:
-    assert isinstance(select_data("builtin"), SyntheticDataset)
+def test_builtin_is_the_synthetic_dataset() -> None:
+    assert isinstance(select_dataset("builtin"), SyntheticDataset)
 
 
-def test_a_folder_and_an_archive(drawn_once: Path, tmp_path: Path) -> None:
-    folder = select_data(str(drawn_once))
-    archive = select_data(str(pack(drawn_once, tmp_path / "colours.tar.gz")))
+def test_a_folder_or_an_archive(color_folder: Path, tmp_path: Path) -> None:
+    folder = select_dataset(str(color_folder))
+    archive = select_dataset(str(pack_archive(color_folder, tmp_path / "colors.tar.gz")))
     assert isinstance(folder, ImageFolderDataset)
     assert isinstance(archive, ImageArchiveDataset)
     assert folder.class_names == archive.class_names == ("blue", "green", "red")
 
 
-def test_a_path_may_be_relative(tmp_path: Path) -> None:
-    draw_folder(tmp_path / "colours", train=1, test=1)
-    assert len(select_data("colours").load("test", SPEC)) == 3
+def test_a_relative_path(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "colors", train=1, test=1)
+    assert len(select_dataset("colors").load("test", SPEC)) == 3
 
 
-def test_cifar10s_own_files_by_their_folder_or_the_one_above(tmp_path: Path) -> None:
+def test_original_cifar10_files_in_the_folder_or_its_parent(tmp_path: Path) -> None:
     batches = tmp_path / "data" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     for path in (batches, batches.parent):
-        data = select_data(str(path))
-        assert isinstance(data, Cifar10Set)
+        data = select_dataset(str(path))
+        assert isinstance(data, Cifar10Dataset)
         assert data.root == tmp_path / "data"
 
 
-def test_cifar10s_own_folder_may_be_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_original_cifar10_files_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = tmp_path / "data" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     monkeypatch.chdir(batches)
-    data = select_data(".")
-    assert isinstance(data, Cifar10Set)
+    data = select_dataset(".")
+    assert isinstance(data, Cifar10Dataset)
     assert data.root == batches.parent
 
 
-def test_broken_images_are_refused_or_left_out_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = draw_folder(tmp_path / "colours", train=2, test=2)
+def test_on_error_raises_for_or_skips_broken_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_image_folder(tmp_path / "colors", train=2, test=2)
     (folder / "test" / "red" / "0.png").write_bytes(b"")
     monkeypatch.setenv("CIFARX_DATA", str(folder))
-    for data in (select_data("colours"), select_data("auto"), select_data_like(RECORD, "auto")):
+    for data in (select_dataset("colors"), select_dataset("auto"), select_dataset_for_model(RECORD, "auto")):
         with pytest.raises(DataError, match="1 broken image in"):
             data.load("test", SPEC)
     for data in (
-        select_data("colours", "skip"),
-        select_data("auto", "skip"),
-        select_data_like(RECORD, "auto", "skip"),
-        select_data_like(None, "colours", broken="skip"),
+        select_dataset("colors", "skip"),
+        select_dataset("auto", "skip"),
+        select_dataset_for_model(RECORD, "auto", "skip"),
+        select_dataset_for_model(None, "colors", on_error="skip"),
     ):
-        with pytest.warns(FallbackWarning, match=r"left out 1 broken image in .*test/red/0\.png"):
+        with pytest.warns(FallbackWarning, match=r"skipped 1 broken image in .*test/red/0\.png"):
             assert len(data.load("test", SPEC)) == 5
 
 
-def test_cifar10_that_is_there_is_not_fetched(tmp_path: Path) -> None:
+def test_existing_cifar10_is_not_downloaded(tmp_path: Path) -> None:
     (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
-    data = select_data("cifar10")
-    assert isinstance(data, Cifar10Set)
-    # And what is there is not what was published: an error, no fall-back.
+    data = select_dataset("cifar10")
+    assert isinstance(data, Cifar10Dataset)
+    # The folder does not contain the published files. This is an error, because an explicit choice never falls back.
     with pytest.raises(DataError, match="is not CIFAR-10 as published"):
         data.load("test", SPEC)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "cifar", "Builtin", "no/such/folder.tar.gz"])
-def test_a_missing_path_is_an_error_that_tells_the_choices(name: str) -> None:
+def test_a_missing_path_is_an_error_that_lists_the_choices(name: str) -> None:
     with pytest.raises(
-        DataError, match=rf"no such data set {re.escape(name)}: use auto, cifar10, builtin, or the path"
+        DataError, match=rf"dataset {re.escape(name)} does not exist: use auto, cifar10, builtin, or the path"
     ):
-        select_data(name)
+        select_dataset(name)
 
 
 def test_a_folder_without_classes_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="0 class folders"):
-        select_data("empty").load("test", SPEC)
+        select_dataset("empty").load("test", SPEC)
 
 
-def test_a_file_that_is_no_archive_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"not an archive")
     with pytest.raises(DataError, match=r"photo\.png is not a folder or a \.tar\.gz of one"):
-        select_data("photo.png")
+        select_dataset("photo.png")
 
 
 def test_an_explicit_choice_never_falls_back(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DataError, match=r"cannot be downloaded .*--data builtin"):
-            select_data("cifar10")
+            select_dataset("cifar10")
     assert not (tmp_path / "cifar10").exists()
 
 
-def test_an_explicit_choice_goes_before_the_environment(colours: Path) -> None:
-    assert colours.exists()
-    assert isinstance(select_data("builtin"), SyntheticDataset)
+def test_an_explicit_choice_overrides_the_environment(data_in_environment: Path) -> None:
+    assert data_in_environment.exists()
+    assert isinstance(select_dataset("builtin"), SyntheticDataset)
     with pytest.raises(DataError):
-        select_data("cifar10")
+        select_dataset("cifar10")
 
 
 # --- auto
 
 
-def test_auto_takes_what_the_environment_names(colours: Path) -> None:
-    data = select_data("auto")
+def test_auto_selects_the_path_in_the_environment(data_in_environment: Path) -> None:
+    data = select_dataset("auto")
     assert isinstance(data, ImageFolderDataset)
-    assert data.path == colours
+    assert data.path == data_in_environment
 
 
-def test_auto_never_falls_back_from_what_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_does_not_fall_back_if_the_environment_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIFARX_DATA", "nowhere")
-    with pytest.raises(DataError, match="no such data set nowhere"):
-        select_data("auto")
+    with pytest.raises(DataError, match="dataset nowhere does not exist"):
+        select_dataset("auto")
 
 
-def test_auto_takes_cifar10_that_is_there(tmp_path: Path) -> None:
+def test_auto_selects_existing_cifar10(tmp_path: Path) -> None:
     (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
-    assert isinstance(select_data("auto"), Cifar10Set)
+    assert isinstance(select_dataset("auto"), Cifar10Dataset)
 
 
 @pytest.mark.parametrize("environment", [None, ""])
-def test_auto_falls_back_to_the_drawings_and_says_so_loudly(
+def test_auto_falls_back_to_the_drawings_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str | None
 ) -> None:
     if environment is not None:
         monkeypatch.setenv("CIFARX_DATA", environment)
     with pytest.warns(FallbackWarning, match=r"BUILT-IN DRAWINGS, not photographs: CIFAR-10 .* cannot be downloaded"):
-        data = select_data("auto")
+        data = select_dataset("auto")
     assert isinstance(data, SyntheticDataset)
     assert not (tmp_path / "cifar10").exists()
 
 
-# --- data for a model
+# --- dataset for a model
 
 
-def test_a_model_of_the_drawings_is_judged_on_them_without_a_word() -> None:
-    assert isinstance(select_data_like(BUILTIN, "auto"), SyntheticDataset)
+def test_a_model_of_the_drawings_uses_them_without_a_warning() -> None:
+    assert isinstance(select_dataset_for_model(BUILTIN, "auto"), SyntheticDataset)
 
 
-def test_a_model_of_cifar10_is_judged_on_it(tmp_path: Path) -> None:
+def test_a_model_of_cifar10_uses_it(tmp_path: Path) -> None:
     (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
-    assert isinstance(select_data_like(CIFAR, "auto"), Cifar10Set)
+    assert isinstance(select_dataset_for_model(CIFAR, "auto"), Cifar10Dataset)
 
 
-def test_a_model_of_cifar10_falls_back_loudly() -> None:
+def test_a_model_of_cifar10_falls_back_with_a_warning() -> None:
     with pytest.warns(FallbackWarning, match=r"DRAWINGS.*cannot be downloaded"):
-        assert isinstance(select_data_like(CIFAR, "auto"), SyntheticDataset)
+        assert isinstance(select_dataset_for_model(CIFAR, "auto"), SyntheticDataset)
 
 
-def test_a_model_of_a_folder_falls_back_loudly_and_names_it() -> None:
-    with pytest.warns(FallbackWarning, match=r"DRAWINGS.*trained on colours.*--data, CIFARX_DATA"):
-        assert isinstance(select_data_like(RECORD, "auto"), SyntheticDataset)
+def test_a_model_of_a_folder_falls_back_with_a_warning_that_names_it() -> None:
+    with pytest.warns(FallbackWarning, match=r"DRAWINGS.*trained on colors.*set --data or CIFARX_DATA"):
+        assert isinstance(select_dataset_for_model(RECORD, "auto"), SyntheticDataset)
 
 
-def test_a_model_that_does_not_tell_gets_the_automatic_choice() -> None:
+def test_a_model_without_a_record_uses_the_automatic_choice() -> None:
     with pytest.warns(FallbackWarning, match="cannot be downloaded"):
-        assert isinstance(select_data_like(None, "auto"), SyntheticDataset)
+        assert isinstance(select_dataset_for_model(None, "auto"), SyntheticDataset)
 
 
 @pytest.mark.parametrize("record", [None, RECORD, BUILTIN, CIFAR], ids=["none", "folder", "builtin", "cifar10"])
-def test_what_is_named_goes_before_what_the_model_was_trained_on(
-    record: DataRecord | None, drawn_once: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_explicit_choice_overrides_the_record_of_the_model(
+    record: DataRecord | None, color_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(select_data_like(record, str(drawn_once)), ImageFolderDataset)
-    assert isinstance(select_data_like(record, "builtin"), SyntheticDataset)
-    with pytest.raises(DataError, match="no such data set"):
-        select_data_like(record, "nowhere")
+    assert isinstance(select_dataset_for_model(record, str(color_folder)), ImageFolderDataset)
+    assert isinstance(select_dataset_for_model(record, "builtin"), SyntheticDataset)
+    with pytest.raises(DataError, match="dataset nowhere does not exist"):
+        select_dataset_for_model(record, "nowhere")
     with pytest.raises(DataError, match="cannot be downloaded"):
-        select_data_like(record, "cifar10")
-    monkeypatch.setenv("CIFARX_DATA", str(drawn_once))
-    assert isinstance(select_data_like(record, "auto"), ImageFolderDataset)
+        select_dataset_for_model(record, "cifar10")
+    monkeypatch.setenv("CIFARX_DATA", str(color_folder))
+    assert isinstance(select_dataset_for_model(record, "auto"), ImageFolderDataset)
 
 
-def test_the_data_of_a_model_is_the_data_that_was_recorded(colours: Path) -> None:
-    data = select_data_like(RECORD, "auto")
+def test_a_model_of_a_folder_uses_the_path_in_the_environment(data_in_environment: Path) -> None:
+    data = select_dataset_for_model(RECORD, "auto")
     test = data.load("test", SPEC)
     assert fingerprint(test, data.class_names) == fingerprint(
-        select_data(str(colours)).load("test", SPEC), data.class_names
+        select_dataset(str(data_in_environment)).load("test", SPEC), data.class_names
     )

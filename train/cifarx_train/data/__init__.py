@@ -1,1 +1,1 @@
-"""Data sets. Nothing here needs PyTorch but the reader of CIFAR-10's own files and the batches on a device."""
+"""Datasets, loaders and augmentation. Only `cifar10`, `augmentation` and `loaders` import PyTorch."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 in its own files, read by torchvision, which checks their MD5 before it unpickles them."""
+"""The original CIFAR-10 files, read by torchvision, which checks their MD5 before it unpickles them."""
 
 import shutil
 import urllib.request
@@ -17,16 +17,20 @@ from cifarx_serve.images.preprocess import resize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data import decoded_cache
 from cifarx_train.data.dataset import Dataset, LabeledImages, Split
-from cifarx_train.data.decoded_cache import Decoded, Pixels
+from cifarx_train.data.decoded_cache import DecodedSplit, ImageBuffer
 
-ROOT: Final = Path("cifar10")
-"""Where the notes keep it: a folder below the current one."""
+DEFAULT_ROOT: Final = Path("cifar10")
+"""Where CIFAR-10 is looked for and downloaded to, relative to the current folder."""
 
 _TIMEOUT_S: Final = 10
 
 
-class Cifar10Set(Dataset):
-    """The 60,000 images, from a folder that holds `cifar-10-batches-py`."""
+class Cifar10Dataset(Dataset):
+    """The 60,000 images of CIFAR-10.
+
+    Args:
+        root: a folder that contains `cifar-10-batches-py`.
+    """
 
     kind = "cifar10"
     name = "CIFAR-10"
@@ -39,21 +43,21 @@ class Cifar10Set(Dataset):
         return tuple(self._read("test").classes)
 
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
-        read = self._read(split)
-        images = np.asarray(read.data, np.uint8)
+        source = self._read(split)
+        images = np.asarray(source.data, np.uint8)
         if images.shape[1:3] == (spec.height, spec.width):
-            return LabeledImages(images, np.asarray(read.targets, np.int64))
-        # The files were just found to be those with these checksums.
+            return LabeledImages(images, np.asarray(source.targets, np.int64))
+        # The lists contain the MD5 of every file, and torchvision has just checked the files against them.
         key = decoded_cache.cache_key((self.name, split, CIFAR10.train_list, CIFAR10.test_list), spec)
-        if kept := decoded_cache.find(key, spec):
-            return kept[0]
+        if cached := decoded_cache.find(key, spec):
+            return cached[0]
 
-        def fill(pixels: Pixels) -> Decoded:
+        def resize_all(buffer: ImageBuffer) -> DecodedSplit:
             for position, image in enumerate(images):
-                pixels.write(position, resize(Image.fromarray(image), spec))
-            return Decoded(tuple(read.classes), list(read.targets))
+                buffer.write(position, resize(Image.fromarray(image), spec))
+            return DecodedSplit(tuple(source.classes), list(source.targets))
 
-        return decoded_cache.decode(key, len(images), spec, fill)[0]
+        return decoded_cache.decode(key, len(images), spec, resize_all)[0]
 
     def _read(self, split: Split) -> CIFAR10:
         try:
@@ -65,40 +69,40 @@ class Cifar10Set(Dataset):
             ) from error
 
 
-def has_batches(folder: Path) -> bool:
-    """Whether a folder holds CIFAR-10's own files."""
+def contains_cifar10(folder: Path) -> bool:
+    """Return whether a folder contains the original files of CIFAR-10."""
     return (folder / str(CIFAR10.base_folder)).is_dir()
 
 
-def download() -> Cifar10Set:
-    """CIFAR-10 under `./cifar10`, fetched when it is not there.
+def download_cifar10() -> Cifar10Dataset:
+    """Return CIFAR-10 from `./cifar10`, and download it first if it is not there.
 
     Raises:
-        DataError: it is not there and cannot be fetched.
+        DataError: CIFAR-10 is not there and cannot be downloaded.
     """
-    if has_batches(ROOT):
-        return Cifar10Set(ROOT)
+    if contains_cifar10(DEFAULT_ROOT):
+        return Cifar10Dataset(DEFAULT_ROOT)
     try:
-        # Asked first, with a time limit: torchvision's own download has none, and leaves a folder behind.
+        # torchvision's download has no timeout and leaves an empty folder behind, so try the server first.
         request = urllib.request.Request(CIFAR10.url, method="HEAD")
         urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
-        _fetch()
+        _download()
     except (OSError, RuntimeError, HTTPException) as error:
         if isinstance(error, HTTPError):
-            error.close()  # it is the response too, and holds the connection
+            error.close()  # the error is also the response, which keeps the connection open
         reason = getattr(error, "reason", error)
         raise DataError(
-            f"CIFAR-10 is not in ./{ROOT} and cannot be downloaded ({reason})",
+            f"CIFAR-10 is not in ./{DEFAULT_ROOT} and cannot be downloaded ({reason})",
             "use --data builtin, or --data DIR with a folder or .tar.gz of images",
         ) from error
-    return Cifar10Set(ROOT)
+    return Cifar10Dataset(DEFAULT_ROOT)
 
 
-def _fetch() -> None:
-    new = not ROOT.exists()
+def _download() -> None:
+    created = not DEFAULT_ROOT.exists()
     try:
-        CIFAR10(str(ROOT), download=True)
+        CIFAR10(str(DEFAULT_ROOT), download=True)
     except BaseException:
-        if new:
-            shutil.rmtree(ROOT, ignore_errors=True)
+        if created:
+            shutil.rmtree(DEFAULT_ROOT, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""What every data set is: named classes, and two splits of labelled images."""
+"""The interface of all datasets: named classes, and two splits of labeled images."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -12,18 +12,21 @@ from numpy.typing import NDArray
 from cifarx_serve.spec import InputSpec
 
 Split: TypeAlias = Literal["train", "test"]
-Broken: TypeAlias = Literal["refuse", "skip"]
-"""What to do about files that cannot be read as images: refuse the whole split, or leave them out and say so."""
+OnError: TypeAlias = Literal["raise", "skip"]
+"""What to do about files that cannot be read as images: raise a `DataError`, or skip them with a warning."""
 
-_HASHED_AT_ONCE: Final = 1 << 24  # bytes
+_HASH_CHUNK: Final = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """A split: `images` uint8 (N, height, width, 3) RGB, `labels` int64 (N,).
+    """The images and labels of a split.
 
-    Images kept on the disk are mapped read-only into memory. `file` is then the `.npy` file of exactly these images,
-    which another process may map too; None for images that are in this process's memory alone.
+    Attributes:
+        images: uint8 (N, height, width, 3) RGB. Cached images are memory-mapped read-only.
+        labels: int64 (N,).
+        file: the `.npy` file that contains exactly these images, which other processes can map too; None for images
+            in memory.
     """
 
     images: NDArray[np.uint8]
@@ -35,11 +38,11 @@ class LabeledImages:
 
 
 class Dataset(ABC):
-    """A data set that can be read; nothing is read before `load`.
+    """A dataset. Images are not read before `load` is called.
 
     Attributes:
-        kind: how it is read, as the spec records it.
-        name: what to call it; never a path, which would tell of the machine.
+        kind: the type of dataset that is recorded in the spec.
+        name: the display name. This is never a path, which would reveal details of the machine.
     """
 
     kind: Literal["builtin", "cifar10", "folder"]
@@ -48,22 +51,25 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
-        """The classes in label order."""
+        """The class names, in label order."""
 
     @abstractmethod
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
-        """Read a split, every image at the size that `spec` asks for.
+        """Read a split, with every image resized to the input size of `spec`.
 
         Raises:
-            DataError: something of it is absent, empty or damaged.
+            DataError: a part of the dataset is missing, empty or damaged.
         """
 
 
 def fingerprint(data: LabeledImages, class_names: tuple[str, ...]) -> str:
-    """sha256 over the class names, the pixels and the labels: equal only for equal data in equal order."""
+    """Return the SHA-256 of the class names, the pixels and the labels, in hexadecimal.
+
+    Two splits have the same fingerprint only if they contain the same data in the same order.
+    """
     digest = hashlib.sha256(repr((class_names, data.images.shape)).encode())
-    # In parts: images that are mapped from a file may be more than the memory holds.
-    rows = max(1, _HASHED_AT_ONCE // max(1, data.images[:1].nbytes))
+    # In chunks, because memory-mapped images may be larger than the memory.
+    rows = max(1, _HASH_CHUNK // max(1, data.images[:1].nbytes))
     for start in range(0, len(data.images), rows):
         digest.update(np.ascontiguousarray(data.images[start : start + rows]).data)
     digest.update(data.labels.astype("<i8").data)

@@ -1,8 +1,8 @@
-"""Splits that were decoded once, kept on the disk and mapped into memory from there.
+"""A cache of decoded splits on disk, whose images are memory-mapped.
 
-An entry is two files named by a key: `<key>.npy`, the images as uint8 (N, height, width, 3), and `<key>.record`, what
-else is known of them. The record is written last, and an entry without one does not exist. Processes that make the
-same entry at once both end well: each renames whole files to the same names, and their contents are equal.
+An entry is a pair of files named after a key: `<key>.npy` contains the images, uint8 (N, height, width, 3), and
+`<key>.record` the labels and class names. The record is written last: images without a record are not an entry. Several
+processes can write the same entry at once, because each renames complete files with equal contents to the same names.
 """
 
 import errno
@@ -26,30 +26,39 @@ import PIL
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import FallbackWarning, OutputError
-from cifarx_serve.files.atomic import atomic_path, cannot_write
+from cifarx_serve.files.atomic import atomic_path, write_error
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import LabeledImages
 
-# Raised whenever the same files give other pixels, labels or records than before: `read_image` and `resize` count too.
+# Increase this whenever the same files result in different pixels, labels or records than before, including after a
+# change to `read_image` or `resize`.
 _FORMAT: Final = 1
 
-_FEWEST_IMAGES: Final = 1000  # fewer are decoded in less time than it takes to look after their files
-_UNUSED_S: Final = 30 * 24 * 3600.0
+_MIN_IMAGES: Final = 1000  # decoding fewer images takes less time than managing an entry
+_MAX_UNUSED_S: Final = 30 * 24 * 3600.0
 _RECENT_S: Final = 24 * 3600.0
-_MOST_BYTES: Final = 50 * 10**9
+_MAX_BYTES: Final = 50 * 10**9
 
 
 class BrokenImage(msgspec.Struct, frozen=True):
-    """A file that is no image: its name below the data set's folder, and what is wrong with it."""
+    """A file that cannot be read as an image.
+
+    Attributes:
+        file: its path relative to the dataset's folder.
+        reason: what is wrong with it.
+    """
 
     file: str
     reason: str
 
 
-class Decoded(msgspec.Struct, frozen=True):
-    """What decoding told besides the pixels.
+class DecodedSplit(msgspec.Struct, frozen=True):
+    """Everything about a decoded split except its pixels. The JSON of this is stored in the record.
 
-    `labels` has one number for every image; `broken` are the files that were left out of the images and the labels.
+    Attributes:
+        class_names: in label order.
+        labels: one per image.
+        broken: the files that are not among the images and labels.
     """
 
     class_names: tuple[str, ...]
@@ -57,148 +66,154 @@ class Decoded(msgspec.Struct, frozen=True):
     broken: list[BrokenImage] = []
 
 
-class Pixels(ABC):
-    """Where images of one size go while they are decoded, by several threads and in any order."""
+class ImageBuffer(ABC):
+    """Storage for the images of a split while it is decoded. Threads can write to it in any order."""
 
     @abstractmethod
     def write(self, position: int, image: NDArray[np.uint8]) -> None:
-        """Put down one image, uint8 (height, width, 3)."""
+        """Store an image, uint8 (height, width, 3)."""
 
     @abstractmethod
     def read(self, position: int) -> NDArray[np.uint8]:
-        """One image that was put down."""
+        """Return a stored image, uint8 (height, width, 3)."""
 
     def close_gaps(self, missing: set[int], count: int) -> None:
-        """Move the images among the first `count` together where there is none at `missing` positions."""
+        """Move images to lower positions, so that no position is empty.
+
+        Args:
+            missing: the positions without an image.
+            count: the number of positions, including the missing ones.
+        """
         kept = (position for position in range(count) if position not in missing)
         for target, position in enumerate(kept):
             if target != position:
                 self.write(target, self.read(position))
 
 
-Fill: TypeAlias = Callable[[Pixels], Decoded]
-"""Puts down the images, without gaps from the first on, and tells about them; it may be called a second time."""
+DecodeFunction: TypeAlias = Callable[[ImageBuffer], DecodedSplit]
+"""Stores the images at positions 0, 1, 2, … and returns the rest. It can be called twice."""
 
 
 def cache_key(origin: object, spec: InputSpec) -> str:
-    """The name of an entry: changes with everything that decides pixels or labels.
+    """Return the key of an entry, which depends on everything that determines pixels or labels.
 
     Args:
-        origin: tells the files apart from all others, down to their contents; plain types with a faithful `repr`.
-        spec: its size and filter count, not its scaling.
+        origin: identifies the source files and their contents. Its `repr` must be the same in every process.
+        spec: its size and interpolation matter; its value range, mean and std do not.
     """
-    known = (_FORMAT, PIL.__version__, spec.height, spec.width, spec.resize, origin)
-    return hashlib.sha256(repr(known).encode()).hexdigest()
+    inputs = (_FORMAT, PIL.__version__, spec.height, spec.width, spec.resize, origin)
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
-def find(key: str, spec: InputSpec) -> tuple[LabeledImages, Decoded] | None:
-    """A split that was kept, its images mapped read-only, or None where there is none or it is damaged."""
+def find(key: str, spec: InputSpec) -> tuple[LabeledImages, DecodedSplit] | None:
+    """Return an entry, with its images memory-mapped read-only, or None if it does not exist or is damaged."""
     try:
         folder = _folder()
         record = folder / f"{key}.record"
-        known = _unseal(record.read_bytes())
-        images = _map(folder / f"{key}.npy", (len(known.labels), spec.height, spec.width, 3))
-        with suppress(OSError):  # a folder that may only be read is good enough
-            os.utime(record)  # used now
+        decoded = _decode_record(record.read_bytes())
+        images = _map(folder / f"{key}.npy", (len(decoded.labels), spec.height, spec.width, 3))
+        with suppress(OSError):  # a read-only folder is sufficient
+            os.utime(record)  # the time of the last use
     except (OSError, ValueError, OutputError):
         return None
-    return LabeledImages(images, np.array(known.labels, np.int64), folder / f"{key}.npy"), known
+    return LabeledImages(images, np.array(decoded.labels, np.int64), folder / f"{key}.npy"), decoded
 
 
-def decode(key: str, count: int, spec: InputSpec, fill: Fill) -> tuple[LabeledImages, Decoded]:
-    """Decode a split of up to `count` images straight into a new entry, or into memory if that cannot be.
+def decode(key: str, count: int, spec: InputSpec, function: DecodeFunction) -> tuple[LabeledImages, DecodedSplit]:
+    """Decode a split of up to `count` images into a new entry, or into memory if no entry can be written.
 
-    What keeps an entry from being made - no space, no right to write - is told in a FallbackWarning. Small splits go
-    into memory without a word. What `fill` raises goes through, and nothing is kept then.
+    A FallbackWarning gives the reason why no entry was written, such as a full disk or missing permissions. Small
+    splits are always decoded into memory, without a warning. If `function` raises an exception, nothing is cached.
     """
-    if count >= _FEWEST_IMAGES:
+    if count >= _MIN_IMAGES:
         try:
-            _make(key, count, spec, fill)
-            if kept := find(key, spec):
-                return kept
-            reason = "what was written could not be read back"
+            _write_entry(key, count, spec, function)
+            if cached := find(key, spec):
+                return cached
+            reason = "the written files could not be read back"
         except OutputError as error:
             reason = error.problem
         warnings.warn(
-            f"decoded images are not kept for the next start, which will decode them again: {reason}; "
-            "XDG_CACHE_HOME may name another place",
+            f"decoded images are not cached, so the next run will decode them again: {reason}; "
+            "set XDG_CACHE_HOME to use another folder",
             FallbackWarning,
             stacklevel=2,
         )
-    memory = _InMemory((count, spec.height, spec.width, 3))
-    known = fill(memory)
-    return LabeledImages(memory.images[: len(known.labels)], np.array(known.labels, np.int64)), known
+    buffer = _MemoryBuffer((count, spec.height, spec.width, 3))
+    decoded = function(buffer)
+    return LabeledImages(buffer.images[: len(decoded.labels)], np.array(decoded.labels, np.int64)), decoded
 
 
-def _make(key: str, count: int, spec: InputSpec, fill: Fill) -> None:
-    """Write an entry.
+def _write_entry(key: str, count: int, spec: InputSpec, function: DecodeFunction) -> None:
+    """Decode a split into a new entry.
 
     Raises:
-        OutputError: the folder cannot be written, or has too little space.
+        OutputError: the folder is not writable or does not have enough space.
     """
     folder = _folder()
     shape = (count, spec.height, spec.width, 3)
     with atomic_path(folder / f"{key}.npy") as path:
         _require_space(folder, shape)
         with path.open("r+b") as file:
-            pixels = _InFile(file, shape)
-            known = fill(pixels)
-            pixels.finish(len(known.labels))
+            buffer = _NpyFileBuffer(file, shape)
+            decoded = function(buffer)
+            buffer.finish(len(decoded.labels))
     with atomic_path(folder / f"{key}.record") as path:
-        path.write_bytes(_seal(known))
-    _clean(folder)
+        path.write_bytes(_encode_record(decoded))
+    _remove_old_entries(folder)
 
 
 def _folder() -> Path:
-    """The folder of all entries, by the XDG base directory specification: what is no absolute path there is ignored."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    """Return the folder of all entries. The XDG base directory specification requires relative paths to be ignored."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        base = named if named.is_absolute() else Path.home() / ".cache"
-    except RuntimeError as error:  # a user without a home
-        raise cannot_write(Path("~/.cache"), OSError(errno.ENOENT, str(error))) from error
+        base = cache_home if cache_home.is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:  # the user has no home directory
+        raise write_error(Path("~/.cache"), OSError(errno.ENOENT, str(error))) from error
     return base / "cifarx" / "decoded"
 
 
 def _require_space(folder: Path, shape: tuple[int, int, int, int]) -> None:
-    """Never take more than half of what is free: the disk is the user's, and other programs need some of it."""
-    wanted, free = math.prod(shape), shutil.disk_usage(folder).free
-    if 2 * wanted > free:
-        raise OSError(errno.ENOSPC, f"{wanted / 1e9:.1f} GB is more than half of the {free / 1e9:.1f} GB that are free")
+    """Raise an OSError if an entry would use more than half of the free space, which other programs need too."""
+    needed, free = math.prod(shape), shutil.disk_usage(folder).free
+    if 2 * needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB is more than half of the {free / 1e9:.1f} GB that are free")
 
 
-def _seal(known: Decoded) -> bytes:
-    content = msgspec.json.encode(known)
+def _encode_record(decoded: DecodedSplit) -> bytes:
+    """Return the content of a record: the SHA-256 of the JSON, a line feed, and the JSON."""
+    content = msgspec.json.encode(decoded)
     return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
-def _unseal(sealed: bytes) -> Decoded:
-    """Raises ValueError for bytes that are not as they were written."""
-    digest, _, content = sealed.partition(b"\n")
+def _decode_record(record: bytes) -> DecodedSplit:
+    """Raise a ValueError if the record is damaged."""
+    digest, _, content = record.partition(b"\n")
     if hashlib.sha256(content).hexdigest().encode() != digest:
         raise ValueError("the record is damaged")
-    return msgspec.json.decode(content, type=Decoded)  # its errors are ValueErrors
+    return msgspec.json.decode(content, type=DecodedSplit)  # its errors are ValueErrors
 
 
 def _map(path: Path, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """Images of a known shape, mapped read-only; raises ValueError for a file that cannot hold exactly these."""
+    """Map images read-only. Raise a ValueError if the file does not have the header and size of this shape."""
     header = _header(shape)
     with path.open("rb") as file:
-        # Compared, not parsed: there is one right header and one right length.
-        whole = file.read(len(header)) == header and file.seek(0, io.SEEK_END) == len(header) + math.prod(shape)
-    if not whole:
+        # There is only one valid header and size, so there is no need to parse the header.
+        valid = file.read(len(header)) == header and file.seek(0, io.SEEK_END) == len(header) + math.prod(shape)
+    if not valid:
         raise ValueError("the images are damaged")
     mapped: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped.view(np.ndarray)
 
 
 def _header(shape: tuple[int, int, int, int]) -> bytes:
-    """The head of an `.npy` file, as long for any number of images of one size."""
+    """Return the header of an `.npy` file. Its length does not depend on the number of images."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 
-class _InMemory(Pixels):
+class _MemoryBuffer(ImageBuffer):
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
         self.images = np.empty(shape, np.uint8)
 
@@ -210,8 +225,12 @@ class _InMemory(Pixels):
         return image
 
 
-class _InFile(Pixels):
-    """An `.npy` file, written image by image: on a full disk a write is an error, and a mapped page a dead process."""
+class _NpyFileBuffer(ImageBuffer):
+    """An `.npy` file.
+
+    Images are written instead of copied into a memory map: if the disk is full, a write raises an error, whereas
+    access to a mapped page kills the process.
+    """
 
     def __init__(self, file: BinaryIO, shape: tuple[int, int, int, int]) -> None:
         self._file = file
@@ -231,25 +250,25 @@ class _InFile(Pixels):
             return np.frombuffer(self._file.read(self._size), np.uint8).reshape(self._image_shape)
 
     def finish(self, count: int) -> None:
-        """End the file after `count` images."""
+        """Truncate the file after `count` images and write its header."""
         self._file.truncate(self._start + count * self._size)
         self._file.seek(0)
         self._file.write(_header((count, *self._image_shape)))
 
 
-def _clean(folder: Path) -> None:
-    """Remove what was not used for 30 days, what killed processes left, and the longest unused beyond 50 GB.
+def _remove_old_entries(folder: Path) -> None:
+    """Remove entries unused for 30 days, the least recently used ones beyond 50 GB, and files of killed processes.
 
-    What was used within a day stays however large it is: a run may be about to use it again.
+    Anything used within the last day is kept regardless of its size, because a run may still need it.
     """
     now, total = time.time(), 0
-    with suppress(OSError):  # another process may be cleaning too
+    with suppress(OSError):  # another process may be removing entries at the same time
         files = {path: path.stat() for path in folder.iterdir()}
         used = {path.stem: status.st_mtime for path, status in files.items() if path.suffix == ".record"}
         ages = {path: now - used.get(path.stem, status.st_mtime) for path, status in files.items()}
         for path in sorted(files, key=ages.__getitem__):
             total += files[path].st_size
-            # Without a record it is half an entry, or a temporary file, and a day is long for either.
-            limit = _UNUSED_S if path.stem in used and total <= _MOST_BYTES else _RECENT_S
+            # A file without a record is an incomplete entry or a temporary file, neither of which lasts a day.
+            limit = _MAX_UNUSED_S if path.stem in used and total <= _MAX_BYTES else _RECENT_S
             if ages[path] > limit:
                 path.unlink(missing_ok=True)

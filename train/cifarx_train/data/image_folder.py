@@ -1,4 +1,4 @@
-"""A folder of image files, `train/<class>/…` and `test/<class>/…`, or a `.tar.gz` of one."""
+"""Datasets of image files: a folder with `train/<class>/…` and `test/<class>/…`, or a `.tar.gz` of one."""
 
 import hashlib
 import os
@@ -6,9 +6,8 @@ import tarfile
 import warnings
 import zlib
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import islice
@@ -17,221 +16,227 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 from PIL import Image
 
-from cifarx_serve.errors import DataError, FallbackWarning, ImageError
+from cifarx_serve.errors import DataError, FallbackWarning, ImageError, error_message
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.cpus import available_cpus
+from cifarx_serve.system.prefetch import batched, prefetch
 from cifarx_train.data import decoded_cache
-from cifarx_train.data.dataset import Broken, Dataset, LabeledImages, Split
-from cifarx_train.data.decoded_cache import BrokenImage, Decoded, Pixels
+from cifarx_train.data.dataset import Dataset, LabeledImages, OnError, Split
+from cifarx_train.data.decoded_cache import BrokenImage, DecodedSplit, ImageBuffer
 
-LAYOUT = "train/<class>/<image> and test/<class>/<image> (or val/ or valid/ in place of test/)"
+LAYOUT = "train/<class>/<image> and test/<class>/<image> (or val/ or valid/ instead of test/)"
 
-Place: TypeAlias = Literal["train", "test", "val", "valid"]
+SplitFolder: TypeAlias = Literal["train", "test", "val", "valid"]
 
-_PLACES: Final[dict[Split, tuple[Place, ...]]] = {"train": ("train",), "test": ("test", "val", "valid")}
-"""The folders a split may stand in: of several, the first with an image in it."""
+_SPLIT_FOLDERS: Final[dict[Split, tuple[SplitFolder, ...]]] = {"train": ("train",), "test": ("test", "val", "valid")}
+"""The possible folders of a split. The first one that contains an image is used."""
 
-_CHUNK: Final = 1 << 20  # bytes
-_AT_ONCE: Final = 32  # images a thread is given at a time
-_NAMED: Final = 5  # broken images that a message names
+_READ_SIZE: Final = 1 << 20  # bytes
+_BATCH_SIZE: Final = 32  # images that a thread decodes at a time
+_MAX_LISTED: Final = 5  # broken images that a message lists
 
-# What tarfile and the decompressor below it raise for a file that is cut short or altered.
-_DAMAGE = (OSError, tarfile.TarError, EOFError, zlib.error)
+# The exceptions that tarfile and the decompressors raise for a truncated or damaged file.
+_DAMAGED_ARCHIVE = (OSError, tarfile.TarError, EOFError, zlib.error)
 
 
 class ImageFile(NamedTuple):
-    """One file of a split: sorts by class, then by name."""
+    """A file of a split. Sorts by class, then by name."""
 
     class_name: str
     name: str
 
 
-class _ImageFiles(Dataset):
-    """Classes and order come from the sorted names of folders and files, as torchvision's ImageFolder has them.
+class _ImageFileDataset(Dataset):
+    """Base class of datasets of image files.
+
+    The order of classes and images is that of the sorted names of folders and files, as in torchvision's `ImageFolder`.
 
     Args:
         path: the folder or archive.
-        broken: whether a file that cannot be read as an image is refused or left out.
+        on_error: "raise" a `DataError` for a file that cannot be read as an image, or "skip" it with a warning.
     """
 
     kind = "folder"
 
-    def __init__(self, path: Path, broken: Broken = "refuse") -> None:
+    def __init__(self, path: Path, on_error: OnError = "raise") -> None:
         self.path = path
-        self.broken = broken
-        self.name = Path(os.path.abspath(path)).name  # noqa: PTH100 - `.` has no name, and a link keeps its own
+        self.on_error = on_error
+        self.name = Path(os.path.abspath(path)).name  # noqa: PTH100 - unlike resolve(), this keeps the name of a symbolic link
 
     @abstractmethod
     def _identity(self, split: Split) -> object:
-        """What changes whenever a split's names or images do: plain types, cheap to have."""
+        """Return a value that changes whenever the names or images of a split change, for `decoded_cache.cache_key`."""
 
     @cached_property
     @abstractmethod
-    def _files(self) -> dict[Place, set[ImageFile]]:
-        """Every image file, by the folder of its split."""
+    def _files(self) -> dict[SplitFolder, set[ImageFile]]:
+        """All image files, by the folder of their split."""
 
     @abstractmethod
-    def _contents(self, place: Place) -> Iterator[tuple[ImageFile, Path | bytes]]:
-        """Every file of a split once, in any order: as its path or its bytes, read one after the other."""
+    def _contents(self, folder: SplitFolder) -> Iterator[tuple[ImageFile, Path | bytes]]:
+        """Yield every file of a split with its path or its content, in any order."""
 
-    def _place(self, split: Split) -> Place:
-        return next((place for place in _PLACES[split] if self._files[place]), _PLACES[split][0])
+    def _folder(self, split: Split) -> SplitFolder:
+        return next((folder for folder in _SPLIT_FOLDERS[split] if self._files[folder]), _SPLIT_FOLDERS[split][0])
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        train, test = self._place("train"), self._place("test")
-        classes = {place: {file.class_name for file in self._files[place]} for place in (train, test)}
-        for place, names in classes.items():
+        train, test = self._folder("train"), self._folder("test")
+        classes = {folder: {file.class_name for file in self._files[folder]} for folder in (train, test)}
+        for folder, names in classes.items():
             if len(names) < 2:
-                raise DataError(
-                    f"{self.path} has {len(names)} class folders with images under {place}/", f"lay it out as {LAYOUT}"
-                )
-        if odd := sorted(classes[train] ^ classes[test]):
+                count = "1 class folder" if names else "0 class folders"
+                raise DataError(f"{self.path} has {count} with images in {folder}/", f"use the layout {LAYOUT}")
+        if unmatched := sorted(classes[train] ^ classes[test]):
             raise DataError(
-                f"{self.path} has classes in one split alone ({', '.join(odd)})",
-                f"give {train}/ and {test}/ the same class folders",
+                f"{self.path} has classes in only one split ({', '.join(unmatched)})",
+                f"create the same class folders in {train}/ and {test}/",
             )
         return tuple(sorted(classes[train]))
 
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
-        """Read a split from what was kept of it, or decode it.
+        """Read a split from the cache, or decode it.
 
-        With `broken="skip"`, files that cannot be read are left out, and a FallbackWarning names them.
+        With `on_error="skip"`, files that cannot be read are skipped, and a FallbackWarning lists them.
 
         Raises:
-            DataError: the layout is wrong, an image is broken (with `broken="refuse"`) or a whole class of them is, or
-                the files changed meanwhile.
+            DataError: the layout is wrong, an image is broken (with `on_error="raise"`), all images of a class are
+                broken, or the files changed during reading.
         """
         identity = self._identity(split)
         key = decoded_cache.cache_key((split, identity), spec)
-        if kept := decoded_cache.find(key, spec):
-            images, known = kept
-            self.class_names = known.class_names  # an archive need not be listed for them
-            self._judge(known)
+        if cached := decoded_cache.find(key, spec):
+            images, decoded = cached
+            self.class_names = decoded.class_names  # saves listing an archive
+            self._check_broken(decoded)
             return images
-        count = len(self._files[self._place(split)])
+        count = len(self._files[self._folder(split)])
         return decoded_cache.decode(key, count, spec, partial(self._decode, split, spec, identity))[0]
 
-    def _decode(self, split: Split, spec: InputSpec, identity: object, pixels: Pixels) -> Decoded:
+    def _decode(self, split: Split, spec: InputSpec, identity: object, buffer: ImageBuffer) -> DecodedSplit:
         classes = self.class_names
-        place = self._place(split)
-        files = sorted(self._files[place])
-        position = {file: number for number, file in enumerate(files)}
+        folder = self._folder(split)
+        files = sorted(self._files[folder])
+        positions = {file: position for position, file in enumerate(files)}
         broken: dict[int, BrokenImage] = {}
 
         def decode(file: ImageFile, content: Path | bytes) -> None:
             try:
-                pixels.write(position[file], resize(read_image(content), spec))
+                buffer.write(positions[file], resize(read_image(content), spec))
             except ImageError as error:
-                reason = error.problem.removeprefix(f"{_subject(content)} is ")
-                broken[position[file]] = BrokenImage(_printable(f"{place}/{file.class_name}/{file.name}"), reason)
+                # The message starts with the path or the size of the content, but an archive member has a better name.
+                subject = str(content) if isinstance(content, Path) else f"{len(content)} bytes"
+                reason = error.problem.removeprefix(f"{subject} is ")
+                broken[positions[file]] = BrokenImage(_printable(f"{folder}/{file.class_name}/{file.name}"), reason)
 
-        _in_threads(decode, self._contents(place))
+        _for_each_in_threads(decode, self._contents(folder))
         if self._identity(split) != identity:
-            raise DataError(f"{self.path} changed while it was read", "run it again when its files are all in place")
-        label = {name: number for number, name in enumerate(classes)}
-        labels = [label[file.class_name] for number, file in enumerate(files) if number not in broken]
-        known = Decoded(classes, labels, [broken[number] for number in sorted(broken)])
-        self._judge(known)
-        pixels.close_gaps(set(broken), len(files))
-        return known
+            raise DataError(f"{self.path} changed while it was read", "run it again when all files are complete")
+        label = {name: index for index, name in enumerate(classes)}
+        labels = [label[file.class_name] for position, file in enumerate(files) if position not in broken]
+        decoded = DecodedSplit(classes, labels, [broken[position] for position in sorted(broken)])
+        self._check_broken(decoded)
+        buffer.close_gaps(set(broken), len(files))
+        return decoded
 
-    def _judge(self, known: Decoded) -> None:
-        """Refuse broken images, or say that they are left out."""
-        if not known.broken:
+    def _check_broken(self, decoded: DecodedSplit) -> None:
+        """Raise a DataError for broken images, or warn that they are skipped."""
+        if not decoded.broken:
             return
-        names = ", ".join(f"{image.file} ({image.reason})" for image in known.broken[:_NAMED])
-        more = ", …" if len(known.broken) > _NAMED else ""
-        count = "1 broken image" if len(known.broken) == 1 else f"{len(known.broken):,} broken images"
-        problem = f"{count} in {self.path}: {names}{more}"
-        if self.broken == "refuse":
-            raise DataError(problem, "repair or remove them, or use --broken skip")
-        left = set(known.labels)
-        if empty := [name for number, name in enumerate(known.class_names) if number not in left]:
-            raise DataError(f"{problem}; no image is left of {', '.join(empty)}", "repair them")
-        warnings.warn(f"left out {problem}", FallbackWarning, stacklevel=3)
+        listed = ", ".join(f"{image.file} ({image.reason})" for image in decoded.broken[:_MAX_LISTED])
+        more = ", …" if len(decoded.broken) > _MAX_LISTED else ""
+        count = "1 broken image" if len(decoded.broken) == 1 else f"{len(decoded.broken):,} broken images"
+        problem = f"{count} in {self.path}: {listed}{more}"
+        if self.on_error == "raise":
+            raise DataError(problem, "repair or remove them, or use --on-error skip")
+        remaining = set(decoded.labels)
+        if empty := [name for label, name in enumerate(decoded.class_names) if label not in remaining]:
+            raise DataError(f"{problem}; no images are left in class {', '.join(empty)}", "repair them")
+        warnings.warn(f"skipped {problem}", FallbackWarning, stacklevel=3)
 
 
-class ImageFolderDataset(_ImageFiles):
-    """A folder on disk."""
+class ImageFolderDataset(_ImageFileDataset):
+    """A dataset of image files in a folder."""
 
     def _identity(self, split: Split) -> object:
-        """Times and sizes instead of contents: reading those takes as long as decoding them.
+        """Return a digest of the sizes and times of the files, because reading their contents is as slow as decoding.
 
-        The time of the last change to a file's entry counts too, for copies that keep the time of their originals.
+        `st_ctime` is included because a copied file can have the modification time of the original.
         """
-        place = self._place(split)
-        files = sorted(self._files[place])
-        states = hashlib.sha256()
-        for file in files:
+        folder = self._folder(split)
+        digest = hashlib.sha256()
+        for file in sorted(self._files[folder]):
             try:
-                state = (self.path / place / file.class_name / file.name).stat()
+                status = (self.path / folder / file.class_name / file.name).stat()
             except OSError:
-                states.update(b"gone")  # and will be named as broken
+                digest.update(b"gone")  # decoding will report it as broken
             else:
-                states.update(repr((file, state.st_size, state.st_mtime_ns, state.st_ctime_ns)).encode())
-        return (str(self.path.resolve()), self.class_names, states.hexdigest())
+                digest.update(repr((file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
+        return (str(self.path.resolve()), self.class_names, digest.hexdigest())
 
     @cached_property
-    def _files(self) -> dict[Place, set[ImageFile]]:
-        return {place: set(self._split_files(place)) for place in get_args(Place)}
+    def _files(self) -> dict[SplitFolder, set[ImageFile]]:
+        return {folder: set(self._list(folder)) for folder in get_args(SplitFolder)}
 
-    def _split_files(self, place: Place) -> Iterator[ImageFile]:
+    def _list(self, folder: SplitFolder) -> Iterator[ImageFile]:
         try:
-            for folder in _entries(self.path / place):
-                if folder.is_dir():
+            for class_folder in _scan(self.path / folder):
+                if class_folder.is_dir():
                     yield from (
-                        ImageFile(folder.name, file.name)
-                        for file in _entries(Path(folder.path))
+                        ImageFile(class_folder.name, file.name)
+                        for file in _scan(Path(class_folder.path))
                         if _is_image(PurePosixPath(file.name)) and file.is_file()
                     )
         except OSError as error:
-            raise DataError(f"cannot list {error.filename} ({error.strerror})", "make it readable") from error
+            raise DataError(f"cannot list {error.filename} ({error_message(error)})", "make it readable") from error
 
-    def _contents(self, place: Place) -> Iterator[tuple[ImageFile, Path | bytes]]:
-        for file in sorted(self._files[place]):
-            yield file, self.path / place / file.class_name / file.name
+    def _contents(self, folder: SplitFolder) -> Iterator[tuple[ImageFile, Path | bytes]]:
+        for file in sorted(self._files[folder]):
+            yield file, self.path / folder / file.class_name / file.name
 
 
-class ImageArchiveDataset(_ImageFiles):
-    """A `.tar` archive of such a folder, read in place: nothing is unpacked to the disk."""
+class ImageArchiveDataset(_ImageFileDataset):
+    """A dataset of image files in a tar archive, compressed or not. Nothing is extracted to disk."""
 
-    def _identity(self, split: Split) -> object:  # noqa: ARG002 - one archive holds both
-        """The archive's own sha256: a hundredth of the time that it takes to decode what is in it."""
+    def _identity(self, split: Split) -> object:  # noqa: ARG002 - the archive contains both splits
+        """Return the SHA-256 of the archive. This takes about 1% of the time to decode its images."""
         try:
             with self.path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise DataError(f"cannot read {self.path} ({error.strerror})", "make it readable") from error
+            raise DataError(f"cannot read {self.path} ({error_message(error)})", "make it readable") from error
 
     @cached_property
-    def _members(self) -> dict[tuple[Place, ImageFile], int]:
-        """The number of each image's member; an archive may hold a file twice, and then the later one counts."""
+    def _members(self) -> dict[tuple[SplitFolder, ImageFile], int]:
+        """The index of each image's member. If an archive contains a file twice, the later one is used."""
         return {
-            found: number for number, (_, member) in enumerate(self._read()) if (found := _place_of(member)) is not None
+            image: index
+            for index, (_, member) in enumerate(self._read())
+            if (image := _parse_member(member)) is not None
         }
 
     @cached_property
-    def _files(self) -> dict[Place, set[ImageFile]]:
-        found: dict[Place, set[ImageFile]] = {place: set() for place in get_args(Place)}
-        for place, file in self._members:
-            found[place].add(file)
-        return found
+    def _files(self) -> dict[SplitFolder, set[ImageFile]]:
+        files: dict[SplitFolder, set[ImageFile]] = {folder: set() for folder in get_args(SplitFolder)}
+        for folder, file in self._members:
+            files[folder].add(file)
+        return files
 
-    def _contents(self, place: Place) -> Iterator[tuple[ImageFile, Path | bytes]]:
-        for number, (archive, member) in enumerate(self._read()):
-            found = _place_of(member)
-            wanted = found is not None and found[0] == place and self._members.get(found) == number
-            if found and wanted and (content := archive.extractfile(member)):
-                yield found[1], content.read()
+    def _contents(self, folder: SplitFolder) -> Iterator[tuple[ImageFile, Path | bytes]]:
+        for index, (archive, member) in enumerate(self._read()):
+            image = _parse_member(member)
+            if image is None or image[0] != folder or self._members.get(image) != index:
+                continue
+            if content := archive.extractfile(member):
+                yield image[1], content.read()
 
     def _read(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-        """Every member in turn, to the very end of the archive."""
+        """Yield every member, and read the archive to its end."""
         with self._open() as archive:
             while member := archive.next():
-                archive.members.clear()  # type: ignore[attr-defined] # it holds on to all of them: maybe millions
+                archive.members.clear()  # type: ignore[attr-defined] # a TarFile keeps every member, possibly millions
                 yield archive, member
 
     @contextmanager
@@ -239,55 +244,50 @@ class ImageArchiveDataset(_ImageFiles):
         try:
             with tarfile.open(self.path) as archive:
                 yield archive
-                while archive.fileobj and archive.fileobj.read(_CHUNK):
-                    pass  # to the end of the file, where gzip's checksum stands
-        except _DAMAGE as error:
+                while archive.fileobj and archive.fileobj.read(_READ_SIZE):
+                    pass  # gzip checks its checksum at the end of the file
+        except _DAMAGED_ARCHIVE as error:
             raise DataError(f"{self.path} is truncated or damaged ({error})", "copy or download it again") from error
 
 
-def open_image_files(path: Path, broken: Broken = "refuse") -> Dataset:
-    """A folder or an archive of image files.
+def open_image_dataset(path: Path, on_error: OnError = "raise") -> Dataset:
+    """Open a folder or an archive of image files.
 
     Args:
         path: the folder or archive.
-        broken: whether files that cannot be read as images are refused, or left out with a warning.
+        on_error: "raise" a `DataError` for files that cannot be read as images, or "skip" them with a warning.
 
     Raises:
-        DataError: it is neither, or has no classes.
+        DataError: the path is neither a folder nor an archive.
     """
     if path.is_dir():
-        return ImageFolderDataset(path, broken)
+        return ImageFolderDataset(path, on_error)
     try:
         with tarfile.open(path) as archive:
             next(islice(archive, 1), None)
-    except _DAMAGE as error:
-        reason = str(error).split(":\n")[0]  # below it, tarfile lists every compression it tried
-        raise DataError(f"{path} is not a folder or a .tar.gz of one ({reason})", f"lay it out as {LAYOUT}") from error
-    return ImageArchiveDataset(path, broken)
+    except _DAMAGED_ARCHIVE as error:
+        reason = str(error).split(":\n")[0]  # the following lines list every compression that tarfile tried
+        raise DataError(f"{path} is not a folder or a .tar.gz of one ({reason})", f"use the layout {LAYOUT}") from error
+    return ImageArchiveDataset(path, on_error)
 
 
-def _in_threads(
-    work: Callable[[ImageFile, Path | bytes], None], contents: Iterator[tuple[ImageFile, Path | bytes]]
+def _for_each_in_threads(
+    function: Callable[[ImageFile, Path | bytes], None], contents: Iterator[tuple[ImageFile, Path | bytes]]
 ) -> None:
-    """Do the work on every file, in as many threads as there are CPUs, and with few files waiting in memory."""
+    """Call a function for every file, in one thread per CPU, with a limited number of files in memory."""
     threads = available_cpus()
 
-    def several(part: Iterable[tuple[ImageFile, Path | bytes]]) -> None:
-        for file, content in part:
-            work(file, content)
+    def process(batch: list[tuple[ImageFile, Path | bytes]]) -> None:
+        for file, content in batch:
+            function(file, content)
 
-    waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        while part := list(islice(contents, _AT_ONCE)):
-            waiting.append(pool.submit(several, part))
-            if len(waiting) > 2 * threads:
-                waiting.popleft().result()
-        for future in waiting:
-            future.result()
+        for _ in prefetch(pool, process, batched(contents, _BATCH_SIZE), max_pending=2 * threads):
+            pass
 
 
-def _entries(folder: Path) -> list["os.DirEntry[str]"]:
-    """What is in a folder; nothing where there is none."""
+def _scan(folder: Path) -> list["os.DirEntry[str]"]:
+    """Return the entries of a folder, or an empty list if it is not a folder."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -299,22 +299,20 @@ def _is_image(path: PurePosixPath) -> bool:
     return not path.name.startswith(".") and path.suffix.lower() in Image.registered_extensions()
 
 
-def _place_of(member: tarfile.TarInfo) -> tuple[Place, ImageFile] | None:
-    """Where a member of an archive belongs, or None; the layout may stand below one folder."""
+def _parse_member(member: tarfile.TarInfo) -> tuple[SplitFolder, ImageFile] | None:
+    """Return the split folder and file of an archive member, or None if it is not an image of the dataset.
+
+    The layout can be in one parent folder, as in archives made from outside the dataset's folder.
+    """
     path = PurePosixPath(member.name)
     match path.parts[-3:]:
-        case ("train" | "test" | "val" | "valid" as place, class_name, name) if member.isfile() and (
+        case ("train" | "test" | "val" | "valid" as folder, class_name, name) if member.isfile() and (
             len(path.parts) <= 4 and _is_image(path)
         ):
-            return place, ImageFile(class_name, name)
+            return folder, ImageFile(class_name, name)
     return None
 
 
-def _subject(content: Path | bytes) -> str:
-    """What an ImageError calls it."""
-    return str(content) if isinstance(content, Path) else f"{len(content)} bytes"
-
-
 def _printable(name: str) -> str:
-    """A name that any file may carry, in text that any file may hold."""
+    """Replace the surrogates of a file name that is not valid UTF-8."""
     return name.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""The mean and deviation of training images, a channel."""
+"""The per-channel mean and standard deviation of the training images."""
 
 import msgspec
 import numpy as np
@@ -6,24 +6,29 @@ from numpy.typing import NDArray
 
 from cifarx_serve.spec import InputSpec
 
-_ROWS = 1024  # images counted at once: bounds the memory
-_DIGITS = 4  # as such constants are published; a reader can check them
+_CHUNK = 1024  # images per step, which limits the memory use
+_DIGITS = 4  # as many as published constants have, so that they are easy to compare
 
 
-def normalized(spec: InputSpec, images: NDArray[np.uint8]) -> InputSpec:
-    """The input spec that brings these images, uint8 (N, height, width, 3), to mean 0 and deviation 1 a channel.
+def fit_normalization(spec: InputSpec, images: NDArray[np.uint8]) -> InputSpec:
+    """Return `spec` with the mean and std that normalize these images to mean 0 and standard deviation 1 per channel.
 
-    A channel without any deviation keeps its scale. Exact but for the rounding: computed from counts of grey levels.
+    The statistics are computed exactly, from a histogram per channel, and then rounded to four digits. A channel
+    without any deviation gets a std of 1.
+
+    Args:
+        spec: the input spec, whose value range the statistics refer to.
+        images: uint8 (N, height, width, 3).
     """
     counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), _ROWS):
-        part = np.asarray(images[start : start + _ROWS]).reshape(-1, 3)
+    for start in range(0, len(images), _CHUNK):
+        pixels = np.asarray(images[start : start + _CHUNK]).reshape(-1, 3)
         for channel in range(3):
-            counts[channel] += np.bincount(part[:, channel], minlength=256)
+            counts[channel] += np.bincount(pixels[:, channel], minlength=256)
     low, high = spec.value_range
     levels = low + (high - low) * np.arange(256) / 255
-    shares = counts / counts.sum(1, keepdims=True)
-    mean = shares @ levels
-    deviation = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1)).round(_DIGITS)
+    frequencies = counts / counts.sum(1, keepdims=True)
+    mean = frequencies @ levels
+    deviation = np.sqrt((frequencies * (levels - mean[:, None]) ** 2).sum(1)).round(_DIGITS)
     std = np.where(deviation > 0, deviation, 1.0)
     return msgspec.structs.replace(spec, mean=tuple(mean.round(_DIGITS).tolist()), std=tuple(std.tolist()))

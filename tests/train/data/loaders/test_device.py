@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from cifarx_serve.images.preprocess import scale
+from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import LabeledImages
-from cifarx_train.data.loaders.device import DeviceImages, ToInput
+from cifarx_train.data.loaders.device import DeviceLoader, InputTransform
 
 PLAIN = InputSpec(height=2, width=3)
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ means = st.floats(-1, 1, width=32)
 deviations = st.floats(0.0625, 2, width=32)
 
 
-def numbered(count: int) -> LabeledImages:
-    """Images that are their own numbers in every pixel, with labels that are ten times that."""
+def indexed_images(count: int) -> LabeledImages:
+    """Return images whose pixels all have the value of their index, and labels of ten times the index."""
     images = np.broadcast_to(np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1), (count, 2, 3, 3)).copy()
     return LabeledImages(images, np.arange(count, dtype=np.int64) * 10)
 
@@ -32,51 +32,51 @@ def numbered(count: int) -> LabeledImages:
 
 
 @given(order=st.permutations(range(13)), batch_size=st.integers(1, 15))
-def test_any_order_keeps_images_and_labels_together(order: list[int], batch_size: int) -> None:
-    data = numbered(13)
-    batches = list(DeviceImages(data, CPU).batches(torch.tensor(order).split(batch_size)))
+def test_images_and_labels_stay_together_in_any_order(order: list[int], batch_size: int) -> None:
+    data = indexed_images(13)
+    batches = list(DeviceLoader(data, CPU).batches(torch.tensor(order).split(batch_size)))
     assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert 1 <= len(batches[-1][1]) <= batch_size
     assert torch.cat([labels for _, labels in batches]).tolist() == [10 * number for number in order]
     assert np.array_equal(torch.cat([images for images, _ in batches]).numpy(), data.images[order])
 
 
-def test_batches_are_as_they_are_asked_for() -> None:
+def test_batches_contain_the_given_indices() -> None:
     order = [torch.tensor([3]), torch.tensor([1, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([0, 4, 2])]
-    batches = list(DeviceImages(numbered(5), CPU).batches(order))
+    batches = list(DeviceLoader(indexed_images(5), CPU).batches(order))
     assert [labels.tolist() for _, labels in batches] == [[30], [10, 10], [], [0, 40, 20]]
     assert all((images.dtype, labels.dtype) == (torch.uint8, torch.int64) for images, labels in batches)
     assert [tuple(images.shape) for images, _ in batches] == [(n, 2, 3, 3) for n in (1, 2, 0, 3)]
 
 
 def test_a_batch_is_a_copy() -> None:
-    data, order = DeviceImages(numbered(5), CPU), [torch.arange(5)]
+    data, order = DeviceLoader(indexed_images(5), CPU), [torch.arange(5)]
     next(iter(data.batches(order)))[0].zero_()
     assert next(iter(data.batches(order)))[0].sum() > 0
 
 
-def test_a_split_is_as_long_as_it_has_images() -> None:
-    assert len(DeviceImages(numbered(7), CPU)) == 7
+def test_length_is_the_number_of_images() -> None:
+    assert len(DeviceLoader(indexed_images(7), CPU)) == 7
 
 
-def test_images_mapped_from_a_file_give_no_warning(tmp_path: Path) -> None:
-    data = numbered(9)
+def test_memory_mapped_images_cause_no_warning(tmp_path: Path) -> None:
+    data = indexed_images(9)
     np.save(tmp_path / "images.npy", data.images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        there = DeviceImages(LabeledImages(mapped, data.labels), CPU)
-        images, _ = next(iter(there.batches([torch.tensor([8, 2])])))
+        loader = DeviceLoader(LabeledImages(mapped, data.labels), CPU)
+        images, _ = next(iter(loader.batches([torch.tensor([8, 2])])))
     assert np.array_equal(images.numpy(), data.images[[8, 2]])
 
 
-# --- the network's input
+# --- input transform
 
 
-def test_every_level_is_its_255th_part() -> None:
+def test_every_level_is_divided_by_255() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     expected = (np.arange(256, dtype=np.float32) / np.float32(255)).reshape(16, 16)
-    assert all(np.array_equal(channel, expected) for channel in ToInput(PLAIN, CPU)(levels)[0].numpy())
+    assert all(np.array_equal(channel, expected) for channel in InputTransform(PLAIN, CPU)(levels)[0].numpy())
 
 
 @given(
@@ -87,7 +87,7 @@ def test_every_level_is_its_255th_part() -> None:
     std=st.tuples(deviations, deviations, deviations),
     channels_last=st.booleans(),
 )
-def test_training_and_serving_give_the_network_the_same_bits(
+def test_training_and_serving_have_bit_identical_inputs(
     pixels: NDArray[np.uint8],
     low: float,
     high: float,
@@ -96,9 +96,9 @@ def test_training_and_serving_give_the_network_the_same_bits(
     channels_last: bool,
 ) -> None:
     spec = InputSpec(height=pixels.shape[1], width=pixels.shape[2], value_range=(low, high), mean=mean, std=std)
-    there = ToInput(spec, CPU, channels_last=channels_last)(torch.from_numpy(pixels)).numpy()
-    assert there.dtype == np.float32
-    assert there.tobytes() == scale(pixels, spec).tobytes()
+    inputs = InputTransform(spec, CPU, channels_last=channels_last)(torch.from_numpy(pixels)).numpy()
+    assert inputs.dtype == np.float32
+    assert inputs.tobytes() == normalize(pixels, spec).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -111,35 +111,35 @@ def test_training_and_serving_give_the_network_the_same_bits(
         InputSpec(height=2, width=3, value_range=(0.0, 255.0)),
     ],
 )
-def test_also_of_every_level_at_once(spec: InputSpec) -> None:
+def test_all_levels_have_bit_identical_inputs(spec: InputSpec) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     pixels[0, :8, :, :] = np.arange(256, dtype=np.uint8).reshape(8, 32, 1)
-    assert ToInput(spec, CPU)(torch.from_numpy(pixels)).numpy().tobytes() == scale(pixels, spec).tobytes()
+    assert InputTransform(spec, CPU)(torch.from_numpy(pixels)).numpy().tobytes() == normalize(pixels, spec).tobytes()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_memory_layout_is_the_one_asked_for(channels_last: bool) -> None:
+def test_memory_format(channels_last: bool) -> None:
     images = torch.zeros(4, 6, 5, 3, dtype=torch.uint8)
-    there = ToInput(PLAIN, CPU, channels_last=channels_last)(images)
-    assert there.shape == (4, 3, 6, 5)
-    assert there.is_contiguous(memory_format=torch.channels_last) == channels_last
-    assert there.is_contiguous() != channels_last
+    inputs = InputTransform(PLAIN, CPU, channels_last=channels_last)(images)
+    assert inputs.shape == (4, 3, 6, 5)
+    assert inputs.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert inputs.is_contiguous() != channels_last
 
 
-def test_the_images_stay_as_they_are() -> None:
-    images = torch.from_numpy(numbered(5).images)
+def test_the_images_are_not_changed() -> None:
+    images = torch.from_numpy(indexed_images(5).images)
     before = images.clone()
-    ToInput(InputSpec(height=2, width=3, mean=(0.1, 0.2, 0.3)), CPU)(images)
+    InputTransform(InputSpec(height=2, width=3, mean=(0.1, 0.2, 0.3)), CPU)(images)
     assert torch.equal(images, before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_gpu_gives_the_same_bits(channels_last: bool) -> None:
+def test_a_gpu_has_bit_identical_inputs(channels_last: bool) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     spec = InputSpec(height=32, width=32, mean=(0.49, 0.48, 0.44), std=(0.2, 0.2, 0.25))
     device = torch.device("cuda")
-    split = DeviceImages(LabeledImages(pixels, np.zeros(50, np.int64)), device)
-    images, _ = next(iter(split.batches([torch.arange(50)])))
-    inputs = ToInput(spec, device, channels_last=channels_last)(images)
-    assert inputs.cpu().numpy().tobytes() == scale(pixels, spec).tobytes()
+    loader = DeviceLoader(LabeledImages(pixels, np.zeros(50, np.int64)), device)
+    images, _ = next(iter(loader.batches([torch.arange(50)])))
+    inputs = InputTransform(spec, device, channels_last=channels_last)(images)
+    assert inputs.cpu().numpy().tobytes() == normalize(pixels, spec).tobytes()

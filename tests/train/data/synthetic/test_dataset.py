@@ -18,7 +18,7 @@ def splits() -> dict[Split, LabeledImages]:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_splits_are_balanced_images_of_ten_classes(splits: dict[Split, LabeledImages], split: Split) -> None:
+def test_splits_have_the_same_number_of_images_per_class(splits: dict[Split, LabeledImages], split: Split) -> None:
     images, labels = splits[split].images, splits[split].labels
     assert (images.shape[1:], images.dtype, labels.dtype) == ((32, 32, 3), np.uint8, np.int64)
     counts = np.bincount(labels)
@@ -27,31 +27,31 @@ def test_splits_are_balanced_images_of_ten_classes(splits: dict[Split, LabeledIm
     assert len(images) == len(labels) == counts.sum()
 
 
-def test_there_are_enough_test_images_for_a_proof(splits: dict[Split, LabeledImages]) -> None:
+def test_there_are_enough_test_images_for_a_parity_check(splits: dict[Split, LabeledImages]) -> None:
     assert len(splits["test"]) >= 1000
     assert len(splits["train"]) > len(splits["test"])
 
 
-def test_no_test_image_is_a_training_image(splits: dict[Split, LabeledImages]) -> None:
+def test_images_are_unique(splits: dict[Split, LabeledImages]) -> None:
     seen = {image.tobytes() for image in splits["train"].images}
     assert len(seen) == len(splits["train"])
     assert not any(image.tobytes() in seen for image in splits["test"].images)
 
 
-def test_the_classes_are_cifar10s_and_it_says_that_they_are_drawn() -> None:
+def test_classes_are_those_of_cifar10_and_the_name_mentions_drawings() -> None:
     data = SyntheticDataset()
     assert data.class_names == CIFAR10_CLASSES
     assert data.kind == "builtin"
     assert "drawings" in data.name
 
 
-def test_it_is_the_same_every_time(splits: dict[Split, LabeledImages]) -> None:
+def test_loading_twice_returns_the_same_data(splits: dict[Split, LabeledImages]) -> None:
     again = SyntheticDataset().load("test", SPEC)
     assert np.array_equal(again.images, splits["test"].images)
     assert np.array_equal(again.labels, splits["test"].labels)
 
 
-def test_another_size_is_resized_as_everywhere(splits: dict[Split, LabeledImages]) -> None:
+def test_another_size_is_resized_as_for_inference(splits: dict[Split, LabeledImages]) -> None:
     larger = InputSpec(height=40, width=48, resize="bicubic")
     data = SyntheticDataset().load("test", larger)
     assert data.images.shape == (len(splits["test"]), 40, 48, 3)

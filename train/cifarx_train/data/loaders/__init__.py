@@ -1,1 +1,1 @@
-"""Loaders: batches from device memory or streamed from the host."""
+"""Loaders, which form batches on the training device from images in its memory or streamed from the host."""

@@ -1,9 +1,8 @@
-"""A split that does not fit on the training device, streamed there through pinned memory."""
+"""A loader for splits that do not fit in the memory of the training device."""
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -17,24 +16,30 @@ from numpy.typing import NDArray
 
 from cifarx_serve.errors import DataError
 from cifarx_serve.system.cpus import available_cpus
+from cifarx_serve.system.prefetch import prefetch
 from cifarx_train.data.dataset import LabeledImages
-from cifarx_train.data.loaders.streaming_worker import serve
+from cifarx_train.data.loaders.streaming_worker import run_worker
 
 _Connection: TypeAlias = "Connection[bytes, bytes]"
 
-_MOST_WORKERS: Final = 8  # they copy decoded images, which a few do faster than any device trains
+_MAX_WORKERS: Final = 8  # workers only copy decoded images, so a few are faster than any device can train
 
 
-class StreamedImages:
-    """A split kept where it is: workers gather batches ahead, and give them in the order they are asked for.
+class StreamingLoader:
+    """Streams batches to the device through pinned memory. Workers gather them ahead, in order.
 
-    Images mapped from a file are read by processes, which do not hold up the one that trains while they wait for the
-    disk; images in memory are gathered by threads. The workers start with the first batch and stay for the next epoch.
-    They end with this object, or with an iterator that is closed before its end.
+    Memory-mapped images are read by processes, so that waiting for the disk does not block the training process. Images
+    in memory are gathered by threads. The workers start with the first batch and are reused for the next epoch. They
+    end with the loader, or when an iterator is closed early.
+
+    Args:
+        data: the split. It stays where it is.
+        device: the training device.
     """
 
-    # Not torch's DataLoader: its workers take seconds to start, hold PyTorch in memory each, now and then abort when
-    # they are ended early, and a signal handler raises what ended them wherever the process that trains happens to be.
+    # This does not use PyTorch's DataLoader: each of its workers takes seconds to start and loads PyTorch into memory,
+    # they sometimes abort when they are ended early, and it reports a dead worker from a signal handler, which raises
+    # the exception at an arbitrary point of the training process.
 
     def __init__(self, data: LabeledImages, device: torch.device) -> None:
         self.labels = torch.from_numpy(data.labels).to(device)
@@ -45,101 +50,95 @@ class StreamedImages:
         return len(self.labels)
 
     def batches(self, order: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images uint8 (n, height, width, 3) and labels int64 (n,) on the device, a batch for each of `order`.
+        """Yield the images, uint8 (n, height, width, 3), and labels, int64 (n,), of each batch on the device.
 
         Args:
-            order: the numbers of each batch's images, int64 (n,), on the CPU.
+            order: the indices of the images of each batch, int64 (n,), on the CPU.
 
         Raises:
-            DataError: a worker process ended, or could not read the images.
+            DataError: a worker process exited or could not read the images.
         """
         device = self.labels.device
-        workers, self._idle = self._idle or self._start(), None  # of two iterators at once, each has its own
+        workers, self._idle = self._idle or self._start_workers(), None  # a concurrent iterator starts its own
         try:
-            for chosen, images in zip(order, workers.gather(order), strict=True):
-                yield images.to(device, non_blocking=True), self.labels[chosen.to(device, non_blocking=True)]
+            for indices, images in zip(order, workers.gather(order), strict=True):
+                yield images.to(device, non_blocking=True), self.labels[indices.to(device, non_blocking=True)]
         except BaseException:
-            workers.end()
+            workers.close()
             raise
         self._idle = workers
 
-    def _start(self) -> "_Workers":
-        count = min(available_cpus(), _MOST_WORKERS)
-        pinned = self.labels.device.type == "cuda"  # or the host would wait for the end of every copy
+    def _start_workers(self) -> "_Workers":
+        count = min(available_cpus(), _MAX_WORKERS)
+        pinned = self.labels.device.type == "cuda"  # copies from pageable memory would block the host
         if self._data.file:
-            return _Processes(count, self._data.file, self._data.images.shape[1:], pinned)
-        return _Threads(count, self._data.images, pinned)
+            return _ProcessWorkers(count, self._data.file, self._data.images.shape[1:], pinned)
+        return _ThreadWorkers(count, self._data.images, pinned)
 
 
 class _Workers(ABC):
     @abstractmethod
     def gather(self, order: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The images of each batch in turn, uint8 (n, height, width, 3), in host memory."""
+        """Yield the images of each batch in order, uint8 (n, height, width, 3), in host memory."""
 
     @abstractmethod
-    def end(self) -> None:
-        """End the workers and wait for that."""
+    def close(self) -> None:
+        """End the workers and wait until they have ended."""
 
 
-class _Threads(_Workers):
+class _ThreadWorkers(_Workers):
     def __init__(self, count: int, images: NDArray[np.uint8], pinned: bool) -> None:
         self._count, self._images, self._pinned = count, images, pinned
         self._pool = ThreadPoolExecutor(count)
 
     def gather(self, order: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        waiting: deque[Future[torch.Tensor]] = deque()
-        for chosen in order:
-            waiting.append(self._pool.submit(self._take, chosen))
-            if len(waiting) > self._count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from prefetch(self._pool, self._take, order, max_pending=self._count)
 
-    def _take(self, chosen: torch.Tensor) -> torch.Tensor:
-        images = torch.from_numpy(self._images[chosen.numpy()])
+    def _take(self, indices: torch.Tensor) -> torch.Tensor:
+        images = torch.from_numpy(self._images[indices.numpy()])
         return images.pin_memory() if self._pinned else images
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-class _Processes(_Workers):
-    """Each has a connection of its own and gathers one batch at a time, while the others' wait to be taken."""
+class _ProcessWorkers(_Workers):
+    """Worker processes, each with its own pipe. Each holds one gathered batch until it is received."""
 
     def __init__(self, count: int, file: Path, image_shape: tuple[int, ...], pinned: bool) -> None:
         self._file, self._image_shape, self._pinned = file, image_shape, pinned
         self._connections: list[_Connection] = []
         self._processes: list[SpawnProcess] = []
-        self._finalizer = finalize(self, _end, self._connections, self._processes)
-        # A fork would copy the locks of this process's threads as they are at that moment, and breaks CUDA. The path
-        # goes to the workers, not the mapped array: pickling that would copy all of it.
+        self._finalizer = finalize(self, _end_processes, self._connections, self._processes)
+        # A fork would copy the locks of all threads in their current state, and CUDA does not support it. The workers
+        # are given the path, because pickling the memory-mapped array would copy all of it.
         context = get_context("spawn")
         for _ in range(count):
-            here, there = context.Pipe()
-            self._connections.append(here)
-            process = context.Process(target=serve, args=(there, file), daemon=True)
+            connection, worker_connection = context.Pipe()
+            self._connections.append(connection)
+            process = context.Process(target=run_worker, args=(worker_connection, file), daemon=True)
             process.start()
             self._processes.append(process)
-            there.close()  # so that the end of the process is the end of what can be read here
+            worker_connection.close()  # so that reading raises EOFError when the process ends
 
     def gather(self, order: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         count = len(self._connections)
         try:
-            for connection, chosen in zip(self._connections, order, strict=False):
-                connection.send_bytes(chosen.numpy().data)
-            for number, chosen in enumerate(order):
+            for connection, indices in zip(self._connections, order, strict=False):
+                connection.send_bytes(indices.numpy().data)
+            for number, indices in enumerate(order):
                 connection = self._connections[number % count]
-                images = self._receive(connection, len(chosen))
+                images = self._receive(connection, len(indices))
                 if number + count < len(order):
-                    # Only now: were both sides to write at once into full pipes, they would wait for ever.
+                    # Not earlier: if both processes wrote into full pipes at once, they would deadlock.
                     connection.send_bytes(order[number + count].numpy().data)
                 yield images
         except (EOFError, OSError) as error:
-            self.end()
-            ends = sorted({str(process.exitcode) for process in self._processes if process.exitcode})
+            self.close()
+            statuses = sorted({str(process.exitcode) for process in self._processes if process.exitcode})
             raise DataError(
-                f"a process that reads {self._file} ended (exit status {', '.join(ends) or 0})",
-                "train again: with less memory in use, if that was short, and with the file in its place",
+                f"a worker process that reads {self._file} exited with status {', '.join(statuses) or 0}",
+                "free memory if it ran out, restore the file if it is gone, and train again",
             ) from error
 
     def _receive(self, connection: _Connection, count: int) -> torch.Tensor:
@@ -147,12 +146,12 @@ class _Processes(_Workers):
         connection.recv_bytes_into(images.view(-1).numpy())
         return images
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._finalizer()
 
 
-def _end(connections: list[_Connection], processes: list[SpawnProcess]) -> None:
+def _end_processes(connections: list[_Connection], processes: list[SpawnProcess]) -> None:
     for connection in connections:
-        connection.close()  # which every worker takes for its end
+        connection.close()  # ends the worker
     for process in processes:
         process.join()

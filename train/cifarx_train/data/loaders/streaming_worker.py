@@ -1,4 +1,8 @@
-"""What runs in a process that gathers batches from images on the disk. No PyTorch: it takes seconds to start."""
+"""The worker process of `StreamingLoader`, which gathers batches from images on disk.
+
+A worker process imports the module of its function, so this module must not import PyTorch: without it the import takes
+0.2 s and 30 MB of memory, whereas `streaming` takes 4 s and 660 MB (CPU build of PyTorch, two cores).
+"""
 
 import signal
 from contextlib import suppress
@@ -8,16 +12,16 @@ from pathlib import Path
 import numpy as np
 
 
-def serve(connection: "Connection[bytes, bytes]", file: Path) -> None:
-    """Answer each message, the int64 numbers of images, with the bytes of those images, until the other side closes.
+def run_worker(connection: "Connection[bytes, bytes]", file: Path) -> None:
+    """Receive the indices of images, int64, and send back the bytes of the images, until the connection is closed.
 
     Args:
-        connection: to the process that trains; it ends when that process does, however it does.
+        connection: the pipe to the training process. It is also closed if that process is killed.
         file: an `.npy` file of uint8 (N, height, width, 3).
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the process that trains ends this one
-    with suppress(EOFError, OSError, ValueError):  # the other side tells of it, once for all workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the training process ends this one
+    with suppress(EOFError, OSError, ValueError):  # the training process reports the error, once for all workers
         images = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
         while True:
-            chosen = np.frombuffer(connection.recv_bytes(), np.int64)
-            connection.send_bytes(images[chosen].reshape(-1).data)
+            indices = np.frombuffer(connection.recv_bytes(), np.int64)
+            connection.send_bytes(images[indices].reshape(-1).data)

@@ -1,18 +1,17 @@
-"""The built-in data set: ten classes of little pictograms, drawn by code, so that everything runs offline.
+"""Draws the images of the synthetic dataset, bit for bit the same on every machine.
 
-The names and their order are CIFAR-10's, and so is the shape of an image: 32 x 32 pixels, RGB, one byte per
-channel.  Every image shows its class's pictogram at a random place, size, angle and stretch, in random
-colours, over a random gradient, among random clutter and under pixel noise.  Whether the figure is lighter or
-darker than its background is drawn by lot, so a mean colour tells nothing about the class.
+Every image shows the icon of its class at a random position, size, angle and stretch, in random colors, over a random
+gradient, among random clutter and under pixel noise. Whether the icon is lighter or darker than its background is
+random, so the mean color of an image carries no information about its class.
 
-The drawing is the same, bit for bit, on every machine, because it is made only of
+The images are reproducible because they are computed only from
 
-* PCG64's raw 64-bit stream, which numpy promises to keep (``Generator``'s distributions come without that);
-* ``+ - * /``, ``sqrt``, comparisons and rounding to integers in float64, each of which IEEE 754 defines
-  exactly (``sin`` and ``cos`` differ between libraries, so a rotation is built from rational functions);
-* integer arithmetic, and stable sorting.
+* the raw 64-bit stream of PCG64, which NumPy guarantees not to change (it does not for `Generator`'s distributions);
+* `+ - * /`, `sqrt`, comparisons and rounding to integers in float64, all of which IEEE 754 defines exactly (`sin` and
+  `cos` differ between math libraries, so rotations are built from rational functions);
+* integer arithmetic and stable sorting.
 
-No reduction (``sum``, ``mean``, ``dot``) touches a float: numpy may order its additions differently per CPU.
+Floats are never reduced (`sum`, `mean`, `dot`): NumPy may order the additions differently on different CPUs.
 """
 
 from collections.abc import Sequence
@@ -21,120 +20,111 @@ from typing import Final, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_train.data.dataset import Split
-from cifarx_train.data.synthetic.pictograms import (
+from cifarx_train.data.synthetic.icons import (
     ACCENT,
     BACKGROUND,
     BODY,
     CLUTTER_A,
     CLUTTER_B,
     DARK,
+    ICONS,
     LIGHT,
-    PICTOGRAMS,
     ROLES,
     Ellipse,
-    Part,
     Point,
     Polygon,
+    Shape,
     disc,
 )
-from cifarx_train.data.synthetic.rng import Floats, Shorts, Source
+from cifarx_train.data.synthetic.rng import Float64Array, Int16Array, PortableGenerator
 
-CLASS_NAMES: Final[tuple[str, ...]] = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
-TRAIN_IMAGES: Final = 10_000
-TEST_IMAGES: Final = 2_000
-
-Bytes: TypeAlias = NDArray[np.uint8]
+UInt8Array: TypeAlias = NDArray[np.uint8]
 
 SIDE: Final = 32
-SAMPLES: Final = 2 * SIDE  # per axis: every pixel is sampled 2 x 2
-# Images drawn at once, all of one class: few enough for the masks to stay in the cache, and a divisor of the
-# number of images per class.
-CHUNK: Final = 200
-SEEDS: Final[dict[Split, int]] = {"train": 20_090_408, "test": 19_980_731}
+SAMPLES: Final = 2 * SIDE  # per axis: every pixel is sampled at 2x2 points
 
 BLOBS: Final = (CLUTTER_A, CLUTTER_B, CLUTTER_A, CLUTTER_B)
 
 
 class Pose(NamedTuple):
-    """Per image, the affine map from pixel coordinates (origin in the middle) to local ones; float64 (n,).
+    """The affine map of each image from pixel coordinates (origin in the middle) to local ones, float64 (n,).
 
     local x = xx * x + xy * y + x0, local y = yx * x + yy * y + y0.
     """
 
-    xx: Floats
-    xy: Floats
-    x0: Floats
-    yx: Floats
-    yy: Floats
-    y0: Floats
+    xx: Float64Array
+    xy: Float64Array
+    x0: Float64Array
+    yx: Float64Array
+    yy: Float64Array
+    y0: Float64Array
 
 
 class Spans(NamedTuple):
-    """Per image and sample row, the first and last covered x, float64 (n, SAMPLES); empty if first > last."""
+    """The first and last covered x in each row of samples, float64 (n, SAMPLES); empty where first > last."""
 
-    first: Floats
-    last: Floats
+    first: Float64Array
+    last: Float64Array
 
 
 def sample_order() -> NDArray[np.int8]:
-    """The index of every sample along an axis, int8 (SAMPLES,): all pixels' first samples, then the second.
+    """Return the sample indices along an axis, int8 (SAMPLES,): the first sample of every pixel, then the second.
 
-    So a pixel's two samples lie in separate halves of the axis, and adding them up adds contiguous blocks.
+    The two samples of a pixel then lie in different halves of the axis, so adding them adds contiguous blocks.
     """
     pixel = np.arange(SIDE, dtype=np.int8)
     return np.concatenate([2 * pixel, 2 * pixel + 1]).astype(np.int8)
 
 
 SAMPLE_INDEX: Final = sample_order()
-SAMPLE_AT: Final[Floats] = (SAMPLE_INDEX.astype(np.float64) + 0.5) / 2.0 - SIDE / 2
+SAMPLE_POSITION: Final[Float64Array] = (SAMPLE_INDEX.astype(np.float64) + 0.5) / 2.0 - SIDE / 2
 
 
-def pose(centre_x: Floats, centre_y: Floats, reach_x: Floats, reach_y: Floats, tilt: Floats) -> Pose:
-    """The pose of figures at a centre, with a half-width and half-height in pixels; all (n,) float64.
+def make_pose(
+    center_x: Float64Array,
+    center_y: Float64Array,
+    half_width: Float64Array,
+    half_height: Float64Array,
+    tilt: Float64Array,
+) -> Pose:
+    """Return the pose of icons with a given center and size in pixels; all arguments are float64 (n,).
 
-    ``tilt`` is the tangent of half the angle; a negative ``reach_x`` flips the figure.
+    Args:
+        center_x: the x coordinate of the center.
+        center_y: the y coordinate of the center.
+        half_width: half of the width; a negative value mirrors the icon.
+        half_height: half of the height.
+        tilt: the tangent of half the rotation angle.
     """
     square = tilt * tilt
     cos, sin = (1.0 - square) / (1.0 + square), 2.0 * tilt / (1.0 + square)
-    xx, xy = cos / reach_x, sin / reach_x
-    yx, yy = -sin / reach_y, cos / reach_y
-    return Pose(xx, xy, -(xx * centre_x + xy * centre_y), yx, yy, -(yx * centre_x + yy * centre_y))
+    xx, xy = cos / half_width, sin / half_width
+    yx, yy = -sin / half_height, cos / half_height
+    return Pose(xx, xy, -(xx * center_x + xy * center_y), yx, yy, -(yx * center_x + yy * center_y))
 
 
-def ellipse_spans(at: Pose, part: Ellipse) -> Spans:
-    """The spans of an ellipse: in each row, where its quadratic form in x stays below one."""
-    (cx, cy), (rx, ry) = part.centre, part.radii
-    u, v = (at.xx / rx)[:, None], (at.yx / ry)[:, None]
-    u_row = (at.xy[:, None] * SAMPLE_AT + at.x0[:, None] - cx) / rx
-    v_row = (at.yy[:, None] * SAMPLE_AT + at.y0[:, None] - cy) / ry
+def ellipse_spans(pose: Pose, shape: Ellipse) -> Spans:
+    """Return the spans of an ellipse: the part of each row where its quadratic form in x is below one."""
+    (cx, cy), (rx, ry) = shape.center, shape.radii
+    u, v = (pose.xx / rx)[:, None], (pose.yx / ry)[:, None]
+    u_row = (pose.xy[:, None] * SAMPLE_POSITION + pose.x0[:, None] - cx) / rx
+    v_row = (pose.yy[:, None] * SAMPLE_POSITION + pose.y0[:, None] - cy) / ry
     square = u * u + v * v
     middle = -(u * u_row + v * v_row)
-    under = middle * middle - square * (u_row * u_row + v_row * v_row - 1.0)
-    half = np.where(under >= 0.0, np.sqrt(np.maximum(under, 0.0)), -1.0)
+    discriminant = middle * middle - square * (u_row * u_row + v_row * v_row - 1.0)
+    half = np.where(discriminant >= 0.0, np.sqrt(np.maximum(discriminant, 0.0)), -1.0)
     return Spans((middle - half) / square, (middle + half) / square)
 
 
-def polygon_spans(at: Pose, part: Polygon) -> Spans:
-    """The spans of a convex polygon: in each row, what all its edges' half-planes share."""
-    first = np.full((len(at.x0), SAMPLES), -np.inf)
-    last = np.full((len(at.x0), SAMPLES), np.inf)
-    x_row = at.xy[:, None] * SAMPLE_AT + at.x0[:, None]
-    y_row = at.yy[:, None] * SAMPLE_AT + at.y0[:, None]
-    for nx, ny, offset in half_planes(part.corners):
-        slope = nx * at.xx + ny * at.yx
-        slope = np.where(slope == 0.0, 1e-12, slope)[:, None]  # an edge along the row: no division by zero
+def polygon_spans(pose: Pose, shape: Polygon) -> Spans:
+    """Return the spans of a convex polygon: the part of each row that lies in the half-planes of all its edges."""
+    first = np.full((len(pose.x0), SAMPLES), -np.inf)
+    last = np.full((len(pose.x0), SAMPLES), np.inf)
+    x_row = pose.xy[:, None] * SAMPLE_POSITION + pose.x0[:, None]
+    y_row = pose.yy[:, None] * SAMPLE_POSITION + pose.y0[:, None]
+    for nx, ny, offset in half_planes(shape.corners):
+        slope = nx * pose.xx + ny * pose.yx
+        slope = np.where(slope == 0.0, 1e-12, slope)[:, None]  # avoids 0 / 0 for an edge along the row
         crossing = -(nx * x_row + ny * y_row + offset) / slope
         first = np.where(slope > 0.0, np.maximum(first, crossing), first)
         last = np.where(slope > 0.0, last, np.minimum(last, crossing))
@@ -142,7 +132,7 @@ def polygon_spans(at: Pose, part: Polygon) -> Spans:
 
 
 def half_planes(corners: Sequence[Point]) -> list[tuple[float, float, float]]:
-    """Per edge (nx, ny, offset), with nx * x + ny * y + offset >= 0 inside."""
+    """Return (nx, ny, offset) for each edge of a polygon, with nx * x + ny * y + offset >= 0 inside."""
     area = 0.0
     planes = []
     for (x0, y0), (x1, y1) in zip(corners, (*corners[1:], corners[0]), strict=True):
@@ -152,111 +142,92 @@ def half_planes(corners: Sequence[Point]) -> list[tuple[float, float, float]]:
     return [(turn * nx, turn * ny, turn * offset) for nx, ny, offset in planes]
 
 
-def paint(canvas: Bytes, at: Pose, part: Part) -> None:
-    """Write the part's role over the samples it covers; ``canvas`` is (n, SAMPLES, SAMPLES) uint8."""
-    spans = ellipse_spans(at, part) if isinstance(part, Ellipse) else polygon_spans(at, part)
+def paint(canvas: UInt8Array, pose: Pose, shape: Shape) -> None:
+    """Write the role of a shape into the samples that it covers, in place; `canvas` is uint8 (n, SAMPLES, SAMPLES)."""
+    spans = ellipse_spans(pose, shape) if isinstance(shape, Ellipse) else polygon_spans(pose, shape)
     first = np.clip(np.ceil((spans.first + SIDE / 2) * 2.0 - 0.5), 0, SAMPLES).astype(np.int8)
     last = np.clip(np.floor((spans.last + SIDE / 2) * 2.0 - 0.5), -1, SAMPLES - 1).astype(np.int8)
     covered = first[:, :, None] <= SAMPLE_INDEX
     covered &= last[:, :, None] >= SAMPLE_INDEX
-    np.copyto(canvas, np.uint8(part.role), where=covered)
+    np.copyto(canvas, np.uint8(shape.role), where=covered)
 
 
-def figure_pose(source: Source, count: int) -> Pose:
-    """A random place, size, stretch, flip and small tilt for ``count`` figures."""
-    scale = source.uniform(10.5, 14.0, count)
-    stretch = source.uniform(0.88, 1.12, count)
-    return pose(
-        source.uniform(-4.0, 4.0, count),
-        source.uniform(-4.0, 4.0, count),
-        source.sign(count) * scale * stretch,
+def random_icon_pose(generator: PortableGenerator, count: int) -> Pose:
+    """Return a random position, size, stretch, flip and small rotation for `count` icons."""
+    scale = generator.uniform(10.5, 14.0, count)
+    stretch = generator.uniform(0.88, 1.12, count)
+    return make_pose(
+        generator.uniform(-4.0, 4.0, count),
+        generator.uniform(-4.0, 4.0, count),
+        generator.signs(count) * scale * stretch,
         scale / stretch,
-        source.uniform(-0.12, 0.12, count),
+        generator.uniform(-0.12, 0.12, count),
     )
 
 
-def blob_pose(source: Source, count: int) -> Pose:
-    """The unit disc turned into ``count`` small blobs or, where one radius is small, short lines."""
-    return pose(
-        source.uniform(-16.0, 16.0, count),
-        source.uniform(-16.0, 16.0, count),
-        source.uniform(1.0, 4.5, count),
-        source.uniform(0.5, 1.4, count),
-        source.uniform(-1.0, 1.0, count),
+def random_blob_pose(generator: PortableGenerator, count: int) -> Pose:
+    """Return poses that turn the unit disc into `count` small blobs, or short lines where one radius is small."""
+    return make_pose(
+        generator.uniform(-16.0, 16.0, count),
+        generator.uniform(-16.0, 16.0, count),
+        generator.uniform(1.0, 4.5, count),
+        generator.uniform(0.5, 1.4, count),
+        generator.uniform(-1.0, 1.0, count),
     )
 
 
-# How far a role's channels may depart from its level.
-TINT: Final[Floats] = np.array([20.0, 20.0, 26.0, 3.0, 3.0, 26.0, 26.0])
+# The largest difference between the channels of a role and its level.
+TINT: Final[Float64Array] = np.array([20.0, 20.0, 26.0, 3.0, 3.0, 26.0, 26.0])
 
 
-def colours(source: Source, count: int) -> Shorts:
-    """A palette per image, in bytes' range: int16 (ROLES, count, 3)."""
-    # The figure is lighter than its background, or darker.  Both keep to the lower half of the range: the
-    # brightness common to all images makes plain gradient descent unstable, so there is little of it.
-    polarity = source.sign(count)
-    contrast = polarity * source.uniform(62.0, 86.0, count)
-    middle = source.uniform(50.0, 66.0, count)
+def random_palettes(generator: PortableGenerator, count: int) -> Int16Array:
+    """Return a palette per image, int16 (ROLES, count, 3), with values in [0, 255]."""
+    # The icon is lighter or darker than its background. Both stay in the lower half of the range, because brightness
+    # that all images have in common makes plain gradient descent unstable.
+    polarity = generator.signs(count)
+    contrast = polarity * generator.uniform(62.0, 86.0, count)
+    middle = generator.uniform(50.0, 66.0, count)
     levels = np.empty((ROLES, count))
     levels[BACKGROUND] = middle - 0.5 * contrast
     levels[BODY] = middle + 0.5 * contrast
-    levels[ACCENT] = middle + source.uniform(-0.1, 0.15, count) * contrast
-    levels[DARK] = source.uniform(0.0, 10.0, count)
-    levels[LIGHT] = source.uniform(225.0, 250.0, count)
-    levels[CLUTTER_A] = source.uniform(20.0, 110.0, count)
-    levels[CLUTTER_B] = source.uniform(20.0, 110.0, count)
-    tints = source.uniform(-1.0, 1.0, ROLES, count, 3) * TINT[:, None, None]
+    levels[ACCENT] = middle + generator.uniform(-0.1, 0.15, count) * contrast
+    levels[DARK] = generator.uniform(0.0, 10.0, count)
+    levels[LIGHT] = generator.uniform(225.0, 250.0, count)
+    levels[CLUTTER_A] = generator.uniform(20.0, 110.0, count)
+    levels[CLUTTER_B] = generator.uniform(20.0, 110.0, count)
+    tints = generator.uniform(-1.0, 1.0, ROLES, count, 3) * TINT[:, None, None]
     return np.clip(np.rint(levels[:, :, None] + tints), 0, 255).astype(np.int16)
 
 
-def gradient(source: Source, count: int) -> Shorts:
-    """How far the background departs from its colour, int16 (count, 3, SIDE, SIDE)."""
-    at = (np.arange(SIDE) + 0.5) / SIDE - 0.5
-    along_x = source.uniform(-20.0, 20.0, count, 3, 1, 1) * at
-    along_y = source.uniform(-20.0, 20.0, count, 3, 1, 1) * at[:, None]
+def random_gradients(generator: PortableGenerator, count: int) -> Int16Array:
+    """Return what to add to the background color of each pixel, int16 (count, 3, SIDE, SIDE)."""
+    offset = (np.arange(SIDE) + 0.5) / SIDE - 0.5
+    along_x = generator.uniform(-20.0, 20.0, count, 3, 1, 1) * offset
+    along_y = generator.uniform(-20.0, 20.0, count, 3, 1, 1) * offset[:, None]
     return np.rint(along_x + along_y).astype(np.int16)
 
 
-def develop(canvas: Bytes, palette: Shorts, slope: Shorts) -> Shorts:
-    """Four times the colour of every pixel, int16 (n, 3, SIDE, SIDE), from the roles of its four samples."""
+def resolve_pixels(canvas: UInt8Array, palettes: Int16Array, gradients: Int16Array) -> Int16Array:
+    """Return four times the color of every pixel, int16 (n, 3, SIDE, SIDE): the sum over its four samples."""
     pixels = np.zeros((len(canvas), 3, SIDE, SIDE), dtype=np.int16)
     for role in range(ROLES):
-        shown = (canvas == role).view(np.uint8)
-        halves = shown[:, :SIDE] + shown[:, SIDE:]
-        hits = (halves[:, :, :SIDE] + halves[:, :, SIDE:]).astype(np.int16)[:, None]
-        colour = palette[role][:, :, None, None]
-        pixels += hits * (colour + slope if role == BACKGROUND else colour)
+        covered = (canvas == role).view(np.uint8)
+        rows = covered[:, :SIDE] + covered[:, SIDE:]
+        samples = (rows[:, :, :SIDE] + rows[:, :, SIDE:]).astype(np.int16)[:, None]
+        color = palettes[role][:, :, None, None]
+        pixels += samples * (color + gradients if role == BACKGROUND else color)
     return pixels
 
 
-def draw_class(source: Source, label: int, count: int) -> Bytes:
-    """``count`` images of one class, uint8 (count, SIDE, SIDE, 3)."""
+def draw_class(generator: PortableGenerator, label: int, count: int) -> UInt8Array:
+    """Draw `count` images of one class, uint8 (count, SIDE, SIDE, 3)."""
     canvas = np.full((count, SAMPLES, SAMPLES), BACKGROUND, dtype=np.uint8)
     for role in BLOBS:
-        paint(canvas, blob_pose(source, count), disc(role, 0.0, 0.0, 1.0))
-    at = figure_pose(source, count)
-    for part in PICTOGRAMS[label]:
-        paint(canvas, at, part)
-    pixels = develop(canvas, colours(source, count), gradient(source, count))
-    pixels += source.grain(count, 3, SIDE, SIDE) * np.int16(4)
-    images: Bytes = np.clip((pixels + 2) >> 2, 0, 255).astype(np.uint8)
+        paint(canvas, random_blob_pose(generator, count), disc(role, 0.0, 0.0, 1.0))
+    pose = random_icon_pose(generator, count)
+    for shape in ICONS[label]:
+        paint(canvas, pose, shape)
+    pixels = resolve_pixels(canvas, random_palettes(generator, count), random_gradients(generator, count))
+    pixels += generator.noise(count, 3, SIDE, SIDE) * np.int16(4)
+    images: UInt8Array = np.clip((pixels + 2) >> 2, 0, 255).astype(np.uint8)
     return images.transpose(0, 2, 3, 1)
-
-
-def draw(split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Draw a split of the data set; the two splits come from different random streams.
-
-    Returns the images, uint8 (N, 32, 32, 3) RGB, and the labels, int64 (N,), in shuffled order and with every
-    class equally often.
-    """
-    count = TRAIN_IMAGES if split == "train" else TEST_IMAGES
-    source = Source(SEEDS[split])
-    place = source.order(count)
-    images = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
-    labels = np.empty(count, dtype=np.int64)
-    for start in range(0, count, CHUNK):
-        label = start * len(CLASS_NAMES) // count
-        chosen = place[start : start + CHUNK]
-        images[chosen] = draw_class(source, label, len(chosen))
-        labels[chosen] = label
-    return images, labels

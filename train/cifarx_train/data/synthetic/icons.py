@@ -1,7 +1,7 @@
-"""The built-in data set's pictures: ten pictograms, each a list of ellipses and convex polygons.
+"""The icons of the synthetic dataset: one per class, each a list of ellipses and convex polygons.
 
-Local coordinates: the figure fills about [-1, 1] x [-1, 1], x to the right, y downwards. A later part covers an
-earlier one. Nothing here is random; `builtin` places, colours and draws them.
+In its local coordinates an icon fills about [-1, 1] x [-1, 1], with x to the right and y downwards. A later shape is
+drawn over an earlier one. Icons are constants: `draw` chooses their position, size and colors at random.
 """
 
 import math
@@ -10,48 +10,48 @@ from typing import Final, Literal, TypeAlias
 
 Point: TypeAlias = tuple[float, float]
 
-# Colour roles.  A sample holds the role it shows; the colours come last.
+# Color roles. A shape has a role instead of a color: the palette that assigns a color to each role differs per image.
 BACKGROUND, BODY, ACCENT, DARK, LIGHT, CLUTTER_A, CLUTTER_B = range(7)
 ROLES: Final = 7
 
 
 @dataclass(frozen=True)
 class Ellipse:
-    """An axis-parallel ellipse around ``centre``."""
+    """An axis-aligned ellipse."""
 
     role: int
-    centre: Point
+    center: Point
     radii: Point
 
 
 @dataclass(frozen=True)
 class Polygon:
-    """A convex polygon; its corners may run either way round."""
+    """A convex polygon, with its corners in clockwise or counterclockwise order."""
 
     role: int
     corners: tuple[Point, ...]
 
 
-Part: TypeAlias = Ellipse | Polygon
+Shape: TypeAlias = Ellipse | Polygon
 
 
 def disc(role: int, x: float, y: float, rx: float, ry: float | None = None) -> Ellipse:
-    """An ellipse, or a circle where ``ry`` is left out."""
+    """Return an ellipse around (x, y), or a circle if `ry` is None."""
     return Ellipse(role, (x, y), (rx, rx if ry is None else ry))
 
 
 def poly(role: int, *corners: Point) -> Polygon:
-    """A convex polygon."""
+    """Return a convex polygon."""
     return Polygon(role, corners)
 
 
 def box(role: int, left: float, top: float, right: float, bottom: float) -> Polygon:
-    """An axis-parallel rectangle."""
+    """Return an axis-aligned rectangle."""
     return poly(role, (left, top), (right, top), (right, bottom), (left, bottom))
 
 
 def bar(role: int, start: Point, end: Point, width: float) -> Polygon:
-    """A straight stroke from ``start`` to ``end``."""
+    """Return a straight line from `start` to `end`, as a polygon."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     half = 0.5 * width / math.sqrt(dx * dx + dy * dy)
     nx, ny = -dy * half, dx * half
@@ -64,30 +64,30 @@ def bar(role: int, start: Point, end: Point, width: float) -> Polygon:
     )
 
 
-def mirrored(part: Part, *, across: Literal["x", "y"]) -> Part:
-    """The part with its x (or y) coordinates negated."""
+def mirrored(shape: Shape, *, across: Literal["x", "y"]) -> Shape:
+    """Return the shape with its x (or y) coordinates negated."""
     sx, sy = (-1.0, 1.0) if across == "x" else (1.0, -1.0)
-    if isinstance(part, Ellipse):
-        return Ellipse(part.role, (sx * part.centre[0], sy * part.centre[1]), part.radii)
-    return Polygon(part.role, tuple((sx * x, sy * y) for x, y in part.corners))
+    if isinstance(shape, Ellipse):
+        return Ellipse(shape.role, (sx * shape.center[0], sy * shape.center[1]), shape.radii)
+    return Polygon(shape.role, tuple((sx * x, sy * y) for x, y in shape.corners))
 
 
-def pair(*parts: Part, across: Literal["x", "y"] = "x") -> list[Part]:
-    """Every part together with its mirror image."""
-    return [twin for part in parts for twin in (part, mirrored(part, across=across))]
+def pair(*shapes: Shape, across: Literal["x", "y"] = "x") -> list[Shape]:
+    """Return every shape followed by its mirror image."""
+    return [each for shape in shapes for each in (shape, mirrored(shape, across=across))]
 
 
-def wheel(x: float, y: float, radius: float) -> list[Part]:
-    """A dark tyre around a light hub."""
+def wheel(x: float, y: float, radius: float) -> list[Shape]:
+    """Return a dark tire around a light hub."""
     return [disc(DARK, x, y, radius), disc(LIGHT, x, y, 0.5 * radius)]
 
 
-def eye(x: float, y: float, radius: float) -> list[Part]:
-    """A dark pupil in a light eye."""
+def eye(x: float, y: float, radius: float) -> list[Shape]:
+    """Return a dark pupil in a light eye."""
     return [disc(LIGHT, x, y, radius), disc(DARK, x, y, 0.6 * radius)]
 
 
-def airplane() -> list[Part]:
+def airplane() -> list[Shape]:
     """Seen from above, nose to the right."""
     return [
         *pair(
@@ -103,7 +103,7 @@ def airplane() -> list[Part]:
     ]
 
 
-def automobile() -> list[Part]:
+def automobile() -> list[Shape]:
     """Seen from the side: a low body, a cabin with two windows, two wheels."""
     return [
         poly(BODY, (-0.68, -0.08), (-0.42, -0.56), (0.24, -0.56), (0.6, -0.08)),
@@ -117,7 +117,7 @@ def automobile() -> list[Part]:
     ]
 
 
-def bird() -> list[Part]:
+def bird() -> list[Shape]:
     """Standing, seen from the side, beak to the right."""
     return [
         bar(DARK, (-0.02, 0.4), (-0.06, 0.95), 0.09),
@@ -131,7 +131,7 @@ def bird() -> list[Part]:
     ]
 
 
-def cat() -> list[Part]:
+def cat() -> list[Shape]:
     """A face: pointed ears, slit pupils, whiskers."""
     return [
         *pair(
@@ -149,7 +149,7 @@ def cat() -> list[Part]:
     ]
 
 
-def deer() -> list[Part]:
+def deer() -> list[Shape]:
     """A narrow face under branching antlers."""
     return [
         *pair(
@@ -167,7 +167,7 @@ def deer() -> list[Part]:
     ]
 
 
-def dog() -> list[Part]:
+def dog() -> list[Shape]:
     """A face: hanging ears, a light muzzle, a tongue."""
     return [
         disc(BODY, 0.0, -0.06, 0.64, 0.74),
@@ -182,7 +182,7 @@ def dog() -> list[Part]:
     ]
 
 
-def frog() -> list[Part]:
+def frog() -> list[Shape]:
     """Sitting, seen from the front: bulging eyes, a wide mouth, bent legs."""
     return [
         *pair(
@@ -193,16 +193,16 @@ def frog() -> list[Part]:
         disc(BODY, 0.0, 0.46, 0.58, 0.46),
         disc(BODY, 0.0, -0.06, 0.9, 0.42),
         disc(ACCENT, 0.0, 0.64, 0.36, 0.24),
-        *(part for x in (-0.5, 0.5) for part in eye(x, -0.48, 0.23)),
+        *(shape for x in (-0.5, 0.5) for shape in eye(x, -0.48, 0.23)),
         disc(DARK, 0.0, 0.1, 0.62, 0.08),
     ]
 
 
-# Where a horse's legs start, and how far each leans.
+# The x coordinate of the top of each leg of the horse, and how far the leg leans.
 LEGS: Final[tuple[Point, ...]] = ((-0.58, -0.06), (-0.36, 0.02), (0.16, -0.02), (0.38, 0.06))
 
 
-def horse() -> list[Part]:
+def horse() -> list[Shape]:
     """Standing, seen from the side, head to the right."""
     return [
         poly(ACCENT, (-0.62, -0.12), (-0.96, 0.06), (-0.94, 0.6), (-0.78, 0.5)),
@@ -218,8 +218,8 @@ def horse() -> list[Part]:
     ]
 
 
-def ship() -> list[Part]:
-    """A steamer seen from the side: hull, two decks, a funnel, a mast."""
+def ship() -> list[Shape]:
+    """A steamship seen from the side: a hull, two decks, a funnel, a mast."""
     return [
         bar(DARK, (0.5, 0.1), (0.5, -0.8), 0.08),
         box(BODY, -0.32, -0.9, -0.02, -0.3),
@@ -229,12 +229,12 @@ def ship() -> list[Part]:
         box(ACCENT, -0.64, -0.16, 0.4, 0.16),
         poly(BODY, (-1.0, 0.14), (1.04, 0.1), (0.72, 0.68), (-0.8, 0.68)),
         poly(ACCENT, (-0.86, 0.5), (0.83, 0.5), (0.72, 0.68), (-0.8, 0.68)),
-        *(part for x in (-0.5, -0.12, 0.26) for part in (disc(DARK, x, 0.0, 0.1), disc(LIGHT, x, 0.3, 0.1))),
+        *(shape for x in (-0.5, -0.12, 0.26) for shape in (disc(DARK, x, 0.0, 0.1), disc(LIGHT, x, 0.3, 0.1))),
     ]
 
 
-def truck() -> list[Part]:
-    """A lorry seen from the side: a tall load, a cab with a window, three wheels."""
+def truck() -> list[Shape]:
+    """Seen from the side: a tall cargo box, a cab with a window, three wheels."""
     return [
         box(ACCENT, -1.0, 0.3, 0.96, 0.44),
         box(BODY, -1.02, -0.72, 0.32, 0.32),
@@ -247,7 +247,7 @@ def truck() -> list[Part]:
     ]
 
 
-PICTOGRAMS: Final[tuple[list[Part], ...]] = (
+ICONS: Final[tuple[list[Shape], ...]] = (
     airplane(),
     automobile(),
     bird(),
