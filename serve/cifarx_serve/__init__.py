@@ -1,1 +1,1 @@
-"""The runtime: runs the artifacts, and needs no PyTorch to do so."""
+"""The runtime: runs artifacts and serves them over HTTP, without PyTorch."""

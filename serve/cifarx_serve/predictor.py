@@ -1,4 +1,4 @@
-"""From an image to a label: a model file, opened, with its own preprocessing and class names."""
+"""The Python API for inference: opens a model file and classifies images with its own preprocessing and class names."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -18,15 +18,15 @@ from cifarx_serve.images.reader import ImageSource, read_image
 from cifarx_serve.spec import ModelSpec
 from cifarx_serve.system.cpus import available_cpus
 
-BATCH: Final = 64
-"""Images of a stream that go through the model together."""
+_STREAM_BATCH: Final = 64
+"""The batch size for streams."""
 
-_EMBEDDED_BATCH: Final = 8
-"""The same where a file takes pictures as they are: these may be large."""
+_EMBEDDED_STREAM_BATCH: Final = 8
+"""The batch size for models with embedded preprocessing, whose input images can be large."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One class with its softmax score, 0 to 1."""
+    """One class and its softmax score, from 0 to 1."""
 
     label: str
     index: int
@@ -34,7 +34,15 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Prediction(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The best class of one image, and the `top` classes, best first; `logits`, a class each, where asked for."""
+    """The prediction for one image.
+
+    Attributes:
+        label: the name of the best class.
+        index: the index of the best class.
+        score: the softmax score of the best class, from 0 to 1.
+        top: the `top_k` best classes, best first.
+        logits: the logit of each class, if they were requested.
+    """
 
     label: str
     index: int
@@ -44,30 +52,30 @@ class Prediction(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Predictor:
-    """An opened model file that classifies images; a context manager. Made by `load`.
+    """A model file that is open for inference. Use `load` to create one.
 
-    Any number of threads may use it at a time.
+    A predictor is a context manager, and any number of threads can use it at once.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._for_threads: Backend | None = None
-        taken = backend.spec.input
-        self._ready = None if backend.spec.embedded_preprocessing else (taken.height, taken.width, 3)
+        self._single_threaded: Backend | None = None
+        spec = backend.spec.input
+        self._input_shape = None if backend.spec.embedded_preprocessing else (spec.height, spec.width, 3)
 
     @property
     def spec(self) -> ModelSpec:
-        """What the file says about itself."""
+        """The model spec in the file."""
         return self._backend.spec
 
     @property
     def backend(self) -> str:
-        """The backend's name."""
+        """The name of the backend."""
         return self._backend.name
 
     @property
     def provider(self) -> str:
-        """What really runs the model."""
+        """What runs the model, as the runtime reports it."""
         return self._backend.provider
 
     @overload
@@ -85,51 +93,56 @@ class Predictor:
         *,
         logits: bool = False,
     ) -> Prediction | list[Prediction]:
-        """Classify one image, or a list of them together.
+        """Classify one image, or a list of images as one batch.
 
         Args:
-            image: a path, the bytes of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 3) or
+            image: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 3) or
                 (H, W, 4); or a list or tuple of these.
-            top_k: how many classes to give, 1 to the number of classes.
-            logits: give those too.
+            top_k: the number of classes to return, from 1 to the number of classes.
+            logits: whether to return the logits too.
 
         Returns:
-            A prediction; for a list, as many in its order.
+            One prediction, or a list of predictions in the order of the images.
 
         Raises:
-            ImageError: one cannot be read as an image.
+            ImageError: an image cannot be read.
             UsageError: `top_k` is out of range.
         """
         self._require_top_k(top_k)
         if isinstance(image, list | tuple):
-            return self._classify([self._pixels(one) for one in image], self._backend, top_k, logits)
+            return self._classify([self._pixels(source) for source in image], self._backend, top_k, logits)
         return self._classify([self._pixels(image)], self._backend, top_k, logits)[0]
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits, (N, classes), of a batch that is ready.
+        """Return the logits, float32 (N, classes), of a batch that is already preprocessed.
 
         Args:
-            batch: float32 (N, 3, height, width), scaled and normalized as the spec has it; for a file that does its
-                own preprocessing uint8 (N, H, W, 3).
+            batch: float32 (N, 3, height, width), scaled and normalized according to the spec; or uint8 (N, H, W, 3) for
+                a model with embedded preprocessing.
 
         Raises:
-            UsageError: it has another shape or dtype.
+            UsageError: the batch has a wrong shape or dtype.
         """
-        expected = self.spec.input
-        if self._ready is None:
-            fits = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[3] == 3 and batch.size > 0
+        spec = self.spec.input
+        if self._input_shape is None:
+            valid = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[3] == 3 and batch.size > 0
         else:
-            shape = (expected.channels, expected.height, expected.width)
-            fits = batch.dtype == np.float32 and batch.shape[1:] == shape and len(batch) > 0
-        if not fits:
-            asked = "uint8 (N, H, W, 3)" if self._ready is None else f"float32 (N, {', '.join(map(str, shape))})"
-            raise UsageError(f"a batch of {batch.dtype} {batch.shape}", f"the model takes {asked}")
+            shape = (spec.channels, spec.height, spec.width)
+            valid = batch.dtype == np.float32 and batch.shape[1:] == shape and len(batch) > 0
+        if not valid:
+            wanted = "uint8 (N, H, W, 3)" if self._input_shape is None else f"float32 (N, {', '.join(map(str, shape))})"
+            raise UsageError(f"a batch of {batch.dtype} {batch.shape}", f"the model takes {wanted}")
         return self._backend.run(batch)
 
     def predict_stream(self, images: Iterable[ImageSource], top_k: int = 1) -> Iterator[Prediction | ImageError]:
-        """Classify any number of images in bounded memory, decoded ahead in threads; answers in the order given.
+        """Classify a stream of any length in bounded memory. Images are decoded ahead in threads and processes.
 
-        An image that cannot be read gives its error in place of an answer, and does not stop the others.
+        Predictions are yielded in the order of the images. For an image that cannot be read, the `ImageError` is
+        yielded in place of a prediction, and the stream continues.
+
+        Args:
+            images: the images, of any kind that `predict` takes.
+            top_k: as for `predict`.
 
         Raises:
             UsageError: `top_k` is out of range.
@@ -138,23 +151,24 @@ class Predictor:
         return self._stream(images, top_k)
 
     def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[Prediction | ImageError]:
-        """Each thread has a batch decoded and runs it: no thread waits for another, and none is shared."""
-        from cifarx_serve.images.decode_pool import DecodingProcesses
-        from cifarx_serve.system.prefetch import ahead  # threads take 15 ms to import, and one image needs none
+        """Decode and run each batch in one thread, so that threads share no work and wait for nothing."""
+        # Threads take 15 ms to import, and a single image needs none.
+        from cifarx_serve.images.decode_pool import DecodePool
+        from cifarx_serve.system.prefetch import prefetch_batches
 
-        if self._for_threads is None:
-            self._for_threads = self._backend.single_threaded()
-        backend, threads = self._for_threads, available_cpus()
-        batch = BATCH if self._ready else _EMBEDDED_BATCH
-        with closing(DecodingProcesses(self.spec.input, threads if self._ready else 0)) as processes:
+        if self._single_threaded is None:
+            self._single_threaded = self._backend.single_threaded()
+        backend, threads = self._single_threaded, available_cpus()
+        batch_size = _STREAM_BATCH if self._input_shape else _EMBEDDED_STREAM_BATCH
+        with closing(DecodePool(self.spec.input, threads if self._input_shape else 0)) as pool:
 
-            def classify(part: list[ImageSource]) -> list[Prediction | ImageError]:
-                read = processes.decode(part) or [self._pixels_or_error(image) for image in part]
-                good = [pixels for pixels in read if not isinstance(pixels, ImageError)]
-                answers = iter(self._classify(good, backend, top_k))
-                return [entry if isinstance(entry, ImageError) else next(answers) for entry in read]
+            def classify(sources: list[ImageSource]) -> list[Prediction | ImageError]:
+                decoded = pool.decode(sources) or [self._pixels_or_error(source) for source in sources]
+                images = [pixels for pixels in decoded if not isinstance(pixels, ImageError)]
+                predictions = iter(self._classify(images, backend, top_k))
+                return [entry if isinstance(entry, ImageError) else next(predictions) for entry in decoded]
 
-            yield from ahead(classify, images, threads, batch)
+            yield from prefetch_batches(classify, images, threads, batch_size)
 
     def _pixels_or_error(self, image: ImageSource) -> NDArray[np.uint8] | ImageError:
         try:
@@ -163,11 +177,11 @@ class Predictor:
             return error
 
     def _pixels(self, image: ImageSource) -> NDArray[np.uint8]:
-        """RGB, (H, W, 3): at the network's size, or as they are for a file that does its own preprocessing."""
-        if isinstance(image, np.ndarray) and image.shape == self._ready and image.dtype == np.uint8:
-            return image  # nothing to read and nothing to resize
-        picture = read_image(image)
-        return np.asarray(picture) if self.spec.embedded_preprocessing else resize(picture, self.spec.input)
+        """Return RGB pixels (H, W, 3), resized to the input size unless the preprocessing is embedded."""
+        if isinstance(image, np.ndarray) and image.shape == self._input_shape and image.dtype == np.uint8:
+            return image  # there is nothing to decode or resize
+        decoded = read_image(image)
+        return np.asarray(decoded) if self.spec.embedded_preprocessing else resize(decoded, self.spec.input)
 
     def _require_top_k(self, top_k: int) -> None:
         classes = len(self.spec.class_names)
@@ -177,34 +191,34 @@ class Predictor:
     def _classify(
         self, images: Sequence[NDArray[np.uint8]], backend: Backend, top_k: int, with_logits: bool = False
     ) -> list[Prediction]:
-        """Of images as `_pixels` gives them."""
+        """Classify images that `_pixels` returned."""
         if not images:
             return []
         logits = self._logits(images, backend)
-        found = predictions(logits, self.spec.class_names, top_k)
+        predictions = top_predictions(logits, self.spec.class_names, top_k)
         if not with_logits:
-            return found
-        rows = zip(found, logits.tolist(), strict=True)
+            return predictions
+        rows = zip(predictions, logits.tolist(), strict=True)
         return [msgspec.structs.replace(prediction, logits=tuple(row)) for prediction, row in rows]
 
     def _logits(self, images: Sequence[NDArray[np.uint8]], backend: Backend) -> NDArray[np.float32]:
-        """Those of one size go together."""
+        """Return the logits (N, classes); images of equal size are run as one batch."""
         if len(images) == 1:
             return backend.run(model_input(images[0][None], self.spec))
         positions: dict[tuple[int, ...], list[int]] = {}
         for position, image in enumerate(images):
             positions.setdefault(image.shape, []).append(position)
         logits = np.empty((len(images), len(self.spec.class_names)), np.float32)
-        for same_size in positions.values():
-            batch = np.stack([images[position] for position in same_size])
-            logits[same_size] = backend.run(model_input(batch, self.spec))
+        for indices in positions.values():
+            batch = np.stack([images[index] for index in indices])
+            logits[indices] = backend.run(model_input(batch, self.spec))
         return logits
 
     def close(self) -> None:
-        """Give back what the model file holds open."""
+        """Release the model."""
         self._backend.close()
-        if self._for_threads is not None:
-            self._for_threads.close()
+        if self._single_threaded is not None:
+            self._single_threaded.close()
 
     def __enter__(self) -> Self:
         return self
@@ -216,24 +230,25 @@ class Predictor:
 
 
 def load(path: str | Path, backend: str | None = None, device: str = "auto") -> Predictor:
-    """Open a model file for prediction.
+    """Open a model file for inference.
 
     Args:
-        path: a checkpoint or artifact.
-        backend: the backend's name; by default the file's suffix says it.
+        path: a checkpoint or an artifact.
+        backend: the name of the backend; by default it is chosen by the suffix of the file.
         device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
 
     Raises:
-        UsageError: no such backend or device.
-        ModelFileError: the file is absent or cannot be run.
-        DeviceError: the device cannot be had.
+        UsageError: the backend or the device is unknown.
+        ModelFileError: the file does not exist or cannot be run.
+        DeviceError: the device is not available.
     """
     return Predictor(open_backend(path, backend, device))
 
 
-def predictions(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int) -> list[Prediction]:
-    """What logits, (N, classes), say: N predictions with the best `top_k` classes each."""
-    # By the logits, which softmax may round to equals; stable: of equals the first, as argmax has it.
+def top_predictions(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int) -> list[Prediction]:
+    """Return one prediction with the `top_k` best classes for each row of logits, (N, classes)."""
+    # Sort by the logits, because softmax can round different ones to equal scores. A stable sort puts the first of
+    # several equal logits first, as argmax does.
     best = (-logits).argsort(axis=1, kind="stable")[:, :top_k]
     scores = softmax(logits)[np.arange(len(logits))[:, None], best].tolist()
     return [_prediction(*row, class_names) for row in zip(best.tolist(), scores, strict=True)]
@@ -245,7 +260,7 @@ def _prediction(best: list[int], scores: list[float], names: Sequence[str]) -> P
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Scores that sum to 1 along the last axis, in double precision, safe for large logits."""
+    """Return softmax scores along the last axis, in double precision and without overflow for large logits."""
     highest = np.maximum.reduce(logits, axis=-1, keepdims=True)
     exponentials: NDArray[np.float64] = np.exp(np.subtract(logits, highest, dtype=np.float64))
     exponentials /= np.add.reduce(exponentials, axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""What every checkpoint and artifact says about itself: one versioned JSON document.
+"""The model spec: one versioned JSON document in every checkpoint and artifact that says how to run the model.
 
-The document travels inside the file, so the file alone is enough to run it. Older readers refuse a newer
-schema instead of guessing; fields they do not know within their own schema are ignored.
+The document is stored inside the file, so the file is all that is needed to run the model. A reader refuses a schema
+that is newer than its own instead of guessing, and ignores unknown fields of its own schema.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias
@@ -13,45 +13,52 @@ from cifarx_serve.errors import SpecError
 
 SCHEMA_VERSION = 1
 
-Positive = Annotated[int, Meta(ge=1)]
-Spread = Annotated[float, Meta(gt=0)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How an image becomes the network's input.
+    """How to convert an image to the input of the network.
 
-    The image is taken as RGB, resized to (height, width) with Pillow's antialiased `resize` filter, scaled
-    from 0..255 to `value_range`, and normalized by `mean` and `std` a channel.
+    The image is converted to RGB, resized to (height, width) with the antialiased `resize` filter of Pillow, scaled
+    from 0..255 to `value_range`, and normalized with `mean` and `std` per channel.
     """
 
-    height: Positive
-    width: Positive
+    height: PositiveInt
+    width: PositiveInt
     channels: Literal[3] = 3
     layout: Literal["NCHW"] = "NCHW"
     dtype: Literal["float32"] = "float32"
-    color: Literal["RGB"] = msgspec.field(name="colour", default="RGB")
+    color: Literal["RGB"] = msgspec.field(name="colour", default="RGB")  # the key of schema 1
     value_range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[Spread, Spread, Spread] = (1.0, 1.0, 1.0)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 1.0, 1.0)
     resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
 
 
 class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The data set a model was trained and tested on; fingerprints are sha256 over classes, pixels and labels."""
+    """The dataset that a model was trained and tested on.
+
+    The fingerprints are SHA-256 hashes of the class names, pixels and labels of each split.
+    """
 
     name: str
     kind: Literal["builtin", "cifar10", "folder"]
-    train_images: Positive
-    test_images: Positive
+    train_images: PositiveInt
+    test_images: PositiveInt
     train_fingerprint: Sha256
     test_fingerprint: Sha256
 
 
 class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model was trained: `epochs` whole ones, the recipe as plain data.
+    """How a model was trained.
 
-    `test_accuracy` is a fraction, of the whole test split; None where a run was interrupted before it was eval_model.
+    Attributes:
+        recipe: the training recipe, as plain data.
+        epochs: the number of complete epochs.
+        test_accuracy: the accuracy on the whole test split, from 0 to 1; None if training was interrupted before the
+            evaluation.
     """
 
     data: DataRecord
@@ -65,15 +72,16 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def accuracy_text(self) -> str:
-        """The test accuracy in percent, or that there is none."""
+        """The test accuracy as a percentage, or a note that it was not measured."""
         return "accuracy not tested" if self.test_accuracy is None else f"{self.test_accuracy:.2%}"
 
 
 class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What was proved of an artifact before it got its name.
+    """The result of the parity check that an artifact passed before it was written.
 
-    Errors are absolute, of logits, and None where the artifact gave no finite one; tolerances are None where the
-    precision has none; accuracies are None where the images' classes are not the model's.
+    Errors are absolute differences between logits, or None if the artifact returned no finite logits. `atol` and `rtol`
+    are None for a precision without a tolerance. The accuracies are None if the images have other classes than the
+    model.
     """
 
     passed: bool
@@ -99,17 +107,20 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The document itself. `class_names` are in label order; the output is a (N, classes) array of logits.
+    """The document as a whole. The output of the model is an array of logits, (N, classes).
 
     Attributes:
-        stem: "small" for a torchvision ResNet whose first layers were made for small images.
-        embedded_preprocessing: whether the file itself does what `input` says: it then takes RGB pixels,
-            uint8 (N, H, W, 3) of any size, in place of float32 (N, 3, height, width).
-        minimum_onnxruntime: the oldest ONNX Runtime that runs the file, as "1.18"; None for other formats.
-        weights_sha256: of the weights it was made from; see `cifarx_train.checkpoints.checkpoint.weights_sha256`.
+        stem: "small" for a torchvision ResNet whose first layers were replaced for small images.
+        class_names: the classes in the order of their labels.
+        embedded_preprocessing: whether the file itself does the preprocessing that `input` describes. Such a file
+            takes RGB pixels, uint8 (N, H, W, 3) of any size, instead of float32 (N, 3, height, width).
+        minimum_onnxruntime: the oldest version of ONNX Runtime that runs the file, such as "1.18"; None for other
+            formats.
+        weights_sha256: the hash of the weights that the file was made from; see
+            `cifarx_train.checkpoints.checkpoint.weights_sha256`.
     """
 
-    schema_version: Positive = SCHEMA_VERSION
+    schema_version: PositiveInt = SCHEMA_VERSION
     model: str
     stem: Literal["own", "small"] = "own"
     class_names: Annotated[tuple[str, ...], Meta(min_length=2)]
@@ -125,37 +136,37 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     parity: ParitySummary | None = None
 
     def to_json(self) -> str:
-        """The document, on one line, its keys in the order of the fields."""
+        """Return the document on one line, with the keys in the order of the fields."""
         return msgspec.json.encode(self).decode()
 
     @staticmethod
     def from_json(document: str | bytes, origin: str) -> "ModelSpec":
-        """Read a document.
+        """Parse a document.
 
         Args:
             document: the JSON text.
-            origin: the file it came from, for the error.
+            origin: the file that it came from, for error messages.
 
         Raises:
-            SpecError: not JSON, a field missing or of the wrong type, or a newer schema.
+            SpecError: the text is not JSON, a field is missing or has a wrong type, or the schema is newer.
         """
         try:
             version = msgspec.json.decode(document, type=_Versioned).schema_version
             if version > SCHEMA_VERSION:
                 raise SpecError(
-                    f"{origin} has spec schema {version}, and this cifarx reads up to {SCHEMA_VERSION}",
+                    f"{origin} has spec schema {version}, but this cifarx reads only up to {SCHEMA_VERSION}",
                     "install a newer cifarx",
                 )
             return msgspec.json.decode(document, type=ModelSpec)
-        # Bytes that are no UTF-8 and brackets nested without end are not errors of msgspec's own.
+        # msgspec reports invalid UTF-8 and endless nesting with exceptions of Python itself.
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise SpecError(
-                f"{origin} holds a malformed model spec ({error})",
-                "make the file again with `cifarx train` or `cifarx export`",
+                f"{origin} contains a malformed model spec ({error})",
+                "create the file again with `cifarx train` or `cifarx export`",
             ) from error
 
 
 class _Versioned(msgspec.Struct):
-    """Only the version, read first: a newer schema may have other types in every other field."""
+    """The version alone; it is read first, because a newer schema may change the type of any other field."""
 
-    schema_version: Positive
+    schema_version: PositiveInt

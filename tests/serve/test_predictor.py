@@ -22,21 +22,21 @@ from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.trained_model import Trained
 
-RED, GREEN, BLUE, CYAN, GREY = (
-    Image.new("RGB", (9, 5), colour) for colour in ("red", "lime", "blue", "cyan", (77, 77, 77))
+RED, GREEN, BLUE, CYAN, GRAY = (
+    Image.new("RGB", (9, 5), color) for color in ("red", "lime", "blue", "cyan", (77, 77, 77))
 )
 
 
 @pytest.fixture
 def predictor(tmp_path: Path) -> Predictor:
-    return load(write_onnx(tmp_path / "colours.onnx"), device="cpu")
+    return load(write_onnx(tmp_path / "colors.onnx"), device="cpu")
 
 
-class Still(Backend):
-    """A backend of our own: the logits it was given, and how often it was closed."""
+class ConstantBackend(Backend):
+    """A backend that returns the same logits for every image, and counts how often it is closed."""
 
-    name = "still"
-    suffixes = (".still",)
+    name = "constant"
+    suffixes = (".constant",)
 
     def __init__(self, path: Path, device: Device) -> None:
         del path, device
@@ -55,11 +55,11 @@ class Still(Backend):
 
 
 @pytest.fixture
-def still() -> Still:
-    return Still(Path("x.still"), Device("cpu"))
+def constant() -> ConstantBackend:
+    return ConstantBackend(Path("x.constant"), Device("cpu"))
 
 
-def test_a_colour_is_called_by_its_name(predictor: Predictor) -> None:
+def test_predicts_colors(predictor: Predictor) -> None:
     for index, (image, label) in enumerate([(RED, "red"), (GREEN, "green"), (BLUE, "blue")]):
         prediction = predictor.predict(image)
         assert (prediction.label, prediction.index) == (label, index)
@@ -67,13 +67,13 @@ def test_a_colour_is_called_by_its_name(predictor: Predictor) -> None:
         assert [candidate.label for candidate in prediction.top] == [label]
 
 
-def test_what_is_known_of_the_model(predictor: Predictor) -> None:
+def test_properties_describe_the_model(predictor: Predictor) -> None:
     assert predictor.spec == SPEC
     assert predictor.backend == "onnxruntime"
     assert predictor.provider == "CPUExecutionProvider"
 
 
-def test_top_k_is_best_first(predictor: Predictor) -> None:
+def test_top_k_is_sorted_best_first(predictor: Predictor) -> None:
     [prediction] = predictor.predict([Image.new("RGB", (3, 3), (10, 200, 100))], top_k=3)
     assert [(candidate.label, candidate.index) for candidate in prediction.top] == [
         ("green", 1),
@@ -86,9 +86,9 @@ def test_top_k_is_best_first(predictor: Predictor) -> None:
     assert (prediction.label, prediction.index, prediction.score) == ("green", 1, scores[0])
 
 
-def test_of_equals_the_first_as_argmax_has_it(predictor: Predictor) -> None:
-    grey, cyan = predictor.predict([GREY, CYAN], top_k=3)
-    assert [candidate.index for candidate in grey.top] == [0, 1, 2]
+def test_of_equal_logits_the_first_wins_as_in_argmax(predictor: Predictor) -> None:
+    gray, cyan = predictor.predict([GRAY, CYAN], top_k=3)
+    assert [candidate.index for candidate in gray.top] == [0, 1, 2]
     assert [candidate.index for candidate in cyan.top] == [1, 2, 0]
 
 
@@ -97,7 +97,7 @@ def test_of_equals_the_first_as_argmax_has_it(predictor: Predictor) -> None:
     top_k=st.integers(1, 3),
 )
 def test_the_label_is_the_argmax_of_the_logits(logits: list[float], top_k: int) -> None:
-    backend = Still(Path("x.still"), Device("cpu"))
+    backend = ConstantBackend(Path("x.constant"), Device("cpu"))
     backend.logits = logits
     prediction = Predictor(backend).predict(RED, top_k)
     assert prediction.index == int(np.argmax(logits))
@@ -107,7 +107,7 @@ def test_the_label_is_the_argmax_of_the_logits(logits: list[float], top_k: int) 
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 4])
-def test_top_k_out_of_range(predictor: Predictor, top_k: int) -> None:
+def test_top_k_out_of_range_is_a_usage_error(predictor: Predictor, top_k: int) -> None:
     for images in ([RED], []):
         with pytest.raises(UsageError) as raised:
             predictor.predict(images, top_k)
@@ -115,38 +115,38 @@ def test_top_k_out_of_range(predictor: Predictor, top_k: int) -> None:
         assert "give 1 to 3" in raised.value.remedy
 
 
-def test_every_kind_of_source_has_the_same_answer(predictor: Predictor, tmp_path: Path) -> None:
+def test_every_kind_of_source_has_the_same_prediction(predictor: Predictor, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     path = tmp_path / "noise.png"
     Image.fromarray(pixels).save(path)
     with Image.open(path) as opened:
         sources: list[Any] = [path, str(path), path.read_bytes(), pixels, Image.fromarray(pixels), opened]
-        answers = predictor.predict(sources, top_k=3)
-    assert answers == [answers[0]] * len(sources)
-    assert predictor.predict(path, top_k=3) == answers[0]
+        predictions = predictor.predict(sources, top_k=3)
+    assert predictions == [predictions[0]] * len(sources)
+    assert predictor.predict(path, top_k=3) == predictions[0]
 
 
-def test_one_image_or_a_list(predictor: Predictor) -> None:
-    alone = predictor.predict(RED, top_k=2)
-    assert predictor.predict([RED], 2) == predictor.predict((RED,), top_k=2) == [alone]
+def test_takes_one_image_or_a_list(predictor: Predictor) -> None:
+    single = predictor.predict(RED, top_k=2)
+    assert predictor.predict([RED], 2) == predictor.predict((RED,), top_k=2) == [single]
 
 
-def test_logits_are_given_where_asked_for(predictor: Predictor) -> None:
-    grey, cyan = predictor.predict([GREY, CYAN], logits=True)
-    assert grey.logits == pytest.approx([10 * 77 / 255] * 3)
+def test_returns_logits_on_request(predictor: Predictor) -> None:
+    gray, cyan = predictor.predict([GRAY, CYAN], logits=True)
+    assert gray.logits == pytest.approx([10 * 77 / 255] * 3)
     assert cyan.logits == pytest.approx([0, 10, 10])
     assert predictor.predict(CYAN).logits is None
     assert b"logits" not in msgspec.json.encode(predictor.predict(CYAN))
 
 
-def test_an_array_at_the_models_size_is_the_same_image_as_any_other(predictor: Predictor) -> None:
+def test_an_array_of_the_input_size_is_predicted_like_any_image(predictor: Predictor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     before = pixels.copy()
     assert predictor.predict(pixels, logits=True) == predictor.predict(Image.fromarray(pixels), logits=True)
     assert np.array_equal(pixels, before)
 
 
-def test_a_ready_batch_gives_logits(predictor: Predictor) -> None:
+def test_run_returns_the_logits_of_a_batch(predictor: Predictor) -> None:
     batch = np.random.default_rng(0).random((5, 3, 4, 6), dtype=np.float32)
     assert predictor.run(batch) == pytest.approx(10 * batch.mean((2, 3)), abs=1e-5)
 
@@ -162,58 +162,58 @@ def test_a_ready_batch_gives_logits(predictor: Predictor) -> None:
     ],
     ids=lambda batch: f"{batch.dtype} {batch.shape}",
 )
-def test_a_batch_that_is_not_ready_is_refused(predictor: Predictor, batch: NDArray[Any]) -> None:
+def test_run_refuses_a_batch_of_a_wrong_shape_or_dtype(predictor: Predictor, batch: NDArray[Any]) -> None:
     with pytest.raises(UsageError, match=r"the model takes float32 \(N, 3, 4, 6\)"):
         predictor.run(batch)
 
 
-def test_a_batch_of_many_sizes_keeps_its_order(predictor: Predictor) -> None:
+def test_images_of_different_sizes_keep_their_order(predictor: Predictor) -> None:
     images = [
         image.resize(size) for image, size in [(BLUE, (1, 1)), (RED, (300, 2)), (GREEN, (6, 4)), (BLUE, (64, 64))]
     ]
     assert [prediction.label for prediction in predictor.predict(images)] == ["blue", "red", "green", "blue"]
 
 
-class Embedded(Still):
-    """Its file does its own preprocessing: the logits are the mean colour of the pixels that it is fed."""
+class EmbeddedBackend(ConstantBackend):
+    """A backend with embedded preprocessing; its logits are the mean color of the pixels."""
 
     def __init__(self, path: Path, device: Device) -> None:
         super().__init__(path, device)
         self.spec = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
-        self.fed: list[NDArray[np.uint8]] = []
+        self.batches: list[NDArray[np.uint8]] = []
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        self.fed.append(batch)
+        self.batches.append(batch)
         return batch.mean((1, 2), np.float32)
 
 
-def test_a_file_that_does_its_preprocessing_gets_the_pixels_as_they_are() -> None:
-    backend = Embedded(Path("x.still"), Device("cpu"))
+def test_a_model_with_embedded_preprocessing_gets_the_original_pixels() -> None:
+    backend = EmbeddedBackend(Path("x.constant"), Device("cpu"))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
     Predictor(backend).predict(pixels)
-    [batch] = backend.fed
+    [batch] = backend.batches
     assert batch.dtype == np.uint8
     assert np.array_equal(batch, pixels[None])
 
 
-def test_pictures_of_one_size_go_together_and_answers_keep_their_order() -> None:
-    backend = Embedded(Path("x.still"), Device("cpu"))
+def test_embedded_preprocessing_batches_images_of_equal_size_and_keeps_their_order() -> None:
+    backend = EmbeddedBackend(Path("x.constant"), Device("cpu"))
     sizes = [(9, 5), (5, 9), (9, 5), (1, 1), (5, 9), (9, 5)]
     names = ["blue", "red", "green", "blue", "red", "red"]
     images = [
         Image.new("RGB", size, {"green": "lime"}.get(name, name)) for size, name in zip(sizes, names, strict=True)
     ]
     assert [prediction.label for prediction in Predictor(backend).predict(images)] == names
-    assert [batch.shape for batch in backend.fed] == [(3, 5, 9, 3), (2, 9, 5, 3), (1, 1, 1, 3)]
+    assert [batch.shape for batch in backend.batches] == [(3, 5, 9, 3), (2, 9, 5, 3), (1, 1, 1, 3)]
 
 
-def test_a_stream_answers_as_one_by_one_and_says_what_is_broken(predictor: Predictor, tmp_path: Path) -> None:
-    """More than go through the model together, and more than are decoded ahead."""
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    colours = [RED, GREEN, BLUE, CYAN.resize((3, 3)), tmp_path / "broken.png"] * 101
-    answers = list(predictor.predict_stream(iter(colours), top_k=2))
-    assert len(answers) == len(colours)
-    for image, answer in zip(colours, answers, strict=True):
+def test_a_stream_equals_single_predictions_and_yields_errors(predictor: Predictor, tmp_path: Path) -> None:
+    """The stream has more images than fit into one batch or are decoded ahead."""
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    colors = [RED, GREEN, BLUE, CYAN.resize((3, 3)), tmp_path / "broken.png"] * 101
+    answers = list(predictor.predict_stream(iter(colors), top_k=2))
+    assert len(answers) == len(colors)
+    for image, answer in zip(colors, answers, strict=True):
         if isinstance(image, Path):
             assert isinstance(answer, ImageError)
             assert "broken.png" in str(answer)
@@ -221,7 +221,7 @@ def test_a_stream_answers_as_one_by_one_and_says_what_is_broken(predictor: Predi
             assert answer == predictor.predict(image, top_k=2)
 
 
-def test_a_stream_is_read_as_its_answers_are_asked_for(predictor: Predictor) -> None:
+def test_a_stream_is_read_as_its_predictions_are_consumed(predictor: Predictor) -> None:
     taken = 0
 
     def images() -> Iterator[Image.Image]:
@@ -237,8 +237,8 @@ def test_a_stream_is_read_as_its_answers_are_asked_for(predictor: Predictor) -> 
     answers.close()  # type: ignore[attr-defined]
 
 
-def test_a_long_stream_of_files_is_decoded_in_processes(predictor: Predictor, tmp_path: Path) -> None:
-    """And is answered as one image after the other, with its broken ones in their places."""
+def test_a_long_stream_of_files_is_decoded_in_worker_processes(predictor: Predictor, tmp_path: Path) -> None:
+    """The predictions equal single ones, and errors are in their places."""
     paths = []
     for number, image in enumerate((RED, GREEN, BLUE, CYAN)):
         paths.append(tmp_path / f"{number}.png")
@@ -263,46 +263,46 @@ def test_a_long_stream_of_files_is_decoded_in_processes(predictor: Predictor, tm
     assert not [child for child in psutil.Process().children() if child.pid in children]
 
 
-def test_a_stream_refuses_a_wrong_top_k_at_once(predictor: Predictor) -> None:
+def test_a_stream_refuses_a_wrong_top_k_immediately(predictor: Predictor) -> None:
     with pytest.raises(UsageError, match="top-k is 9"):
         predictor.predict_stream([], top_k=9)
 
 
-def test_several_threads_may_ask_at_once(predictor: Predictor) -> None:
-    expected = {index: predictor.predict(image) for index, image in enumerate((RED, GREEN, BLUE, GREY))}
-    images = list(enumerate((RED, GREEN, BLUE, GREY))) * 100
+def test_several_threads_can_predict_at_once(predictor: Predictor) -> None:
+    expected = {index: predictor.predict(image) for index, image in enumerate((RED, GREEN, BLUE, GRAY))}
+    images = list(enumerate((RED, GREEN, BLUE, GRAY))) * 100
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda entry: (entry[0], predictor.predict(entry[1])), images))
     assert all(expected[index] == answer for index, answer in found)
 
 
-def test_no_images(predictor: Predictor) -> None:
+def test_an_empty_list_has_no_predictions(predictor: Predictor) -> None:
     assert predictor.predict([]) == []
 
 
-def test_an_image_that_is_none(predictor: Predictor) -> None:
+def test_an_unreadable_image_is_an_image_error(predictor: Predictor) -> None:
     with pytest.raises(ImageError, match=r"absent\.png"):
         predictor.predict([RED, "absent.png"])
     with pytest.raises(ImageError):
-        predictor.predict(b"this is no picture")
+        predictor.predict(b"not an image")
 
 
-def test_a_model_that_is_none() -> None:
+def test_a_missing_model_is_a_model_file_error() -> None:
     with pytest.raises(ModelFileError, match=r"absent\.onnx"):
         load("absent.onnx")
 
 
-def test_closes_what_it_opened(still: Still) -> None:
-    with Predictor(still) as predictor:
+def test_closes_the_backend(constant: ConstantBackend) -> None:
+    with Predictor(constant) as predictor:
         assert predictor.predict(RED).label == "red"
-        assert still.closed == 0
-    assert still.closed == 1
+        assert constant.closed == 0
+    assert constant.closed == 1
 
 
-def test_closes_what_it_opened_after_an_error(still: Still) -> None:
-    with pytest.raises(ImageError), Predictor(still) as predictor:
+def test_closes_the_backend_after_an_error(constant: ConstantBackend) -> None:
+    with pytest.raises(ImageError), Predictor(constant) as predictor:
         predictor.predict("absent.png")
-    assert still.closed == 1
+    assert constant.closed == 1
 
 
 def test_an_onnx_model_needs_no_pytorch(trained: Trained, tmp_path: Path, fresh_python: Callable[..., str]) -> None:
@@ -328,7 +328,7 @@ logit_batches = arrays.arrays(
 @given(logit_batches)
 @example(np.array([[3e38, -3e38, 0]], np.float32))
 @example(np.zeros((2, 10), np.float32))
-def test_scores_are_shares_of_one(logits: NDArray[np.float32]) -> None:
+def test_scores_sum_to_one(logits: NDArray[np.float32]) -> None:
     scores = softmax(logits)
     assert scores.shape == logits.shape
     assert scores.dtype == np.float64
@@ -337,13 +337,13 @@ def test_scores_are_shares_of_one(logits: NDArray[np.float32]) -> None:
 
 
 @given(logit_batches)
-def test_a_larger_logit_has_no_smaller_score(logits: NDArray[np.float32]) -> None:
+def test_a_larger_logit_never_has_a_smaller_score(logits: NDArray[np.float32]) -> None:
     for row, scores in zip(logits, softmax(logits), strict=True):
         assert (np.diff(scores[np.argsort(row, kind="stable")]) >= 0).all()
         assert scores[np.argmax(row)] == scores.max()
 
 
 @given(arrays.arrays(np.float32, (2, 5), elements=st.floats(-20, 20, width=32)))
-def test_scores_are_the_formula(logits: NDArray[np.float32]) -> None:
+def test_softmax_computes_the_formula(logits: NDArray[np.float32]) -> None:
     exponentials = np.exp(logits.astype(np.float64))
     np.testing.assert_allclose(softmax(logits), exponentials / exponentials.sum(axis=1, keepdims=True), rtol=1e-12)

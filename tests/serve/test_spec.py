@@ -15,8 +15,8 @@ SHA256 = "0123456789abcdef" * 4
 positive = st.integers(1, 2**40)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 triples = st.tuples(finite, finite, finite)
-spreads = st.floats(min_value=2.0**-100, allow_infinity=False)
-shares = st.floats(0, 1)
+positive_floats = st.floats(min_value=2.0**-100, allow_infinity=False)
+fractions = st.floats(0, 1)
 words = st.dictionaries(st.text(), st.text(), max_size=3)
 sha256 = st.text("0123456789abcdef", min_size=64, max_size=64)
 plain = st.recursive(
@@ -30,7 +30,7 @@ inputs = st.builds(
     width=positive,
     value_range=st.tuples(finite, finite),
     mean=triples,
-    std=st.tuples(spreads, spreads, spreads),
+    std=st.tuples(positive_floats, positive_floats, positive_floats),
     resize=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
 )
 data_records = st.builds(
@@ -48,7 +48,7 @@ training_records = st.builds(
     recipe=st.dictionaries(st.text(), plain, max_size=3),
     epochs=positive,
     seed=st.integers(-(2**63), 2**63 - 1),
-    test_accuracy=shares,
+    test_accuracy=fractions,
     test_loss=st.none() | finite,
     device=st.text(),
     versions=words,
@@ -59,7 +59,7 @@ parities = st.builds(
     required_tolerance=st.none() | finite,
     images=positive,
     batch_sizes=st.lists(positive, max_size=4).map(tuple),
-    agreement=shares,
+    agreement=fractions,
     atol=finite,
     rtol=finite,
     forgiven=positive,
@@ -94,7 +94,7 @@ FULL = ModelSpec(
 
 
 def document(*path: str | int, value: Any) -> str:
-    """The full document with one value replaced, or one more put in."""
+    """Return the full document with one value replaced or added."""
     whole = json.loads(FULL.to_json())
     inner = whole
     for step in path[:-1]:
@@ -104,7 +104,7 @@ def document(*path: str | int, value: Any) -> str:
 
 
 @given(specs)
-def test_comes_back_as_it_went(spec: ModelSpec) -> None:
+def test_round_trip(spec: ModelSpec) -> None:
     text = spec.to_json()
     assert "\n" not in text
     assert ModelSpec.from_json(text, "x") == spec
@@ -112,7 +112,7 @@ def test_comes_back_as_it_went(spec: ModelSpec) -> None:
     assert ModelSpec.from_json(text, "x").to_json() == text
 
 
-def test_is_json_with_its_version_first() -> None:
+def test_is_json_that_starts_with_the_version() -> None:
     fields = json.loads(FULL.to_json())
     assert next(iter(fields)) == "schema_version"
     assert fields["schema_version"] == SCHEMA_VERSION
@@ -151,24 +151,27 @@ def test_a_damaged_document_is_refused_or_still_a_spec(damage: list[tuple[int, i
 @example('{"schema_version": 1}')
 @example("null")
 @example("")
-def test_what_is_no_spec_is_refused_in_one_line(text: str | bytes) -> None:
+def test_other_content_is_refused_with_a_one_line_error(text: str | bytes) -> None:
     with pytest.raises(SpecError) as raised:
         ModelSpec.from_json(text, "lzh_9.onnx")
-    assert raised.value.problem.startswith("lzh_9.onnx holds a malformed model spec")
+    assert raised.value.problem.startswith("lzh_9.onnx contains a malformed model spec")
     assert "cifarx export" in raised.value.remedy
     assert "\n" not in str(raised.value)
 
 
 @given(version=st.integers(SCHEMA_VERSION + 1, 2**70), others=st.dictionaries(st.text(), plain, max_size=4))
-def test_a_newer_schema_is_refused_whatever_else_it_holds(version: int, others: dict[str, Any]) -> None:
+def test_a_newer_schema_is_refused_whatever_its_fields_are(version: int, others: dict[str, Any]) -> None:
     with pytest.raises(SpecError) as raised:
         ModelSpec.from_json(json.dumps({**others, "schema_version": version}), "lzh_9.onnx")
-    assert raised.value.problem == f"lzh_9.onnx has spec schema {version}, and this cifarx reads up to {SCHEMA_VERSION}"
+    assert (
+        raised.value.problem
+        == f"lzh_9.onnx has spec schema {version}, but this cifarx reads only up to {SCHEMA_VERSION}"
+    )
     assert raised.value.remedy == "install a newer cifarx"
 
 
 @pytest.mark.parametrize("version", [0, -1, True, None, "1", 1.5])
-def test_what_is_no_version_is_refused(version: Any) -> None:
+def test_an_invalid_version_is_refused(version: Any) -> None:
     with pytest.raises(SpecError, match="schema_version"):
         ModelSpec.from_json(document("schema_version", value=version), "x")
 
@@ -205,7 +208,7 @@ def test_unknown_fields_of_the_same_schema_are_ignored(path: tuple[str, ...]) ->
         (("parity",), {"passed": True}),
     ],
 )
-def test_a_field_of_another_kind_is_refused_by_its_name(path: tuple[str | int, ...], value: Any) -> None:
+def test_a_field_of_a_wrong_type_is_refused_by_name(path: tuple[str | int, ...], value: Any) -> None:
     assert ModelSpec.from_json(FULL.to_json(), "x") == FULL
     with pytest.raises(SpecError) as raised:
         ModelSpec.from_json(document(*path, value=value), "x")
@@ -214,14 +217,14 @@ def test_a_field_of_another_kind_is_refused_by_its_name(path: tuple[str | int, .
 
 
 @pytest.mark.parametrize("field", ["schema_version", "model", "class_names", "input"])
-def test_a_missing_field_is_refused_by_its_name(field: str) -> None:
+def test_a_missing_field_is_refused_by_name(field: str) -> None:
     fields = json.loads(SPEC.to_json())
     del fields[field]
     with pytest.raises(SpecError, match=field):
         ModelSpec.from_json(json.dumps(fields), "x")
 
 
-def test_a_spec_does_not_change() -> None:
+def test_a_spec_is_immutable() -> None:
     with pytest.raises(AttributeError):
         SPEC.model = "other"  # type: ignore[misc]
     assert msgspec.structs.replace(SPEC, model="other").class_names == SPEC.class_names

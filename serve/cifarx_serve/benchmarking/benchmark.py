@@ -1,4 +1,4 @@
-"""Model files side by side: latency, throughput, and whether they agree."""
+"""Benchmarks model files side by side: latency, throughput, and agreement of their predictions."""
 
 import tempfile
 from collections.abc import Sequence
@@ -11,29 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.benchmarking.process import BenchmarkProcess
-from cifarx_serve.benchmarking.timing import Latency, measure_in_turns
+from cifarx_serve.benchmarking.timing import Latency, measure_interleaved
 from cifarx_serve.errors import UsageError
 from cifarx_serve.progress import Progress, silent
-from cifarx_serve.system.environment import Environment, environment
+from cifarx_serve.system.environment import Environment, current_environment
 
 
 class BenchmarkRow(msgspec.Struct, frozen=True):
-    """One file at one batch size.
+    """The measurements of one file at one batch size.
 
-    The time is of one call: a batch in host memory in, logits in host memory out.
+    Latencies are the wall time of one call, from a batch in host memory to logits in host memory, in microseconds.
 
     Attributes:
-        file: its name; its path where two have one name.
-        percentiles_us: from the 0th to the 100th, of `samples` calls.
-        images_per_s: images by the time of all counted calls.
-        spread: by how much the medians of the last three windows differ, as a share; `stable` up to 10 %.
-        agreement: the share of the images whose argmax is that of the first file.
-        accuracy: the share whose argmax is the label; None where there are no labels.
-        load_ms: to open the file, its library's import among it, in a new process.
-        first_call_ms: of the first call, with one image.
-        peak_bytes: the most memory that the file's process held, whatever the batch size.
-        device_us: median of the time between two events on the device around the run alone, the input already there;
-            the wall time has the copies. None where there is no such device, as on a CPU.
+        file: the name of the file, or its path if several files have the same name.
+        percentiles_us: the percentiles from the 0th to the 100th, over `samples` calls.
+        images_per_s: the throughput: images divided by the total time of all counted calls.
+        stable: whether `spread` is at most 10 %.
+        spread: the relative difference between the medians of the last three windows.
+        agreement: the fraction of images for which the file and the first file predict the same class.
+        accuracy: the fraction of images whose label is predicted; None without labels.
+        load_ms: the time to open the file in a new process, including the import of its library.
+        first_call_ms: the time of the first call, with one image.
+        size_bytes: the size of the file.
+        peak_bytes: the peak memory of the process of the file, over all batch sizes.
+        device_us: the median time between two events on the device around the run, with the input already there. The
+            copies are included only in the wall time. None for a device without events, such as a CPU.
     """
 
     file: str
@@ -59,7 +61,12 @@ class BenchmarkRow(msgspec.Struct, frozen=True):
 
 
 class BenchmarkReport(msgspec.Struct, frozen=True):
-    """Rows by batch size, then by file; `data` and `images` say what agreement and accuracy were measured on."""
+    """The rows, sorted by batch size and then by file.
+
+    Attributes:
+        data: the name of the data that agreement and accuracy were measured on.
+        images: the number of images in it.
+    """
 
     environment: Environment
     data: str
@@ -68,7 +75,7 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
 
 
 class _File(NamedTuple):
-    """One file's process, and what does not depend on the batch size."""
+    """The process of one file, and its results that do not depend on the batch size."""
 
     name: str
     process: BenchmarkProcess
@@ -81,56 +88,58 @@ def benchmark(
     files: Sequence[Path],
     images: NDArray[np.uint8],
     data_name: str,
-    batches: Sequence[int] = (1, 64),
+    batch_sizes: Sequence[int] = (1, 64),
     device: str = "auto",
     seconds: float = 1.0,
     labels: NDArray[np.int64] | None = None,
     progress: Progress = silent,
 ) -> BenchmarkReport:
-    """Open each file in a process of its own, measure them in turns, and compare their answers on all images.
+    """Open each file in its own process, measure the files in turns, and compare their predictions on all images.
 
     Args:
-        files: model files of any backends, all for the same input; the first is the one to agree with.
-        images: uint8 (N, height, width, 3) at the models' input size.
-        data_name: what the images are, for the report.
-        batches: batch sizes.
-        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps, for every file.
-        seconds: of measuring, a file and batch size; up to three times as long where a file is not steady.
-        labels: the images' classes, (N,), for the accuracy.
-        progress: told what is being done.
+        files: model files of any backend with the same input size. Agreement is measured against the first one.
+        images: uint8 (N, height, width, 3), at the input size of the models.
+        data_name: the name of the images, for the report.
+        batch_sizes: the batch sizes to measure.
+        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps, for all files.
+        seconds: how long to measure each file at each batch size; up to three times as long if a file is unstable.
+        labels: int64 (N,), to measure the accuracy.
+        progress: called with a line of text for each step.
 
     Raises:
-        UsageError: no file, a batch size below 1 or above the number of images, or models of different inputs.
-        ModelFileError, DeviceError: a file cannot be run on the device.
+        UsageError: there is no file, a batch size is less than 1 or more than the number of images, or the models have
+            different input sizes.
+        ModelFileError: a file does not exist or cannot be run.
+        DeviceError: the device is not available.
     """
     if not files:
-        raise UsageError("no file to measure", "name at least one model file")
-    if bad := [batch for batch in batches if not 1 <= batch <= len(images)]:
-        raise UsageError(f"batch size {bad[0]}", f"give 1 to {len(images)}, the number of images")
+        raise UsageError("no file to measure", "give at least one model file")
+    if invalid := [batch for batch in batch_sizes if not 1 <= batch <= len(images)]:
+        raise UsageError(f"batch size {invalid[0]}", f"give 1 to {len(images)}, the number of images")
     with tempfile.TemporaryDirectory(prefix="cifarx-bench-") as folder, ExitStack() as stack:
-        stored = Path(folder) / "images.npy"
-        np.save(stored, images)
-        processes = [stack.enter_context(closing(_open(path, device, stored, progress))) for path in files]
-        latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batches}
-        measured = _compare(processes, labels, progress)
+        images_file = Path(folder) / "images.npy"
+        np.save(images_file, images)
+        processes = [stack.enter_context(closing(_open(path, device, images_file, progress))) for path in files]
+        latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batch_sizes}
+        compared = _compare(processes, labels, progress)
         rows = [
             _row(file, batch, latency, _device_us(file.process, batch))
-            for batch, found in latencies.items()
-            for file, latency in zip(measured, found, strict=True)
+            for batch, batch_latencies in latencies.items()
+            for file, latency in zip(compared, batch_latencies, strict=True)
         ]
-        return BenchmarkReport(environment(), data_name, len(images), tuple(rows))
+        return BenchmarkReport(current_environment(), data_name, len(images), tuple(rows))
 
 
-def _open(path: Path, device: str, images: Path, progress: Progress) -> BenchmarkProcess:
+def _open(path: Path, device: str, images_file: Path, progress: Progress) -> BenchmarkProcess:
     progress(f"opening {path}")
-    return BenchmarkProcess(path, device, images)
+    return BenchmarkProcess(path, device, images_file)
 
 
 def _measure(processes: Sequence[BenchmarkProcess], batch: int, seconds: float, progress: Progress) -> list[Latency]:
     progress(f"measuring {len(processes)} files at batch {batch}")
     for process in processes:
         process.warm_up(batch)
-    return measure_in_turns([process.window for process in processes], seconds)
+    return measure_interleaved([process.measure_window for process in processes], seconds)
 
 
 def _compare(
@@ -140,18 +149,18 @@ def _compare(
     files: list[_File] = []
     expected: NDArray[np.int64] | None = None
     for process in processes:
-        progress(f"classifying every image by {process.path}")
-        peak = process.peak()  # before: the images are the benchmark's, not the model's
-        answers = process.classify()
-        expected = answers if expected is None else expected
-        accuracy = None if labels is None else float((answers == labels).mean())
+        progress(f"classifying all images with {process.path}")
+        peak = process.peak_memory()  # before all images are in memory, which are not part of the model
+        predicted = process.predict_labels()
+        expected = predicted if expected is None else expected
+        accuracy = None if labels is None else float((predicted == labels).mean())
         name = process.path.name if names.count(process.path.name) == 1 else str(process.path)
-        files.append(_File(name, process, float((answers == expected).mean()), accuracy, peak))
+        files.append(_File(name, process, float((predicted == expected).mean()), accuracy, peak))
     return files
 
 
 def _device_us(process: BenchmarkProcess, batch: int) -> float | None:
-    """Asked for last: a second session may be opened for it, which no other figure must hold."""
+    """Return the median device time. Measure it last: it can open a second session, which must not affect the rest."""
     times = process.device_times(batch)
     return round(float(np.median(times)), 3) if len(times) else None
 

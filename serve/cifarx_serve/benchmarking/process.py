@@ -1,4 +1,4 @@
-"""A process that measures one model file, from the side that asks."""
+"""Runs `benchmarking.worker` in a process and sends it requests."""
 
 import warnings
 from pathlib import Path
@@ -10,9 +10,19 @@ from numpy.typing import NDArray
 
 from cifarx_serve import errors
 from cifarx_serve.backends.registry import registered_backends
-from cifarx_serve.benchmarking.worker import Classify, DeviceTimes, Open, Opened, Peak, Reply, Request, WarmUp, Window
+from cifarx_serve.benchmarking.worker import (
+    MeasureDeviceTimes,
+    MeasureWindow,
+    OpenedModel,
+    OpenModel,
+    PeakMemory,
+    PredictLabels,
+    Reply,
+    Request,
+    WarmUp,
+)
 from cifarx_serve.errors import FallbackWarning, ModelFileError
-from cifarx_serve.system.worker_process import ChildEnded, ChildProgram
+from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
 
 _PROGRAM: Final = "cifarx_serve.benchmarking.worker"
 
@@ -20,69 +30,77 @@ _Value = TypeVar("_Value")
 
 
 class BenchmarkProcess:
-    """A model file opened in a process of its own, until it is closed.
+    """A model file that is open in a process of its own.
+
+    Every method that sends a request raises a `ModelFileError` if the process has ended.
 
     Args:
         path: the model file.
         device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
-        images: uint8 (N, height, width, 3) at the model's input size, in a `.npy` file.
+        images_file: a `.npy` file with images, uint8 (N, height, width, 3), at the input size of the model.
+
+    Attributes:
+        opened: what runs the file, and how long opening it took.
 
     Raises:
-        UsageError, ModelFileError, DeviceError: as opening a backend does. ModelFileError also from every method,
-            where the process has died.
+        UsageError: the device is unknown, or the images have another size.
+        ModelFileError: the file does not exist or cannot be run.
+        DeviceError: the device is not available.
     """
 
-    def __init__(self, path: Path, device: str, images: Path) -> None:
+    def __init__(self, path: Path, device: str, images_file: Path) -> None:
         self.path = path
-        self._process = ChildProgram(_PROGRAM)
+        self._process = WorkerProcess(_PROGRAM)
         try:
-            self.opened = self._ask(Open(str(path), device, str(images), registered_backends()), Opened)
+            request = OpenModel(str(path), device, str(images_file), registered_backends())
+            self.opened = self._request(request, OpenedModel)
         except BaseException:
             self.close()
             raise
-        for warning in self.opened.told:
+        for warning in self.opened.warnings:
             warnings.warn(warning, FallbackWarning, stacklevel=2)
 
     def warm_up(self, batch: int) -> None:
-        """Make ready for windows of this batch size."""
-        self._ask(WarmUp(batch), type(None))
+        """Set the batch size of the following windows, and warm up."""
+        self._request(WarmUp(batch), type(None))
 
-    def window(self) -> NDArray[np.float64]:
-        """Microseconds of each counted call of one window."""
-        return np.array(self._ask(Window(), list[float]), np.float64)
+    def measure_window(self) -> NDArray[np.float64]:
+        """Measure one window and return the time of each counted call in microseconds."""
+        return np.array(self._request(MeasureWindow(), list[float]), np.float64)
 
     def device_times(self, batch: int) -> NDArray[np.float64]:
-        """Microseconds that each of some runs takes on the device; none where there is no such device."""
-        return np.array(self._ask(DeviceTimes(batch), list[float]), np.float64)
+        """Return the device times of several runs in microseconds; empty for a device that does not report them."""
+        return np.array(self._request(MeasureDeviceTimes(batch), list[float]), np.float64)
 
-    def peak(self) -> int:
-        """The most bytes of memory that the process has held."""
-        return self._ask(Peak(), int)
+    def peak_memory(self) -> int:
+        """Return the peak memory of the process in bytes."""
+        return self._request(PeakMemory(), int)
 
-    def classify(self) -> NDArray[np.int64]:
-        """The argmax of every image, (N,)."""
-        return np.array(self._ask(Classify(), list[int]), np.int64)
+    def predict_labels(self) -> NDArray[np.int64]:
+        """Return the argmax of the logits of every image, int64 (N,)."""
+        return np.array(self._request(PredictLabels(), list[int]), np.int64)
 
     def close(self) -> None:
-        """End the process; a second call does nothing."""
+        """End the process. Calling it twice is safe."""
         self._process.close()
 
-    def _ask(self, request: Request, kind: type[_Value]) -> _Value:
+    def _request(self, request: Request, result_type: type[_Value]) -> _Value:
         self._process.send(msgspec.json.encode(request))
         try:
-            reply = msgspec.json.decode(self._process.read_line(), type=Reply)
-        except ChildEnded as error:
-            problem = f"the process that ran {self.path} ended with {error.status}"
-            raise ModelFileError(problem, "is there enough memory?") from error
+            reply = msgspec.json.decode(self._process.readline(), type=Reply)
+        except WorkerExited as error:
+            problem = f"the process that runs {self.path} ended with status {error.status}"
+            raise ModelFileError(problem, "check whether there is enough memory") from error
         if reply.error:
-            raise _error(reply)
-        return msgspec.json.decode(reply.value, type=kind)
+            raise _to_exception(reply)
+        return msgspec.json.decode(reply.value, type=result_type)
 
 
-def _error(reply: Reply) -> Exception:
+def _to_exception(reply: Reply) -> Exception:
+    """Return the exception that the worker raised."""
     if reply.error == "ModuleNotFoundError":
         name, message = reply.arguments
         return ModuleNotFoundError(message, name=name)
-    made: Any = getattr(errors, reply.error)
-    error: Exception = made(*reply.arguments)
+    error_type: Any = getattr(errors, reply.error)
+    error: Exception = error_type(*reply.arguments)
     return error

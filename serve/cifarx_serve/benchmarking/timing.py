@@ -1,4 +1,4 @@
-"""Latency of several runners, measured side by side so that their ratios hold when the machine drifts."""
+"""Measures the latency of functions in turns, so that their ratios hold even if the speed of the machine drifts."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,38 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_S: Final = 0.1
-"""One runner's turn. Long enough that the first calls of a turn, which find cold caches, can be left out."""
+"""The length of a window, which is one turn of a function. Its first calls run with cold caches and are not counted."""
 
-SETTLE_S: Final = 0.01
-"""A pause between turns: thread pools spin for some milliseconds after their last call and take the next one's CPU."""
+PAUSE_S: Final = 0.01
+"""The pause between turns. Thread pools spin for some milliseconds after their last call, which slows the next turn."""
 
-WARMUP_CALLS: Final = 3
-"""Calls at the start of every turn that are not counted, of short calls; of long ones a single one."""
+WARMUP_CALLS: Final = 10
+"""Calls before the first window. They cover allocators, the choice of kernels, and TorchScript's profiling runs."""
 
-FIRST_CALLS: Final = 10
-"""Calls before anything is counted: allocators, kernel choice and TorchScript's profiling runs end within them."""
+WINDOW_WARMUP_CALLS: Final = 3
+"""Calls at the start of each window that are not counted; a single one if calls are long."""
 
-STEADY_WINDOWS: Final = 3
-"""So many windows in a row must agree, as NVIDIA's perf_analyzer has it."""
+STABLE_WINDOWS: Final = 3
+"""The number of successive windows that must agree, as in NVIDIA's perf_analyzer."""
 
-STEADY_SPREAD: Final = 0.10
-"""To within this share of the least of their medians."""
+STABLE_SPREAD: Final = 0.10
+"""The largest relative difference between the medians of windows that agree."""
 
-PATIENCE: Final = 3
-"""A runner that is not steady is measured up to so many times as long."""
+MAX_DURATION_FACTOR: Final = 3
+"""Unstable functions are measured for up to this multiple of the requested time."""
 
-_LONG_S: Final = 0.02
+_LONG_CALL_S: Final = 0.02
 
-Turn: TypeAlias = Callable[[], NDArray[np.float64]]
-"""Measures one window: the microseconds of each counted call, at least one."""
+WindowFunction: TypeAlias = Callable[[], NDArray[np.float64]]
+"""Measures one window and returns the time of each counted call in microseconds, at least one."""
 
 
 class Latency(msgspec.Struct, frozen=True):
     """Wall time of a call in microseconds, over `samples` calls.
 
     Attributes:
-        percentiles: from the 0th, the shortest, to the 100th.
-        spread: by how much the medians of the last windows differ, as a share of the least.
+        percentiles: the percentiles from the 0th, which is the minimum, to the 100th.
+        spread: the relative difference between the medians of the last windows.
     """
 
     p50_us: float
@@ -54,51 +54,54 @@ class Latency(msgspec.Struct, frozen=True):
     @property
     def stable(self) -> bool:
         """Whether the last windows agreed."""
-        return self.spread <= STEADY_SPREAD
+        return self.spread <= STABLE_SPREAD
 
 
 class Runner(NamedTuple):
-    """What to measure: `call` returns when its result is on the host, so copies count, alike for all."""
+    """A function to measure: `call` returns when its result is in host memory, so that copies are included."""
 
     name: str
     call: Callable[[], object]
 
 
 def measure(runners: Sequence[Runner], seconds: float) -> list[Latency]:
-    """Measure runners of this process in turns, each for `seconds`; longer where one of them is not steady.
+    """Measure functions of this process in turns, each for `seconds`, or longer if one of them is unstable.
 
     Returns:
-        One latency a runner, in their order.
+        One latency per runner, in the same order.
     """
     for runner in runners:
         warm_up(runner.call)
-    return measure_in_turns([lambda call=runner.call: measure_window(call) for runner in runners], seconds)  # type: ignore[misc]
+    return measure_interleaved([lambda call=runner.call: measure_window(call) for runner in runners], seconds)  # type: ignore[misc]
 
 
-def measure_in_turns(turns: Sequence[Turn], seconds: float) -> list[Latency]:
-    """Give each a window in turn until all have had `seconds` and the last windows of each agree.
+def measure_interleaved(windows: Sequence[WindowFunction], seconds: float) -> list[Latency]:
+    """Call the functions in turns until each was measured for `seconds` and its last windows agree.
 
-    Where they never do, `PATIENCE` times `seconds` end it. The latest `seconds` of each count.
+    Measuring ends after `MAX_DURATION_FACTOR` times `seconds` in any case. Only the last `seconds` of each are counted.
+
+    Returns:
+        One latency per function, in the same order.
     """
-    least = max(STEADY_WINDOWS, round(seconds / WINDOW_S))
-    windows: list[list[NDArray[np.float64]]] = [[] for _ in turns]
-    for done in range(1, PATIENCE * least + 1 if turns else 0):
-        for turn, measured in zip(turns, windows, strict=True):
-            measured.append(turn())
-            time.sleep(SETTLE_S)
-        if done >= least and all(_spread(measured) <= STEADY_SPREAD for measured in windows):
+    minimum = max(STABLE_WINDOWS, round(seconds / WINDOW_S))
+    measured: list[list[NDArray[np.float64]]] = [[] for _ in windows]
+    for done in range(1, MAX_DURATION_FACTOR * minimum + 1 if windows else 0):
+        for window, times in zip(windows, measured, strict=True):
+            times.append(window())
+            time.sleep(PAUSE_S)
+        if done >= minimum and all(_spread(times) <= STABLE_SPREAD for times in measured):
             break
-    return [_latency(measured[-least:]) for measured in windows]
+    return [_latency(times[-minimum:]) for times in measured]
 
 
 def warm_up(call: Callable[[], object]) -> None:
-    """The calls before anything is counted; fewer where they are long."""
-    _call_uncounted(call, FIRST_CALLS, FIRST_CALLS * _LONG_S)
+    """Make the calls before the first window; fewer if they are long."""
+    _call_uncounted(call, WARMUP_CALLS, WARMUP_CALLS * _LONG_CALL_S)
 
 
 def measure_window(call: Callable[[], object]) -> NDArray[np.float64]:
-    """Microseconds of each counted call of one turn, at least one."""
-    _call_uncounted(call, WARMUP_CALLS, _LONG_S)
+    """Measure one window and return the time of each counted call in microseconds, at least one."""
+    _call_uncounted(call, WINDOW_WARMUP_CALLS, _LONG_CALL_S)
     times: list[int] = []
     end = time.perf_counter_ns() + int(WINDOW_S * 1e9)
     while not times or time.perf_counter_ns() < end:
@@ -109,7 +112,7 @@ def measure_window(call: Callable[[], object]) -> NDArray[np.float64]:
 
 
 def _call_uncounted(call: Callable[[], object], calls: int, seconds: float) -> None:
-    """So many calls, or for so long; at least one."""
+    """Make at least one call, and then stop after a number of calls or seconds, whichever comes first."""
     end = time.perf_counter_ns() + int(seconds * 1e9)
     for _ in range(calls):
         call()
@@ -118,7 +121,7 @@ def _call_uncounted(call: Callable[[], object], calls: int, seconds: float) -> N
 
 
 def _spread(windows: Sequence[NDArray[np.float64]]) -> float:
-    medians = [float(np.median(window)) for window in windows[-STEADY_WINDOWS:]]
+    medians = [float(np.median(window)) for window in windows[-STABLE_WINDOWS:]]
     return max(medians) / max(min(medians), 1e-9) - 1
 
 

@@ -1,6 +1,6 @@
-"""The program that measures one model file: a process of its own shares no threads and no memory with another.
+"""The worker program that measures one model file, in a process that shares no threads or memory with others.
 
-It reads a request a line, as JSON, from standard input, and writes a reply a line; the end of the requests ends it.
+It reads requests from standard input and writes replies, one line of JSON each. It exits when its input is closed.
 """
 
 import sys
@@ -15,20 +15,23 @@ from numpy.typing import NDArray
 
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import RegisteredBackend, model_file, open_backend, register_backend
-from cifarx_serve.benchmarking.timing import WARMUP_CALLS, WINDOW_S, measure_window, warm_up
+from cifarx_serve.benchmarking.timing import WINDOW_S, WINDOW_WARMUP_CALLS, measure_window, warm_up
 from cifarx_serve.errors import CifarxError, FallbackWarning, UsageError
 from cifarx_serve.images.preprocess import model_input
-from cifarx_serve.system.peak_memory import peak_memory
-from cifarx_serve.system.worker_process import take_replies
+from cifarx_serve.system.memory import peak_process_memory
+from cifarx_serve.system.worker_process import init_worker
 
-_PART: Final = 64
-"""Images that are classified together."""
-
+_PREDICT_BATCH: Final = 64
 _DEVICE_RUNS: Final = 50
 
 
-class Open(msgspec.Struct, frozen=True, tag=True):
-    """Open a model file on a device; `images` are uint8 (N, height, width, 3) in a `.npy` file. Gives an `Opened`."""
+class OpenModel(msgspec.Struct, frozen=True, tag=True):
+    """Request to open a model file on a device. The reply is an `OpenedModel`.
+
+    Attributes:
+        images: a `.npy` file with images, uint8 (N, height, width, 3), at the input size of the model.
+        registered: the backends that the parent process has registered.
+    """
 
     path: str
     device: str
@@ -37,40 +40,40 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag=True):
-    """Make ready for windows of this batch size. Gives nothing."""
+    """Request to set the batch size of the following windows and to warm up. The reply is null."""
 
     batch: int
 
 
-class Window(msgspec.Struct, frozen=True, tag=True):
-    """Measure one window. Gives the microseconds of each counted call."""
+class MeasureWindow(msgspec.Struct, frozen=True, tag=True):
+    """Request to measure one window. The reply is the time of each counted call in microseconds."""
 
 
-class DeviceTimes(msgspec.Struct, frozen=True, tag=True):
-    """Gives the microseconds on the device of each of some runs of this batch size; none where it tells none."""
+class MeasureDeviceTimes(msgspec.Struct, frozen=True, tag=True):
+    """Request for device times at a batch size. The reply is a list in microseconds, empty without such a device."""
 
     batch: int
 
 
-class Peak(msgspec.Struct, frozen=True, tag=True):
-    """Gives the most bytes of memory that the process has held."""
+class PeakMemory(msgspec.Struct, frozen=True, tag=True):
+    """Request for the peak memory of the process. The reply is in bytes."""
 
 
-class Classify(msgspec.Struct, frozen=True, tag=True):
-    """Gives the argmax of every image."""
+class PredictLabels(msgspec.Struct, frozen=True, tag=True):
+    """Request to classify all images. The reply is the list of their predicted labels."""
 
 
-Request: TypeAlias = Open | WarmUp | Window | DeviceTimes | Peak | Classify
+Request: TypeAlias = OpenModel | WarmUp | MeasureWindow | MeasureDeviceTimes | PeakMemory | PredictLabels
 
 
-class Opened(msgspec.Struct, frozen=True):
-    """What runs a file, and what it took.
+class OpenedModel(msgspec.Struct, frozen=True):
+    """What runs a model file, and how long opening it took.
 
     Attributes:
-        load_ms: to open it, the import of its library among it.
-        first_call_ms: of the first call, with one image.
-        size_bytes: of the file.
-        told: warnings.
+        load_ms: the time to open the file, including the import of its library.
+        first_call_ms: the time of the first call, with one image.
+        size_bytes: the size of the file.
+        warnings: the messages of the fallback warnings.
     """
 
     backend: str
@@ -79,25 +82,25 @@ class Opened(msgspec.Struct, frozen=True):
     load_ms: float
     first_call_ms: float
     size_bytes: int
-    told: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What a request gives, or an error: the name of its class, and what it was made with."""
+    """The result of a request, or the class name and the arguments of the exception that it raised."""
 
     value: msgspec.Raw = msgspec.Raw(b"null")
     error: str = ""
     arguments: tuple[str, ...] = ()
 
 
-class _Measured:
-    """The file, opened."""
+class _Model:
+    """The open model file, and the images to measure it with."""
 
-    def __init__(self, request: Open) -> None:
+    def __init__(self, request: OpenModel) -> None:
         for registered in request.registered:
             register_backend(*registered)
         self._images: NDArray[np.uint8] = np.load(request.images, mmap_mode="r", allow_pickle=False)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", FallbackWarning)
             started = time.perf_counter()
@@ -108,79 +111,83 @@ class _Measured:
         started = time.perf_counter()
         self._backend.run(self._inputs)
         first_call_ms = (time.perf_counter() - started) * 1e3
-        self.opened = Opened(
+        self.opened = OpenedModel(
             self._backend.name,
             self._backend.provider,
             self._backend.spec.precision,
             load_ms,
             first_call_ms,
             model_file(Path(request.path)).stat().st_size,
-            tuple(str(warning.message) for warning in told),
+            tuple(str(warning.message) for warning in caught),
         )
 
-    def answer(self, request: Request) -> Any:
+    def handle(self, request: Request) -> Any:
         match request:
             case WarmUp(batch):
                 self._inputs = self._batch(batch)
                 warm_up(self._run)
                 return None
-            case Window():
+            case MeasureWindow():
                 return measure_window(self._run).tolist()
-            case DeviceTimes(batch):
-                return device_times(self._backend, self._batch(batch))
-            case Peak():
-                return peak_memory()
-            case Classify():
-                return predicted_labels(self._backend, self._images).tolist()
-            case Open():
+            case MeasureDeviceTimes(batch):
+                return measure_device_times(self._backend, self._batch(batch))
+            case PeakMemory():
+                return peak_process_memory()
+            case PredictLabels():
+                return predict_labels(self._backend, self._images).tolist()
+            case OpenModel():
                 return self.opened
 
     def _run(self) -> object:
         return self._backend.run(self._inputs)
 
-    def _batch(self, count: int) -> NDArray[Any]:
-        return model_input(np.array(self._images[:count]), self._backend.spec)
+    def _batch(self, size: int) -> NDArray[Any]:
+        return model_input(np.array(self._images[:size]), self._backend.spec)
 
     def _require_size(self, path: str) -> None:
-        taken, given = self._backend.spec.input, self._images.shape[1:3]
-        if (taken.height, taken.width) != given:
+        expected, (height, width) = self._backend.spec.input, self._images.shape[1:3]
+        if (expected.height, expected.width) != (height, width):
             raise UsageError(
-                f"{path} takes images of {taken.height}x{taken.width}, the first file {given[0]}x{given[1]}",
-                "compare models of one input size",
+                f"{path} takes images of {expected.height}x{expected.width}, but the first file {height}x{width}",
+                "compare models with the same input size",
             )
 
 
-def predicted_labels(backend: Backend, images: NDArray[np.uint8], batch: int = _PART) -> NDArray[np.int64]:
-    """The argmax of each image, (N,)."""
-    parts = (model_input(images[start : start + batch], backend.spec) for start in range(0, len(images), batch))
-    return np.concatenate([backend.run(part).argmax(1) for part in parts])
+def predict_labels(backend: Backend, images: NDArray[np.uint8], batch_size: int = _PREDICT_BATCH) -> NDArray[np.int64]:
+    """Return the argmax of the logits of each image, int64 (N,)."""
+    starts = range(0, len(images), batch_size)
+    batches = (model_input(images[start : start + batch_size], backend.spec) for start in starts)
+    return np.concatenate([backend.run(batch).argmax(1) for batch in batches])
 
 
-def device_times(backend: Backend, inputs: NDArray[Any]) -> list[float]:
-    """Microseconds on the device of up to fifty runs, or of as many as a window's time allows, at least one.
+def measure_device_times(backend: Backend, inputs: NDArray[Any]) -> list[float]:
+    """Return the device time of several runs in microseconds, without those that warm up.
 
-    None of it where the backend tells no such time.
+    There are at most fifty runs, fewer if they take longer than a window, and at least one. The list is empty if the
+    backend does not report device times.
     """
     times: list[float] = []
     end = time.perf_counter() + WINDOW_S
-    while len(times) < WARMUP_CALLS + _DEVICE_RUNS and (len(times) <= WARMUP_CALLS or time.perf_counter() < end):
-        if (found := backend.device_time(inputs)) is None:
+    while len(times) < WINDOW_WARMUP_CALLS + _DEVICE_RUNS and (
+        len(times) <= WINDOW_WARMUP_CALLS or time.perf_counter() < end
+    ):
+        if (device_time := backend.device_time(inputs)) is None:
             return []
-        times.append(found)
-    return times[WARMUP_CALLS:]
+        times.append(device_time)
+    return times[WINDOW_WARMUP_CALLS:]
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
-    replies = take_replies()
-    measured: _Measured | None = None
+    """Answer requests until standard input is closed."""
+    replies = init_worker()
+    model: _Model | None = None
     for line in sys.stdin.buffer:
         request = msgspec.json.decode(line, type=Request)
         try:
-            if isinstance(request, Open):
-                measured = _Measured(request)
-            assert measured is not None, "the first request opens a file"
-            reply = Reply(msgspec.Raw(msgspec.json.encode(measured.answer(request))))
+            if isinstance(request, OpenModel):
+                model = _Model(request)
+            assert model is not None, "the first request opens a file"
+            reply = Reply(msgspec.Raw(msgspec.json.encode(model.handle(request))))
         except CifarxError as error:
             reply = Reply(error=type(error).__name__, arguments=(error.problem, error.remedy))
         except ModuleNotFoundError as error:

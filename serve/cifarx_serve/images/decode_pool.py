@@ -1,4 +1,4 @@
-"""Many image files decoded in processes: half of Pillow's work on a small file holds the interpreter's lock."""
+"""Decodes many image files in worker processes, because Pillow holds the GIL for half of its work on a small file."""
 
 import os
 import threading
@@ -15,81 +15,86 @@ from cifarx_serve.errors import ImageError
 from cifarx_serve.images.decode_worker import Problems
 from cifarx_serve.images.reader import ImageSource
 from cifarx_serve.spec import InputSpec
-from cifarx_serve.system.worker_process import ChildEnded, ChildProgram
+from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
 
 Decoded: TypeAlias = "NDArray[np.uint8] | ImageError"
 
-START: Final = 256
-"""Files from which on processes are worth their start, a tenth of a second each."""
+START_THRESHOLD: Final = 256
+"""The number of files after which the pool starts its workers. Starting one takes a tenth of a second."""
 
-_MOST: Final = 16
-"""Processes; each takes some 40 MB."""
+_MAX_WORKERS: Final = 16
+"""Each worker takes about 40 MB of memory."""
 
 _PROGRAM: Final = "cifarx_serve.images.decode_worker"
 
 
-class DecodingProcesses:
-    """Processes that decode files to one size, for any number of threads, until they are closed.
+class DecodePool:
+    """A pool of worker processes that decode image files to one size. Any number of threads can use it at once.
 
-    They are started when there is enough to do. Until one is free, and for what is no path, `decode` gives None.
+    The workers start once enough files have been requested. The pool never blocks: see `decode`.
 
     Args:
-        spec: the size, and the filter of the resize.
-        count: how many processes, 16 at most; with fewer than two there are none.
+        spec: the size of the decoded images, and the filter that resizes them.
+        workers: the number of workers, limited to 16. There are none if it is less than two.
     """
 
-    def __init__(self, spec: InputSpec, count: int) -> None:
+    def __init__(self, spec: InputSpec, workers: int) -> None:
         self._spec = spec
-        self._count = min(count, _MOST) if count > 1 else 0
-        self._free: SimpleQueue[ChildProgram] = SimpleQueue()
-        self._processes: list[ChildProgram] = []
+        self._count = min(workers, _MAX_WORKERS) if workers > 1 else 0
+        self._idle: SimpleQueue[WorkerProcess] = SimpleQueue()
+        self._workers: list[WorkerProcess] = []
         self._lock = threading.Lock()
-        self._asked = 0
+        self._requested = 0
 
     def decode(self, sources: Sequence[ImageSource]) -> list[Decoded] | None:
-        """The images in their order, uint8 (height, width, 3), or their errors; None where the caller is to do it."""
+        """Decode a batch of files in one of the workers.
+
+        Returns:
+            One entry per file in the given order, uint8 (height, width, 3) or an error; or None if no worker is idle
+            or a source is not a path. The caller must then decode the batch itself.
+        """
         if not all(isinstance(source, str | os.PathLike) for source in sources):
             return None
         with self._lock:
-            before, self._asked = self._asked, self._asked + len(sources)
-            if before <= START < self._asked:
-                with suppress(OSError):  # no process can be started here: threads do it
+            before, self._requested = self._requested, self._requested + len(sources)
+            if before <= START_THRESHOLD < self._requested:
+                with suppress(OSError):  # no process can be started, so the callers decode everything
                     for _ in range(self._count):
-                        self._processes.append(self._start())
+                        self._workers.append(self._start_worker())
         try:
-            process = self._free.get_nowait()
+            worker = self._idle.get_nowait()
         except Empty:
             return None
         try:
-            found = _ask(process, sources, self._spec)
-        except ChildEnded:  # the caller does it, and the other processes go on
+            decoded = _decode_in_worker(worker, sources, self._spec)
+        except WorkerExited:  # the other workers continue
             return None
-        self._free.put(process)
-        return found
+        self._idle.put(worker)
+        return decoded
 
     def close(self) -> None:
-        """End the processes, also those that are not ready yet."""
-        for process in self._processes:
-            process.kill()
+        """Kill all workers, including those that are still starting."""
+        for worker in self._workers:
+            worker.kill()
 
-    def _start(self) -> ChildProgram:
-        """A process that will be free as soon as it is ready."""
-        process = ChildProgram(_PROGRAM, numpy_threads=1)
-        process.send(msgspec.json.encode(self._spec))
+    def _start_worker(self) -> WorkerProcess:
+        """Start a worker that becomes idle as soon as it is ready."""
+        worker = WorkerProcess(_PROGRAM, numpy_threads=1)
+        worker.send(msgspec.json.encode(self._spec))
 
-        def wait() -> None:
-            with suppress(ChildEnded, ValueError):  # there was no memory for it, or it is not needed any more
-                process.read_line()
-                self._free.put(process)
+        def wait_until_ready() -> None:
+            with suppress(WorkerExited, ValueError):  # it ran out of memory, or the pool is closed
+                worker.readline()
+                self._idle.put(worker)
 
-        threading.Thread(target=wait, daemon=True).start()
-        return process
+        threading.Thread(target=wait_until_ready, daemon=True).start()
+        return worker
 
 
-def _ask(process: ChildProgram, sources: Sequence[ImageSource], spec: InputSpec) -> list[Decoded]:
+def _decode_in_worker(worker: WorkerProcess, sources: Sequence[ImageSource], spec: InputSpec) -> list[Decoded]:
     paths = [os.fsencode(source) for source in sources]  # type: ignore[arg-type]
-    process.send(msgspec.json.encode(paths))
-    problems = msgspec.json.decode(process.read_line(), type=Problems)
+    worker.send(msgspec.json.encode(paths))
+    problems = msgspec.json.decode(worker.readline(), type=Problems)
     shape = (problems.count(None), spec.height, spec.width, 3)
-    pixels = iter(np.frombuffer(process.read(int(np.prod(shape))), np.uint8).reshape(shape))
+    pixels = iter(np.frombuffer(worker.read(int(np.prod(shape))), np.uint8).reshape(shape))
     return [next(pixels) if problem is None else ImageError(*problem) for problem in problems]

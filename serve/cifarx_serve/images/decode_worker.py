@@ -1,8 +1,8 @@
-"""The program that decodes image files for another process.
+"""The worker program that decodes image files for `decode_pool`.
 
-Its first request is the `InputSpec`, to which the reply is an empty list; every other is a list of paths. The reply
-to those is a line with an entry an image, null or the two parts of an `ImageError`, and then the pixels of the good
-ones, uint8 (N, height, width, 3).
+The first request is an `InputSpec`, and the reply to it is an empty list. Every other request is a list of paths. Its
+reply is one line with an entry per image, which is null or the two parts of an `ImageError`, followed by the pixels of
+the images that were decoded, uint8 (N, height, width, 3).
 """
 
 import os
@@ -15,14 +15,14 @@ from cifarx_serve.errors import ImageError
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
-from cifarx_serve.system.worker_process import take_replies
+from cifarx_serve.system.worker_process import init_worker
 
 Problems: TypeAlias = list[tuple[str, str] | None]
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
-    replies = take_replies()
+    """Answer requests until standard input is closed."""
+    replies = init_worker()
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=InputSpec)
     replies.write(b"[]\n")
     replies.flush()

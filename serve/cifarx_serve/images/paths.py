@@ -1,4 +1,4 @@
-"""From what a user names (files, folders, patterns, standard input) to image files, in order."""
+"""Expands what a user names (files, folders, patterns, standard input) to the paths of image files."""
 
 import glob
 import os
@@ -9,20 +9,20 @@ from typing import Final
 from cifarx_serve.errors import UsageError
 
 SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What is taken from a folder; a file that is named is taken whatever its name ends with."""
+"""The suffixes of the files that are taken from a folder. A file named directly can have any suffix."""
 
 STANDARD_INPUT: Final = "-"
 
 
 def find_images(names: Iterable[str]) -> Iterator[str]:
-    """The image files behind the names, in the order given; within a folder or pattern by name.
+    """Yield the paths of the images that the names stand for, in the given order.
 
-    A folder gives what is in it and in the folders below, hidden ones left out. A name that is no file and has `*`,
-    `?` or `[` is a pattern, in which `**` stands for any folders. Any other name is given as it is: whether it can
-    be read shows when it is.
+    A folder stands for its images and those in its subfolders, sorted by name, without hidden ones. A name with `*`,
+    `?` or `[` that is not a file is a pattern, in which `**` matches any number of folders. Any other name is yielded
+    unchanged, even if it does not exist; reading it reports that.
 
     Raises:
-        UsageError: a folder without images, a pattern that nothing fits, or standard input twice.
+        UsageError: a folder has no images, a pattern matches no file, or standard input is named twice.
     """
     for position, name in enumerate(given := list(names)):
         if name == STANDARD_INPUT:
@@ -30,28 +30,30 @@ def find_images(names: Iterable[str]) -> Iterator[str]:
                 raise UsageError("standard input was named twice", "give - once")
             yield name
         elif Path(name).is_dir():
-            yield from _some(_in_folder(name), f"no images in {name}", f"known are {', '.join(SUFFIXES)}")
+            yield from _require_any(
+                _walk_folder(name), f"no images in {name}", f"supported suffixes are {', '.join(SUFFIXES)}"
+            )
         elif glob.has_magic(name) and not os.path.lexists(name):
-            # Not `Path.glob`: it takes no pattern that begins at the root.
-            fitting = sorted(glob.iglob(name, recursive=True))  # noqa: PTH207
-            found = (path for path in fitting if not Path(path).is_dir())
-            yield from _some(found, f"nothing fits {name}", "check the pattern, and quote it")
+            # `Path.glob` does not accept absolute patterns.
+            matches = sorted(glob.iglob(name, recursive=True))  # noqa: PTH207
+            files = (path for path in matches if not Path(path).is_dir())
+            yield from _require_any(files, f"no file matches {name}", "check the pattern, and quote it")
         else:
             yield name
 
 
-def _in_folder(folder: str) -> Iterator[str]:
-    for place, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+def _walk_folder(folder: str) -> Iterator[str]:
+    for parent, subfolders, files in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield str(Path(place, name))
+                yield str(Path(parent, name))
 
 
-def _some(found: Iterator[str], problem: str, remedy: str) -> Iterator[str]:
-    """All of them, at least one."""
-    first = next(found, None)
+def _require_any(paths: Iterator[str], problem: str, remedy: str) -> Iterator[str]:
+    """Yield all paths; raise a `UsageError` if there are none."""
+    first = next(paths, None)
     if first is None:
         raise UsageError(problem, remedy)
     yield first
-    yield from found
+    yield from paths

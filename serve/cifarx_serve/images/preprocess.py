@@ -1,4 +1,4 @@
-"""From an RGB picture to the network's input: the one implementation, for training, proof and serving."""
+"""Converts RGB images to the input of a network. Training, export and serving all use these functions."""
 
 from typing import Any, Final
 
@@ -17,9 +17,12 @@ _FILTERS: Final = {
 
 
 def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
-    """An RGB picture at the network's size: uint8, (height, width, 3).
+    """Resize an RGB image to the input size of the network.
 
-    Both sides are stretched to the size, as torchvision's `Resize((height, width))` does on a Pillow image.
+    The aspect ratio is not kept, as with torchvision's `Resize((height, width))` on a Pillow image.
+
+    Returns:
+        uint8 of shape (height, width, 3).
     """
     size = (spec.width, spec.height)
     if image.size != size:
@@ -27,10 +30,18 @@ def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def scale(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
-    """Pixels as the network's input: uint8 (N, H, W, 3) to float32 (N, 3, H, W).
+def normalize(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
+    """Scale pixels to the value range of the spec, normalize them, and move the channels first.
 
-    For a range of 0 to 1 without normalisation the bits are those of torchvision's `ToTensor`.
+    With a range of 0 to 1, mean 0 and standard deviation 1, the result equals that of torchvision's `ToTensor` bit for
+    bit.
+
+    Args:
+        pixels: uint8 of shape (N, H, W, 3).
+        spec: the value range, mean and standard deviation.
+
+    Returns:
+        float32 of shape (N, 3, H, W).
     """
     batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
     batch /= np.float32(255)
@@ -45,8 +56,13 @@ def scale(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
 
 
 def model_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
-    """What a model's backend takes for RGB pixels, uint8 (N, H, W, 3) at the network's size.
+    """Return the batch that a model's backend takes for RGB pixels.
 
-    The pixels themselves where the file does its preprocessing, else float32 (N, 3, H, W).
+    Args:
+        pixels: uint8 of shape (N, H, W, 3), at the input size of the network.
+        spec: the model's spec.
+
+    Returns:
+        The pixels themselves for a model with embedded preprocessing, or else float32 of shape (N, 3, H, W).
     """
-    return pixels if spec.embedded_preprocessing else scale(pixels, spec.input)
+    return pixels if spec.embedded_preprocessing else normalize(pixels, spec.input)

@@ -1,4 +1,4 @@
-"""From anything that holds an image to an RGB picture."""
+"""Decodes images from files, bytes, Pillow images and arrays to upright 8-bit RGB."""
 
 import io
 import os
@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cifarx_serve.errors import ImageError
+from cifarx_serve.errors import ImageError, error_message
 
 MAX_PIXELS: Final = 100_000_000
-"""A larger picture is refused before it is decoded: 300 MB of RGB is more than any classifier asks for."""
+"""Larger images are refused before they are decoded. As RGB, an image of this size takes 300 MB."""
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 
-# The EXIF tag for the orientation of the camera, and what turns each of its values upright (Exif 2.3, section 4.6.4).
+# The EXIF tag of the camera orientation, and the operation that corrects each of its values (Exif 2.3, section 4.6.4).
 _ORIENTATION: Final = 0x0112
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -30,47 +30,48 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Where Pillow keeps what may hold an orientation. Looking there first spares most pictures its TIFF reader (3 ms).
+# Keys of `Image.info` that can contain an orientation. Most images have none, which saves 3 ms in the TIFF reader.
 _EXIF_IN_INFO: Final = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP"})
 _EXIF_KEYS: Final = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
-# Pillow's mode I has 32 bits; from these formats it holds 16-bit grey (PNG until Pillow 10.3).
-_SIXTEEN_BITS_AS_I: Final = ("PPM", "PNG")
+# Formats whose 16-bit grayscale images Pillow opens in the 32-bit mode I (PNG until Pillow 10.3).
+_16_BIT_AS_MODE_I: Final = ("PPM", "PNG")
 
 
 class TooManyPixels(ImageError):
-    """A picture over the limit."""
+    """Raised for an image with more pixels than the limit."""
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The header alone of an image file; `read_image` of what it gives decodes it.
+    """Open an image file and read only its header. Pass the result to `read_image` to decode it.
 
     Args:
-        data: the file's bytes.
-        max_pixels: a larger picture is refused.
+        data: the content of the file.
+        max_pixels: the largest number of pixels to accept.
 
     Raises:
-        ImageError: not an image. TooManyPixels: over the limit.
+        ImageError: the file is not an image.
+        TooManyPixels: the image has more pixels than `max_pixels`.
     """
     return _open(io.BytesIO(data), f"{len(data)} bytes", max_pixels, _format(data))
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """Decode one image to RGB, upright.
+    """Decode one image to upright RGB.
 
-    The camera's EXIF orientation is applied. Transparency is composited over white. 16-bit grey is scaled to
-    8 bits. Of an animation the first frame is taken.
+    The EXIF orientation of the camera is applied, transparent pixels are blended with white, 16-bit grayscale is scaled
+    to 8 bits, and only the first frame of an animation is used.
 
     Args:
-        source: a path, the bytes of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 3)
-            or (H, W, 4).
+        source: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 3) or
+            (H, W, 4).
 
     Raises:
-        ImageError: no such file, not an image, truncated, too large, without a pixel, or an array of another
-            shape or dtype.
+        ImageError: the file does not exist or cannot be read, is not an image, or is truncated; the image is too large
+            or empty; or the array has a wrong shape or dtype.
     """
     if isinstance(source, Image.Image):
-        with _ImageErrors("the image"):  # Pillow reads the file of an opened image when its pixels are asked for
+        with _ImageErrors("the image"):  # the pixels of an opened image are read only now
             return to_rgb(source)
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))
@@ -81,20 +82,20 @@ def read_image(source: ImageSource) -> Image.Image:
         with path.open("rb") as file:
             return _decode(file, str(path))
     except IsADirectoryError as error:
-        raise ImageError(f"{path} is a folder", "name an image file") from error
+        raise ImageError(f"{path} is a folder", "give an image file") from error
     except ValueError as error:
         raise ImageError(f"cannot open image {str(path)!r} ({error})", "check the path") from error
     except OSError as error:
         remedy = "check the path" if isinstance(error, FileNotFoundError) else "make it readable"
-        raise ImageError(f"cannot open image {path} ({error.strerror or error})", remedy) from error
+        raise ImageError(f"cannot open image {path} ({error_message(error)})", remedy) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as upright 8-bit RGB."""
+    """Convert an image of any mode to upright 8-bit RGB."""
     if 0 in image.size:
-        raise ImageError(f"an image of {image.width}x{image.height} pixels", "give one that has pixels")
+        raise ImageError(f"the image is empty ({image.width}x{image.height} pixels)", "give an image that has pixels")
     image = _upright(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS_AS_I):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _16_BIT_AS_MODE_I):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
@@ -103,16 +104,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # some of Pillow's decoders turn the picture themselves, and then say so
+    image.load()  # some decoders of Pillow apply the orientation themselves and then remove it
     if image.format in _EXIF_IN_INFO and not _EXIF_KEYS & image.info.keys():
         return image
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    if turn is None:
+    operation = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    if operation is None:
         return image
-    # Not with `ImageOps.exif_transpose`: it writes the EXIF block anew, which fails on damaged ones.
-    turned = image.transpose(turn)
-    turned.info = {key: value for key, value in image.info.items() if key == "transparency"}
-    return turned
+    # `ImageOps.exif_transpose` would also rewrite the EXIF data, which fails if they are damaged.
+    upright = image.transpose(operation)
+    upright.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return upright
 
 
 def _decode(file: IO[bytes], name: str, formats: tuple[str] | None = None) -> Image.Image:
@@ -123,52 +124,53 @@ def _decode(file: IO[bytes], name: str, formats: tuple[str] | None = None) -> Im
 def _open(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str] | None) -> Image.Image:
     with _ImageErrors(name):
         image = Image.open(file, formats=formats)
-        if image.format == "EPS":  # PostScript is a program, and Pillow would have Ghostscript run it
-            raise ImageError(f"{name} is EPS, a program rather than a picture", "save it as PNG first")
+        if image.format == "EPS":  # Pillow would run it with Ghostscript
+            raise ImageError(f"{name} is EPS, which is a program", "save it as PNG first")
         if image.width * image.height > max_pixels:
             raise _too_large(f"{image.width}x{image.height} pixels", name, max_pixels)
         return image
 
 
 def _format(data: bytes) -> tuple[str] | None:
-    """The format of the commonest files, told by their start: Pillow would ask the reader of every other first."""
+    """Return the format of a PNG or JPEG file, so that Pillow does not try the readers of all other formats first."""
     if data.startswith(b"\x89PNG"):
         return ("PNG",)
     return ("JPEG",) if data.startswith(b"\xff\xd8\xff") else None
 
 
-class _WithoutPillowsWarnings:
-    """Of large pictures, where the limit is ours, and of damaged metadata, where the pixels are sound.
+class _SuppressPillowWarnings:
+    """Context manager that suppresses Pillow's warnings of large images and damaged metadata.
 
-    The filters are the whole process's: the first of several threads inside changes them, the last puts them back.
+    `MAX_PIXELS` replaces the former, and the pixels are intact in spite of the latter. Warning filters belong to the
+    process, so the first thread to enter changes them and the last one to leave restores them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside = 0
-        self._before = warnings.catch_warnings()
+        self._entered = 0
+        self._catcher = warnings.catch_warnings()
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._inside:
-                self._before = warnings.catch_warnings()
-                self._before.__enter__()
+            if not self._entered:
+                self._catcher = warnings.catch_warnings()
+                self._catcher.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._inside += 1
+            self._entered += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._before.__exit__(None, None, None)
+            self._entered -= 1
+            if not self._entered:
+                self._catcher.__exit__(None, None, None)
 
 
-without_pillows_warnings: Final = _WithoutPillowsWarnings()
-"""Around the decoding of an image; a program that decodes all day is inside it all day, and saves 20 us an image."""
+suppress_pillow_warnings: Final = _SuppressPillowWarnings()
+"""Active while an image is decoded. A server keeps it active all the time, which saves 20 µs per image."""
 
 
 class _ImageErrors:
-    """Whatever Pillow raises inside, as ImageError; a class, because a generator would take twice as long to enter."""
+    """Context manager that converts exceptions of Pillow to `ImageError`; a generator would be half as fast."""
 
     __slots__ = ("_name",)
 
@@ -176,10 +178,10 @@ class _ImageErrors:
         self._name = name
 
     def __enter__(self) -> None:
-        without_pillows_warnings.__enter__()
+        suppress_pillow_warnings.__enter__()
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
-        without_pillows_warnings.__exit__()
+        suppress_pillow_warnings.__exit__()
         if isinstance(error, Exception) and not isinstance(error, ImageError):
             raise _image_error(error, self._name) from error
 
@@ -189,8 +191,7 @@ def _image_error(error: Exception, name: str) -> ImageError:
         return _too_large("a decompression bomb", name, MAX_PIXELS)
     if isinstance(error, UnidentifiedImageError):
         return ImageError(f"{name} is not an image", "give a JPEG, PNG, WebP, BMP, TIFF or GIF file")
-    reason = " ".join(str(error).split()) or type(error).__name__  # what the decoders raise has no common base
-    return ImageError(f"{name} is truncated or damaged ({reason})", "save or copy the image again")
+    return ImageError(f"{name} is truncated or damaged ({error_message(error)})", "save or copy the image again")
 
 
 def _too_large(what: str, name: str, limit: int) -> TooManyPixels:

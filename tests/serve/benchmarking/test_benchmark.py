@@ -9,22 +9,22 @@ from cifarx_serve.backends import registry
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec
-from cifarx_serve.system.environment import environment
+from cifarx_serve.system.environment import current_environment
 from tests.support.color_model import SPEC, write_onnx, write_torchscript
 
-COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
+COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
 
 
 @pytest.fixture
 def images() -> NDArray[np.uint8]:
-    """Five images of one colour each."""
-    return np.broadcast_to(COLOURS[:, None, None, :], (5, 4, 6, 3)).copy()
+    """Return five images of one color each."""
+    return np.broadcast_to(COLORS[:, None, None, :], (5, 4, 6, 3)).copy()
 
 
-def test_rows_are_by_batch_size_then_by_file(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+def test_rows_are_sorted_by_batch_size_and_then_by_file(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     files = [write_onnx(tmp_path / "a.onnx"), write_torchscript(tmp_path / "b.torchscript.pt")]
-    told: list[str] = []
-    report = benchmark(files, images, "colours", batches=(1, 4), device="cpu", seconds=0.1, progress=told.append)
+    messages: list[str] = []
+    report = benchmark(files, images, "colors", batch_sizes=(1, 4), device="cpu", seconds=0.1, progress=messages.append)
     assert [(row.batch, row.file, row.backend) for row in report.rows] == [
         (1, "a.onnx", "onnxruntime"),
         (1, "b.torchscript.pt", "torchscript"),
@@ -46,14 +46,14 @@ def test_rows_are_by_batch_size_then_by_file(tmp_path: Path, images: NDArray[np.
         assert row.size_bytes == file.stat().st_size
         assert row.precision == "fp32"
         assert row.device_us is None
-    assert (report.data, report.images) == ("colours", 5)
-    now = environment()
+    assert (report.data, report.images) == ("colors", 5)
+    now = current_environment()
     assert msgspec.structs.replace(report.environment, clock_mhz=now.clock_mhz) == now
-    assert all(any(file.name in line for line in told) for file in files)
+    assert all(any(file.name in line for line in messages) for file in files)
     assert msgspec.json.decode(msgspec.json.encode(report), type=BenchmarkReport) == report
 
 
-_ON_A_DEVICE = """
+_DEVICE_BACKEND = """
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 
 class Backend(OnnxRuntimeBackend):
@@ -65,60 +65,57 @@ class Backend(OnnxRuntimeBackend):
 """
 
 
-def test_a_device_tells_its_own_time(
-    tmp_path: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "on_a_device.py").write_text(_ON_A_DEVICE)
+def test_reports_device_times(tmp_path: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "device_backend.py").write_text(_DEVICE_BACKEND)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
-    registry.register_backend("device", "on_a_device:Backend", (".device",))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    registry.register_backend("device", "device_backend:Backend", (".device",))
     files = [write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b.device")]
-    report = benchmark(files, images, "colours", batches=(1, 4), device="cpu", seconds=0.1)
+    report = benchmark(files, images, "colors", batch_sizes=(1, 4), device="cpu", seconds=0.1)
     assert [(row.batch, row.device_us) for row in report.rows] == [(1, None), (1, 100), (4, None), (4, 400)]
 
 
-def test_agreement_is_with_the_first_file(tmp_path: Path, images: NDArray[np.uint8]) -> None:
-    """A model that takes red for green and green for red agrees on the one blue image of five."""
+def test_agreement_is_measured_against_the_first_file(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    """A model that confuses red and green agrees only on the blue one of five images."""
     right = write_onnx(tmp_path / "right.onnx")
     wrong = write_onnx(tmp_path / "wrong.onnx", order=(1, 0, 2))
-    report = benchmark([right, wrong, right], images, "colours", batches=(2,), device="cpu", seconds=0.1)
+    report = benchmark([right, wrong, right], images, "colors", batch_sizes=(2,), device="cpu", seconds=0.1)
     assert [row.agreement for row in report.rows] == [1, 0.2, 1]
 
 
-def test_accuracy_is_against_the_labels(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+def test_accuracy_is_measured_against_the_labels(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     files = [write_onnx(tmp_path / "right.onnx"), write_onnx(tmp_path / "wrong.onnx", order=(1, 0, 2))]
     labels = np.array([0, 1, 2, 2, 2])
-    report = benchmark(files, images, "colours", batches=(2,), device="cpu", seconds=0.1, labels=labels)
+    report = benchmark(files, images, "colors", batch_sizes=(2,), device="cpu", seconds=0.1, labels=labels)
     assert [row.accuracy for row in report.rows] == [0.6, 0.2]
 
 
-def test_two_files_of_one_name_are_told_apart(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+def test_two_files_of_the_same_name_are_listed_by_path(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     (tmp_path / "b").mkdir()
     files = [write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b" / "a.onnx")]
-    report = benchmark(files, images, "colours", batches=(1,), device="cpu", seconds=0.1)
+    report = benchmark(files, images, "colors", batch_sizes=(1,), device="cpu", seconds=0.1)
     assert [row.file for row in report.rows] == [str(file) for file in files]
 
 
 @pytest.mark.parametrize("batch", [0, -1, 6])
-def test_a_batch_size_that_cannot_be(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
+def test_an_invalid_batch_size_is_a_usage_error(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
     with pytest.raises(UsageError, match=f"batch size {batch}: give 1 to 5"):
-        benchmark([write_onnx(tmp_path / "a.onnx")], images, "colours", batches=(1, batch), device="cpu")
+        benchmark([write_onnx(tmp_path / "a.onnx")], images, "colors", batch_sizes=(1, batch), device="cpu")
 
 
-def test_no_file(images: NDArray[np.uint8]) -> None:
+def test_no_files_are_a_usage_error(images: NDArray[np.uint8]) -> None:
     with pytest.raises(UsageError, match="no file"):
-        benchmark([], images, "colours")
+        benchmark([], images, "colors")
 
 
-def test_models_of_two_input_sizes(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+def test_models_of_different_input_sizes_are_a_usage_error(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     other = msgspec.structs.replace(SPEC, input=InputSpec(height=6, width=4))
     files = [write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b.onnx", other.to_json())]
     with pytest.raises(UsageError) as raised:
-        benchmark(files, images, "colours", device="cpu", batches=(1,))
-    assert "b.onnx takes images of 6x4" in raised.value.problem
-    assert "4x6" in raised.value.problem
+        benchmark(files, images, "colors", device="cpu", batch_sizes=(1,))
+    assert raised.value.problem == f"{files[1]} takes images of 6x4, but the first file 4x6"
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+def test_a_missing_file_is_a_model_file_error(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     with pytest.raises(ModelFileError, match=r"b\.onnx"):
-        benchmark([write_onnx(tmp_path / "a.onnx"), Path("b.onnx")], images, "colours", batches=(1,))
+        benchmark([write_onnx(tmp_path / "a.onnx"), Path("b.onnx")], images, "colors", batch_sizes=(1,))

@@ -19,7 +19,7 @@ IMAGES = np.zeros((7, SPEC.input.height, SPEC.input.width, 3), np.uint8)
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Seven black images in a file."""
+    """Write seven black images to a file."""
     np.save(tmp_path / "images.npy", IMAGES)
     return tmp_path / "images.npy"
 
@@ -28,23 +28,23 @@ def _children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "benchmarking.worker" in " ".join(child.cmdline())]
 
 
-def test_it_is_another_process_and_ends_with_its_context(tmp_path: Path, images: Path) -> None:
+def test_the_process_ends_when_it_is_closed(tmp_path: Path, images: Path) -> None:
     before = _children()
     with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         [child] = [child for child in _children() if child not in before]
         assert process.opened.provider == "CPUExecutionProvider"
-        assert len(process.classify()) == len(IMAGES)
+        assert len(process.predict_labels()) == len(IMAGES)
     assert not child.is_running()
     process.close()
 
 
-def test_windows_are_of_the_batch_size_warmed_up_for(tmp_path: Path, images: Path) -> None:
+def test_measures_windows_after_a_warm_up(tmp_path: Path, images: Path) -> None:
     with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         process.warm_up(3)
-        assert (process.window() > 0).all()
+        assert (process.measure_window() > 0).all()
 
 
-def test_a_cpu_tells_no_device_times(tmp_path: Path, images: Path) -> None:
+def test_a_cpu_reports_no_device_times(tmp_path: Path, images: Path) -> None:
     with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         assert process.device_times(3).tolist() == []
 
@@ -53,7 +53,7 @@ def test_a_cpu_tells_no_device_times(tmp_path: Path, images: Path) -> None:
     ("name", "device", "error"),
     [("absent.onnx", "cpu", ModelFileError), ("a.onnx", "tpu", UsageError), ("a.onnx", "mps", DeviceError)],
 )
-def test_errors_are_those_of_opening_and_leave_no_process(
+def test_errors_of_opening_are_raised_and_end_the_process(
     tmp_path: Path, images: Path, name: str, device: str, error: type[Exception]
 ) -> None:
     write_onnx(tmp_path / "a.onnx")
@@ -63,18 +63,21 @@ def test_errors_are_those_of_opening_and_leave_no_process(
     assert _children() == before
 
 
-def test_a_process_that_died_is_told(tmp_path: Path, images: Path) -> None:
+def test_a_killed_process_is_a_model_file_error(tmp_path: Path, images: Path) -> None:
     with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(ModelFileError, match=rf"a\.onnx ended with -{signal.SIGKILL.value}"):
+        with pytest.raises(
+            ModelFileError,
+            match=rf"a\.onnx ended with status -{signal.SIGKILL.value}: check whether there is enough memory",
+        ):
             process.warm_up(1)
 
 
-def test_ctrl_c_is_the_parents_to_handle(tmp_path: Path, images: Path) -> None:
+def test_the_process_ignores_ctrl_c(tmp_path: Path, images: Path) -> None:
     with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         os.kill(process._process.pid, signal.SIGINT)
         time.sleep(0.1)
-        assert process.peak() > 0
+        assert process.peak_memory() > 0
 
 
 _BACKEND = """
@@ -89,27 +92,25 @@ class Backend(OnnxRuntimeBackend):
     def __init__(self, path, device):
         print("a library prints")
         warnings.warn("running slowly", FallbackWarning)
-        import a_module_that_is_not_there
+        import missing_module
 """
 
 
-def test_backends_of_this_process_are_the_others_too(
+def test_registered_backends_are_available_in_the_process(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found where this process finds its modules; what it prints is not a reply; a package it lacks is named."""
+    """The process has the same import path, a backend can print, and a missing package is reported by name."""
     (tmp_path / "my_backend.py").write_text(_BACKEND)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     registry.register_backend("mine", "my_backend:Backend", (".mine",))
     model = write_onnx(tmp_path / "a.mine")
     with pytest.raises(ModuleNotFoundError) as raised:
         BenchmarkProcess(model, "cpu", images)
-    assert raised.value.name == "a_module_that_is_not_there"
-    (tmp_path / "my_backend.py").write_text(
-        _BACKEND.replace("import a_module_that_is_not_there", "super().__init__(path, device)")
-    )
-    with warnings.catch_warnings(record=True) as told:
+    assert raised.value.name == "missing_module"
+    (tmp_path / "my_backend.py").write_text(_BACKEND.replace("import missing_module", "super().__init__(path, device)"))
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with closing(BenchmarkProcess(model, "cpu", images)) as process:
             assert process.opened.backend == "mine"
-    assert [str(warning.message) for warning in told if warning.category is FallbackWarning] == ["running slowly"]
+    assert [str(warning.message) for warning in caught if warning.category is FallbackWarning] == ["running slowly"]

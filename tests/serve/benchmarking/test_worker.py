@@ -10,62 +10,62 @@ import pytest
 from numpy.typing import NDArray
 
 from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.benchmarking.worker import Open, Peak, Reply, Request, device_times, predicted_labels
+from cifarx_serve.benchmarking.worker import OpenModel, PeakMemory, Reply, Request, measure_device_times, predict_labels
 from tests.support.color_model import write_onnx
 
-COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
+COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
 LABELS = [0, 1, 2, 0, 1]
 
 
 @pytest.fixture
 def images() -> NDArray[np.uint8]:
-    """Five images of one colour each."""
-    return np.broadcast_to(COLOURS[:, None, None, :], (5, 4, 6, 3)).copy()
+    """Return five images of one color each."""
+    return np.broadcast_to(COLORS[:, None, None, :], (5, 4, 6, 3)).copy()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
-def test_predicted_labels(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
+def test_predicts_the_labels_of_all_images(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
     with open_backend(write_onnx(tmp_path / "a.onnx"), device="cpu") as backend:
-        assert predicted_labels(backend, images, batch).tolist() == LABELS
+        assert predict_labels(backend, images, batch).tolist() == LABELS
 
 
-class Timed:
-    """Stands for a backend whose device tells times: 1, 2, 3 …, each after so many seconds."""
+class TimedBackend:
+    """A stand-in for a backend whose device reports the times 1, 2, 3 …, each after a delay."""
 
-    def __init__(self, seconds: float = 0, tells: bool = True) -> None:
-        self._seconds = seconds
-        self._tells = tells
+    def __init__(self, delay_s: float = 0, has_device: bool = True) -> None:
+        self._delay_s = delay_s
+        self._has_device = has_device
         self.runs = 0
 
     def device_time(self, _: NDArray[np.float32]) -> float | None:
-        time.sleep(self._seconds)
+        time.sleep(self._delay_s)
         self.runs += 1
-        return float(self.runs) if self._tells else None
+        return float(self.runs) if self._has_device else None
 
 
-def test_device_times_are_of_fifty_runs_the_first_ones_left_out() -> None:
-    backend: Any = Timed()
-    assert device_times(backend, np.zeros(1)) == [float(number) for number in range(4, 54)]
+def test_measures_fifty_runs_on_the_device_after_a_warm_up() -> None:
+    backend: Any = TimedBackend()
+    assert measure_device_times(backend, np.zeros(1)) == [float(number) for number in range(4, 54)]
 
 
-def test_device_times_of_long_runs_are_fewer_and_at_least_one() -> None:
-    backend: Any = Timed(seconds=0.06)
-    assert device_times(backend, np.zeros(1)) == [4.0]
+def test_measures_at_least_one_of_long_runs_on_the_device() -> None:
+    backend: Any = TimedBackend(delay_s=0.06)
+    assert measure_device_times(backend, np.zeros(1)) == [4.0]
 
 
-def test_a_backend_without_a_device_is_asked_once() -> None:
-    backend: Any = Timed(tells=False)
-    assert device_times(backend, np.zeros(1)) == []
+def test_a_backend_without_device_times_is_called_once() -> None:
+    backend: Any = TimedBackend(has_device=False)
+    assert measure_device_times(backend, np.zeros(1)) == []
     assert backend.runs == 1
 
 
-def test_a_reply_a_request_and_no_more_on_standard_output(tmp_path: Path, images: NDArray[np.uint8]) -> None:
-    """The end of the requests ends the program; Ctrl-C, which reaches every process of a terminal, does not."""
+def test_writes_one_reply_per_request_to_standard_output(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    """The program exits when its input is closed."""
     np.save(tmp_path / "images.npy", images)
     requests: list[Request] = [
-        Open(str(tmp_path / "absent.onnx"), "cpu", str(tmp_path / "images.npy"), ()),
-        Open(str(write_onnx(tmp_path / "a.onnx")), "cpu", str(tmp_path / "images.npy"), ()),
-        Peak(),
+        OpenModel(str(tmp_path / "absent.onnx"), "cpu", str(tmp_path / "images.npy"), ()),
+        OpenModel(str(write_onnx(tmp_path / "a.onnx")), "cpu", str(tmp_path / "images.npy"), ()),
+        PeakMemory(),
     ]
     ran = subprocess.run(
         [sys.executable, "-m", "cifarx_serve.benchmarking.worker"],

@@ -14,11 +14,11 @@ def _tree(tmp_path: Path) -> None:
         path.touch()
 
 
-def test_a_folder_gives_its_images_by_name() -> None:
+def test_a_folder_stands_for_its_images_sorted_by_name() -> None:
     assert list(find_images(["tree"])) == ["tree/a/x.jpeg", "tree/a/deep/y.webp", "tree/b/10.PNG", "tree/b/2.png"]
 
 
-def test_what_is_named_is_taken_in_the_order_given() -> None:
+def test_names_keep_their_order() -> None:
     names = ["tree/a/notes.txt", "absent.png", "tree/b", "tree/a/x.jpeg", "-"]
     assert list(find_images(names)) == [*names[:2], "tree/b/10.PNG", "tree/b/2.png", *names[3:]]
 
@@ -31,12 +31,12 @@ def test_what_is_named_is_taken_in_the_order_given() -> None:
         ("tree/[ab]/*.jpeg", ["tree/a/x.jpeg"]),
     ],
 )
-def test_a_pattern_gives_the_files_that_fit(pattern: str, expected: list[str]) -> None:
+def test_a_pattern_stands_for_the_files_that_match(pattern: str, expected: list[str]) -> None:
     assert list(find_images([pattern])) == expected
     assert list(find_images([str(Path.cwd() / pattern)])) == [str(Path.cwd() / name) for name in expected]
 
 
-def test_a_file_whose_name_looks_like_a_pattern_is_itself() -> None:
+def test_an_existing_file_is_not_a_pattern() -> None:
     for name in ("tree/b/[2].png", "tree/b/2?.png"):
         Path(name).touch()
         assert list(find_images([name])) == [name]
@@ -44,9 +44,9 @@ def test_a_file_whose_name_looks_like_a_pattern_is_itself() -> None:
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [(["tree/*.gif"], "nothing fits"), (["empty"], "no images in empty"), (["-", "tree", "-"], "named twice")],
+    [(["tree/*.gif"], "no file matches"), (["empty"], "no images in empty"), (["-", "tree", "-"], "named twice")],
 )
-def test_what_gives_nothing_is_an_error(names: list[str], words: str) -> None:
+def test_names_without_images_are_usage_errors(names: list[str], words: str) -> None:
     Path("empty").mkdir()
     Path("empty/readme.md").touch()
     with pytest.raises(UsageError, match=words):
