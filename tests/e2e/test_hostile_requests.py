@@ -1,7 +1,7 @@
-"""Ten thousand requests that nobody should send, to a real server: it answers each, says why, and goes on.
+"""Ten thousand invalid requests to a running server: it rejects each with a reason, and continues to serve.
 
-No answer is an error of the server's but 503 and 504, none is waited for without end, no worker ends or tells of a
-defect, and the server gives the right label after every thousand.
+No response has a server error other than 503 and 504, no request hangs, no worker exits or logs an exception, and
+after every thousand requests the server predicts the right label.
 """
 
 import json
@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.hostile_images import bombs, cut, damaged, encoded
-from tests.support.running_server import Running, request, serving, wait_until
+from tests.support.server_process import ServerProcess, encode_request, run_server, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,87 +37,88 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="a worker is a POSIX process"),
 ]
 
-DESCRIBED, TENSORS, IMAGES, NO_HTTP = 3_400, 3_300, 2_500, 1_000
-PATIENCE_S = 20.0
-"""No answer takes so long: the deadline is half of it."""
+API_REQUESTS, TENSORS, IMAGES, NOT_HTTP = 3_400, 3_300, 2_500, 1_000
+TIMEOUT_S = 20.0
+"""Twice the deadline of the server."""
 
 GOOD = encoded(Image.new("RGB", (9, 7), "red"), "PNG")
-INFER = "/v2/models/colours/infer"
+INFER = "/v2/models/colors/infer"
 
 
 class Target:
-    """The server, and what it answered."""
+    """Sends requests to the server and counts the statuses of its responses."""
 
-    def __init__(self, server: Running) -> None:
+    def __init__(self, server: ServerProcess) -> None:
         self.server = server
-        self.answered: Counter[str] = Counter()
+        self.statuses: Counter[str] = Counter()
 
-    def send(self, data: bytes, ends: bool = False) -> list[int]:
-        """The statuses of all that is answered to some bytes on a connection of their own; `ends`: and no more come."""
-        with socket.create_connection(("127.0.0.1", self.server.port), timeout=PATIENCE_S) as client:
+    def send(self, data: bytes, half_close: bool = False) -> list[int]:
+        """Send bytes over a new connection, and return the statuses of all responses."""
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=TIMEOUT_S) as client:
             try:
                 client.sendall(data)
-                if ends:
+                if half_close:
                     client.shutdown(socket.SHUT_WR)
-                answer = b""
+                received = b""
                 while part := client.recv(1 << 16):
-                    answer += part
+                    received += part
             except (ConnectionResetError, BrokenPipeError):
                 pass
-        statuses = [int(status) for status in re.findall(rb"^HTTP/1\.1 (\d{3}) ", answer, re.MULTILINE)]
+        statuses = [int(status) for status in re.findall(rb"^HTTP/1\.1 (\d{3}) ", received, re.MULTILINE)]
         for status in statuses or [0]:
             self.count(status)
         return statuses
 
-    def ask(self, method: str, path: str, body: bytes, **headers: str) -> int:
-        """The status of one whole request."""
-        statuses = self.send(request(method, path, body, connection="close", **headers))
+    def request(self, method: str, path: str, body: bytes, **headers: str) -> int:
+        """Send one request over a new connection, and return the status of its response."""
+        statuses = self.send(encode_request(method, path, body, connection="close", **headers))
         assert len(statuses) == 1
         return statuses[0]
 
     def count(self, status: int) -> None:
         assert status < 500 or status in (503, 504), status
-        self.answered[str(status or "closed")] += 1
-        if self.answered.total() % 1000 == 0:
-            self.require_good()
+        self.statuses[str(status or "closed")] += 1
+        if self.statuses.total() % 1000 == 0:
+            self.check_prediction()
 
-    def require_good(self) -> None:
-        reply = self.server.ask("POST", "/v1/predict", GOOD, content_type="image/png")
-        assert reply.status == 200, reply.body
-        assert reply.json["predictions"][0]["label"] == "red"
+    def check_prediction(self) -> None:
+        response = self.server.request("POST", "/v1/predict", GOOD, content_type="image/png")
+        assert response.status == 200, response.body
+        assert response.json["predictions"][0]["label"] == "red"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("hostile")
-    model = write_onnx(folder / "colours.onnx")
-    with serving(folder / "server", model, "--workers", "1", "--device", "cpu", "--max-body-mb", "4") as running:
-        yield running
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    directory = tmp_path_factory.mktemp("hostile")
+    model = write_onnx(directory / "colors.onnx")
+    with run_server(directory / "server", model, "--workers", "1", "--device", "cpu", "--max-body-mb", "4") as server:
+        yield server
 
 
 @pytest.fixture
-def target(server: Running) -> Iterator[Target]:
-    """Afterwards the same worker is there, sound and silent."""
-    before = server.workers()
-    said, logged = server.err, server.out.count("\n")
+def target(server: ServerProcess) -> Iterator[Target]:
+    """The server; afterwards the same worker must be running, and have logged no errors."""
+    workers = server.workers()
+    printed, logged = server.err, server.out.count("\n")
     target = Target(server)
     yield target
-    target.require_good()
-    assert server.workers() == before
-    # What libtiff finds wrong with a file it writes there itself.
-    assert not re.search("Traceback|[Ee]xception|error|note", server.err.removeprefix(said)), server.err
-    *lines, _ = server.out.split("\n")  # the last may be half written
+    target.check_prediction()
+    assert server.workers() == workers
+    # libtiff prints the errors of a file to standard error itself.
+    assert not re.search("Traceback|[Ee]xception|error|note", server.err.removeprefix(printed)), server.err
+    *lines, _ = server.out.split("\n")  # the last line may be incomplete
     records = [json.loads(line) for line in lines[logged:]]
     assert not [record for record in records if record.get("cause") == "internal"]
-    print(dict(sorted(target.answered.items())), f"{memory(before):.0f} MiB")  # noqa: T201 - shown by pytest -s
+    print(dict(sorted(target.statuses.items())), f"{memory(workers):.0f} MiB")  # noqa: T201 - shown by pytest -s
 
 
 def memory(workers: list[psutil.Process]) -> float:
+    """Return the memory of the workers, in MiB."""
     return float(sum(worker.memory_info().rss for worker in workers) / 2**20)
 
 
 def examples(count: int) -> Any:
-    """The same ones every time."""
+    """Return settings that generate the same examples every time."""
     return settings(
         max_examples=count,
         derandomize=True,
@@ -128,54 +129,54 @@ def examples(count: int) -> Any:
     )
 
 
-def test_what_its_own_description_does_not_allow(target: Target) -> None:
+def test_requests_generated_from_the_openapi_document(target: Target) -> None:
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{target.server.port}/openapi.json")
-    operations = [found.ok() for found in schema.get_all_operations()]
-    taking = [operation for operation in operations if operation.method == "post"]
-    shares = {operation.label: 100 for operation in operations} | {operation.label: 550 for operation in taking}
+    operations = [result.ok() for result in schema.get_all_operations()]
+    with_body = [operation for operation in operations if operation.method == "post"]
+    counts = {operation.label: 100 for operation in operations} | {operation.label: 550 for operation in with_body}
     for operation in operations:
         for mode in GenerationMode:
-            named = {"path_parameters": {"model": "colours"}} if operation.path == "/v2/models/{model}/infer" else {}
-            attack(target, operation.as_strategy(generation_mode=mode, **named), shares[operation.label])
-    assert target.answered.total() >= DESCRIBED
+            fixed = {"path_parameters": {"model": "colors"}} if operation.path == "/v2/models/{model}/infer" else {}
+            send_cases(target, operation.as_strategy(generation_mode=mode, **fixed), counts[operation.label])
+    assert target.statuses.total() >= API_REQUESTS
 
 
-def attack(target: Target, cases: Any, count: int) -> None:
+def send_cases(target: Target, cases: Any, count: int) -> None:
     checks = [not_a_server_error, content_type_conformance, response_schema_conformance]
 
     @examples(count)
     @given(case=cases)
     def run(case: Any) -> None:
-        response = case.call(timeout=PATIENCE_S)
+        response = case.call(timeout=TIMEOUT_S)
         target.count(response.status_code)
         if response.status_code not in (503, 504):
             case.validate_response(response, checks=checks)
 
-    with suppress(Unsatisfiable):  # where there is nothing that could be wrong
+    with suppress(Unsatisfiable):  # an operation without parameters has no invalid requests
         run()
 
 
 numbers = st.one_of(st.integers(), st.floats(), st.none(), st.booleans(), st.text(max_size=5))
 shapes = st.lists(st.one_of(st.integers(0, 7), st.integers()), max_size=6)
-anything = st.recursive(
+any_json = st.recursive(
     numbers, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner)
 )
 
 
 @st.composite
 def tensor_bodies(draw: st.DrawFn) -> tuple[bytes, str | None]:
-    """A body of the binary protocol, more or less, and its header's length, more or less."""
-    sound = st.sampled_from([("FP32", [1, 3, 4, 6], bytes(288)), ("UINT8", [2, 4, 6, 3], bytes(144))])
-    wrong = st.tuples(st.sampled_from(["FP32", "UINT8", "FP16", "BYTES", ""]), shapes, st.binary(max_size=300))
-    datatype, shape, raw = draw(st.one_of(sound, sound, wrong, st.just(("FP32", [1, 3, 4, 6], b"\0\0\xc0\x7f" * 72))))
+    """Generate a body with binary tensor data and its header length, with or without errors."""
+    valid = st.sampled_from([("FP32", [1, 3, 4, 6], bytes(288)), ("UINT8", [2, 4, 6, 3], bytes(144))])
+    invalid = st.tuples(st.sampled_from(["FP32", "UINT8", "FP16", "BYTES", ""]), shapes, st.binary(max_size=300))
+    datatype, shape, raw = draw(st.one_of(valid, valid, invalid, st.just(("FP32", [1, 3, 4, 6], b"\0\0\xc0\x7f" * 72))))
     size = draw(st.one_of(st.just(len(raw)), st.just(len(raw)), st.integers(-2, 2**65)))
     entry: dict[str, Any] = {"name": "input", "datatype": datatype, "shape": shape}
     entry["parameters"] = {"binary_data_size": size}
     document: dict[str, Any] = {"inputs": [entry] * draw(st.sampled_from([1, 1, 1, 0, 2]))}
     for field in draw(st.lists(st.sampled_from(["id", "outputs", "parameters", "inputs", "other"]), max_size=2)):
-        document[field] = draw(anything)
+        document[field] = draw(any_json)
     for field in draw(st.lists(st.sampled_from(["name", "shape", "data", "parameters", "datatype"]), max_size=1)):
-        entry[field] = draw(anything)
+        entry[field] = draw(any_json)
     header = json.dumps(document).encode()
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
         place = draw(st.integers(0, len(header)))
@@ -191,10 +192,10 @@ def test_tensors(target: Target) -> None:
     @given(body=tensor_bodies() | st.tuples(st.binary(max_size=200), st.none() | st.integers(0, 220).map(str)))
     def run(body: tuple[bytes, str | None]) -> None:
         data, length = body
-        target.ask("POST", INFER, data, **({} if length is None else {"inference_header_content_length": length}))
+        target.request("POST", INFER, data, **({} if length is None else {"inference_header_content_length": length}))
 
     run()
-    # Hypothesis may end before its last example; what it lacks are bytes of the right length.
+    # Hypothesis may stop before its last example; fill up with random tensors of the right size.
     rng = random.Random(0)
     head = {
         "inputs": [
@@ -202,19 +203,19 @@ def test_tensors(target: Target) -> None:
         ]
     }
     header = json.dumps(head).encode()
-    while target.answered.total() < TENSORS:
-        target.ask("POST", INFER, header + rng.randbytes(288), inference_header_content_length=str(len(header)))
-    assert target.answered["200"], "some of them are sound"
+    while target.statuses.total() < TENSORS:
+        target.request("POST", INFER, header + rng.randbytes(288), inference_header_content_length=str(len(header)))
+    assert target.statuses["200"], "some of them are valid"
 
 
 def test_images(target: Target) -> None:
-    short = list(cut(0))
-    for data in short:
-        target.ask("POST", "/v1/predict", data)
+    truncated = list(cut(0))
+    for data in truncated:
+        target.request("POST", "/v1/predict", data)
     rng = random.Random(0)
     for data, kind in ((data, kind) for data in bombs() for kind in ("image/png", "application/octet-stream")):
-        target.ask("POST", "/v1/predict", data, content_type=kind)
-    target.ask("POST", "/v1/predict", form(bombs()[-20:]), content_type="multipart/form-data; boundary=b")
+        target.request("POST", "/v1/predict", data, content_type=kind)
+    target.request("POST", "/v1/predict", form(bombs()[-20:]), content_type="multipart/form-data; boundary=b")
     for data in damaged(0):
         kinds = (
             "image/png",
@@ -226,11 +227,11 @@ def test_images(target: Target) -> None:
         )
         kind = rng.choice(kinds)
         body = form([data]) if rng.random() < 0.5 and kind.startswith("multi") else data
-        target.ask("POST", "/v1/predict", body, **({"content_type": kind} if kind else {}))
-        if target.answered.total() >= IMAGES:
+        target.request("POST", "/v1/predict", body, **({"content_type": kind} if kind else {}))
+        if target.statuses.total() >= IMAGES:
             break
-    assert len(short) > 1000
-    assert target.answered["200"], "some of them can still be read"
+    assert len(truncated) > 1000
+    assert target.statuses["200"], "some of them can still be decoded"
 
 
 def form(images: list[bytes]) -> bytes:
@@ -290,28 +291,28 @@ HEADS = [
 ]
 
 
-def test_what_is_no_http(target: Target) -> None:
+def test_data_that_is_not_http(target: Target) -> None:
     rng = random.Random(0)
     for head in HEADS:
-        target.send(head, ends=True)
-    while target.answered.total() < NO_HTTP:
+        target.send(head, half_close=True)
+    while target.statuses.total() < NOT_HTTP:
         data = bytearray(rng.choice(HEADS)[:2000])
         for _ in range(rng.randint(1, 5)):
             place = rng.randrange(len(data))
             data[place : place + rng.randint(0, 2)] = rng.choice(
                 [b"\r\n", b"\0", b" ", b":", b"%", b"\xff", rng.randbytes(2)]
             )
-        target.send(bytes(data[: rng.randint(1, len(data))] if rng.random() < 0.3 else data), ends=True)
+        target.send(bytes(data[: rng.randint(1, len(data))] if rng.random() < 0.3 else data), half_close=True)
 
 
-def test_the_names_of_the_model_fit_the_tests() -> None:
+def test_the_model_matches_the_constants() -> None:
     assert SPEC.class_names[0] == "red"
     assert np.prod([1, 3, SPEC.input.height, SPEC.input.width]) * 4 == 288
-    assert Path(INFER).parent.name == "colours"
+    assert Path(INFER).parent.name == "colors"
 
 
-def test_requests_without_end_and_no_answer_read(target: Target) -> None:
-    """Of a client that reads nothing no more than some requests are taken, and its connection is not kept."""
+def test_endless_requests_from_clients_that_read_no_response(target: Target) -> None:
+    """Only some requests of such a client are read, and its connection is closed."""
     (worker,) = target.server.workers()
     before = memory([worker])
     clients = [socket.create_connection(("127.0.0.1", target.server.port)) for _ in range(20)]
@@ -320,8 +321,8 @@ def test_requests_without_end_and_no_answer_read(target: Target) -> None:
         with suppress(OSError):
             while True:
                 client.send(b"GET /docs HTTP/1.1\r\n\r\n" * 10_000)
-    target.require_good()
+    target.check_prediction()
     assert memory([worker]) < before + 100
-    wait_until(lambda: not [held for held in worker.net_connections() if held.status == psutil.CONN_ESTABLISHED])
+    wait_until(lambda: not [entry for entry in worker.net_connections() if entry.status == psutil.CONN_ESTABLISHED])
     for client in clients:
         client.close()

@@ -1,4 +1,4 @@
-"""Restarts, new versions and killed workers while clients ask: what no client may lose, counted."""
+"""Restarts, reloads and killed workers under load: counts the requests that are lost."""
 
 import io
 import shutil
@@ -16,105 +16,106 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from cifarx_serve.files.checksum import seal
+from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.server.inference.model import file_version
-from tests.support.running_server import Client, request, serving, starting, until_ready, wait_until
+from tests.support.server_process import Client, encode_request, run_server, start_server, wait_until, wait_until_ready
 from tests.support.trained_model import Trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLIENTS = 8
 RESTARTS = 100
-SWAPS = 20
+RELOADS = 20
 KILLS = 5
 PAUSE_S = 0.005
 
-BACK_S = 2.0
-"""What a worker may take to be replaced beyond what the server took to start: a bound, not a measurement."""
+RESTART_S = 2.0
+"""How much longer the restart of a worker may take than the start of the server: a bound, not a measurement."""
 
 
-class Answered(NamedTuple):
-    """A whole answer to one request, and when it came."""
+class Result(NamedTuple):
+    """The response to one request."""
 
     status: int
     version: str
-    at: float
 
 
 class Load:
-    """Clients that each ask for one answer after the other: every second one on a new connection each time.
+    """Clients that send one request after the other; every second client opens a new connection for each request.
 
-    A request is lost where the client was connected, and no whole answer came. A connection that is refused is none.
+    A request is lost if the client was connected and got no complete response. A refused connection is not counted.
     """
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._ends = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(number % 2 == 0,)) for number in range(CLIENTS)]
-        picture = io.BytesIO()
-        Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(picture, "PNG")
-        self._request = request("POST", "/v1/predict", picture.getvalue(), content_type="image/png")
-        self.answered: list[Answered] = []
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run_client, args=(number % 2 == 0,)) for number in range(CLIENTS)
+        ]
+        image = io.BytesIO()
+        Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(image, "PNG")
+        self._request = encode_request("POST", "/v1/predict", image.getvalue(), content_type="image/png")
+        self.results: list[Result] = []
         self.lost: list[str] = []
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
-    def end(self) -> None:
-        self._ends.set()
+    def stop(self) -> None:
+        self._stop.set()
         for thread in self._threads:
             thread.join()
 
     def statuses(self) -> Counter[int]:
-        return Counter(answer.status for answer in self.answered)
+        return Counter(result.status for result in self.results)
 
-    def _ask(self, keeps: bool) -> None:
-        while not self._ends.is_set():
+    def _run_client(self, keep_alive: bool) -> None:
+        while not self._stop.is_set():
             try:
                 client = Client(self._port)
             except OSError:
                 time.sleep(PAUSE_S)
                 continue
             with client:
-                self._ask_on(client, keeps)
+                self._use_connection(client, keep_alive)
 
-    def _ask_on(self, client: Client, keeps: bool) -> None:
-        asked = 0
-        while not self._ends.is_set():
+    def _use_connection(self, client: Client, keep_alive: bool) -> None:
+        sent = 0
+        while not self._stop.is_set():
             try:
                 client.send(self._request)
-                asked += 1
-                answer = client.answer()
+                sent += 1
+                response = client.read_response()
             except (OSError, EOFError) as error:
-                self.lost.append(f"request {asked} of a connection at {time.monotonic():.3f}: {error!r}")
+                self.lost.append(f"request {sent} of a connection at {time.monotonic():.3f}: {error!r}")
                 return
-            version = answer.json["version"] if answer.status == 200 else ""
-            self.answered.append(Answered(answer.status, version, time.monotonic()))
-            if answer.status != 200:
+            version = response.json["version"] if response.status == 200 else ""
+            self.results.append(Result(response.status, version))
+            if response.status != 200:
                 time.sleep(PAUSE_S)
-            if answer.headers.get("connection") == "close" or not keeps:
+            if response.headers.get("connection") == "close" or not keep_alive:
                 return
 
 
 @contextmanager
 def load(port: int) -> Iterator[Load]:
-    asking = Load(port)
-    asking.start()
+    clients = Load(port)
+    clients.start()
     try:
-        yield asking
+        yield clients
     finally:
-        asking.end()
+        clients.stop()
 
 
-def more_answers(asking: Load, count: int) -> None:
-    """Wait for so many more that are 200."""
-    before = asking.statuses()[200]
-    wait_until(lambda: asking.statuses()[200] >= before + count)
+def wait_for_responses(clients: Load, count: int) -> None:
+    """Wait for this many more responses with status 200."""
+    before = clients.statuses()[200]
+    wait_until(lambda: clients.statuses()[200] >= before + count)
 
 
-def tell(line: str) -> None:
-    """A figure, for `pytest -rP`."""
+def report(line: str) -> None:
+    """Print a measurement, which `pytest -rP` shows."""
     sys.stdout.write(f"{line}\n")
 
 
@@ -126,68 +127,70 @@ def free_port() -> int:
 
 
 def test_a_hundred_restarts_lose_no_request(trained: Trained, tmp_path: Path) -> None:
-    """The clients go on from one server to the next, on the same port."""
+    """The clients reconnect to the next server, on the same port."""
     port = free_port()
     seconds = []
-    with load(port) as asking:
+    with load(port) as clients:
         for number in range(RESTARTS):
             started = time.monotonic()
-            with starting(tmp_path / str(number), trained.onnx, "--workers", 1, "--port", port) as server:
-                until_ready(server)
+            with start_server(tmp_path / str(number), trained.onnx, "--workers", 1, "--port", port) as server:
+                wait_until_ready(server)
                 seconds.append(time.monotonic() - started)
-                more_answers(asking, 100)
-                assert server.end() == 0
+                wait_for_responses(clients, 100)
+                assert server.stop() == 0
                 assert server.err.count("\n") == 1, server.err
-    statuses = asking.statuses()
-    tell(f"{RESTARTS} restarts: {dict(statuses)}, lost {len(asking.lost)}, started in {max(seconds):.2f} s at most")
-    assert asking.lost == []
+    statuses = clients.statuses()
+    report(f"{RESTARTS} restarts: {dict(statuses)}, lost {len(clients.lost)}, started in {max(seconds):.2f} s at most")
+    assert clients.lost == []
     assert statuses.keys() <= {200, 503}
     assert statuses[200] >= 100 * RESTARTS
 
 
-def test_new_versions_fail_no_request(trained: Trained, tmp_path: Path) -> None:
+def test_reloads_fail_no_request(trained: Trained, tmp_path: Path) -> None:
     served, other = tmp_path / "lzh.onnx", tmp_path / "other.onnx"
     shutil.copy(trained.onnx, served)
     other.write_bytes(trained.onnx.read_bytes() + b"\x72\x06\x0a\x01k\x12\x01v")  # one more entry of metadata
-    seal(other)
+    write_checksum(other)
     versions = [file_version(str(path)) for path in (served, other)]
     sources = [trained.onnx, other]
-    with serving(tmp_path / "server", served, "--workers", 1) as server, load(server.port) as asking:
-        for number in range(1, SWAPS + 1):
+    with run_server(tmp_path / "server", served, "--workers", 1) as server, load(server.port) as clients:
+        for number in range(1, RELOADS + 1):
             shutil.copy(sources[number % 2], tmp_path / "next.onnx")
             (tmp_path / "next.onnx").replace(served)
             server.signal(signal.SIGHUP)
-            server.wait_for("swapped lzh from", number)
-            more_answers(asking, 50)
-            assert asking.answered[-1].version == versions[number % 2]
-        asking.end()
-        assert server.end() == 0
-    tell(f"{SWAPS} new versions: {dict(asking.statuses())}, lost {len(asking.lost)}")
-    assert asking.lost == []
-    assert asking.statuses().keys() == {200}
-    assert {answer.version for answer in asking.answered} == set(versions)
+            server.wait_for("reloaded lzh from", number)
+            wait_for_responses(clients, 50)
+            assert clients.results[-1].version == versions[number % 2]
+        clients.stop()
+        assert server.stop() == 0
+    report(f"{RELOADS} reloads: {dict(clients.statuses())}, lost {len(clients.lost)}")
+    assert clients.lost == []
+    assert clients.statuses().keys() == {200}
+    assert {result.version for result in clients.results} == set(versions)
 
 
-def test_a_killed_worker_fails_its_own_requests_alone(trained: Trained, tmp_path: Path) -> None:
-    """Of two. It is stopped first, so that the connections that it had are counted: each has one request at most."""
+def test_a_killed_worker_loses_only_its_own_requests(trained: Trained, tmp_path: Path) -> None:
+    """The worker is suspended first, to count its connections; each has at most one request."""
     started = time.monotonic()
-    with serving(tmp_path / "server", trained.onnx, "--workers", 2) as server:
+    with run_server(tmp_path / "server", trained.onnx, "--workers", 2) as server:
         start_s = time.monotonic() - started
-        with load(server.port) as asking:
+        with load(server.port) as clients:
             for number in range(1, KILLS + 1):
-                more_answers(asking, 100)
-                lost, killed = len(asking.lost), server.workers()[0]
+                wait_for_responses(clients, 100)
+                lost, killed = len(clients.lost), server.workers()[0]
                 killed.suspend()
-                held = sum(entry.status == "ESTABLISHED" for entry in killed.net_connections())
+                connections = sum(entry.status == "ESTABLISHED" for entry in killed.net_connections())
                 killed.kill()
-                at = time.monotonic()
+                killed_at = time.monotonic()
                 server.wait_for("is ready again", number)
-                back_s = time.monotonic() - at
-                more_answers(asking, 100)
-                tell(f"killed: {held} held, {len(asking.lost) - lost} lost, back in {back_s:.2f} s ({start_s:.2f} s)")
-                assert len(asking.lost) - lost <= held
-                assert back_s < start_s + BACK_S
+                restart_s = time.monotonic() - killed_at
+                wait_for_responses(clients, 100)
+                new_lost = len(clients.lost) - lost
+                times = f"started in {start_s:.2f} s, restarted in {restart_s:.2f} s"
+                report(f"killed: {connections} connections, {new_lost} lost, {times}")
+                assert new_lost <= connections
+                assert restart_s < start_s + RESTART_S
                 assert len(server.workers()) == 2
                 assert not killed.is_running()
-        assert server.end() == 0
-    assert asking.statuses().keys() == {200}
+        assert server.stop() == 0
+    assert clients.statuses().keys() == {200}

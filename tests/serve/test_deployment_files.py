@@ -1,4 +1,4 @@
-"""The files that put `cifarx serve` into containers, clusters and systemd agree with the server and each other."""
+"""The deployment files for containers, clusters and systemd agree with the server and with each other."""
 
 import configparser
 import json
@@ -35,10 +35,10 @@ each_dockerfile = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda 
 
 
 class Instruction(NamedTuple):
-    """One instruction of a Dockerfile, its continued lines joined."""
+    """One instruction of a Dockerfile, with its continuation lines joined."""
 
     name: str
-    rest: str
+    arguments: str
 
 
 def instructions(dockerfile: Path) -> list[Instruction]:
@@ -48,12 +48,12 @@ def instructions(dockerfile: Path) -> list[Instruction]:
 
 
 def last(dockerfile: Path, name: str) -> str:
-    """The rest of the last instruction of that name, which is the one that counts."""
-    return [rest for found, rest in instructions(dockerfile) if found == name][-1]
+    """Return the arguments of the last instruction of this name, which overrides the earlier ones."""
+    return [each.arguments for each in instructions(dockerfile) if each.name == name][-1]
 
 
 def documents(name: str) -> dict[str, dict[str, Any]]:
-    """The YAML documents of a file by their kind."""
+    """Return the YAML documents of a file by kind."""
     found = list(yaml.safe_load_all((DEPLOY / name).read_text()))
     by_kind = {document["kind"]: document for document in found}
     assert len(by_kind) == len(found)
@@ -79,20 +79,20 @@ def long_options(text: str) -> set[str]:
 
 @cache
 def serve_options() -> frozenset[str]:
-    """The options that `cifarx serve` has."""
-    ran = subprocess.run(
+    """Return the options of `cifarx serve`."""
+    result = subprocess.run(
         [sys.executable, "-m", "cifarx", "serve", "--help"], capture_output=True, text=True, check=False, cwd=ROOT
     )
-    assert ran.returncode == 0, ran.stderr
-    return frozenset(long_options(ran.stdout))
+    assert result.returncode == 0, result.stderr
+    return frozenset(long_options(result.stdout))
 
 
 def commands() -> dict[str, list[str]]:
-    """What follows `cifarx serve` in every file that runs it."""
-    service = unit()["ModelRepository"]["ExecStart"].split()
+    """Return the arguments of `cifarx serve` in every file that runs it."""
+    command = unit()["Service"]["ExecStart"].split()
     found = {path.name: json.loads(last(path, "CMD")) for path in DOCKERFILES}
     found |= {name: container(name)["args"] for name in ("kubernetes.yaml", "kserve.yaml")}
-    return found | {UNIT.name: service[2:]}
+    return found | {UNIT.name: command[2:]}
 
 
 def unit() -> configparser.ConfigParser:
@@ -102,28 +102,28 @@ def unit() -> configparser.ConfigParser:
     return parser
 
 
-def test_every_option_is_one_the_command_has() -> None:
+def test_uses_only_options_of_the_command() -> None:
     for file, arguments in commands().items():
-        asked = {argument for argument in arguments if argument.startswith("--")}
-        assert asked <= serve_options(), file
+        options = {argument for argument in arguments if argument.startswith("--")}
+        assert options <= serve_options(), file
 
 
-def test_guide_names_every_option_and_no_other() -> None:
+def test_guide_lists_every_option_and_no_others() -> None:
     guide = GUIDE.read_text()
     ours = "\n".join(
         line for line in guide.splitlines() if not re.search(r"\bdocker (build|run|kill)\b|--cap-drop", line)
     )
     others = {"--batch", "--data-binary", "--health-cmd"}  # of cifarx bench, curl and docker
     assert long_options(ours) - others <= serve_options()
-    told = long_options(ours) | {"--help"}
-    told |= {name.replace("--no-", "--") for name in told} | {name.replace("--", "--no-", 1) for name in told}
-    assert serve_options() <= told
+    listed = long_options(ours) | {"--help"}
+    listed |= {name.replace("--no-", "--") for name in listed} | {name.replace("--", "--no-", 1) for name in listed}
+    assert serve_options() <= listed
 
 
-def test_guide_tells_the_default_limits() -> None:
+def test_guide_lists_the_default_limits() -> None:
     rows = re.findall(r"^\| `?([^`|]+?)`? \| ([\d]+) ", GUIDE.read_text(), flags=re.MULTILINE)
     limits = Limits()
-    wanted = {
+    expected = {
         "--max-batch": limits.max_batch,
         "--max-delay-us": limits.max_delay_us,
         "--max-queue": limits.max_queue,
@@ -136,10 +136,10 @@ def test_guide_tells_the_default_limits() -> None:
         "body of a request": limits.body_timeout_s,
         "idle connection": limits.keep_alive_s,
     }
-    assert {name: int(value) for name, value in rows} == wanted
+    assert {name: int(value) for name, value in rows} == expected
 
 
-def test_guide_links_to_files_and_headings_that_are_there() -> None:
+def test_guide_links_to_existing_files_and_headings() -> None:
     guide = GUIDE.read_text()
     headings = {"#" + heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.+)$", guide, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", guide):
@@ -147,25 +147,25 @@ def test_guide_links_to_files_and_headings_that_are_there() -> None:
 
 
 @each_dockerfile
-def test_dockerfile_has_known_instructions_and_sources_that_exist(dockerfile: Path) -> None:
+def test_dockerfile_has_valid_instructions_and_existing_sources(dockerfile: Path) -> None:
     assert {name for name, _ in instructions(dockerfile)} <= INSTRUCTIONS
-    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    for name, rest in instructions(dockerfile):
-        if name == "COPY" and not rest.startswith("--from="):
-            sources = set(rest.split()[:-1])
+    included = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for name, arguments in instructions(dockerfile):
+        if name == "COPY" and not arguments.startswith("--from="):
+            sources = set(arguments.split()[:-1])
             assert all((ROOT / source).exists() for source in sources)
-            assert sources <= let_through
-    assert "constraints.txt" in let_through
+            assert sources <= included
+    assert "constraints.txt" in included
 
 
 @each_dockerfile
-def test_dockerfile_builds_from_official_images_in_two_stages(dockerfile: Path) -> None:
-    bases = [rest.split() for name, rest in instructions(dockerfile) if name == "FROM"]
+def test_dockerfile_builds_in_two_stages_from_official_images(dockerfile: Path) -> None:
+    bases = [arguments.split() for name, arguments in instructions(dockerfile) if name == "FROM"]
     assert bases == [["python:3.12-slim", "AS", "build"], ["python:3.12-slim"]]
 
 
 @each_dockerfile
-def test_image_runs_the_command_without_root_and_stops_by_sigterm(dockerfile: Path) -> None:
+def test_image_runs_as_a_user_and_stops_on_sigterm(dockerfile: Path) -> None:
     assert json.loads(last(dockerfile, "ENTRYPOINT")) == ["cifarx", "serve"]
     arguments = json.loads(last(dockerfile, "CMD"))
     assert option(arguments, "--host") == "0.0.0.0"
@@ -176,18 +176,18 @@ def test_image_runs_the_command_without_root_and_stops_by_sigterm(dockerfile: Pa
 
 
 @each_dockerfile
-def test_image_has_no_pytorch(dockerfile: Path) -> None:
-    installs = [rest for name, rest in instructions(dockerfile) if name == "RUN" and "install" in rest]
+def test_image_does_not_install_pytorch(dockerfile: Path) -> None:
+    installs = [arguments for name, arguments in instructions(dockerfile) if name == "RUN" and "install" in arguments]
     assert installs
-    assert not any(re.search(r"torch|\[(train|dev)", rest) for rest in installs)
-    assert any("[cuda]" in rest for rest in installs) == (dockerfile.suffix == ".gpu")
+    assert not any(re.search(r"torch|\[(train|dev)", command) for command in installs)
+    assert any("[cuda]" in command for command in installs) == (dockerfile.suffix == ".gpu")
 
 
 @contextmanager
-def answering(status: int) -> Iterator[int]:
-    """A server whose /readyz has this status, and its port."""
+def readyz_server(status: int) -> Iterator[int]:
+    """Run a server whose /readyz returns this status; yield its port."""
 
-    class Answer(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status if self.path == "/readyz" else 404)
             self.end_headers()
@@ -195,7 +195,7 @@ def answering(status: int) -> Iterator[int]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server.server_port
@@ -204,15 +204,15 @@ def answering(status: int) -> Iterator[int]:
 
 
 @each_dockerfile
-def test_health_check_tells_ready_from_not_ready(dockerfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing answers there
+def test_health_check_succeeds_only_if_ready(dockerfile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
     command = json.loads(last(dockerfile, "HEALTHCHECK").split(" CMD ", maxsplit=1)[-1].removeprefix("CMD "))
     assert command[:2] == ["python", "-c"]
     for status, healthy in ((200, True), (503, False)):
-        with answering(status) as port:
+        with readyz_server(status) as port:
             code = command[2].replace(f":{PORT}/", f":{port}/")
-            ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        assert (ran.returncode == 0) == healthy
+            result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        assert (result.returncode == 0) == healthy
 
 
 def test_kubernetes_selectors_match_the_labels() -> None:
@@ -223,13 +223,13 @@ def test_kubernetes_selectors_match_the_labels() -> None:
     spread = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
     assert all(constraint["labelSelector"]["matchLabels"] == labels for constraint in spread)
     assert deployment["spec"]["selector"]["matchLabels"] == labels
-    assert found["ModelRepository"]["spec"]["selector"] == labels
+    assert found["Service"]["spec"]["selector"] == labels
     assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
     target = found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert target == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
 
 
-def test_kubernetes_autoscaler_has_the_replicas_and_what_it_measures() -> None:
+def test_kubernetes_autoscaler_sets_the_replicas_and_has_a_cpu_request() -> None:
     found = documents("kubernetes.yaml")
     assert "replicas" not in found["Deployment"]["spec"]
     assert found["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > 1
@@ -238,32 +238,32 @@ def test_kubernetes_autoscaler_has_the_replicas_and_what_it_measures() -> None:
 
 @pytest.mark.parametrize("file", ["kubernetes.yaml", "kserve.yaml"])
 def test_ports_probes_and_user(file: str) -> None:
-    served = container(file)
-    (port,) = served["tensor_infos"]
-    assert port["containerPort"] == PORT == int(option(served["args"], "--port"))
-    assert option(served["args"], "--host") == "0.0.0.0"
-    probes = {name: probe["httpGet"] for name, probe in served.items() if name.endswith("Probe")}
+    serving = container(file)
+    (port,) = serving["ports"]
+    assert port["containerPort"] == PORT == int(option(serving["args"], "--port"))
+    assert option(serving["args"], "--host") == "0.0.0.0"
+    probes = {name: probe["httpGet"] for name, probe in serving.items() if name.endswith("Probe")}
     assert {"readinessProbe", "livenessProbe"} <= probes.keys()
     for probe in probes.values():
         assert probe["path"] in PROBES
         assert probe["port"] in {PORT, port.get("name", PORT)}
     assert not re.search("ready", probes["livenessProbe"]["path"])
-    assert served["securityContext"]["readOnlyRootFilesystem"]
-    assert served["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    assert {"name": "tmp", "mountPath": "/tmp"} in served["volumeMounts"]
-    assert served["resources"]["requests"]["cpu"] == served["resources"]["limits"]["cpu"]
+    assert serving["securityContext"]["readOnlyRootFilesystem"]
+    assert serving["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert {"name": "tmp", "mountPath": "/tmp"} in serving["volumeMounts"]
+    assert serving["resources"]["requests"]["cpu"] == serving["resources"]["limits"]["cpu"]
 
 
-def test_kubernetes_user_is_the_image_s_and_its_port_is_found() -> None:
+def test_kubernetes_user_and_port_match_the_image() -> None:
     found = documents("kubernetes.yaml")
     pod = found["Deployment"]["spec"]["template"]
     context = pod["spec"]["securityContext"]
     assert f"{context['runAsUser']}:{context['runAsGroup']}" == last(DOCKERFILES[0], "USER")
-    assert [port["targetPort"] for port in found["ModelRepository"]["spec"]["tensor_infos"]] == ["http"]
+    assert [port["targetPort"] for port in found["Service"]["spec"]["ports"]] == ["http"]
     assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(PORT)
 
 
-def test_kubernetes_gives_time_to_drain() -> None:
+def test_kubernetes_leaves_time_to_drain() -> None:
     pod = documents("kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"]
     (served,) = pod["containers"]
     sleep = served["lifecycle"]["preStop"]["exec"]["command"]
@@ -272,7 +272,7 @@ def test_kubernetes_gives_time_to_drain() -> None:
     assert pod["terminationGracePeriodSeconds"] > int(sleep[1]) + deadline
 
 
-def test_kubernetes_mounts_are_volumes() -> None:
+def test_kubernetes_mounts_every_volume() -> None:
     for pod in (
         documents("kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"],
         documents("kserve.yaml")["InferenceService"]["spec"]["predictor"],
@@ -283,7 +283,7 @@ def test_kubernetes_mounts_are_volumes() -> None:
 
 @pytest.mark.parametrize("version", ["1.25", "1.30", "1.34"])
 def test_kubernetes_accepts_every_field(version: str) -> None:
-    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate brings the schemas: not installed")
+    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     for document in documents("kubernetes.yaml").values():
         schemas.validate(document, version, strict=True)
 
@@ -292,7 +292,7 @@ def test_kserve_custom_predictor() -> None:
     service = documents("kserve.yaml")["InferenceService"]
     assert service["apiVersion"] == "serving.kserve.io/v1beta1"
     served = container("kserve.yaml")
-    assert served["name"] == "kserve-container"  # the name by which KServe knows the predictor
+    assert served["name"] == "kserve-container"  # the name that KServe requires of the predictor
     environment = {variable["name"]: variable["value"] for variable in served["env"]}
     assert environment["PROTOCOL"] == "v2"
     assert "CHANGE-ME" in environment["STORAGE_URI"]
@@ -300,8 +300,8 @@ def test_kserve_custom_predictor() -> None:
     assert service["spec"]["predictor"]["timeout"] > int(option(served["args"], "--deadline-ms")) / 1000
 
 
-def test_unit_reloads_drains_and_comes_back() -> None:
-    service = unit()["ModelRepository"]
+def test_unit_reloads_drains_and_restarts() -> None:
+    service = unit()["Service"]
     command = service["ExecStart"].split()
     assert Path(command[0]).name == "cifarx"
     assert command[1] == "serve"
@@ -324,15 +324,15 @@ def systemd_analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    # The unit names a place where nothing is installed here; systemd asks for a program that is there.
+    # systemd requires an executable that exists, and nothing is installed at the path of the unit here.
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text().replace("=/opt/cifarx/bin/cifarx ", f"={Path(sys.executable).resolve()} "))
-    ran = systemd_analyze("verify", "--man=no", str(copy))
-    assert (ran.returncode, ran.stderr.strip()) == (0, "")
+    result = systemd_analyze("verify", "--man=no", str(copy))
+    assert (result.returncode, result.stderr.strip()) == (0, "")
 
 
-def test_systemd_finds_the_unit_confined() -> None:
-    ran = systemd_analyze("security", "--offline=yes", "--no-pager", "--threshold=20", str(UNIT))
-    if "unrecognized option" in ran.stderr:
-        pytest.skip("systemd is older than 250: it cannot judge a unit that is not loaded")
-    assert ran.returncode == 0, ran.stdout
+def test_systemd_rates_the_unit_as_confined() -> None:
+    result = systemd_analyze("security", "--offline=yes", "--no-pager", "--threshold=20", str(UNIT))
+    if "unrecognized option" in result.stderr:
+        pytest.skip("systemd before 250 cannot analyze a unit that is not loaded")
+    assert result.returncode == 0, result.stdout

@@ -204,7 +204,7 @@ def start_server(directory: Path, *arguments: object, **environment: str) -> Ite
     in a process group of its own, as from a terminal, and with warnings as errors.
     """
     directory.mkdir(exist_ok=True)
-    command = [PROGRAM, "serve", *map(str, arguments)]
+    command: list[str | Path] = [PROGRAM, "serve", *map(str, arguments)]
     if "--port" not in arguments:
         command += ["--port", "0"]
     with (directory / "out.txt").open("wb") as out, (directory / "err.txt").open("wb") as err:

@@ -102,9 +102,8 @@ def limit_options() -> list[LimitOption]:
 def _limit_option(field: msgspec.structs.FieldInfo, option: Option) -> LimitOption:
     field_type, *annotations = get_args(field.type)
     (bounds,) = (annotation for annotation in annotations if isinstance(annotation, Meta))
-    if bounds.gt is None:
-        minimum = ceil((bounds.ge or 0) * option.per_unit)
-    else:
+    minimum = ceil((bounds.ge or 0) * option.per_unit)
+    if bounds.gt is not None:
         minimum = floor(bounds.gt * option.per_unit) + 1
     return LimitOption(
         option.name or field.name,

@@ -232,9 +232,9 @@ def test_rejects_unusable_tls_files(tmp_path: Path, certificate: tuple[Path, Pat
     other, _ = create_certificate(tmp_path)
     model = str(write_onnx(tmp_path / "colors.onnx"))
     problem = "TLS requires a certificate and its key: give both --certfile and --keyfile"
-    for files in ((certfile, None), (None, keyfile)):
+    for incomplete in ((certfile, None), (None, keyfile)):
         with pytest.raises(UsageError, match=problem):
-            create_ssl_context(*files)
+            create_ssl_context(*incomplete)
     for files in ((certfile, str(locked)), (str(other), keyfile), (certfile, model), ("missing", keyfile)):
         with pytest.raises(UsageError, match=r"cannot use .*: give a PEM certificate and its key, without a password"):
             create_ssl_context(*files)

@@ -233,7 +233,7 @@ def test_serves_on_when_its_output_is_closed(tmp_path: Path, onnx: Path) -> None
     read_fd, write_fd = os.pipe()
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-    command = [PROGRAM, "serve", onnx, "--workers", "1", "--port", str(port)]
+    command: list[str | Path] = [PROGRAM, "serve", onnx, "--workers", "1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=write_fd, stderr=write_fd)
     os.close(write_fd)
     server = ServerProcess(process, tmp_path)
