@@ -1,4 +1,4 @@
-"""Faults to plant in a good ONNX file; each changes only the model proto."""
+"""Faults to plant in a valid ONNX file. Each edits the model proto."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,15 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.spec import ModelSpec
 
-Plant = Callable[[onnx.ModelProto], None]
+Edit = Callable[[onnx.ModelProto], None]
 Weights = NDArray[np.float32]
 
 
-def edited(source: Path, plants: Iterable[Plant]) -> Path:
+def edited(source: Path, edits: Iterable[Edit]) -> Path:
     """Write a copy of an ONNX file with faults to the current folder."""
     model = onnx.load(source)
-    for plant in plants:
-        plant(model)
+    for edit in edits:
+        edit(model)
     onnx.save(model, "edited.onnx")
     return Path("edited.onnx")
 
@@ -28,19 +28,19 @@ def edited(source: Path, plants: Iterable[Plant]) -> Path:
 # The spec.
 
 
-def spec_with(change: Callable[[ModelSpec], ModelSpec]) -> Plant:
-    def plant(model: onnx.ModelProto) -> None:
+def spec_with(change: Callable[[ModelSpec], ModelSpec]) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
         entry = next(entry for entry in model.metadata_props if entry.key == SPEC_KEY)
         entry.value = change(ModelSpec.from_json(entry.value, "test")).to_json()
 
-    return plant
+    return edit
 
 
-def fields_with(**changes: object) -> Plant:
+def fields_with(**changes: object) -> Edit:
     return spec_with(lambda spec: msgspec.structs.replace(spec, **changes))
 
 
-def input_with(**changes: object) -> Plant:
+def input_with(**changes: object) -> Edit:
     return spec_with(lambda spec: msgspec.structs.replace(spec, input=msgspec.structs.replace(spec.input, **changes)))
 
 
@@ -52,20 +52,20 @@ def permuted_classes(spec: ModelSpec) -> ModelSpec:
 # The weights.
 
 
-def weights_with(name: str, change: Callable[[Weights], Weights]) -> Plant:
+def weights_with(name: str, change: Callable[[Weights], Weights]) -> Edit:
     """Change the weights of the tensor called `name`, or of all tensors if it is empty."""
 
-    def plant(model: onnx.ModelProto) -> None:
+    def edit(model: onnx.ModelProto) -> None:
         tensors = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and name in {t.name, ""}]
         assert tensors
         for tensor in tensors:
             values = np.ascontiguousarray(change(numpy_helper.to_array(tensor).copy()))
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
-    return plant
+    return edit
 
 
-def entry_with(index: tuple[int, ...], change: Callable[[float], float], name: str) -> Plant:
+def entry_with(index: tuple[int, ...], change: Callable[[float], float], name: str) -> Edit:
     def one(values: Weights) -> Weights:
         values[index] = change(float(values[index]))
         return values
@@ -92,10 +92,10 @@ Constants = dict[str, NDArray[np.generic]]
 
 def output_through(
     nodes: Nodes, constants: Constants | None = None, shape: tuple[int | str, ...] | None = None
-) -> Plant:
+) -> Edit:
     """Rename the output to `raw` and compute `logits` from it by `nodes`, which may use `input` too."""
 
-    def plant(model: onnx.ModelProto) -> None:
+    def edit(model: onnx.ModelProto) -> None:
         graph = model.graph
         last = next(node for node in graph.node if "logits" in node.output)
         last.output[0] = "raw"
@@ -104,13 +104,13 @@ def output_through(
         if shape is not None:
             graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
 
-    return plant
+    return edit
 
 
-def input_through(nodes: Nodes, constants: Constants | None = None, kind: int = TensorProto.FLOAT) -> Plant:
+def input_through(nodes: Nodes, constants: Constants | None = None, kind: int = TensorProto.FLOAT) -> Edit:
     """Compute `changed` from `input` by `nodes` and make it the input of the network."""
 
-    def plant(model: onnx.ModelProto) -> None:
+    def edit(model: onnx.ModelProto) -> None:
         graph = model.graph
         for consumer in graph.node:
             consumer.input[:] = ["changed" if name == "input" else name for name in consumer.input]
@@ -119,27 +119,27 @@ def input_through(nodes: Nodes, constants: Constants | None = None, kind: int = 
             graph.node.insert(position, new)
         graph.input[0].type.tensor_type.elem_type = kind
 
-    return plant
+    return edit
 
 
-def frozen_batch(size: int) -> Plant:
-    def plant(model: onnx.ModelProto) -> None:
+def frozen_batch(size: int) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
         for value in [*model.graph.input, *model.graph.output]:
             value.type.tensor_type.shape.dim[0].dim_value = size
         del model.graph.value_info[:]
 
-    return plant
+    return edit
 
 
-def output_type(kind: int) -> Plant:
-    def plant(model: onnx.ModelProto) -> None:
+def output_type(kind: int) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
         output_through(lambda: [node("Cast", "raw", "logits", to=kind)])(model)
         model.graph.output[0].type.tensor_type.elem_type = kind
 
-    return plant
+    return edit
 
 
-def input_type(kind: int) -> Plant:
+def input_type(kind: int) -> Edit:
     return input_through(lambda: [node("Cast", "input", "changed", to=TensorProto.FLOAT)], kind=kind)
 
 
@@ -158,17 +158,17 @@ def output_sequence(model: onnx.ModelProto) -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_sequence_value_info("logits", TensorProto.FLOAT, None))
 
 
-def mean_baked(mean: float) -> Plant:
+def mean_baked(mean: float) -> Edit:
     return input_through(lambda: [node("Sub", "input baked", "changed")], {"baked": np.array([mean], np.float32)})
 
 
-def channels_swapped() -> Plant:
+def channels_swapped() -> Edit:
     return input_through(
         lambda: [node("Gather", "input bgr", "changed", axis=1)], {"bgr": np.array([2, 1, 0], np.int64)}
     )
 
 
-def quantized(scale: float) -> Plant:
+def quantized(scale: float) -> Edit:
     """Quantize the input with the given scale; 1/255 is the right one."""
     return input_through(
         lambda: [
@@ -179,18 +179,18 @@ def quantized(scale: float) -> Plant:
     )
 
 
-def softmaxed() -> Plant:
+def softmaxed() -> Edit:
     return output_through(lambda: [node("Softmax", "raw", "logits", axis=1)])
 
 
-def dropout() -> Plant:
+def dropout() -> Edit:
     return output_through(
         lambda: [node("Dropout", "raw ratio training", "logits", seed=0)],
         {"ratio": np.array(0.1, np.float32), "training": np.array(True)},
     )
 
 
-def rounded_to_float16() -> Plant:
+def rounded_to_float16() -> Edit:
     return output_through(
         lambda: [
             node("Cast", "raw", "half", to=TensorProto.FLOAT16),
@@ -199,7 +199,7 @@ def rounded_to_float16() -> Plant:
     )
 
 
-def first_for_all() -> Plant:
+def first_for_all() -> Edit:
     """Return the logits of the first image for every image of the batch, like a broadcast batch of one."""
     return output_through(
         lambda: [
@@ -211,7 +211,7 @@ def first_for_all() -> Plant:
     )
 
 
-def rows_shifted() -> Plant:
+def rows_shifted() -> Edit:
     """Return the logits of the next image for every image of the batch."""
     return output_through(
         lambda: [
@@ -228,7 +228,7 @@ def rows_shifted() -> Plant:
     )
 
 
-def wrong_at_batch(size: int) -> Plant:
+def wrong_at_batch(size: int) -> Edit:
     """Add 0.01 to the logits, only in batches of this size."""
     return output_through(
         lambda: [
@@ -242,7 +242,7 @@ def wrong_at_batch(size: int) -> Plant:
     )
 
 
-def nan_for_black() -> Plant:
+def nan_for_black() -> Edit:
     """Multiply the logits by maximum / maximum of the image, which is 1, but NaN for a black image."""
     return output_through(
         lambda: [
@@ -255,7 +255,7 @@ def nan_for_black() -> Plant:
     )
 
 
-def batch_mean_subtracted() -> Plant:
+def batch_mean_subtracted() -> Edit:
     """Subtract the mean over the batch, as a BatchNorm in training mode does."""
     return output_through(
         lambda: [node("ReduceMean", "raw first", "mean", keepdims=1), node("Sub", "raw mean", "logits")],
