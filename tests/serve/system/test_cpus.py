@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cifarx_serve.system import cpus
-from cifarx_serve.system.cpus import available_cpus, set_cpu_limit, has_cpu_limit
+from cifarx_serve.system.cpus import available_cpus, has_cpu_limit, set_cpu_limit
 from tests.support.trained_model import Trained
 
 CPUS = 64

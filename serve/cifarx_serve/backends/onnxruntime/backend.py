@@ -88,7 +88,7 @@ class OnnxRuntimeBackend(Backend):
                 return self._bound.run(batch)
             logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch}, self._run_options)[0]
         except Exception as error:  # the library's exceptions have no common base class
-            problem = f"{self._path} does not run on {batch.dtype} {batch.shape} ({error_message(error)})"
+            problem = f"{self._path} cannot run on {batch.dtype} {batch.shape} ({error_message(error)})"
             raise ModelFileError(problem, "export it again") from error
         return logits
 
