@@ -27,8 +27,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
+from tests.support.asgi_client import encode_image
 from tests.support.color_model import SPEC, write_onnx
-from tests.support.hostile_images import bombs, cut, damaged, encoded
+from tests.support.hostile_images import bombs, corrupted, truncated
 from tests.support.server_process import ServerProcess, encode_request, run_server, wait_until
 
 pytestmark = [
@@ -41,7 +42,7 @@ API_REQUESTS, TENSORS, IMAGES, NOT_HTTP = 3_400, 3_300, 2_500, 1_000
 TIMEOUT_S = 20.0
 """Twice the deadline of the server."""
 
-GOOD = encoded(Image.new("RGB", (9, 7), "red"), "PNG")
+GOOD = encode_image(Image.new("RGB", (9, 7), "red"), "PNG")
 INFER = "/v2/models/colors/infer"
 
 
@@ -209,14 +210,14 @@ def test_tensors(target: Target) -> None:
 
 
 def test_images(target: Target) -> None:
-    truncated = list(cut(0))
-    for data in truncated:
+    truncated_images = list(truncated(0))
+    for data in truncated_images:
         target.request("POST", "/v1/predict", data)
     rng = random.Random(0)
     for data, kind in ((data, kind) for data in bombs() for kind in ("image/png", "application/octet-stream")):
         target.request("POST", "/v1/predict", data, content_type=kind)
     target.request("POST", "/v1/predict", form(bombs()[-20:]), content_type="multipart/form-data; boundary=b")
-    for data in damaged(0):
+    for data in corrupted(0):
         kinds = (
             "image/png",
             "image/svg+xml",
@@ -230,7 +231,7 @@ def test_images(target: Target) -> None:
         target.request("POST", "/v1/predict", body, **({"content_type": kind} if kind else {}))
         if target.statuses.total() >= IMAGES:
             break
-    assert len(truncated) > 1000
+    assert len(truncated_images) > 1000
     assert target.statuses["200"], "some of them can still be decoded"
 
 
