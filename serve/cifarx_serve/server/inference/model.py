@@ -173,4 +173,4 @@ def file_version(path: str) -> str:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()[:_VERSION_DIGITS]
     except OSError as error:
-        raise ModelFileError(f"cannot read {file} ({error.strerror or error})", "check the path") from error
+        raise ModelFileError(f"cannot read {file} ({error_message(error)})", "check the path") from error
