@@ -13,8 +13,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 from cifarx.output.console import note
-from cifarx_export.export import Exported, export
+from cifarx_export.export import ExportResult, export
 from cifarx_export.formats.registry import FORMATS, PRECISIONS
+from cifarx_serve.backends.registry import model_file
 from cifarx_serve.errors import CifarxError
 from cifarx_serve.spec import ParitySummary
 from cifarx_serve.system.environment import current_environment
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
     format: str
     precision: str
-    made: Exported | None
+    made: ExportResult | None
     refusal: str
     megabytes: float
 
@@ -55,7 +56,7 @@ def _accuracy(summary: ParitySummary) -> str:
 
 
 def _rows(checkpoint: Path, data: str, folder: Path) -> Iterator[Row]:
-    for name, kind in FORMATS.items():
+    for name in FORMATS:
         for precision in PRECISIONS:
             note(f"{checkpoint.name}: {name} {precision}")
             try:
@@ -63,7 +64,7 @@ def _rows(checkpoint: Path, data: str, folder: Path) -> Iterator[Row]:
             except CifarxError as error:
                 yield Row(name, precision, None, error.problem, 0.0)
                 continue
-            model = kind.model_file(made.path) if made.report.summary.passed else None
+            model = model_file(made.path) if made.report.summary.passed else None
             yield Row(name, precision, made, "", model.stat().st_size / 1e6 if model else 0.0)
 
 
@@ -83,7 +84,7 @@ def format_rows() -> list[str]:
     lines = ["| format | file | precisions | devices | options | runs on |", "| --- | --- | --- | --- | --- | --- |"]
     for name, kind in FORMATS.items():
         options = ", ".join(f"`--{option.replace('_', '-')}`" for option in kind.options)
-        file = f"`NAME{kind.suffix}{'/' if kind.model else ''}`"
+        file = f"`NAME{kind.suffix}{'/' if kind.directory_suffix else ''}`"
         cells = (name, file, ", ".join(kind.precisions), ", ".join(kind.devices), options, kind.backend)
         lines.append("| " + " | ".join(cells) + " |")
     return lines

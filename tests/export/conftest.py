@@ -1,4 +1,4 @@
-"""The files that the tests of this room start from; tests must not write beside them."""
+"""Files that the tests of `cifarx_export` share. Tests must not write next to them."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,46 +9,46 @@ import numpy as np
 import pytest
 from PIL import Image
 
-IMAGES_A_CLASS = 101
-"""Of ten classes: a thousand images and a few more, so that no batch size divides their number."""
+IMAGES_PER_CLASS = 101
+"""With ten classes, slightly more than a thousand images, a number that no batch size divides."""
 
 
 @pytest.fixture(scope="session")
 def checkpoint(trained: Any) -> Path:
-    """A trained checkpoint."""
+    """Return a trained checkpoint."""
     return Path(trained.checkpoint)
 
 
 @pytest.fixture(scope="session")
 def good_onnx(trained: Any) -> Path:
-    """The ONNX file of `checkpoint`."""
+    """Return the ONNX file of `checkpoint`."""
     return Path(trained.onnx)
 
 
 @pytest.fixture(scope="session")
 def good_torchscript(trained: Any) -> Path:
-    """The TorchScript file of `checkpoint`."""
+    """Return the TorchScript file of `checkpoint`."""
     return Path(trained.torchscript)
 
 
 @pytest.fixture
 def copied(trained: Any, tmp_path: Path) -> Path:
-    """A folder of one's own with the checkpoint, its artifacts and their reports."""
+    """Return a copy of the folder with the checkpoint, its artifacts and their reports."""
     return Path(shutil.copytree(trained.folder, tmp_path / "copied"))
 
 
 @pytest.fixture(scope="session")
 def stale(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with the spec of `checkpoint` and the weights of another seed."""
+    """Return a checkpoint with the spec of `checkpoint` and weights of another seed."""
     import torch
 
     from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-    from cifarx_train.models.registry import network
+    from cifarx_train.models.registry import get_architecture
 
     loaded = load_checkpoint(checkpoint)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        other = network(loaded.spec.model).build(len(loaded.spec.class_names))
+        other = get_architecture(loaded.spec.model).build(len(loaded.spec.class_names))
     path = tmp_path_factory.mktemp("stale") / checkpoint.name
     save_checkpoint(path, loaded._replace(model=other.state_dict()))
     return path
@@ -56,12 +56,12 @@ def stale(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def parity_images(checkpoint: Path) -> Any:
-    """Images of the built-in data: more than go through the small batches, and no multiple of any batch size."""
+    """Return images of the built-in data: more than the small batches use, and not a multiple of any batch size."""
     from cifarx_export.parity.compare import MIN_IMAGES
-    from cifarx_export.parity.data import parity_data
+    from cifarx_export.parity.data import load_parity_data
     from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
-    whole = parity_data(load_checkpoint(checkpoint).spec, "builtin")
+    whole = load_parity_data(load_checkpoint(checkpoint).spec, "builtin")
     assert whole.labels is not None
     images = MIN_IMAGES + 3
     return whole._replace(images=whole.images[:images], labels=whole.labels[:images])
@@ -69,9 +69,9 @@ def parity_images(checkpoint: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def decided(checkpoint: Path, parity_images: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint with every class's logits spread alike over the images, its ONNX file beside it.
+    """Return the checkpoint with the logits of each class standardized over the images, next to its ONNX file.
 
-    However little it has learned: each class is some images' answer, and few answers are close.
+    Although the network has learned little, it predicts every class, and few of its predictions are close.
     """
     import torch
 
@@ -79,7 +79,7 @@ def decided(checkpoint: Path, parity_images: Any, tmp_path_factory: pytest.TempP
     from cifarx_serve.devices import Device
     from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
     from cifarx_train.pytorch_backend import PyTorchBackend
-    from tests.support.converted import converted
+    from tests.support.conversion import write_artifact
 
     with PyTorchBackend(checkpoint, Device("cpu")) as backend:
         logits = torch.from_numpy(run_reference(backend, parity_images).logits)
@@ -90,48 +90,48 @@ def decided(checkpoint: Path, parity_images: Any, tmp_path_factory: pytest.TempP
     weights["model.8.bias"] = (weights["model.8.bias"] - mean) / spread
     path = tmp_path_factory.mktemp("decided") / "lzh_0.pth"
     save_checkpoint(path, loaded._replace(model=weights))
-    converted(path, "onnx", path.with_suffix(".onnx"))
+    write_artifact(path, "onnx", path.with_suffix(".onnx"))
     return path
 
 
 @pytest.fixture(scope="session")
 def pictures(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small image files, enough for a proof, with the class names of `checkpoint`."""
+    """Return a folder of small images with the class names of `checkpoint`, enough for a parity check."""
     from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
     folder = tmp_path_factory.mktemp("data") / "pictures"
-    draw_pictures(folder, load_checkpoint(checkpoint).spec.class_names)
+    write_image_folder(folder, load_checkpoint(checkpoint).spec.class_names)
     return folder
 
 
 @pytest.fixture(scope="session")
 def few_pictures(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten images fewer than a proof wants."""
+    """Return a folder with ten images fewer than a parity check needs."""
     folder = tmp_path_factory.mktemp("data") / "few"
     shutil.copytree(pictures, folder)
-    for place in folder.glob("test/*"):
-        for picture in sorted(place.iterdir())[99:]:
-            picture.unlink()
+    for class_folder in folder.glob("test/*"):
+        for image in sorted(class_folder.iterdir())[99:]:
+            image.unlink()
     return folder
 
 
 @pytest.fixture(scope="session")
 def other_pictures(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images of `pictures` with every class under another name."""
+    """Return the images of `pictures` with other class names."""
     folder = tmp_path_factory.mktemp("data") / "other"
     shutil.copytree(pictures, folder)
-    for place in sorted(folder.glob("*/*")):
-        place.rename(place.with_name(f"other {place.name}"))
+    for class_folder in sorted(folder.glob("*/*")):
+        class_folder.rename(class_folder.with_name(f"other {class_folder.name}"))
     return folder
 
 
-def draw_pictures(folder: Path, class_names: Sequence[str], images: int = IMAGES_A_CLASS) -> None:
-    """A picture a class for training, and `images` for testing: noise over a colour."""
+def write_image_folder(folder: Path, class_names: Sequence[str], images: int = IMAGES_PER_CLASS) -> None:
+    """Write one training image and `images` test images per class: noise over a color."""
     random = np.random.default_rng(0)
     for name in class_names:
         for split, count in (("train", 1), ("test", images)):
-            place = folder / split / name
-            place.mkdir(parents=True)
+            class_folder = folder / split / name
+            class_folder.mkdir(parents=True)
             pixels = random.integers(0, 256, (count, 1, 1, 3)) * 0.7 + random.integers(0, 77, (count, 8, 8, 3))
-            for number, picture in enumerate(pixels.astype(np.uint8)):
-                Image.fromarray(picture).save(place / f"{number:04}.png")
+            for number, image in enumerate(pixels.astype(np.uint8)):
+                Image.fromarray(image).save(class_folder / f"{number:04}.png")

@@ -1,4 +1,4 @@
-"""Export: an artifact has its name only once it is proved, and a failure leaves what was there before."""
+"""Exports: an artifact gets its name only if it passes the parity check, and a failure changes no earlier file."""
 
 import hashlib
 import json
@@ -18,14 +18,18 @@ import numpy as np
 import onnx
 import pytest
 
-from cifarx_export.export import Exported, export
-from cifarx_export.formats.registry import ExportOptions, export_format
+from cifarx_export.export import ExportResult, export
+from cifarx_export.formats.onnx import converter
+from cifarx_export.formats.onnx.int8 import search
+from cifarx_export.formats.onnx.int8.search import QuantizationSearch, Score
+from cifarx_export.formats.registry import ExportOptions, get_format
+from cifarx_export.parity.compare import ParityResult, check_parity
 from cifarx_export.parity.report import ParityReport
 from cifarx_serve.backends.registry import find_model, open_backend, read_spec
 from cifarx_serve.errors import CifarxError, DataError, ModelFileError, OutputError, UsageError
 from cifarx_serve.spec import ParitySummary
 from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
-from tests.support.conversion_source import source_of
+from tests.support.conversion import conversion_source
 
 FORMATS = ["onnx", "torchscript"]
 
@@ -37,16 +41,16 @@ export(sys.argv[1], [sys.argv[2]], data=sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def made(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Exported]:
-    """Every format of a checkpoint that is alone in its folder; a format asked for twice is made once."""
-    folder = tmp_path_factory.mktemp("made")
+def results(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[ExportResult]:
+    """Export a checkpoint in an empty folder to all formats. A format requested twice is exported once."""
+    folder = tmp_path_factory.mktemp("exported")
     shutil.copy(checkpoint, folder / "lzh_9.pth")
     return export(folder / "lzh_9.pth", [*FORMATS, "onnx"], data=str(pictures))
 
 
 @pytest.fixture
-def alone(checkpoint: Path) -> Path:
-    """A checkpoint alone in the current folder, by a relative path."""
+def lone_checkpoint(checkpoint: Path) -> Path:
+    """Return the relative path of a checkpoint, the only file in the current folder."""
     shutil.copy(checkpoint, "lzh_9.pth")
     return Path("lzh_9.pth")
 
@@ -71,9 +75,9 @@ def failures(document: dict[str, Any]) -> set[str]:
     return {check["name"] for check in document["checks"] if not check["passed"]}
 
 
-def test_artifacts_and_reports_lie_beside_the_checkpoint_and_nothing_else(made: list[Exported]) -> None:
-    folder = made[0].path.parent
-    assert [artifact.path.name for artifact in made] == ["lzh_9.onnx", "lzh_9.torchscript.pt"]
+def test_only_artifacts_and_reports_are_written_next_to_the_checkpoint(results: list[ExportResult]) -> None:
+    folder = results[0].path.parent
+    assert [artifact.path.name for artifact in results] == ["lzh_9.onnx", "lzh_9.torchscript.pt"]
     assert {path.name for path in folder.iterdir()} == {
         "lzh_9.pth",
         "lzh_9.onnx",
@@ -84,8 +88,8 @@ def test_artifacts_and_reports_lie_beside_the_checkpoint_and_nothing_else(made: 
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_report_is_of_the_file_beside_it(made: list[Exported], kind: str) -> None:
-    artifact = made[FORMATS.index(kind)]
+def test_the_report_describes_its_artifact(results: list[ExportResult], kind: str) -> None:
+    artifact = results[FORMATS.index(kind)]
     document = strict_json(artifact.report_path)
     assert artifact.report_path.name == artifact.path.name + ".parity.json"
     assert msgspec.convert(document, ParityReport) == artifact.report
@@ -96,8 +100,8 @@ def test_the_report_is_of_the_file_beside_it(made: list[Exported], kind: str) ->
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_artifact_says_the_same_of_itself(made: list[Exported], kind: str) -> None:
-    artifact = made[FORMATS.index(kind)]
+def test_the_spec_of_an_artifact_agrees_with_its_report(results: list[ExportResult], kind: str) -> None:
+    artifact = results[FORMATS.index(kind)]
     checkpoint = artifact.path.with_name("lzh_9.pth")
     spec = read_spec(artifact.path)
     assert spec.parity == msgspec.convert(strict_json(artifact.report_path)["summary"], ParitySummary)
@@ -109,43 +113,43 @@ def test_the_artifact_says_the_same_of_itself(made: list[Exported], kind: str) -
     assert spec.exporter["torch"]
     trained = load_checkpoint(checkpoint)
     assert spec.weights_sha256 == weights_sha256(trained.model)
-    told = {"checkpoint_sha256", "weights_sha256", "exporter", "parity", "minimum_onnxruntime"}
-    assert msgspec.structs.replace(spec, **dict.fromkeys(told)) == trained.spec
+    added = {"checkpoint_sha256", "weights_sha256", "exporter", "parity", "minimum_onnxruntime"}
+    assert msgspec.structs.replace(spec, **dict.fromkeys(added)) == trained.spec
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_sealed_artifact_answers_as_the_proved_one(made: list[Exported], kind: str) -> None:
-    artifact = made[FORMATS.index(kind)]
+def test_embedding_the_parity_summary_does_not_change_the_outputs(results: list[ExportResult], kind: str) -> None:
+    artifact = results[FORMATS.index(kind)]
     loaded = load_checkpoint(artifact.path.with_name("lzh_9.pth"))
-    unsealed = Path(f"unsealed{export_format(kind).suffix}")
-    export_format(kind).convert(source_of(loaded)).save(unsealed, loaded.spec)
+    without_summary = Path(f"without_summary{get_format(kind).suffix}")
+    next(iter(get_format(kind).convert(conversion_source(loaded)))).save(without_summary, loaded.spec)
     inputs = np.random.default_rng(0).random((64, 3, 32, 32), dtype=np.float32)
-    answers = []
-    for path in (artifact.path, unsealed):
+    logits = []
+    for path in (artifact.path, without_summary):
         with open_backend(path, device="cpu") as backend:
-            answers.append(backend.run(inputs))
-    assert np.array_equal(*answers)
+            logits.append(backend.run(inputs))
+    assert np.array_equal(*logits)
 
 
-def test_exporting_again_elsewhere_writes_the_same_bytes_and_prints_nothing(
-    made: list[Exported], pictures: Path, capfd: pytest.CaptureFixture[str]
+def test_exporting_again_writes_the_same_bytes_and_prints_nothing(
+    results: list[ExportResult], pictures: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = made[0].path.with_name("lzh_9.pth")
+    checkpoint = results[0].path.with_name("lzh_9.pth")
     shutil.copy(checkpoint, "best.of.run.pth")
-    told: list[str] = []
-    again = export("best.of.run.pth", data=str(pictures), out="not/yet/there", progress=told.append)[0]
+    lines: list[str] = []
+    again = export("best.of.run.pth", data=str(pictures), out="not/yet/there", progress=lines.append)[0]
     assert again.path == Path("not/yet/there/best.of.run.onnx")
-    assert again.path.read_bytes() == made[0].path.read_bytes()
+    assert again.path.read_bytes() == results[0].path.read_bytes()
     assert set(contents(Path.cwd())) == {
         "best.of.run.pth",
         "not/yet/there/best.of.run.onnx",
         "not/yet/there/best.of.run.onnx.parity.json",
     }
     assert tuple(capfd.readouterr()) == ("", "")
-    assert any("1010 images of pictures" in line for line in told)
+    assert any("1010 images of pictures" in line for line in lines)
 
 
-def test_a_failed_proof_keeps_the_last_good_artifact_and_its_report(copied: Path, pictures: Path) -> None:
+def test_a_failed_parity_check_keeps_the_last_good_artifact_and_its_report(copied: Path, pictures: Path) -> None:
     before = contents(copied)
     failed = export(copied / "lzh_0.pth", data=str(pictures), atol=0.0, rtol=0.0)[0]
     assert not failed.report.summary.passed
@@ -158,7 +162,9 @@ def test_a_failed_proof_keeps_the_last_good_artifact_and_its_report(copied: Path
     assert (document["summary"]["passed"], document["summary"]["atol"]) == (False, 0.0)
 
 
-def test_a_success_takes_the_failed_report_away_and_replaces_the_old_artifact(copied: Path, pictures: Path) -> None:
+def test_a_passed_parity_check_removes_the_failed_report_and_replaces_the_artifact(
+    copied: Path, pictures: Path
+) -> None:
     before = contents(copied)
     (copied / "lzh_0.onnx.failed.parity.json").write_text("{}")
     artifact = export(copied / "lzh_0.pth", data=str(pictures), options=ExportOptions(opset=20))[0]
@@ -168,66 +174,120 @@ def test_a_success_takes_the_failed_report_away_and_replaces_the_old_artifact(co
     assert strict_json(artifact.report_path)["artifact_sha256"] == sha256(artifact.path)
 
 
-def test_what_never_passed_never_has_its_name(alone: Path, pictures: Path) -> None:
-    """NaN on both sides is the same answer, and no proof."""
-    loaded = load_checkpoint(alone)
+def test_an_artifact_that_never_passed_is_not_written(lone_checkpoint: Path, pictures: Path) -> None:
+    """NaN in both outputs is equal, but does not pass."""
+    loaded = load_checkpoint(lone_checkpoint)
     loaded.model["model.8.bias"][3] = float("nan")
-    save_checkpoint(alone, loaded)
-    failed = export(alone, data=str(pictures), atol=1e9, rtol=1e9)[0]
+    save_checkpoint(lone_checkpoint, loaded)
+    failed = export(lone_checkpoint, data=str(pictures), atol=1e9, rtol=1e9)[0]
     assert not failed.report.summary.passed
     assert "finite" in failures(strict_json(failed.report_path))
     assert {path.name for path in Path.cwd().iterdir()} == {"lzh_9.pth", "lzh_9.onnx.failed.parity.json"}
 
 
-# What is refused, and leaves nothing.
+# Candidates of an int8 conversion. With a tolerance of 0, no int8 model can pass.
 
 
-class Refused(NamedTuple):
+@pytest.mark.parametrize(
+    ("agreement", "candidates"),
+    [
+        pytest.param([0.5, 0.5, 0.5, 0.5, 0.5], 1, id="layers in fp32 do not help"),
+        pytest.param([0.5, 0.98, 0.985, 0.9905, 0.9915], 2, id="the second candidate is the best"),
+        pytest.param([0.5, 0.9905, 0.9925, 0.995, 0.999], 4, id="each candidate is better than the last"),
+    ],
+)
+def test_int8_candidates_that_fail_are_not_converted_or_checked_again(
+    agreement: list[float], candidates: int, lone_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the given agreement for 0 to 4 layers in fp32. The formats `onnx` and `triton` share the candidates."""
+    monkeypatch.setattr(search, "CALIBRATION_IMAGES", 16)
+    monkeypatch.setattr(search, "_HELD_OUT_IMAGES", (16, 16))
+    monkeypatch.setattr(
+        QuantizationSearch, "_compute_score", lambda _, choice, __: Score(agreement[len(choice.fp32_layers)], 0.0)
+    )
+    converted: list[bytes] = []
+    monkeypatch.setattr(converter, "_check_model", lambda model: converted.append(model.SerializeToString()))
+    checked: list[str] = []
+
+    def count_check(*arguments: Any) -> ParityResult:
+        checked.append(arguments[1].spec.exporter["format"])
+        return check_parity(*arguments)
+
+    monkeypatch.setattr("cifarx_export.export.check_parity", count_check)
+    lines: list[str] = []
+    results = export(
+        lone_checkpoint, ["onnx", "triton"], ["int8"], data="builtin", atol=0.0, rtol=0.0, progress=lines.append
+    )
+    assert not any(result.report.summary.passed for result in results)
+    assert checked == ["onnx"] * candidates + ["triton"] * candidates
+    assert len(set(converted[:candidates])) == candidates
+    assert converted[candidates:] == converted[:candidates]
+    assert len([line for line in lines if "calibrating" in line]) == 1
+    assert [line for line in lines if line.startswith("converting to onnx")] == [
+        "converting to onnx int8",
+        *(f"converting to onnx int8, attempt {number}" for number in range(2, candidates + 1)),
+    ]
+
+
+# Usage errors, which write no files.
+
+
+class Refusal(NamedTuple):
     error: type[CifarxError]
-    text: str
+    message: str
     arguments: dict[str, Any]
 
 
-REFUSED = {
-    "a misspelt format": Refused(UsageError, "unknown format 'onxx': did you mean 'onnx'", {"formats": ["onxx"]}),
-    "one misspelt format of two": Refused(UsageError, "did you mean 'torchscript'", {"formats": ["onnx", "torscript"]}),
-    "an option of another format": Refused(
-        UsageError, "torchscript has no --opset: leave it out", {"formats": FORMATS, "options": ExportOptions(opset=18)}
+REFUSALS = {
+    "a misspelled format": Refusal(UsageError, "unknown format 'onxx': did you mean 'onnx'", {"formats": ["onxx"]}),
+    "one of two formats misspelled": Refusal(
+        UsageError, "did you mean 'torchscript'", {"formats": ["onnx", "torscript"]}
     ),
-    "an opset that is not supported": Refused(
+    "an option that the format does not support": Refusal(
+        UsageError,
+        "format torchscript does not support --opset: leave it out, or export only onnx or triton",
+        {"formats": FORMATS, "options": ExportOptions(opset=18)},
+    ),
+    "an unsupported opset": Refusal(
         UsageError, "opset 99 is not supported: give 18 to 23", {"options": ExportOptions(opset=99)}
     ),
-    "a misspelt precision": Refused(UsageError, "unknown precision 'fp61'", {"precisions": ["fp61"]}),
-    "a precision of another format": Refused(
-        UsageError, "format torchscript has no int8", {"formats": FORMATS, "precisions": ["fp32", "int8"]}
+    "a misspelled precision": Refusal(UsageError, "unknown precision 'fp61'", {"precisions": ["fp61"]}),
+    "a precision that the format does not support": Refusal(
+        UsageError,
+        "format torchscript does not support int8: it supports fp32, fp16; onnx and triton support int8",
+        {"formats": FORMATS, "precisions": ["fp32", "int8"]},
     ),
-    "calibration of what is not calibrated": Refused(
-        UsageError, "fp32 is not calibrated", {"options": ExportOptions(calibration_images=9)}
+    "calibration images for fp32": Refusal(
+        UsageError,
+        "fp32 needs no calibration: leave --calibration-images out, or add --precision int8",
+        {"options": ExportOptions(calibration_images=9)},
     ),
-    "a batch of none": Refused(UsageError, "batch size 0", {"batch": 0}),
-    "a batch larger than the data": Refused(UsageError, "batch size 1011: give 1 to 1010", {"batch": 1011}),
-    "a negative tolerance": Refused(UsageError, "rtol is -0.1", {"rtol": -0.1}),
-    "a tolerance that is no number": Refused(UsageError, "atol is nan", {"atol": float("nan")}),
-    "data that is not there": Refused(DataError, "no such data set nowhere", {"data": "nowhere"}),
+    "a batch size of zero": Refusal(UsageError, "batch size 0", {"batch_size": 0}),
+    "a batch size above the number of images": Refusal(
+        UsageError, "batch size 1011: give 1 to 1010", {"batch_size": 1011}
+    ),
+    "a negative tolerance": Refusal(UsageError, "rtol is -0.1", {"rtol": -0.1}),
+    "a tolerance of NaN": Refusal(UsageError, "atol is nan", {"atol": float("nan")}),
+    "missing data": Refusal(DataError, "dataset nowhere does not exist", {"data": "nowhere"}),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_leaves_nothing(name: str, alone: Path, pictures: Path) -> None:
-    refused = REFUSED[name]
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refused_export_writes_nothing(name: str, lone_checkpoint: Path, pictures: Path) -> None:
+    refusal = REFUSALS[name]
     before = contents(Path.cwd())
-    with pytest.raises(refused.error, match=refused.text):
-        export(alone, **{"data": str(pictures), **refused.arguments})
+    with pytest.raises(refusal.error, match=refusal.message):
+        export(lone_checkpoint, **{"data": str(pictures), **refusal.arguments})
     assert contents(Path.cwd()) == before
 
 
-def test_too_few_images_leave_nothing_not_even_the_folder(alone: Path, few_pictures: Path) -> None:
-    with pytest.raises(DataError, match=r"few has 990 test images: a proof needs at least 1000"):
-        export(alone, data=str(few_pictures), out="results")
+def test_too_few_images_write_nothing_and_create_no_folder(lone_checkpoint: Path, few_pictures: Path) -> None:
+    with pytest.raises(DataError, match=r"few has 990 test images: the parity check needs at least 1000"):
+        export(lone_checkpoint, data=str(few_pictures), out="results")
     assert [path.name for path in Path.cwd().iterdir()] == ["lzh_9.pth"]
 
 
-def test_what_is_no_checkpoint_is_refused(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_files_that_are_no_checkpoints_are_refused(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
     Path("text.pth").write_text("weights")
     Path("half.pth").write_bytes(checkpoint.read_bytes()[:5000])
     shutil.copy(good_onnx, "onnx.pth")
@@ -240,15 +300,15 @@ def test_what_is_no_checkpoint_is_refused(good_onnx: Path, checkpoint: Path, pic
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
-def test_a_place_that_cannot_be_written_is_an_output_error(out: str, alone: Path, pictures: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_output_error(out: str, lone_checkpoint: Path, pictures: Path) -> None:
     Path("file").write_text("mine")
     with pytest.raises(OutputError, match=f"cannot write {out}"):
-        export(alone, data=str(pictures), out=out)
+        export(lone_checkpoint, data=str(pictures), out=out)
     assert set(contents(Path.cwd())) == {"file", "lzh_9.pth"}
     assert Path("file").read_text() == "mine"
 
 
-_NO_ROOM = """
+_NO_SPACE = """
 import resource, sys
 from cifarx_export.export import export
 from cifarx_serve.errors import OutputError
@@ -261,41 +321,41 @@ except OutputError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX system's limits")
-def test_a_conversion_without_room_for_its_files_is_an_output_error(alone: Path, pictures: Path) -> None:
-    """A full disk of temporary files."""
-    command = [sys.executable, "-c", _NO_ROOM, str(alone), str(pictures), "results"]
+@pytest.mark.skipif(sys.platform == "win32", reason="requires POSIX resource limits")
+def test_no_space_for_temporary_files_is_an_output_error(lone_checkpoint: Path, pictures: Path) -> None:
+    """The conversion itself needs temporary files."""
+    command = [sys.executable, "-c", _NO_SPACE, str(lone_checkpoint), str(pictures), "results"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("cannot write ")
     assert "free some space" in ran.stdout
     assert not any(Path("results").iterdir())
 
 
-# Killed: with SIGKILL nothing can be tidied up, so what has its name must be whole at every moment.
+# Exports ended by SIGKILL, after which nothing can clean up: a file with its final name must be complete at any time.
 
 
-def partial(folder: Path) -> list[Path]:
+def partial_files(folder: Path) -> list[Path]:
     return list(folder.glob(".*.partial*"))
 
 
-def begun(folder: Path, _: Path) -> bool:
-    return bool(partial(folder))
+def writing_started(folder: Path, _: Path) -> bool:
+    return bool(partial_files(folder))
 
 
-def written(folder: Path, _: Path) -> bool:
-    with suppress(FileNotFoundError):  # it may be renamed between the two looks
-        return any(path.stat().st_size > 0 for path in partial(folder))
+def content_written(folder: Path, _: Path) -> bool:
+    with suppress(FileNotFoundError):  # it can be renamed in between
+        return any(path.stat().st_size > 0 for path in partial_files(folder))
     return False
 
 
-def named(_: Path, target: Path) -> bool:
+def target_exists(_: Path, target: Path) -> bool:
     return target.exists()
 
 
 def kill_at(moment: Callable[[Path, Path], bool], checkpoint: Path, kind: str, data: Path) -> int:
-    """Export in another process, its sets in another order, and kill it at a moment; how it ended."""
+    """Export in another process, kill it at a moment, and return its exit status. Its sets are in another order."""
     folder = checkpoint.parent
-    target = folder / f"{checkpoint.stem}{export_format(kind).suffix}"
+    target = folder / f"{checkpoint.stem}{get_format(kind).suffix}"
     environment = {**os.environ, "PYTHONHASHSEED": "1234"}
     with subprocess.Popen([sys.executable, "-c", EXPORT, checkpoint, kind, data], env=environment) as process:
         while process.poll() is None:
@@ -307,27 +367,29 @@ def kill_at(moment: Callable[[Path, Path], bool], checkpoint: Path, kind: str, d
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_killed_before_the_first_artifact_was_proved_there_is_none(alone: Path, pictures: Path) -> None:
-    assert kill_at(written, alone.absolute(), "torchscript", pictures) == -signal.SIGKILL
-    assert {path.name for path in Path.cwd().iterdir()} - {path.name for path in partial(Path.cwd())} == {alone.name}
+def test_killing_the_first_export_leaves_no_artifact(lone_checkpoint: Path, pictures: Path) -> None:
+    assert kill_at(content_written, lone_checkpoint.absolute(), "torchscript", pictures) == -signal.SIGKILL
+    assert {path.name for path in Path.cwd().iterdir()} - {path.name for path in partial_files(Path.cwd())} == {
+        lone_checkpoint.name
+    }
     with pytest.raises(ModelFileError, match="no file for backend torchscript"):
         find_model(Path.cwd(), "torchscript")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_killed_before_the_next_artifact_was_proved_the_last_one_stands(copied: Path, pictures: Path) -> None:
+def test_killing_a_later_export_keeps_the_last_artifact(copied: Path, pictures: Path) -> None:
     before = contents(copied)
-    assert kill_at(begun, copied / "lzh_0.pth", "torchscript", pictures) == -signal.SIGKILL
-    left = {path.name for path in partial(copied)}
-    assert {name: content for name, content in contents(copied).items() if name not in left} == before
+    assert kill_at(writing_started, copied / "lzh_0.pth", "torchscript", pictures) == -signal.SIGKILL
+    leftover = {path.name for path in partial_files(copied)}
+    assert {name: content for name, content in contents(copied).items() if name not in leftover} == before
     assert find_model(copied, "torchscript") == copied / "lzh_0.torchscript.pt"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_killed_when_the_artifact_has_its_name_it_is_whole_and_the_same_as_anywhere(
-    made: list[Exported], alone: Path, pictures: Path
+def test_an_artifact_with_its_final_name_is_complete(
+    results: list[ExportResult], lone_checkpoint: Path, pictures: Path
 ) -> None:
-    # The export may be quicker than the signal.
-    assert kill_at(named, alone.absolute(), "onnx", pictures) in {-signal.SIGKILL, 0}
-    assert Path("lzh_9.onnx").read_bytes() == made[0].path.read_bytes()
+    # The export can end before the signal arrives.
+    assert kill_at(target_exists, lone_checkpoint.absolute(), "onnx", pictures) in {-signal.SIGKILL, 0}
+    assert Path("lzh_9.onnx").read_bytes() == results[0].path.read_bytes()

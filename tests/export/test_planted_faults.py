@@ -20,9 +20,9 @@ from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, sav
 from cifarx_train.models.registry import get_architecture
 from cifarx_train.pytorch_backend import PyTorchBackend
 from tests.support.command_line import Cli
-from tests.support.converted import converted
+from tests.support.conversion import write_artifact
 from tests.support.onnx_faults import (
-    Plant,
+    Edit,
     batch_mean_subtracted,
     channels_swapped,
     dropout,
@@ -71,16 +71,16 @@ class Fault(NamedTuple):
     model: str = "lzh"
 
 
-def onnx_with(*plants: Plant) -> Make:
-    return lambda checkpoint: edited(checkpoint.with_suffix(".onnx"), plants)
+def onnx_with(*edits: Edit) -> Make:
+    return lambda checkpoint: edited(checkpoint.with_suffix(".onnx"), edits)
 
 
 def torchscript_of(change: Callable[[nn.Module], nn.Module]) -> Make:
-    return lambda checkpoint: converted(checkpoint, "torchscript", Path("edited.torchscript.pt"), change)
+    return lambda checkpoint: write_artifact(checkpoint, "torchscript", Path("edited.torchscript.pt"), change)
 
 
 def onnx_of(change: Callable[[nn.Module], nn.Module]) -> Make:
-    return lambda checkpoint: converted(checkpoint, "onnx", Path("edited.onnx"), change)
+    return lambda checkpoint: write_artifact(checkpoint, "onnx", Path("edited.onnx"), change)
 
 
 # Faults of the network before conversion.
@@ -397,7 +397,7 @@ def test_the_command_line_exits_with_1_and_names_the_failed_checks(
     path, checkpoint = fault.make(checkpoints[fault.model]), checkpoints[fault.model]
     ran = cli("verify", path, "--ckpt", checkpoint, "--data", "builtin")
     assert ran.status == 1
-    assert "NOT proved" in ran.out
+    assert "parity check FAILED" in ran.out
     crossed = {line.split("✗ ")[1][:14].strip() for line in ran.out.splitlines()[1:] if "✗ " in line}
     assert fault.must_fail - {"accuracy"} <= crossed, ran.out
     named = ran.error.rpartition("(")[2].partition(")")[0].split(", ")

@@ -1,8 +1,9 @@
-"""A network that computes in float16 and looks like its float32 self from outside.
+"""Conversion of a PyTorch module to float16, with float32 inputs and outputs.
 
-PyTorch's kernels for LayerNorm, softmax, attention and pooling take float16 and add up in float32, so they run in
-half. BatchNorm keeps its statistics in float32, which its kernels mix with float16 inputs, as under autocast.
-Images lie channels last, the layout of tensor cores; without it float16 is three to five times slower on a CPU too.
+PyTorch's kernels for LayerNorm, softmax, attention and pooling take float16 and accumulate in float32, so these layers
+run in float16. BatchNorm keeps its parameters and statistics in float32, which its kernels mix with float16 inputs, as
+they do under autocast. Activations are channels-last, the memory layout of tensor cores; otherwise float16 is three to
+five times slower, on a CPU too.
 """
 
 from collections.abc import Iterator
@@ -17,15 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifarx_serve.errors import UsageError
 
-LARGEST: Final = 65504.0
-"""Of float16, finite (IEEE 754 binary16)."""
+FP16_MAX: Final = 65504.0
+"""The largest finite float16 (IEEE 754 binary16)."""
 
-SMALLEST: Final = 2.0**-24
-"""Of float16, subnormal and above zero."""
+FP16_SMALLEST_SUBNORMAL: Final = 2.0**-24
+"""The smallest float16 above zero."""
 
 
 class HalfPrecision(nn.Module):
-    """Float32 (N, 3, height, width) in, float32 logits (N, classes) out, float16 in between."""
+    """Runs a float16 network: takes float32 images (N, 3, height, width), returns float32 logits (N, classes)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -36,41 +37,43 @@ class HalfPrecision(nn.Module):
         return logits.float()
 
 
-def half_precision(module: nn.Module) -> nn.Module:
-    """A float16 copy of a float32 network in eval mode, on its device; the network itself is left as it was.
+def convert_module_to_fp16(module: nn.Module) -> nn.Module:
+    """Return a float16 copy of a float32 network in eval mode, on the same device. `module` is not modified.
 
     Raises:
-        UsageError: a weight that float16 cannot hold.
+        UsageError: a parameter or buffer is outside the range of float16.
     """
     network = deepcopy(module)
-    for name, tensor in _converted(network):
-        if is_lost_in_half(tensor.detach().cpu().numpy()):
+    for name, tensor in _fp16_tensors(network):
+        if exceeds_fp16_range(tensor.detach().cpu().numpy()):
             raise UsageError(
-                f"{name} goes up to {tensor.abs().max().item():.3g}, and float16 from {SMALLEST:.1g} to {LARGEST:g}",
+                f"{name} has values up to {tensor.abs().max().item():.3g}, outside the range of float16, "
+                f"{FP16_SMALLEST_SUBNORMAL:.1g} to {FP16_MAX:g}",
                 "use --precision fp32, or --format onnx, which keeps it in float32",
             )
-    for _, tensor in _converted(network):
+    for _, tensor in _fp16_tensors(network):
         tensor.data = tensor.data.half()
     return HalfPrecision(network).eval()
 
 
-def is_lost_in_half(values: NDArray[Any]) -> bool:
-    """Whether float16 overflows on a tensor or has nothing but zeros for it.
+def exceeds_fp16_range(values: NDArray[Any]) -> bool:
+    """Return whether float16 would overflow on a tensor, or round all of it to zero.
 
-    Single values below the smallest subnormal, beside larger ones, are zeros to the sum they are part of.
+    Values below the smallest subnormal are ignored if the tensor also has larger ones, because next to those they
+    contribute next to nothing to a sum.
     """
     largest = float(np.abs(values).max(initial=0))
-    return not (largest == 0 or SMALLEST <= largest <= LARGEST)
+    return not (largest == 0 or FP16_SMALLEST_SUBNORMAL <= largest <= FP16_MAX)
 
 
-def _converted(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers that become float16, each once, by name."""
-    single = {
+def _fp16_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each parameter and buffer to convert, once, with the tensor."""
+    kept = {
         id(tensor)
         for part in network.modules()
         if isinstance(part, _BatchNorm)
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
     }
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if tensor.dtype == torch.float32 and id(tensor) not in single:
+        if tensor.dtype == torch.float32 and id(tensor) not in kept:
             yield name, tensor

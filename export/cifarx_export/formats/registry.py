@@ -1,38 +1,45 @@
-"""The table of formats: adding one is one module and one row. It drives the command line, its help, docs and tests."""
+"""The registry of export formats.
 
-from collections.abc import Callable, Mapping
+A new format needs one converter module and one row in `FORMATS`. The command line, its help, the documentation and the
+tests all read the rows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, get_args
 
-from cifarx_serve.errors import UsageError, unknown
+from cifarx_serve.backends.registry import backend_suffixes
+from cifarx_serve.errors import UsageError, unknown_name_error
 from cifarx_serve.progress import Progress
 from cifarx_serve.spec import ModelSpec, Precision
 
-if TYPE_CHECKING:  # the command line's help reads this table, and loads no PyTorch for it
+if TYPE_CHECKING:  # `cifarx export --help` reads this module and must not import PyTorch
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
-ATTEMPTS: Final[Mapping[Precision, int]] = MappingProxyType({"fp32": 1, "fp16": 1, "int8": 4})
-"""How often a conversion may be tried until its proof passes."""
+T = TypeVar("T")
 
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 
 OPSETS: Final = range(18, 24)
-"""18 is the lowest that the exporter writes; 23 the newest that is tested against ONNX Runtime."""
+"""Supported ONNX opsets: 18 is the lowest that PyTorch's exporter writes, 23 the newest tested with ONNX Runtime."""
 
 
 class ExportOptions(NamedTuple):
-    """What a user may choose of a conversion; None is the format's own choice.
+    """User options of a conversion. None means the default of the format.
 
-    A format that has no use for an option refuses it.
+    A format raises `UsageError` for an option that it does not support.
 
     Attributes:
-        opset: of the ONNX file, one of `OPSETS`.
-        calibration_images: training images that int8 is calibrated on.
-        embed_preprocessing: the model takes uint8 pixels of any size and does resize, scaling and normalisation.
+        opset: opset of the ONNX file, one of `OPSETS`.
+        calibration_images: number of training images to calibrate int8 activations on.
+        embed_preprocessing: include resizing, scaling and normalization in the model, so that its input is uint8
+            images of any size.
     """
 
     opset: int | None = None
@@ -43,84 +50,103 @@ class ExportOptions(NamedTuple):
 NO_OPTIONS: Final = ExportOptions()
 
 
-class Source(NamedTuple):
-    """What a conversion starts from.
+@dataclass(frozen=True, eq=False)
+class ConversionSource:
+    """The input of a converter. All formats that one export writes in one precision share it.
 
     Attributes:
-        module: the network in eval mode, fp32, on the CPU; the converter may change it.
-        spec: what the artifact will say, its precision among it.
-        options: as the user gave them.
-        training_images: so many images of the training split, spread over it, uint8 (N, height, width, 3).
-        progress: told what is being done.
-        kept: what a converter keeps for the next attempt, and for the next format in the same precision.
-        attempt: how many conversions of it have failed their proof; int8 leaves more in fp32 each time.
+        build_module: returns a new copy of the network, in eval mode, fp32, on the CPU. A converter may modify it.
+        spec: spec of the model, with the precision to convert to.
+        options: options of the user.
+        load_training_images: returns the requested number of images, spread evenly over the training split: uint8,
+            (N, height, width, 3).
+        progress: called with a line of text at each step.
     """
 
-    module: "nn.Module"
+    build_module: "Callable[[], nn.Module]"
     spec: ModelSpec
     options: ExportOptions
-    training_images: "Callable[[int], NDArray[np.uint8]]"
+    load_training_images: "Callable[[int], NDArray[np.uint8]]"
     progress: Progress
-    kept: dict[str, Any]
-    attempt: int = 0
+    _shared: "dict[Callable[[ConversionSource], Any], Any]" = field(default_factory=dict, init=False, repr=False)
+
+    def example_input(self) -> "Tensor":
+        """Return a batch to trace the network with: two random images, because exporters specialize on a batch of one.
+
+        Float32, (2, channels, height, width), the same at every call.
+        """
+        import torch  # imported here because the command line's help must not import PyTorch
+
+        size = self.spec.input
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(2, size.channels, size.height, size.width, generator=generator)
+
+    def compute_once(self, function: "Callable[[ConversionSource], T]") -> T:
+        """Return `function(self)`. The first call computes it; the formats that share this source reuse the result."""
+        if function not in self._shared:
+            self._shared[function] = function(self)
+        result: T = self._shared[function]
+        return result
 
 
-class Artifact(Protocol):
-    """A converted model."""
+class Artifact(ABC):
+    """A converted model that can be written to a file."""
 
-    def describe(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with what only the conversion knows: the opset, the calibration, the oldest runtime."""
+    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Return `spec` with the facts that only the conversion knows, such as the opset. By default there are none."""
+        return spec
 
+    @abstractmethod
     def save(self, path: Path, spec: ModelSpec) -> None:
-        """Write the file with the spec inside. Saving again with another spec changes nothing but the spec."""
+        """Write the model to `path` with the spec embedded. Saving it again with another spec changes only the spec."""
 
 
-Converter = Callable[[Source], Artifact]
+Converter = Callable[[ConversionSource], Iterable[Artifact]]
+"""Converts a network to one or more candidates. A candidate is tried only if the one before fails its parity check."""
 
 
 class Format(NamedTuple):
-    """A row.
+    """A row of `FORMATS`.
 
     Attributes:
-        suffix: of the fp32 file.
-        backend: what runs it.
-        precisions: what it can hold.
-        devices: where its files run.
-        options: the names of the `ExportOptions` that it honours.
-        converter: as `module:function`, imported when the format is asked for.
-        legacy: deprecated by those who made it.
-        model: a pattern of where the model is in an artifact that is a folder; None where it is a file.
+        backend: name of the backend that runs the artifact.
+        precisions: supported precisions.
+        devices: devices that the artifact runs on.
+        options: names of the supported `ExportOptions`.
+        converter: `module:function` of the `Converter`, imported on first use.
+        legacy: whether the authors of the format have deprecated it.
+        directory_suffix: suffix of an artifact that is a directory. None for an artifact that is a file, which has the
+            suffix of its backend.
     """
 
-    suffix: str
     backend: str
     precisions: tuple[Precision, ...]
     devices: tuple[str, ...]
     options: tuple[str, ...]
     converter: str
     legacy: bool = False
-    model: str | None = None
+    directory_suffix: str | None = None
 
-    def convert(self, source: Source) -> Artifact:
-        """Convert a network."""
-        name, _, function = self.converter.partition(":")
-        converter: Converter = getattr(import_module(name), function)
+    @property
+    def suffix(self) -> str:
+        """The suffix of an artifact, such as `.onnx`."""
+        return self.directory_suffix or backend_suffixes(self.backend)[0]
+
+    def convert(self, source: ConversionSource) -> Iterable[Artifact]:
+        """Convert a network to one or more candidates. See `Converter`."""
+        module, _, function = self.converter.partition(":")
+        converter: Converter = getattr(import_module(module), function)
         return converter(source)
 
     def file_name(self, stem: str, precision: Precision, embedded: bool = False) -> str:
-        """`lzh_9.onnx`, `lzh_9.int8.onnx`, `lzh_9.embedded.fp16.onnx`."""
+        """Return the name of an artifact: `lzh_9.onnx`, `lzh_9.int8.onnx`, `lzh_9.embedded.fp16.onnx`."""
         parts = [stem, *(["embedded"] if embedded else []), *([precision] if precision != "fp32" else [])]
         return ".".join(parts) + self.suffix
-
-    def model_file(self, path: Path) -> Path:
-        """The file of an artifact that a backend opens."""
-        return next(path.glob(self.model)) if self.model else path
 
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
     {
         "onnx": Format(
-            suffix=".onnx",
             backend="onnxruntime",
             precisions=("fp32", "fp16", "int8"),
             devices=("cpu", "cuda", "tensorrt"),
@@ -128,7 +154,6 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             converter="cifarx_export.formats.onnx.converter:convert_to_onnx",
         ),
         "torchscript": Format(
-            suffix=".torchscript.pt",
             backend="torchscript",
             precisions=("fp32", "fp16"),
             devices=("cpu", "cuda", "mps"),
@@ -137,7 +162,6 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             legacy=True,
         ),
         "pt2": Format(
-            suffix=".pt2",
             backend="exported_program",
             precisions=("fp32", "fp16"),
             devices=("cpu", "cuda"),
@@ -145,7 +169,6 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             converter="cifarx_export.formats.exported_program:convert_to_exported_program",
         ),
         "aotinductor": Format(
-            suffix=".aoti.pt2",
             backend="aot_inductor",
             precisions=("fp32",),
             devices=("cpu",),
@@ -153,49 +176,51 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             converter="cifarx_export.formats.aot_inductor:convert_to_aot_inductor",
         ),
         "triton": Format(
-            suffix=".triton",
             backend="onnxruntime",
             precisions=("fp32", "fp16", "int8"),
             devices=("cpu", "cuda"),
             options=("opset", "calibration_images", "embed_preprocessing"),
             converter="cifarx_export.formats.triton.converter:convert_to_triton",
-            model="*/1/model.onnx",
+            directory_suffix=".triton",
         ),
     }
 )
 
 
-def export_format(name: str) -> Format:
-    """The format of that name.
+def get_format(name: str) -> Format:
+    """Return the format called `name`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such format.
     """
     if name not in FORMATS:
-        raise unknown("format", name, FORMATS)
+        raise unknown_name_error("format", name, FORMATS)
     return FORMATS[name]
 
 
 def require_supported(name: str, precision: str, options: ExportOptions) -> None:
-    """Refuse what a format cannot honour.
+    """Check that a format supports a precision and all given options.
 
     Raises:
-        UsageError: no such precision, or an option that means nothing here.
+        UsageError: there is no such format or precision, or the format does not support it or one of the options.
     """
-    kind = export_format(name)
+    row = get_format(name)
     if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    if precision not in kind.precisions:
-        able = [other for other, row in FORMATS.items() if precision in row.precisions]
+        raise unknown_name_error("precision", precision, PRECISIONS)
+    if precision not in row.precisions:
+        others = [other for other, candidate in FORMATS.items() if precision in candidate.precisions]
         raise UsageError(
-            f"format {name} has no {precision}", f"it has {', '.join(kind.precisions)}; {', '.join(able)} can do it"
+            f"format {name} does not support {precision}",
+            f"it supports {', '.join(row.precisions)}; {' and '.join(others)} support {precision}",
         )
     for option, value in options._asdict().items():
-        if value is not None and option not in kind.options:
+        if value is not None and option not in row.options:
             flag = f"--{option.replace('_', '-')}"
-            able = [other for other, row in FORMATS.items() if option in row.options]
-            raise UsageError(f"format {name} has no {flag}", f"leave it out, or export {' or '.join(able)} alone")
+            others = [other for other, candidate in FORMATS.items() if option in candidate.options]
+            raise UsageError(
+                f"format {name} does not support {flag}", f"leave it out, or export only {' or '.join(others)}"
+            )
     if options.calibration_images is not None and precision != "int8":
-        raise UsageError(f"{precision} is not calibrated", "leave --calibration-images out, or add --precision int8")
+        raise UsageError(f"{precision} needs no calibration", "leave --calibration-images out, or add --precision int8")
     if options.opset is not None and options.opset not in OPSETS:
         raise UsageError(f"opset {options.opset} is not supported", f"give {OPSETS[0]} to {OPSETS[-1]}")

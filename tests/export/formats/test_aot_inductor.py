@@ -1,4 +1,4 @@
-"""One package, compiled once: what it answers, what is inside, and what it leaves behind."""
+"""AOTInductor packages: their logits, their content, and what compiling leaves behind. All tests share one."""
 
 import getpass
 import os
@@ -21,20 +21,21 @@ import torch
 
 from cifarx_export.formats import aot_inductor
 from cifarx_export.formats.aot_inductor import AotInductorArtifact, convert_to_aot_inductor
-from cifarx_serve.backends.torch.aot_inductor import SPEC_FILE, TRUST, AotInductorBackend, target_machine
+from cifarx_serve.backends.torch.aot_inductor import TRUST_VARIABLE, AotInductorBackend, target_machine
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from tests.support.conversion_source import source_of
+from tests.support.conversion import conversion_source
 
 CPU = Device("cpu")
 
-pytestmark = pytest.mark.timeout(900)  # a busy machine compiles for minutes
+pytestmark = pytest.mark.timeout(900)  # compiling takes minutes on a busy machine
 
 
-def why_not() -> str | None:
-    """Why nothing can be compiled here."""
+def reason_to_skip() -> str | None:
+    """Return the reason why this machine cannot compile packages."""
     if target_machine() is None:
         return "AOTInductor packages are for Linux on x86-64 with AVX2"
     try:
@@ -53,40 +54,40 @@ class Compiled(NamedTuple):
     artifact: AotInductorArtifact
     spec: ModelSpec
     path: Path
-    left: list[str]
+    leftover: list[str]
     printed: str
 
 
 @contextmanager
 def printing_to(path: Path) -> Iterator[None]:
-    """What this process prints, and what a compiler that it starts prints, in a file."""
-    kept = {number: os.dup(number) for number in (1, 2)}
+    """Write to a file what this process prints, and what the compilers that it starts print."""
+    saved = {number: os.dup(number) for number in (1, 2)}
     with path.open("wb") as file:
-        for number in kept:
+        for number in saved:
             os.dup2(file.fileno(), number)
         try:
             yield
         finally:
-            for number, descriptor in kept.items():
+            for number, descriptor in saved.items():
                 os.dup2(descriptor, number)
                 os.close(descriptor)
 
 
 @pytest.fixture(scope="module")
 def compiled(loaded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """Compiling takes about a minute; what it prints and leaves behind is kept to be looked at."""
-    if reason := why_not():
+    """Compile the network, which takes about a minute. Its output and leftover files are kept for the tests."""
+    if reason := reason_to_skip():
         pytest.skip(reason)
     folder, temporary = tmp_path_factory.mktemp("aoti"), tmp_path_factory.mktemp("temporary")
-    source = source_of(loaded)
+    source = conversion_source(loaded)
     with pytest.MonkeyPatch.context() as patch, printing_to(folder / "printed"):
         patch.setattr(tempfile, "tempdir", str(temporary))
         patch.chdir(temporary)
-        artifact = convert_to_aot_inductor(source)
-    path = folder / "a-name-to-look-for.aoti.pt2"
-    spec = artifact.describe(source.spec)
+        [artifact] = convert_to_aot_inductor(source)
+    path = folder / "a-name-to-search-for.aoti.pt2"
+    spec = artifact.complete_spec(source.spec)
     artifact.save(path, spec)
-    return Compiled(artifact, spec, path, [left.name for left in temporary.iterdir()], (folder / "printed").read_text())
+    return Compiled(artifact, spec, path, [file.name for file in temporary.iterdir()], (folder / "printed").read_text())
 
 
 def entries(path: Path) -> dict[str, bytes]:
@@ -94,26 +95,29 @@ def entries(path: Path) -> dict[str, bytes]:
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
-def test_no_compiler_is_told_before_the_work(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported_before_compiling(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_inductor, "target_machine", lambda: "linux x86_64 avx2")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UsageError, match="no no-such-compiler") as raised:
-        convert_to_aot_inductor(source_of(loaded))
+    with pytest.raises(
+        UsageError, match=r"^AOTInductor needs a C\+\+ compiler, and no-such-compiler was not found: install"
+    ) as raised:
+        convert_to_aot_inductor(conversion_source(loaded))
     assert "CXX" in raised.value.remedy
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UsageError, match=r"no g\+\+"):
-        convert_to_aot_inductor(source_of(loaded))
+    with pytest.raises(UsageError, match=r"and g\+\+ was not found: install"):
+        convert_to_aot_inductor(conversion_source(loaded))
 
 
-def test_another_kind_of_machine_is_told(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_machine_is_reported(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_inductor, "target_machine", lambda: None)
-    with pytest.raises(UsageError, match="x86-64 with AVX2"):
-        convert_to_aot_inductor(source_of(loaded))
+    message = r"^AOTInductor packages can only be compiled on Linux, for x86-64 with AVX2: use --format onnx, or"
+    with pytest.raises(UsageError, match=message):
+        convert_to_aot_inductor(conversion_source(loaded))
 
 
 @pytest.mark.slow
-def test_it_answers_as_the_network_at_any_batch(compiled: Compiled, loaded: Checkpoint) -> None:
+def test_logits_match_the_network_at_any_batch_size(compiled: Compiled, loaded: Checkpoint) -> None:
     module = loaded.build()
     with AotInductorBackend(compiled.path, CPU) as backend:
         assert (backend.provider, backend.spec) == ("cpu", compiled.spec)
@@ -129,10 +133,10 @@ def test_it_answers_as_the_network_at_any_batch(compiled: Compiled, loaded: Chec
 
 
 @pytest.mark.slow
-def test_nothing_of_an_open_one_lies_in_the_temporary_folder(
+def test_an_open_package_leaves_nothing_in_the_temporary_folder(
     compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is killed would leave it there."""
+    """A killed process could not remove it."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with AotInductorBackend(compiled.path, CPU) as backend:
@@ -141,7 +145,7 @@ def test_nothing_of_an_open_one_lies_in_the_temporary_folder(
 
 
 @pytest.mark.slow
-def test_one_that_this_process_did_not_compile_needs_the_users_word(compiled: Compiled) -> None:
+def test_a_package_of_another_process_must_be_trusted(compiled: Compiled) -> None:
     code = (
         "import sys; from pathlib import Path; import numpy as np; from cifarx_serve.devices import Device\n"
         "from cifarx_serve.backends.torch.aot_inductor import AotInductorBackend\n"
@@ -149,17 +153,19 @@ def test_one_that_this_process_did_not_compile_needs_the_users_word(compiled: Co
         "    print(backend.run(np.zeros((1, 3, 32, 32), np.float32)).shape)\n"
         "    assert 'torch._inductor' not in sys.modules"
     )
-    environment = {name: value for name, value in os.environ.items() if name != TRUST}
+    environment = {name: value for name, value in os.environ.items() if name != TRUST_VARIABLE}
     command = [sys.executable, "-c", code, str(compiled.path)]
     refused = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert refused.returncode != 0
-    assert f"set {TRUST}=1" in refused.stderr
-    trusted = subprocess.run(command, check=True, capture_output=True, text=True, env={**environment, TRUST: "1"})
+    assert f"set {TRUST_VARIABLE}=1" in refused.stderr
+    trusted = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**environment, TRUST_VARIABLE: "1"}
+    )
     assert trusted.stdout == "(1, 10)\n"
 
 
 @pytest.mark.slow
-def test_the_spec_says_what_it_was_compiled_for(compiled: Compiled) -> None:
+def test_the_spec_states_the_machine_and_the_version_of_torch(compiled: Compiled) -> None:
     assert AotInductorBackend.read_spec(compiled.path) == compiled.spec
     exporter = compiled.spec.exporter or {}
     assert exporter["cpu"] == "linux x86_64 avx2"
@@ -167,13 +173,13 @@ def test_the_spec_says_what_it_was_compiled_for(compiled: Compiled) -> None:
 
 
 @pytest.mark.slow
-def test_the_code_asks_for_no_more_than_the_spec_says(compiled: Compiled) -> None:
+def test_the_code_requires_no_more_than_the_spec_states(compiled: Compiled) -> None:
     (metadata,) = {value for name, value in entries(compiled.path).items() if name.endswith("_metadata.json")}
     assert msgspec.json.decode(metadata)["AOTI_CPU_ISA"] == "AVX2"
 
 
 @pytest.mark.slow
-def test_a_spec_of_another_torch_is_refused(compiled: Compiled, tmp_path: Path) -> None:
+def test_another_version_of_torch_is_refused(compiled: Compiled, tmp_path: Path) -> None:
     other = msgspec.structs.replace(compiled.spec, exporter={**(compiled.spec.exporter or {}), "torch": "2.11.0"})
     compiled.artifact.save(tmp_path / "other.aoti.pt2", other)
     with pytest.raises(ModelFileError, match=r"torch 2\.11\.0"):
@@ -181,7 +187,7 @@ def test_a_spec_of_another_torch_is_refused(compiled: Compiled, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_nothing_of_this_machine_is_inside(compiled: Compiled) -> None:
+def test_the_file_contains_nothing_about_this_machine(compiled: Compiled) -> None:
     content = compiled.path.read_bytes()
     folders = {
         Path.home(),
@@ -193,7 +199,7 @@ def test_nothing_of_this_machine_is_inside(compiled: Compiled) -> None:
     }
     for folder in folders - {Path("/")}:
         assert os.fsencode(folder) + b"/" not in content
-    assert b"a-name-to-look-for" not in content
+    assert b"a-name-to-search-for" not in content
     assert b"site-packages" not in content
     text = b"\n".join(re.findall(rb"[\x20-\x7e]{6,}", content)).decode()
     for name in (getpass.getuser(), socket.gethostname()):
@@ -201,7 +207,7 @@ def test_nothing_of_this_machine_is_inside(compiled: Compiled) -> None:
 
 
 @pytest.mark.slow
-def test_the_archive_holds_a_library_and_no_source(compiled: Compiled) -> None:
+def test_the_archive_contains_a_library_and_no_source(compiled: Compiled) -> None:
     names = set(entries(compiled.path))
     assert not any(name.endswith((".cpp", ".h", ".o", ".pkl")) for name in names)
     assert len([name for name in names if name.endswith(".so")]) == 1
@@ -210,7 +216,7 @@ def test_the_archive_holds_a_library_and_no_source(compiled: Compiled) -> None:
 
 
 @pytest.mark.slow
-def test_saving_again_changes_nothing_but_the_spec(compiled: Compiled, tmp_path: Path) -> None:
+def test_saving_with_another_spec_changes_only_the_spec(compiled: Compiled, tmp_path: Path) -> None:
     other = msgspec.structs.replace(compiled.spec, checkpoint_sha256="0" * 64)
     compiled.artifact.save(tmp_path / "other.aoti.pt2", other)
     first, second = entries(compiled.path), entries(tmp_path / "other.aoti.pt2")
@@ -221,6 +227,6 @@ def test_saving_again_changes_nothing_but_the_spec(compiled: Compiled, tmp_path:
 
 
 @pytest.mark.slow
-def test_compiling_prints_nothing_and_leaves_nothing(compiled: Compiled) -> None:
+def test_compiling_prints_nothing_and_leaves_no_files(compiled: Compiled) -> None:
     assert compiled.printed == ""
-    assert compiled.left == []
+    assert compiled.leftover == []

@@ -1,4 +1,4 @@
-"""The table of formats: every row leads to a converter, to a backend that opens what it makes, and to the help."""
+"""Every row of the registry has a converter, a backend that opens its artifacts, and a line in the documentation."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,23 +15,24 @@ from cifarx_export.formats.registry import (
     OPSETS,
     PRECISIONS,
     ExportOptions,
-    export_format,
+    get_format,
     require_supported,
 )
-from cifarx_serve.backends.registry import backend_class, backend_for
+from cifarx_export.formats.triton.converter import MODEL_PATH
+from cifarx_serve.backends.registry import backend_class, backend_for, model_file
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.spec import Precision
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
-from tests.support.conversion_source import source_of
+from tests.support.conversion import conversion_source
 
 VALUES: dict[str, Any] = {"opset": 20, "calibration_images": 64, "embed_preprocessing": True}
-"""An option and something to give it."""
+"""Each option with a value."""
 
 
 def choices() -> Iterator[tuple[str, str, ExportOptions]]:
-    """Every format in every precision, without an option and with each."""
+    """Yield every format in every precision, without options and with each option."""
     for name, precision in product(FORMATS, PRECISIONS):
         yield name, precision, NO_OPTIONS
         for option, value in VALUES.items():
@@ -39,16 +40,15 @@ def choices() -> Iterator[tuple[str, str, ExportOptions]]:
 
 
 def supported(name: str, precision: str, options: ExportOptions) -> bool:
-    """By the table alone."""
+    """Return whether the rows support a choice."""
     row = FORMATS[name]
     given = {option for option, value in options._asdict().items() if value is not None}
     calibrated = precision == "int8" or "calibration_images" not in given
     return precision in row.precisions and given <= set(row.options) and calibrated
 
 
-ALL = list(choices())
-GOOD = [choice for choice in ALL if supported(*choice)]
-BAD = [choice for choice in ALL if not supported(*choice)]
+SUPPORTED = [choice for choice in choices() if supported(*choice)]
+UNSUPPORTED = [choice for choice in choices() if not supported(*choice)]
 
 
 def label(value: object) -> str:
@@ -57,45 +57,48 @@ def label(value: object) -> str:
     return str(value)
 
 
-def test_every_option_has_a_value_here() -> None:
+def test_every_option_has_a_value_in_these_tests() -> None:
     assert set(VALUES) == set(ExportOptions._fields)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_backend_of_a_format_opens_its_files(name: str) -> None:
-    kind = export_format(name)
-    for precision in kind.precisions:
-        path = Path(kind.file_name("lzh_9", precision))
-        opened = path / kind.model.replace("*", "lzh_9") if kind.model else path
-        assert backend_for(opened).name == kind.backend
+def test_the_backend_of_a_format_opens_its_artifacts(name: str) -> None:
+    row = get_format(name)
+    for precision in row.precisions:
+        path = Path(row.file_name("lzh_9", precision))
+        model = path / "lzh_9" / MODEL_PATH if row.directory_suffix else path
+        assert backend_for(model).name == row.backend
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_converter_of_a_format_is_there(name: str) -> None:
+def test_the_converter_of_a_format_exists(name: str) -> None:
     module, _, function = FORMATS[name].converter.partition(":")
     assert callable(getattr(import_module(module), function))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_row_has_nothing_that_there_is_not(name: str) -> None:
+def test_a_row_has_only_known_options_precisions_and_devices(name: str) -> None:
     row = FORMATS[name]
     assert set(row.options) <= set(ExportOptions._fields)
     assert {"fp32"} <= set(row.precisions) <= set(PRECISIONS)
     assert {"cpu"} <= set(row.devices) <= {"cpu", "cuda", "tensorrt", "mps"}
 
 
-def test_precisions_are_those_of_the_spec() -> None:
+def test_precisions_match_the_spec() -> None:
     assert get_args(Precision) == PRECISIONS
 
 
-def test_suffixes_are_the_documented_ones() -> None:
-    assert {name: kind.suffix for name, kind in FORMATS.items() if name in {"onnx", "torchscript"}} == {
+def test_suffixes_of_all_formats() -> None:
+    assert {name: row.suffix for name, row in FORMATS.items()} == {
         "onnx": ".onnx",
         "torchscript": ".torchscript.pt",
+        "pt2": ".pt2",
+        "aotinductor": ".aoti.pt2",
+        "triton": ".triton",
     }
 
 
-def test_no_two_choices_write_the_same_file() -> None:
+def test_file_names_are_unique() -> None:
     names = [
         FORMATS[name].file_name("lzh_9", precision, embedded)  # type: ignore[arg-type]
         for name, precision, embedded in product(FORMATS, PRECISIONS, [False, True])
@@ -113,107 +116,111 @@ def test_no_two_choices_write_the_same_file() -> None:
         ("fp16", True, "lzh_9.embedded.fp16.onnx"),
     ],
 )
-def test_names_say_what_is_inside(precision: Precision, embedded: bool, name: str) -> None:
-    assert export_format("onnx").file_name("lzh_9", precision, embedded) == name
+def test_file_names_state_the_precision_and_embedded_preprocessing(
+    precision: Precision, embedded: bool, name: str
+) -> None:
+    assert get_format("onnx").file_name("lzh_9", precision, embedded) == name
 
 
 def test_torchscript_is_legacy_and_onnx_is_not() -> None:
-    assert export_format("torchscript").legacy
-    assert not export_format("onnx").legacy
+    assert get_format("torchscript").legacy
+    assert not get_format("onnx").legacy
 
 
-# What is refused.
+# Supported and unsupported choices.
 
 
-@pytest.mark.parametrize(("name", "precision", "options"), GOOD, ids=label)
-def test_what_the_table_has_is_supported(name: str, precision: str, options: ExportOptions) -> None:
+@pytest.mark.parametrize(("name", "precision", "options"), SUPPORTED, ids=label)
+def test_supported_choices_are_accepted(name: str, precision: str, options: ExportOptions) -> None:
     require_supported(name, precision, options)
 
 
-@pytest.mark.parametrize(("name", "precision", "options"), BAD, ids=label)
-def test_what_the_table_has_not_is_refused_with_what_can(name: str, precision: str, options: ExportOptions) -> None:
-    with pytest.raises(UsageError) as caught:
+@pytest.mark.parametrize(("name", "precision", "options"), UNSUPPORTED, ids=label)
+def test_unsupported_choices_are_refused_with_the_alternatives(
+    name: str, precision: str, options: ExportOptions
+) -> None:
+    with pytest.raises(UsageError) as raised:
         require_supported(name, precision, options)
-    row, remedy = FORMATS[name], caught.value.remedy
-    assert "\n" not in str(caught.value)
+    row, remedy = FORMATS[name], raised.value.remedy
+    assert "\n" not in str(raised.value)
     if precision not in row.precisions:
-        able = [other for other in FORMATS if precision in FORMATS[other].precisions]
-        assert f"format {name} has no {precision}" in caught.value.problem
+        alternatives = [other for other in FORMATS if precision in FORMATS[other].precisions]
+        assert raised.value.problem == f"format {name} does not support {precision}"
         assert all(known in remedy for known in row.precisions)
     elif any(option not in row.options for option, value in options._asdict().items() if value is not None):
         option = next(option for option, value in options._asdict().items() if value is not None)
-        able = [other for other in FORMATS if option in FORMATS[other].options]
-        assert f"format {name} has no --{option.replace('_', '-')}" in caught.value.problem
+        alternatives = [other for other in FORMATS if option in FORMATS[other].options]
+        assert raised.value.problem == f"format {name} does not support --{option.replace('_', '-')}"
     else:
-        able = ["int8"]
-        assert f"{precision} is not calibrated" in caught.value.problem
-    assert able
-    assert all(other in remedy for other in able)
+        alternatives = ["int8"]
+        assert raised.value.problem == f"{precision} needs no calibration"
+    assert alternatives
+    assert all(other in remedy for other in alternatives)
 
 
 @pytest.mark.parametrize("opset", [-1, 0, 17, 24, 99])
-def test_an_opset_that_is_not_supported_is_refused(opset: int) -> None:
+def test_an_unsupported_opset_is_refused(opset: int) -> None:
     with pytest.raises(UsageError, match=f"opset {opset} is not supported: give {OPSETS[0]} to {OPSETS[-1]}"):
         require_supported("onnx", "fp32", ExportOptions(opset=opset))
 
 
 @pytest.mark.parametrize("typed", ["fp8", "FP32", "float16", ""])
-def test_a_precision_that_is_none_is_answered_with_all(typed: str) -> None:
-    with pytest.raises(UsageError, match="unknown precision") as caught:
+def test_an_unknown_precision_is_refused_with_all_precisions(typed: str) -> None:
+    with pytest.raises(UsageError, match="unknown precision") as raised:
         require_supported("onnx", typed, NO_OPTIONS)
-    assert any(precision in caught.value.remedy for precision in PRECISIONS)
+    assert any(precision in raised.value.remedy for precision in PRECISIONS)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("onxx", "onnx"), ("ONNX", "onnx"), ("torch-script", "torchscript")])
-def test_a_misspelt_format_is_answered_with_the_nearest(typed: str, meant: str) -> None:
+def test_a_misspelled_format_is_refused_with_the_closest(typed: str, meant: str) -> None:
     with pytest.raises(UsageError, match=f"unknown format '{typed}': did you mean '{meant}'"):
-        export_format(typed)
+        get_format(typed)
 
 
-def test_a_format_like_none_is_answered_with_all() -> None:
-    with pytest.raises(UsageError) as caught:
-        export_format("zip")
-    assert "did you mean" not in str(caught.value)
+def test_an_unknown_format_is_refused_with_all_formats() -> None:
+    with pytest.raises(UsageError) as raised:
+        get_format("zip")
+    assert "did you mean" not in str(raised.value)
     for name in FORMATS:
-        assert name in caught.value.remedy
+        assert name in raised.value.remedy
 
 
-def test_the_documented_table_is_this_one() -> None:
+def test_the_documented_table_matches_the_rows() -> None:
     """`benchmarks/format_table.py` writes the page."""
     page = (Path(__file__).parents[3] / "docs" / "formats.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     documented = {row[0]: row[1:] for row in rows if len(row) == 6}
     assert list(documented)[2:] == list(FORMATS)
-    for name, kind in FORMATS.items():
+    for name, row in FORMATS.items():
         file, precisions, devices, options, backend = documented[name]
-        assert file == f"`NAME{kind.suffix}{'/' if kind.model else ''}`"
-        assert precisions.split(", ") == list(kind.precisions)
-        assert devices.split(", ") == list(kind.devices)
-        assert [flag.strip("`-").replace("-", "_") for flag in options.split(", ") if flag] == list(kind.options)
-        assert backend == kind.backend
+        assert file == f"`NAME{row.suffix}{'/' if row.directory_suffix else ''}`"
+        assert precisions.split(", ") == list(row.precisions)
+        assert devices.split(", ") == list(row.devices)
+        assert [flag.strip("`-").replace("-", "_") for flag in options.split(", ") if flag] == list(row.options)
+        assert backend == row.backend
 
 
-# What is not refused converts, and the row's backend runs it.
+# Every supported choice converts, and the backend of the row runs it.
 
 
-CONVERTED = [choice for choice in GOOD if choice[0] != "triton" or choice[2] == NO_OPTIONS]
-"""What is in a Triton repository is the ONNX row's model."""
+DISTINCT = [choice for choice in SUPPORTED if choice[0] != "triton" or choice[2] == NO_OPTIONS]
+"""The supported choices without the options of Triton, whose model is that of the ONNX row."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "precision", "options"), CONVERTED, ids=label)
-def test_what_is_supported_converts_and_runs(
+@pytest.mark.parametrize(("name", "precision", "options"), DISTINCT, ids=label)
+def test_every_supported_choice_converts_and_runs(
     name: str, precision: Precision, options: ExportOptions, checkpoint: Path, parity_images: Any
 ) -> None:
-    kind, loaded = FORMATS[name], load_checkpoint(checkpoint)
-    source = source_of(loaded, precision, options)
-    artifact = kind.convert(source)
-    path = Path(kind.file_name("lzh_9", precision, bool(options.embed_preprocessing)))
-    if kind.model:
+    row, loaded = FORMATS[name], load_checkpoint(checkpoint)
+    source = conversion_source(loaded, precision, options)
+    artifact = next(iter(row.convert(source)))
+    path = Path(row.file_name("lzh_9", precision, bool(options.embed_preprocessing)))
+    if row.directory_suffix:
         path.mkdir()
-    spec = artifact.describe(source.spec)
+    spec = artifact.complete_spec(source.spec)
     artifact.save(path, spec)
-    with backend_class(kind.backend)(kind.model_file(path), Device("cpu")) as backend:
+    with backend_class(row.backend)(model_file(path), Device("cpu")) as backend:
         assert backend.spec == spec
         assert spec.precision == precision
         assert spec.embedded_preprocessing == bool(options.embed_preprocessing)

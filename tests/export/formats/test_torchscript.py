@@ -1,4 +1,4 @@
-"""TorchScript archives: what is inside, what is not, and as far as PyTorch allows, the same every time."""
+"""TorchScript archives: their content, and that they are reproducible as far as PyTorch allows."""
 
 import getpass
 import re
@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from cifarx_export.formats.torchscript import TorchScriptArtifact, convert_to_torchscript
-from cifarx_serve.backends.torch.torchscript import SPEC_FILE
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from tests.support.conversion_source import source_of
-from tests.support.machine_traces import require_no_folders
+from tests.support.conversion import conversion_source
+from tests.support.local_paths import assert_no_local_paths
 
-needs_torchscript = pytest.mark.skipif(sys.version_info >= (3, 14), reason="PyTorch has no TorchScript here")
+needs_torchscript = pytest.mark.skipif(
+    sys.version_info >= (3, 14), reason="PyTorch does not support TorchScript on this version of Python"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +34,13 @@ def loaded(checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def artifact(loaded: Checkpoint) -> TorchScriptArtifact:
-    return convert_to_torchscript(source_of(loaded))
+    [artifact] = convert_to_torchscript(conversion_source(loaded))
+    return artifact
 
 
 @pytest.fixture(scope="module")
 def path(artifact: TorchScriptArtifact, loaded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("torchscript") / "a-name-to-look-for.torchscript.pt"
+    path = tmp_path_factory.mktemp("torchscript") / "a-name-to-search-for.torchscript.pt"
     artifact.save(path, loaded.spec)
     return path
 
@@ -50,19 +53,19 @@ def load(path: Path) -> Any:
 
 
 def entries(path: Path) -> dict[str, bytes]:
-    """The archive's files by name, without the folder that all of them lie in."""
+    """Return the files in the archive by name, without the root folder."""
     with zipfile.ZipFile(path) as archive:
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
 def without_counter(name: str, content: bytes) -> tuple[str, bytes]:
-    """PyTorch numbers the classes that a process has traced; the number is in the class's name."""
+    """Remove the number that PyTorch appends to the name of each class that a process traces."""
     return re.sub(r"_mangle_\d+", "", name), re.sub(rb"_mangle_\d+", b"", content)
 
 
 @needs_torchscript
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
-def test_it_answers_as_the_network_at_any_batch(path: Path, loaded: Checkpoint, size: int) -> None:
+def test_logits_match_the_network_at_any_batch_size(path: Path, loaded: Checkpoint, size: int) -> None:
     inputs = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(size))
     module = load(path)
     with torch.inference_mode():
@@ -73,10 +76,10 @@ def test_it_answers_as_the_network_at_any_batch(path: Path, loaded: Checkpoint, 
 
 @needs_torchscript
 @pytest.mark.parametrize("size", [1, 3, 64])
-def test_in_half_precision_it_nearly_answers_as_the_network(loaded: Checkpoint, tmp_path: Path, size: int) -> None:
-    source = source_of(loaded, "fp16")
+def test_fp16_logits_are_close_to_the_network(loaded: Checkpoint, tmp_path: Path, size: int) -> None:
+    source = conversion_source(loaded, "fp16")
     path = tmp_path / "half.torchscript.pt"
-    convert_to_torchscript(source).save(path, source.spec)
+    convert_to_torchscript(source)[0].save(path, source.spec)
     inputs = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(size))
     module = load(path)
     with torch.inference_mode():
@@ -87,16 +90,16 @@ def test_in_half_precision_it_nearly_answers_as_the_network(loaded: Checkpoint, 
 
 
 @needs_torchscript
-def test_half_precision_halves_the_file(path: Path, loaded: Checkpoint, tmp_path: Path) -> None:
-    source = source_of(loaded, "fp16")
-    convert_to_torchscript(source).save(tmp_path / "half.torchscript.pt", source.spec)
+def test_fp16_halves_the_file_size(path: Path, loaded: Checkpoint, tmp_path: Path) -> None:
+    source = conversion_source(loaded, "fp16")
+    convert_to_torchscript(source)[0].save(tmp_path / "half.torchscript.pt", source.spec)
     weights = sum(value.nbytes for value in loaded.model.values())
     saved = path.stat().st_size - (tmp_path / "half.torchscript.pt").stat().st_size
     assert saved == pytest.approx(weights / 2, rel=0.02)
 
 
 @needs_torchscript
-def test_the_weights_are_frozen_in(path: Path) -> None:
+def test_the_weights_are_frozen(path: Path) -> None:
     module = load(path)
     assert list(module.parameters()) == []
     assert list(module.buffers()) == []
@@ -104,8 +107,8 @@ def test_the_weights_are_frozen_in(path: Path) -> None:
 
 
 @needs_torchscript
-def test_an_exported_file_does_not_allow_tf32(good_torchscript: Path) -> None:
-    """Tracing writes the process's setting into every convolution, where a GPU would find it."""
+def test_convolutions_do_not_allow_tf32(good_torchscript: Path) -> None:
+    """Tracing writes the setting of the process into every convolution, where a GPU would use it."""
     graph = load(good_torchscript).inlined_graph
     convolutions = graph.findAllNodes("aten::_convolution")
     assert len(convolutions) == 3
@@ -123,21 +126,21 @@ def test_the_spec_is_its_only_extra_file(path: Path, loaded: Checkpoint) -> None
 
 
 @needs_torchscript
-def test_nothing_of_this_machine_is_inside(path: Path) -> None:
+def test_the_file_contains_nothing_about_this_machine(path: Path) -> None:
     content = path.read_bytes()
-    require_no_folders(content)
-    assert b"a-name-to-look-for" not in content
+    assert_no_local_paths(content)
+    assert b"a-name-to-search-for" not in content
     assert b"site-packages" not in content
-    # Names so short that random weights may spell them are looked for beside the weights.
-    written = {name: entry for name, entry in entries(path).items() if not name.startswith("constants/")}
-    text = "\n".join([*written, *(entry.decode(errors="replace") for entry in written.values())])
+    # Weights are excluded, because they can spell a short name by chance.
+    texts = {name: entry for name, entry in entries(path).items() if not name.startswith("constants/")}
+    text = "\n".join([*texts, *(entry.decode(errors="replace") for entry in texts.values())])
     assert "def forward" in text
     for name in (getpass.getuser(), socket.gethostname()):
         assert not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text)
 
 
 @needs_torchscript
-def test_the_archive_is_sound(path: Path) -> None:
+def test_the_archive_is_valid_and_has_no_debug_tables(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         names = archive.namelist()
@@ -146,7 +149,7 @@ def test_the_archive_is_sound(path: Path) -> None:
 
 
 @needs_torchscript
-def test_saving_again_with_another_spec_changes_nothing_but_the_spec(
+def test_saving_with_another_spec_changes_only_the_spec(
     artifact: TorchScriptArtifact, path: Path, loaded: Checkpoint, tmp_path: Path
 ) -> None:
     other = msgspec.structs.replace(loaded.spec, exporter={"format": "torchscript"})
@@ -162,26 +165,28 @@ def test_saving_again_with_another_spec_changes_nothing_but_the_spec(
 
 
 @needs_torchscript
-def test_converting_again_writes_the_same_but_for_a_counter(path: Path, loaded: Checkpoint, tmp_path: Path) -> None:
-    """PyTorch numbers the classes that a process has traced: so two exports of one process differ in that."""
+def test_converting_again_gives_the_same_content_except_for_a_counter(
+    path: Path, loaded: Checkpoint, tmp_path: Path
+) -> None:
+    """PyTorch numbers the classes that a process traces, so two exports of one process differ in the numbers."""
     again = tmp_path / "again.torchscript.pt"
-    convert_to_torchscript(source_of(loaded)).save(again, loaded.spec)
-    ours, theirs = entries(path), entries(again)
-    for archive in (ours, theirs):
-        assert archive.pop("data.pkl")  # writes the length of the name before the name
-        assert archive.pop(".data/serialization_id")  # a checksum of all the others
-    assert dict(map(without_counter, *zip(*ours.items(), strict=True))) == dict(
-        map(without_counter, *zip(*theirs.items(), strict=True))
+    convert_to_torchscript(conversion_source(loaded))[0].save(again, loaded.spec)
+    first, second = entries(path), entries(again)
+    for archive in (first, second):
+        assert archive.pop("data.pkl")  # holds the lengths of the names
+        assert archive.pop(".data/serialization_id")  # a checksum of the other files
+    assert dict(map(without_counter, *zip(*first.items(), strict=True))) == dict(
+        map(without_counter, *zip(*second.items(), strict=True))
     )
 
 
 @needs_torchscript
-def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
+def test_converting_prints_nothing_and_does_not_modify_the_network(
     loaded: Checkpoint, capfd: pytest.CaptureFixture[str]
 ) -> None:
     module = loaded.build()
     generator = torch.get_rng_state()
-    convert_to_torchscript(source_of(loaded, module=module))
+    convert_to_torchscript(conversion_source(loaded, module=module))
     assert tuple(capfd.readouterr()) == ("", "")
     assert not module.training
     assert torch.equal(torch.get_rng_state(), generator)
@@ -191,10 +196,13 @@ def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
 
 
 @pytest.mark.parametrize("version", [(3, 14, 0), (3, 15, 1)])
-def test_a_python_without_torchscript_is_refused(
+def test_a_python_version_without_torchscript_is_refused(
     loaded: Checkpoint, version: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = loaded.build()
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"3\.14.*--format onnx"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UsageError, match=r"^TorchScript is not supported on Python 3\.14 and later: use --format onnx$"),
+    ):
         patch.setattr(sys, "version_info", version)
-        convert_to_torchscript(source_of(loaded, module=module))
+        convert_to_torchscript(conversion_source(loaded, module=module))

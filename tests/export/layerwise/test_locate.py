@@ -17,7 +17,7 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cifarx_train.models.registry import get_architecture
-from tests.support.conversion_source import source_of
+from tests.support.conversion import conversion_source
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
 
@@ -128,8 +128,8 @@ def residual(path: Path, statistics: float = 0.0) -> Checkpoint:
 @pytest.mark.slow
 def test_a_folded_batch_norm_is_located_at_its_convolution(tmp_path: Path) -> None:
     residual(tmp_path / "good.pth")
-    source = source_of(residual(tmp_path / "other.pth", 0.5))
-    convert_to_onnx(source).save(tmp_path / "bad.onnx", source.spec)
+    source = conversion_source(residual(tmp_path / "other.pth", 0.5))
+    next(convert_to_onnx(source)).save(tmp_path / "bad.onnx", source.spec)
     image = IMAGE[:, :16, :16]
     assert locate(tmp_path / "bad.onnx", tmp_path / "other.pth", image) is None
     difference = found(locate(tmp_path / "bad.onnx", tmp_path / "good.pth", image))
@@ -144,8 +144,8 @@ def test_shared_weights_are_matched_by_call(tmp_path: Path) -> None:
     spec = ModelSpec(model="fastnet", class_names=("a", "b", "c"), input=InputSpec(height=32, width=32))
     loaded = Checkpoint(spec, get_architecture("fastnet").build(3, spec.input).state_dict(), {})
     save_checkpoint(tmp_path / "fast.pth", loaded)
-    source = source_of(loaded)
-    convert_to_onnx(source).save(tmp_path / "fast.onnx", source.spec)
+    source = conversion_source(loaded)
+    next(convert_to_onnx(source)).save(tmp_path / "fast.onnx", source.spec)
     assert locate(tmp_path / "fast.onnx", tmp_path / "fast.pth", IMAGE) is None
     bad = planted(tmp_path / "fast.onnx", "groups.2.0.weight", one_wrong)
     assert found(locate(bad, tmp_path / "fast.pth", IMAGE)).layer == "groups.2.0"

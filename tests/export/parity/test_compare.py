@@ -26,10 +26,10 @@ from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DataError, UsageError
-from cifarx_serve.images.preprocess import scale
+from cifarx_serve.images.preprocess import normalize
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cifarx_train.pytorch_backend import PyTorchBackend
-from tests.support.converted import converted
+from tests.support.conversion import write_artifact
 from tests.support.onnx_faults import (
     edited,
     entry_with,
@@ -71,7 +71,7 @@ def good_onnx(decided: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def good_torchscript(decided: Path) -> Path:
-    return converted(decided, "torchscript", decided.with_suffix(".torchscript.pt"))
+    return write_artifact(decided, "torchscript", decided.with_suffix(".torchscript.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_the_metrics_match_a_plain_recomputation(good_onnx: Path, reference: Ref
     path = edited(good_onnx, [entry_with((4,), lambda value: value + 0.25, "model.8.bias")])
     summary = result_of(path, reference).summary
     data = reference.data
-    actual, expected = run(path, scale(data.images, reference.spec.input)), reference.logits.astype(np.float64)
+    actual, expected = run(path, normalize(data.images, reference.spec.input)), reference.logits.astype(np.float64)
     assert summary.max_abs_error == pytest.approx(0.25, abs=1e-4)
     assert summary.p999_abs_error == pytest.approx(0.25, abs=1e-4)
     assert summary.mean_abs_error == pytest.approx(0.25 / 10, abs=1e-4)
@@ -207,7 +207,7 @@ def test_the_metrics_match_a_plain_recomputation(good_onnx: Path, reference: Ref
 def test_the_worst_image_is_the_one_with_the_largest_error(good_onnx: Path, brief: Reference) -> None:
     path = edited(good_onnx, LAST_WEIGHT_OFF)
     worst = worst_of(path, brief)
-    actual = run(path, scale(brief.data.images, brief.spec.input))
+    actual = run(path, normalize(brief.data.images, brief.spec.input))
     error = np.abs(actual - brief.logits).max(axis=1)
     assert error[worst.image] == pytest.approx(error.max(), abs=1e-4)
     assert worst.reference == tuple(map(float, brief.logits[worst.image]))

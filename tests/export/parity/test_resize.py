@@ -1,16 +1,19 @@
 """The resize inside a file must be Pillow's: real files, with the right filter and with others."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from cifarx_export.formats.registry import ExportOptions, get_format
+from cifarx_export.formats.onnx.converter import convert_to_onnx
+from cifarx_export.formats.registry import ExportOptions
 from cifarx_export.parity.resize import check_resize
 from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
-from tests.support.conversion_source import source_of
+from tests.support.conversion import conversion_source
 from tests.support.onnx_faults import edited, frozen_batch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), np.uint8)
@@ -19,14 +22,14 @@ FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 def embedded(checkpoint: Path, actual: str, stated: str) -> Path:
     """Return a file that resizes with one filter while its spec states another."""
-    source = source_of(load_checkpoint(checkpoint), options=ExportOptions(embed_preprocessing=True))
+    source = conversion_source(load_checkpoint(checkpoint), options=ExportOptions(embed_preprocessing=True))
 
-    def with_filter(name: str) -> msgspec.Struct:
+    def with_filter(name: str) -> ModelSpec:
         return msgspec.structs.replace(source.spec, input=msgspec.structs.replace(source.spec.input, resize=name))
 
-    artifact = get_format("onnx").convert(source._replace(spec=with_filter(actual)))
+    artifact = next(convert_to_onnx(replace(source, spec=with_filter(actual))))
     path = Path("embedded.onnx").absolute()
-    artifact.save(path, artifact.describe(with_filter(stated)))
+    artifact.save(path, artifact.complete_spec(with_filter(stated)))
     return path
 
 

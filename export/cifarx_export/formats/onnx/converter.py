@@ -1,36 +1,44 @@
-"""ONNX by PyTorch's `torch.export`-based exporter: one file, a dynamic batch, the spec inside."""
+"""Conversion to ONNX with PyTorch's `torch.export`-based exporter: one file with a dynamic batch size and the spec."""
 
-import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 import msgspec
 import onnx
 import torch
-from torch import nn
+from onnx import ModelProto
 
-from cifarx_export.formats.registry import Source
+from cifarx_export.formats.onnx.int8.search import QuantizationSearch
+from cifarx_export.formats.onnx.preprocessing import embed_preprocessing
+from cifarx_export.formats.quiet import quiet
+from cifarx_export.formats.registry import Artifact, ConversionSource
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.backends.onnxruntime.model_reader import minimum_onnxruntime
-from cifarx_serve.spec import InputSpec, ModelSpec
+from cifarx_serve.spec import ModelSpec
 
 DEFAULT_OPSET: Final = 18
-"""The lowest that the exporter writes without a conversion, so the one that most runtimes can read."""
+"""The lowest opset that the exporter writes without a conversion, so the one that most runtimes can read."""
+
+_Converted: TypeAlias = tuple[ModelProto, dict[str, str]]
+"""A model, and the facts about its conversion that its spec records."""
 
 
-class OnnxArtifact:
-    """A model proto that says nothing of the machine it was made on, and what to say of how it was made."""
+class OnnxArtifact(Artifact):
+    """An ONNX model without any information about the machine it was made on.
 
-    def __init__(self, model: Any, facts: Mapping[str, str]) -> None:
+    Args:
+        model: the model.
+        facts: facts about the conversion, such as the opset, that the spec records.
+    """
+
+    def __init__(self, model: ModelProto, facts: Mapping[str, str]) -> None:
         self._model = model
         self._facts = facts
 
-    def describe(self, spec: ModelSpec) -> ModelSpec:
+    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Add the facts about the conversion, and the oldest version of ONNX Runtime that can run the model."""
         opset = next(entry.version for entry in self._model.opset_import if not entry.domain)
         return msgspec.structs.replace(
             spec,
@@ -39,66 +47,70 @@ class OnnxArtifact:
         )
 
     def save(self, path: Path, spec: ModelSpec) -> None:
-        """Write one file; the same model, versions and spec give the same bytes."""
+        """Write one file. The same model, library versions and spec give the same bytes."""
         del self._model.metadata_props[:]
         entry = self._model.metadata_props.add()
         entry.key, entry.value = SPEC_KEY, spec.to_json()
         path.write_bytes(self._model.SerializeToString(deterministic=True))
 
 
-def convert_to_onnx(source: Source) -> OnnxArtifact:
-    """Input `input`, float32 (batch, 3, height, width); output `logits`, float32 (batch, classes).
+def convert_to_onnx(source: ConversionSource) -> Iterator[OnnxArtifact]:
+    """Convert the network. Yields one artifact, or for int8 one per candidate of `QuantizationSearch`.
 
-    With the preprocessing embedded the input is uint8 (batch, height, width, 3), of any height and width.
+    The input `input` is float32, (batch, 3, height, width). The output `logits` is float32, (batch, classes). With
+    embedded preprocessing the input is uint8, (batch, height, width, 3), of any height and width.
+
+    Raises:
+        UsageError, DataError: int8 cannot be calibrated. See `QuantizationSearch`.
     """
-    opset = DEFAULT_OPSET if source.options.opset is None else source.options.opset
-    model = _exported(source.module, source.spec.input, opset)
-    facts = {"opset": str(opset)}
-    if source.spec.precision == "fp16":
-        from cifarx_export.formats.onnx.fp16 import to_half_precision
+    for network, facts in _convert(source):
+        embedded = source.options.embed_preprocessing
+        model = embed_preprocessing(network, source.spec.input) if embedded else network
+        _strip_debug_metadata(model)
+        _check_model(model)
+        yield OnnxArtifact(model, {"opset": str(_opset(source)), **facts})
 
-        model, found = to_half_precision(model)
-        facts |= found
+
+def _convert(source: ConversionSource) -> Iterator[_Converted]:
+    """Yield the models in the precision of the source, and the facts about the conversion to it."""
     if source.spec.precision == "int8":
-        from cifarx_export.formats.onnx.int8.search import quantize
+        yield from source.compute_once(_start_search).candidates()
+    elif source.spec.precision == "fp16":
+        from cifarx_export.formats.onnx.fp16 import convert_model_to_fp16  # imports onnx_ir
 
-        model, found = quantize(model, source)
-        facts |= found
-    if source.options.embed_preprocessing:
-        from cifarx_export.formats.onnx.preprocessing import embed_preprocessing
-
-        model = embed_preprocessing(model, source.spec.input)
-    _strip(model)
-    _check(model)
-    return OnnxArtifact(model, facts)
+        yield convert_model_to_fp16(_export_fp32(source))
+    else:
+        yield _export_fp32(source), {}
 
 
-def _exported(module: nn.Module, spec: InputSpec, opset: int) -> Any:
-    """The network as an fp32 model proto."""
-    with _quiet():
+def _start_search(source: ConversionSource) -> QuantizationSearch:
+    return QuantizationSearch(_export_fp32(source), source)
+
+
+def _export_fp32(source: ConversionSource) -> ModelProto:
+    """Export the network in fp32."""
+    with quiet():
         program = torch.onnx.export(
-            module,
-            (example_input(spec),),
+            source.build_module(),
+            (source.example_input(),),
             dynamo=True,
             external_data=False,
             dynamic_shapes=({0: "batch"},),
             input_names=["input"],
             output_names=["logits"],
-            opset_version=opset,
-            verify=False,  # it would only log; the proof is ours
+            opset_version=_opset(source),
+            verify=False,  # it would only log a difference; the parity check covers this
         )
     assert program is not None
     return program.model_proto
 
 
-def example_input(spec: InputSpec) -> torch.Tensor:
-    """A batch of two: with one, an exporter may take the batch for a constant."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(2, spec.channels, spec.height, spec.width, generator=generator)
+def _opset(source: ConversionSource) -> int:
+    return DEFAULT_OPSET if source.options.opset is None else source.options.opset
 
 
-def _strip(model: Any) -> None:
-    """Remove the exporter's notes: source paths, stack traces and names of this machine's files."""
+def _strip_debug_metadata(model: ModelProto) -> None:
+    """Remove the exporter's debug metadata: source paths, stack traces and file names of this machine."""
     model.doc_string = ""
     graph = model.graph
     graph.doc_string = ""
@@ -109,23 +121,9 @@ def _strip(model: Any) -> None:
         del entry.metadata_props[:]
 
 
-def _check(model: Any) -> None:
-    """By way of a file: what is in memory would be copied three times, and weights may take much of it."""
+def _check_model(model: ModelProto) -> None:
+    """Run the ONNX checker on a file: it would copy a model in memory three times."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(path, full_check=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints its stages and warns of its own insides; what matters it raises."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

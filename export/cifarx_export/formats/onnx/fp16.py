@@ -1,7 +1,7 @@
-"""ONNX in float16: the weights and the activations in between; `input` and `logits` stay float32.
+"""Conversion of an ONNX model to float16, with float32 inputs and outputs.
 
-The conversion is ONNX Runtime's own, `onnxruntime.transformers.float16`. Operators whose sums or ranges float16
-does not hold stay float32, and so does one with a constant that float16 cannot say.
+The conversion is that of ONNX Runtime, `onnxruntime.transformers.float16`. Operators whose sums or value ranges exceed
+float16 stay in float32, and so does an operator with a constant outside the range of float16.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from cifarx_export.formats.fp16 import is_lost_in_half
+from cifarx_export.formats.fp16 import exceeds_fp16_range
 
-_SINGLE: Final = frozenset(
+_FP32_OPERATORS: Final = frozenset(
     {
-        # Sums over whole feature maps, their squares, and exponentials.
+        # Sums over whole feature maps, sums of squares, and exponentials.
         "GroupNormalization",
         "InstanceNormalization",
         "LayerNormalization",
@@ -34,7 +34,7 @@ _SINGLE: Final = frozenset(
         "ReduceSum",
         "ReduceSumSquare",
         "Softmax",
-        # ONNX Runtime has no float16 kernel for these on a CPU, and converts around them anyway.
+        # ONNX Runtime has no float16 CPU kernels for these, and would insert casts anyway.
         "CumSum",
         "Einsum",
         "Max",
@@ -44,30 +44,32 @@ _SINGLE: Final = frozenset(
 )
 
 
-def to_half_precision(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
-    """A float16 model of a float32 one, and what of it stayed float32.
+def convert_model_to_fp16(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
+    """Convert a float32 model to float16. `model` is modified.
 
-    The input and the output keep their names, types and dynamic axes. The model given is changed.
+    The input and the output keep their names, types and dynamic axes.
 
     Returns:
-        The model, and `{"fp32 ops": "LayerNormalization, Softmax"}`; nothing where all is float16.
+        The model, and the operators that stay in float32 as `{"fp32 ops": "LayerNormalization, Softmax"}`, which is
+        empty if there are none.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = _with(model, LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
-    _forget_constants(model)
-    kept = list(_kept(model))
-    half = convert_float_to_float16(
+    model = _apply(model, LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+    _drop_initializer_value_infos(model)
+    kept = list(_fp32_nodes(model))
+    converted = convert_float_to_float16(
         model, keep_io_types=True, op_block_list=[], node_block_list=[node.name for node in kept]
     )
-    _drop_repeated(half)
-    _join_casts(half)
-    tidy = _with(half, TopologicalSortPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
+    _drop_duplicate_casts(converted)
+    _bypass_cast_pairs(converted)
+    tidied = _apply(converted, TopologicalSortPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
     names = ", ".join(sorted({node.op_type for node in kept}))
-    return tidy, {"fp32 ops": names} if names else {}
+    return tidied, {"fp32 ops": names} if names else {}
 
 
-def _with(model: ModelProto, *passes: Any) -> ModelProto:
+def _apply(model: ModelProto, *passes: Any) -> ModelProto:
+    """Return the model after passes of onnx_ir."""
     changed = onnx_ir.from_proto(model)
     for step in passes:
         step(changed)
@@ -75,28 +77,28 @@ def _with(model: ModelProto, *passes: Any) -> ModelProto:
     return proto
 
 
-def _forget_constants(model: ModelProto) -> None:
-    """Drop the value infos of initializers: the conversion would take those that stay float32 for float16."""
+def _drop_initializer_value_infos(model: ModelProto) -> None:
+    """Remove the value infos of initializers, which make the conversion treat those that stay float32 as float16."""
     constants = {tensor.name for tensor in model.graph.initializer}
     entries = [entry for entry in model.graph.value_info if entry.name not in constants]
     del model.graph.value_info[:]
     model.graph.value_info.extend(entries)
 
 
-def _kept(model: ModelProto) -> Iterator[NodeProto]:
-    """The nodes that stay float32: by their operator, or for a constant of theirs."""
-    lost = {
+def _fp32_nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """Yield the nodes that stay in float32, because of their operator or because of one of their constants."""
+    out_of_range = {
         tensor.name
         for tensor in model.graph.initializer
-        if tensor.data_type == TensorProto.FLOAT and is_lost_in_half(numpy_helper.to_array(tensor))
+        if tensor.data_type == TensorProto.FLOAT and exceeds_fp16_range(numpy_helper.to_array(tensor))
     }
     for node in model.graph.node:
-        if node.op_type in _SINGLE or lost.intersection(node.input):
+        if node.op_type in _FP32_OPERATORS or out_of_range.intersection(node.input):
             yield node
 
 
-def _drop_repeated(model: ModelProto) -> None:
-    """The conversion writes the cast of a value once for each node that reads it, each time under one name."""
+def _drop_duplicate_casts(model: ModelProto) -> None:
+    """Keep one cast per value: the conversion writes one for each node that reads it, all with the same name."""
     written: set[str] = set()
     for node in list(model.graph.node):
         if written.intersection(node.output):
@@ -107,20 +109,20 @@ def _drop_repeated(model: ModelProto) -> None:
     model.graph.value_info.extend(entries.values())
 
 
-def _join_casts(model: ModelProto) -> None:
-    """Read a float32 value itself where it was cast to float16 and back; what casts it is then unused."""
+def _bypass_cast_pairs(model: ModelProto) -> None:
+    """Read a float32 value directly if it was cast to float16 and back. The casts are then unused."""
     casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
-    origins: dict[str, str] = {}
+    originals: dict[str, str] = {}
     for output, cast in casts.items():
         before = casts.get(cast.input[0])
-        if before is not None and (_target(before), _target(cast)) == (TensorProto.FLOAT16, TensorProto.FLOAT):
-            origins[output] = before.input[0]
+        if before is not None and (_cast_type(before), _cast_type(cast)) == (TensorProto.FLOAT16, TensorProto.FLOAT):
+            originals[output] = before.input[0]
     for node in model.graph.node:
-        node.input[:] = [origins.get(name, name) for name in node.input]
+        node.input[:] = [originals.get(name, name) for name in node.input]
     for output in model.graph.output:
-        if output.name in origins:
+        if output.name in originals:
             model.graph.node.remove(casts[output.name])
-            _rename(model, origins[output.name], output.name)
+            _rename(model, originals[output.name], output.name)
 
 
 def _rename(model: ModelProto, old: str, new: str) -> None:
@@ -129,5 +131,6 @@ def _rename(model: ModelProto, old: str, new: str) -> None:
         node.output[:] = [new if name == old else name for name in node.output]
 
 
-def _target(cast: NodeProto) -> int:
+def _cast_type(cast: NodeProto) -> int:
+    """Return the data type that a node casts to."""
     return next(int(attribute.i) for attribute in cast.attribute if attribute.name == "to")

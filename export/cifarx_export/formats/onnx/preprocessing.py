@@ -1,17 +1,17 @@
-"""Resize, scaling and normalisation inside an ONNX model, with Pillow's own arithmetic.
+"""Resizing, scaling and normalization inside an ONNX model, with the arithmetic of Pillow.
 
-Pillow resizes an 8-bit picture in two passes, one an axis. A pass takes its weights from the filter in double
+Pillow resizes an 8-bit image in two passes, one per axis. A pass computes its weights from the filter in double
 precision, rounds them to 22 bits, sums in integers and rounds to 8 bits (`precompute_coeffs`, `normalize_coeffs_8bpc`
-and `ImagingResampleHorizontal_8bpc` in Pillow 13's `Resample.c`). The nodes made here do the same: the weights of a
-pass become a matrix of integers, cut into bytes, and `MatMulInteger` multiplies the picture by it without any rounding.
+and `ImagingResampleHorizontal_8bpc` in `Resample.c` of Pillow 13). The nodes in this module do the same. The weights of
+a pass are a matrix of integers, split into bytes, and `MatMulInteger` multiplies the image by it without rounding.
 
-The bound: not one value differs from Pillow 13's, on ONNX Runtime's CPU provider, in any picture that was tried
-(docs/embedded-preprocessing.md has the figures and the command). Before Pillow 13 the horizontal pass always came
-first, but for very tall pictures in some; on pictures that lose much more height than width its answers are others.
+On ONNX Runtime's CPU provider, no pixel of any tested image differs from Pillow 13 (docs/embedded-preprocessing.md has
+the results and the command). Before Pillow 13 the horizontal pass came first, except for very tall images in some
+versions. Those versions resize images that lose much more height than width differently.
 
-ONNX's own `Resize` with `antialias=1` is not used. It takes its weights in single precision, which put 0.1 % of the
-values of noise one grey level off, and some two; it knows no Lanczos filter; its CUDA kernel ignores `cubic_coeff_a`
-(microsoft/onnxruntime 25264), and TensorRT has none.
+The ONNX operator `Resize` with `antialias=1` is not used. It computes its weights in single precision, which changes
+0.1 % of the values of random noise by one gray level, and some by two. It has no Lanczos filter, its CUDA kernel
+ignores `cubic_coeff_a` (microsoft/onnxruntime issue 25264), and TensorRT does not support it.
 """
 
 import re
@@ -25,7 +25,9 @@ from onnx import TensorProto, parser
 from cifarx_serve.spec import InputSpec
 
 _PREFIX: Final = "preprocessing/"
-"""Of every name that is added: a name of PyTorch's exporter holds no slash, whatever the modules are called."""
+"""Prefix of every added name. Names from PyTorch's exporter never contain a slash, whatever the modules are called."""
+
+# The names of values below are written into the model: changing one changes the bytes of an exported file.
 
 _CONSTANTS: Final = {
     "zero": "double zero = {0}",
@@ -53,9 +55,10 @@ _CONSTANTS: Final = {
     "no_offset": "uint8 no_offset = {0}",
     "levels": "float levels = {255}",
 }
-"""By name: only those that a graph uses go into it, as ONNX Runtime warns of the others."""
+"""Constants by name. A graph gets only those that it uses, because ONNX Runtime warns about unused ones."""
 
-# Each gives `{axis}_shares` for `{axis}_distances`, as `bilinear_filter`, `bicubic_filter` and `lanczos_filter` do.
+# Each computes `{axis}_shares` from `{axis}_distances`, like Pillow's `bilinear_filter`, `bicubic_filter` and
+# `lanczos_filter`.
 _FILTERS: Final = {
     "bilinear": """
         {axis}_slopes = Sub (one, {axis}_distances)
@@ -103,50 +106,50 @@ _SIZES: Final = """
 
 
 def embed_preprocessing(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
-    """The network with its preprocessing in front.
+    """Return a copy of the model with the preprocessing in front.
 
     Args:
-        model: its input is `input`, float32 (batch, 3, height, width), its opset 18 or newer.
-        spec: how a picture becomes that input.
+        model: a model whose input is `input`, float32 (batch, 3, height, width), of opset 18 or newer.
+        spec: how an image is preprocessed.
 
     Returns:
-        A model whose input `input` takes RGB pixels, uint8 (batch, height, width, 3), of any height and width.
+        A model whose input `input` is RGB images, uint8 (batch, height, width, 3), of any height and width.
     """
-    whole = onnx.ModelProto()
-    whole.CopyFrom(model)
+    combined = onnx.ModelProto()
+    combined.CopyFrom(model)
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     result = f"float[batch, 3, {spec.height}, {spec.width}] result"
-    front = _parse(_resize(spec) + _scale(spec), result, spec, opset, model.ir_version).graph
-    _rename(front, lambda name: name if name == "input" else _PREFIX + name)
-    _rename(whole.graph, lambda name: f"{_PREFIX}result" if name == "input" else name)
-    nodes = [*front.node, *whole.graph.node]
-    del whole.graph.node[:], whole.graph.input[:]
-    whole.graph.node.extend(nodes)
-    whole.graph.input.extend(front.input)
-    whole.graph.initializer.extend(front.initializer)
-    return whole
+    preprocessing = _parse(_resize(spec) + _scale(spec), result, spec, opset, model.ir_version).graph
+    _rename(preprocessing, lambda name: name if name == "input" else _PREFIX + name)
+    _rename(combined.graph, lambda name: f"{_PREFIX}result" if name == "input" else name)
+    nodes = [*preprocessing.node, *combined.graph.node]
+    del combined.graph.node[:], combined.graph.input[:]
+    combined.graph.node.extend(nodes)
+    combined.graph.input.extend(preprocessing.input)
+    combined.graph.initializer.extend(preprocessing.initializer)
+    return combined
 
 
-def _rename(graph: onnx.GraphProto, renamed: Callable[[str], str]) -> None:
-    """Give every value of a graph and of the graphs inside it another name; an empty one is an input left out."""
+def _rename(graph: onnx.GraphProto, new_name: Callable[[str], str]) -> None:
+    """Rename every value of a graph and its subgraphs. An empty name stands for an omitted input and is kept."""
     for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = [name and renamed(name) for name in names]
+            names[:] = [name and new_name(name) for name in names]
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                _rename(attribute.g, renamed)
+                _rename(attribute.g, new_name)
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        value.name = renamed(value.name)
+        value.name = new_name(value.name)
 
 
 def resize_model(spec: InputSpec, opset: int = 18) -> onnx.ModelProto:
-    """The resize alone, to compare with Pillow's: from `input` to `resized`, uint8 (batch, 3, height, width)."""
+    """Return the resize alone, to compare with Pillow: from `input` to `resized`, uint8 (batch, 3, height, width)."""
     return _parse(_resize(spec), f"uint8[batch, 3, {spec.height}, {spec.width}] resized", spec, opset, 10)
 
 
 def _parse(nodes: str, output: str, spec: InputSpec, opset: int, ir_version: int) -> onnx.ModelProto:
-    """A model in ONNX's textual syntax, https://github.com/onnx/onnx/blob/main/docs/Syntax.md."""
-    constants = _CONSTANTS | _constants_of(spec)
+    """Parse nodes in the textual syntax of ONNX, https://github.com/onnx/onnx/blob/main/docs/Syntax.md."""
+    constants = _CONSTANTS | _spec_constants(spec)
     used = set(re.findall(r"\w+", nodes))
     return parser.parse_model(
         f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>'
@@ -156,38 +159,44 @@ def _parse(nodes: str, output: str, spec: InputSpec, opset: int, ir_version: int
     )
 
 
-def _constants_of(spec: InputSpec) -> dict[str, str]:
-    """What the input spec sets, by name; sizes and steps an axis, the rest of single precision as `scale` has it."""
+def _spec_constants(spec: InputSpec) -> dict[str, str]:
+    """Return the constants that depend on the input spec, by name.
+
+    Sizes and steps are per axis. The constants of the normalization are in single precision, as in `normalize`.
+    """
     low, high = spec.value_range
-    found = {
-        "range": _single("range", [high - low]),
-        "low": _single("low", [low]),
-        "mean": _single("mean", spec.mean),
-        "std": _single("std", spec.std),
+    constants = {
+        "range": _float_constant("range", [high - low]),
+        "low": _float_constant("low", [low]),
+        "mean": _float_constant("mean", spec.mean),
+        "std": _float_constant("std", spec.std),
     }
     for axis, size in (("height", spec.height), ("width", spec.width)):
-        found |= {
+        constants |= {
             f"{axis}_target": f"double {axis}_target = {{{size}}}",
             f"{axis}_wanted": f"int64 {axis}_wanted = {{{size}}}",
             f"{axis}_steps": f"double[{size}] {axis}_steps = {{{', '.join(['0.5', *['1'] * (size - 1)])}}}",
             f"{axis}_offsets": f"uint8[{3 * size}] {axis}_offsets = {{{', '.join(['64'] * size + ['0'] * 2 * size)}}}",
         }
-    return found
+    return constants
 
 
-def _single(name: str, values: Sequence[float]) -> str:
-    """Numbers rounded to single precision: one, or one a channel."""
+def _float_constant(name: str, values: Sequence[float]) -> str:
+    """Return a constant in single precision: one number, or one per channel."""
     shape = "[1, 3, 1, 1]" if len(values) == 3 else ""
     return f"float{shape} {name} = {{{', '.join(repr(float(np.float32(value))) for value in values)}}}"
 
 
 def _resize(spec: InputSpec) -> str:
-    """From `input` to `resized`, uint8 (batch, 3, height, width)."""
+    """Return the nodes from `input` to `resized`, uint8 (batch, 3, height, width)."""
     return _SIZES + (_nearest() if spec.resize == "nearest" else _resample(spec))
 
 
 def _nearest() -> str:
-    """Pillow's table of positions, whose sums it rounds one after another; see `ImagingScaleAffine` in `Geometry.c`."""
+    """Return the nodes of a nearest-neighbor resize.
+
+    Pillow accumulates its table of positions step by step, with rounding; see `ImagingScaleAffine` in `Geometry.c`.
+    """
     tables = [
         f"""
             {axis}_source = Cast <to = {TensorProto.DOUBLE}> ({axis}_pixels)
@@ -209,10 +218,10 @@ def _nearest() -> str:
 
 
 def _resample(spec: InputSpec) -> str:
-    """Two passes in Pillow's order; a picture of the right size is taken as it is.
+    """Return the nodes of two passes in Pillow's order. An image of the right size is not resized.
 
-    Pillow 13 goes by height first where that loses more than twice as many pixels as width does
-    (`ImagingResampleInner`). A pass that changes no size changes no value either, so it need not be left out.
+    Pillow 13 resizes the height first if the height loses more than twice as many pixels as the width
+    (`ImagingResampleInner`). A pass that does not change the size changes no value either, so it is not skipped.
     """
     result = f"uint8[batch, 3, {spec.height}, {spec.width}]"
     return f"""
@@ -252,9 +261,10 @@ def _resample(spec: InputSpec) -> str:
 
 
 def _weights(axis: str, spec: InputSpec) -> str:
-    """The weights of a pass, uint8 (source size, 3 * size): the high, middle and low bytes of 22-bit integers.
+    """Return the nodes that compute the weights of a pass, uint8 (source size, 3 * size).
 
-    1.0 is added to each, so that none is negative; the offset of the high byte takes it away again.
+    The three parts are the high, middle and low bytes of 22-bit integers. 1.0 is added to each weight so that none is
+    negative; the zero point of the high byte subtracts it again.
     """
     return f"""
         {axis}_source = Cast <to = {TensorProto.DOUBLE}> ({axis}_pixels)
@@ -288,9 +298,9 @@ def _weights(axis: str, spec: InputSpec) -> str:
 
 
 def _pass(axis: str, source: str, result: str) -> str:
-    """One pass along the last axis of `source`, rounded and clipped to uint8.
+    """Return the nodes of one pass along the last axis of `source`, rounded and clipped to uint8.
 
-    The division rounds towards zero, where Pillow's shift rounds down: that differs below black alone.
+    The division rounds toward zero, whereas Pillow's shift rounds down. They differ only below black.
     """
     return f"""
         {result}_products = MatMulInteger ({source}, {axis}_bytes, no_offset, {axis}_offsets)
@@ -307,7 +317,7 @@ def _pass(axis: str, source: str, result: str) -> str:
 
 
 def _scale(spec: InputSpec) -> str:
-    """From `resized` to `result`, by the operations of `cifarx_serve.images.preprocess.scale` in their order."""
+    """Return the nodes from `resized` to `result`, the same operations as `cifarx_serve.images.preprocess.normalize`."""
     steps = ["Div ({}, levels)"]
     if spec.value_range != (0.0, 1.0):
         steps += ["Mul ({}, range)", "Add ({}, low)"]

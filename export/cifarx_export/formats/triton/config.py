@@ -1,23 +1,24 @@
-"""The text that tells NVIDIA Triton of an ONNX model: its `config.pbtxt` and its labels.
+"""The configuration of an ONNX model for NVIDIA Triton: `config.pbtxt` and the labels.
 
-The fields are those of `ModelConfig`, in `protobuf/model_config.proto` of triton-inference-server/common.
+The fields are those of the message `ModelConfig` in `protobuf/model_config.proto` of triton-inference-server/common.
 """
 
 from typing import Final
 
-from cifarx_export.parity.compare import WHOLE_BATCH
+from cifarx_export.parity.compare import EVAL_BATCH_SIZE
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.spec import ModelSpec
 
 LABELS_FILE: Final = "labels.txt"
 
-PREFERRED_BATCHES: Final = (4, 8, 16, 32)
-"""Sizes at which a batch leaves the queue at once, beside the largest."""
+PREFERRED_BATCH_SIZES: Final = (4, 8, 16, 32)
+"""Batch sizes at which a batch leaves the queue at once, in addition to the maximum."""
 
 QUEUE_DELAY_US: Final = 200
-"""How long a request may wait for others: no longer than the smallest network takes for one image on a CPU."""
+"""Longest time that a request waits for others: at most what the smallest network takes for one image on a CPU."""
 
-# ONNX Runtime allows TF32 unless told not to, and what was proved was fp32; see `onnxruntime_backend`.
+# ONNX Runtime uses TF32 by default, but the parity check ran in fp32. Options of triton-inference-server's
+# onnxruntime_backend.
 _CUDA_OPTIONS: Final = """\
 optimization {
   execution_accelerators {
@@ -33,20 +34,19 @@ optimization {
 
 
 def triton_config(spec: ModelSpec, name: str) -> str:
-    """The `config.pbtxt` of a model in a folder of that name.
+    """Return the `config.pbtxt` of a model in a folder called `name`.
 
-    Triton makes no batch larger than the largest that was proved. Where an instance runs is left to Triton: on
-    every GPU there is, else on the CPU. The parameter `cifarx.spec` gives clients the whole spec, preprocessing and
-    class names, at `GET /v2/models/{name}/config`.
+    The maximum batch size is the largest that passed the parity check. Triton chooses where to run: one instance on
+    each GPU, or on the CPU if there is no GPU. Clients can read the spec, with the preprocessing and the class names,
+    from the parameter `cifarx.spec` at `GET /v2/models/{name}/config`.
     """
-    largest = max(spec.parity.batch_sizes) if spec.parity else WHOLE_BATCH
-    preferred = [*(size for size in PREFERRED_BATCHES if size < largest), largest]
-    taken = spec.input
-    data_type, dims = ("TYPE_FP32", [taken.channels, taken.height, taken.width])
+    largest = max(spec.parity.batch_sizes) if spec.parity else EVAL_BATCH_SIZE
+    preferred = [*(size for size in PREFERRED_BATCH_SIZES if size < largest), largest]
+    data_type, dims = ("TYPE_FP32", [spec.input.channels, spec.input.height, spec.input.width])
     if spec.embedded_preprocessing:
-        data_type, dims = ("TYPE_UINT8", [-1, -1, taken.channels])
+        data_type, dims = ("TYPE_UINT8", [-1, -1, spec.input.channels])
     return f"""\
-name: {quoted(name)}
+name: {quote(name)}
 backend: "onnxruntime"
 platform: "onnxruntime_onnx"
 default_model_filename: "model.onnx"
@@ -69,22 +69,22 @@ version_policy: {{ latest: {{ num_versions: 1 }} }}
 {_CUDA_OPTIONS}
 parameters {{
   key: "{SPEC_KEY}"
-  value: {{ string_value: {quoted(spec.to_json())} }}
+  value: {{ string_value: {quote(spec.to_json())} }}
 }}
 """
 
 
 def labels(spec: ModelSpec) -> str:
-    """The class names in label order, one a line; Triton has no way to write a line break inside one."""
+    """Return the class names in label order, one per line. Triton cannot represent a line break in a name."""
     return "".join(" ".join(name.splitlines()) + "\n" for name in spec.class_names)
 
 
-def quoted(text: str) -> str:
-    """A string of Protocol Buffers' text format: what is not printable ASCII as octal bytes of its UTF-8."""
-    return '"' + "".join(_escaped(byte) for byte in text.encode()) + '"'
+def quote(text: str) -> str:
+    """Return a string literal of Protocol Buffers' text format. Bytes of its UTF-8 that are not printable are octal."""
+    return '"' + "".join(_escape(byte) for byte in text.encode()) + '"'
 
 
-def _escaped(byte: int) -> str:
+def _escape(byte: int) -> str:
     if byte in b'"\\':
         return "\\" + chr(byte)
     return chr(byte) if 0x20 <= byte < 0x7F else f"\\{byte:03o}"

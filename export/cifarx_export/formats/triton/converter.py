@@ -1,42 +1,45 @@
-"""A model repository for NVIDIA Triton around an ONNX model: `tritonserver --model-repository=lzh_9.triton`.
+"""A model repository for NVIDIA Triton that contains an ONNX model.
 
     lzh_9.triton/
-        kserve.yaml         files at the top are no concern of Triton's; folders are its models
+        kserve.yaml         Triton ignores files at this level; each folder is a model
         lzh/
             config.pbtxt
             labels.txt
             1/model.onnx    version 1
 
-The layout is Triton's: "Model Repository" in the user guide of triton-inference-server/server.
+Start the server with `tritonserver --model-repository=lzh_9.triton`. "Model Repository" in the user guide of
+triton-inference-server/server describes the layout.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from cifarx_export.formats.onnx.converter import OnnxArtifact, convert_to_onnx
-from cifarx_export.formats.registry import Source
+from cifarx_export.formats.registry import Artifact, ConversionSource
 from cifarx_export.formats.triton.config import LABELS_FILE, labels, triton_config
 from cifarx_export.formats.triton.kserve import kserve_manifest
 from cifarx_serve.spec import ModelSpec
 
-MODEL: Final = "1/model.onnx"
-"""Where the model is in the folder that has its name."""
+MODEL_PATH: Final = "1/model.onnx"
+"""Path of the model in its folder."""
 
 
-class TritonArtifact:
-    """An ONNX model, and the files around it."""
+class TritonArtifact(Artifact):
+    """An ONNX model with the files that Triton and KServe need."""
 
     def __init__(self, model: OnnxArtifact) -> None:
         self._model = model
 
-    def describe(self, spec: ModelSpec) -> ModelSpec:
-        return self._model.describe(spec)
+    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Add what the ONNX model adds."""
+        return self._model.complete_spec(spec)
 
     def save(self, path: Path, spec: ModelSpec) -> None:
-        """Fill the folder `path`; what an earlier call wrote there is written over."""
-        name = repository_name(spec.model)
-        model = path / name / MODEL
+        """Write all files into the folder `path`. Files from an earlier call are overwritten."""
+        name = triton_name(spec.model)
+        model = path / name / MODEL_PATH
         model.parent.mkdir(parents=True, exist_ok=True)
         self._model.save(model, spec)
         texts = {
@@ -48,11 +51,11 @@ class TritonArtifact:
             file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def convert_to_triton(source: Source) -> TritonArtifact:
-    """The ONNX model of the same source, in any of its precisions."""
-    return TritonArtifact(convert_to_onnx(source))
+def convert_to_triton(source: ConversionSource) -> Iterator[TritonArtifact]:
+    """Convert the network to ONNX, in any precision. Yields one artifact per candidate of `convert_to_onnx`."""
+    return map(TritonArtifact, convert_to_onnx(source))
 
 
-def repository_name(model: str) -> str:
-    """A model's name as that of a folder, which is what clients ask Triton for."""
+def triton_name(model: str) -> str:
+    """Return the name of a model as a folder name, which is also its name in requests to Triton."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", model)

@@ -1,24 +1,29 @@
-"""A KServe `InferenceService` for a Triton model repository."""
+"""The manifest of a KServe `InferenceService` for a Triton model repository."""
 
 import re
 from typing import Final
 
+from cifarx_export.formats.registry import FORMATS
 from cifarx_serve.spec import ModelSpec
 
-LONGEST_NAME: Final = 40
-"""Of 63 characters that a host's label may have, some are the cluster's: `-predictor`, the name space."""
+MAX_NAME_LENGTH: Final = 40
+"""A label of a host name has at most 63 characters, and KServe appends `-predictor` and the namespace."""
 
 _GIB: Final = 1 << 30
 
 
 def kserve_manifest(spec: ModelSpec, model_bytes: int) -> str:
-    """YAML for `kubectl apply`, once the user has put the address of the uploaded folder into it.
+    """Return the YAML for `kubectl apply`. The user has to replace `storageUri` by the URI of the uploaded folder.
 
     See https://kserve.github.io/website, "Triton Inference Server". The runtime `kserve-tritonserver` comes with
-    KServe and starts `tritonserver --model-store` on what it finds at `storageUri`.
+    KServe and starts `tritonserver --model-store` on the contents of `storageUri`.
+
+    Args:
+        spec: spec of the model.
+        model_bytes: size of the ONNX file, which determines the memory request.
     """
-    name = resource_name(spec.model)
-    # The server itself, and the model three times over: the file as read, its weights, and their packed copies.
+    name = kubernetes_name(spec.model)
+    # For the server itself, and three copies of the model: the file in memory, the weights, and the packed weights.
     memory = f"{2 + 3 * model_bytes // _GIB}Gi"
     return f"""\
 # CHANGE storageUri BEFORE USE: it is a placeholder. Upload the folder that this file lies in, and name the place
@@ -35,7 +40,7 @@ spec:
         version: "2"
       runtime: kserve-tritonserver
       protocolVersion: v2
-      storageUri: "s3://CHANGE-ME/{name}.triton"
+      storageUri: "s3://CHANGE-ME/{name}{FORMATS["triton"].suffix}"
       # For a GPU add `nvidia.com/gpu: "1"` to both.
       resources:
         requests:
@@ -47,8 +52,8 @@ spec:
 """
 
 
-def resource_name(model: str) -> str:
-    """A model's name as KServe takes one: RFC 1123's letters, digits and hyphens, a letter first."""
+def kubernetes_name(model: str) -> str:
+    """Return the name of a model as a Kubernetes name (RFC 1123): a letter, then letters, digits and hyphens."""
     name = re.sub(r"[^a-z0-9]+", "-", model.lower())
-    name = re.sub(r"^[^a-z]+", "", name)[:LONGEST_NAME].rstrip("-")
+    name = re.sub(r"^[^a-z]+", "", name)[:MAX_NAME_LENGTH].rstrip("-")
     return name or "model"

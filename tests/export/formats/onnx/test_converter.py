@@ -1,4 +1,4 @@
-"""ONNX files: what is inside, what is not, and that they are the same every time."""
+"""ONNX files: their content, and that they are reproducible."""
 
 import getpass
 import os
@@ -22,8 +22,8 @@ from cifarx_export.formats.registry import ExportOptions
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from tests.support.conversion_source import source_of
-from tests.support.machine_traces import require_no_folders
+from tests.support.conversion import conversion_source
+from tests.support.local_paths import assert_no_local_paths
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def opset(request: pytest.FixtureRequest) -> int | None:
 
 @pytest.fixture(scope="module")
 def artifact(loaded: Checkpoint, opset: int | None) -> OnnxArtifact:
-    return convert_to_onnx(source_of(loaded, options=ExportOptions(opset=opset)))
+    return next(convert_to_onnx(conversion_source(loaded, options=ExportOptions(opset=opset))))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def dimensions(value: onnx.ValueInfoProto) -> list[int | str]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
-def answers(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+def run_model(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     logits: NDArray[np.float32] = session.run(["logits"], {"input": inputs})[0]
     return logits
@@ -70,7 +70,7 @@ def test_the_model_is_one_valid_file(path: Path) -> None:
     assert all(tensor.data_location != onnx.TensorProto.EXTERNAL for tensor in tensors)
 
 
-def test_it_takes_input_and_gives_logits_with_only_the_batch_dynamic(path: Path) -> None:
+def test_only_the_batch_axes_of_input_and_logits_are_dynamic(path: Path) -> None:
     graph = onnx.load(path).graph
     assert [value.name for value in graph.input] == ["input"]
     assert [value.name for value in graph.output] == ["logits"]
@@ -80,7 +80,7 @@ def test_it_takes_input_and_gives_logits_with_only_the_batch_dynamic(path: Path)
     assert dimensions(graph.output[0]) == ["batch", 10]
 
 
-def test_the_opset_is_the_one_asked_for(path: Path, opset: int | None) -> None:
+def test_the_opset_is_the_requested_one(path: Path, opset: int | None) -> None:
     imports = onnx.load(path).opset_import
     assert [(entry.domain, entry.version) for entry in imports] == [("", opset or 18)]
 
@@ -92,15 +92,15 @@ def test_the_spec_is_its_only_metadata(path: Path, loaded: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
-def test_it_answers_as_the_network_at_any_batch(path: Path, loaded: Checkpoint, size: int) -> None:
+def test_logits_match_the_network_at_any_batch_size(path: Path, loaded: Checkpoint, size: int) -> None:
     inputs = batch(size)
     with torch.inference_mode():
         expected = loaded.build()(torch.from_numpy(inputs)).numpy()
-    np.testing.assert_allclose(answers(path, inputs), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run_model(path, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
 def texts(message: object) -> Iterator[str]:
-    """Every string of a protobuf message, those inside others too; weights are bytes and no strings."""
+    """Yield every string of a protobuf message, also of nested messages. Weights are bytes, which are skipped."""
     for field, value in message.ListFields():  # type: ignore[attr-defined]
         values = [value] if isinstance(value, str | bytes) or not hasattr(value, "__len__") else value
         for entry in values:
@@ -112,18 +112,18 @@ def texts(message: object) -> Iterator[str]:
                 yield from texts(entry)
 
 
-def test_nothing_of_this_machine_is_inside(path: Path) -> None:
+def test_the_file_contains_nothing_about_this_machine(path: Path) -> None:
     content = path.read_bytes()
-    require_no_folders(content)
+    assert_no_local_paths(content)
     for mark in (b"stack_trace", b"site-packages", b".py", b"Traceback"):
         assert mark not in content
-    every = "\n".join(texts(onnx.load(path)))
-    assert SPEC_KEY in every
+    all_texts = "\n".join(texts(onnx.load(path)))
+    assert SPEC_KEY in all_texts
     for name in (getpass.getuser(), socket.gethostname()):
-        assert not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", every)
+        assert not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", all_texts)
 
 
-def test_saving_again_with_another_spec_changes_nothing_but_the_spec(
+def test_saving_with_another_spec_changes_only_the_spec(
     artifact: OnnxArtifact, path: Path, loaded: Checkpoint, tmp_path: Path
 ) -> None:
     other = msgspec.structs.replace(loaded.spec, exporter={"format": "onnx"})
@@ -136,12 +136,12 @@ def test_saving_again_with_another_spec_changes_nothing_but_the_spec(
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
-def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
+def test_converting_prints_nothing_and_does_not_modify_the_network(
     loaded: Checkpoint, capfd: pytest.CaptureFixture[str]
 ) -> None:
     module = loaded.build()
     generator = torch.get_rng_state()
-    convert_to_onnx(source_of(loaded, module=module))
+    next(convert_to_onnx(conversion_source(loaded, module=module)))
     assert tuple(capfd.readouterr()) == ("", "")
     assert not module.training
     assert torch.equal(torch.get_rng_state(), generator)
@@ -149,11 +149,11 @@ def test_converting_prints_nothing_and_leaves_the_network_as_it_was(
         assert torch.equal(value, loaded.model[name])
 
 
-def test_it_adds_its_opset_to_what_the_spec_says(artifact: OnnxArtifact, loaded: Checkpoint, opset: int | None) -> None:
+def test_the_opset_is_added_to_the_spec(artifact: OnnxArtifact, loaded: Checkpoint, opset: int | None) -> None:
     exported = msgspec.structs.replace(loaded.spec, exporter={"format": "onnx"})
-    assert artifact.describe(exported).exporter == {"format": "onnx", "opset": str(opset or DEFAULT_OPSET)}
-    told = msgspec.structs.replace(artifact.describe(exported), exporter=None, minimum_onnxruntime=None)
-    assert told == loaded.spec
+    assert artifact.complete_spec(exported).exporter == {"format": "onnx", "opset": str(opset or DEFAULT_OPSET)}
+    others = msgspec.structs.replace(artifact.complete_spec(exported), exporter=None, minimum_onnxruntime=None)
+    assert others == loaded.spec
 
 
 def test_the_default_opset_is_18() -> None:
@@ -163,11 +163,11 @@ def test_the_default_opset_is_18() -> None:
 _CONVERT = """
 import sys
 from pathlib import Path
-from tests.support.converted import converted
+from tests.support.conversion import write_artifact
 from cifarx_export.formats.registry import PRECISIONS, ExportOptions
 checkpoint, out, precision, embed = sys.argv[1:]
 options = ExportOptions(embed_preprocessing=embed == "embedded" or None)
-converted(Path(checkpoint), "onnx", Path(out), precision=precision, options=options)
+write_artifact(Path(checkpoint), "onnx", Path(out), precision=precision, options=options)
 """
 
 
@@ -176,7 +176,7 @@ converted(Path(checkpoint), "onnx", Path(out), precision=precision, options=opti
     ("precision", "kind"), [("fp32", "plain"), ("fp32", "embedded"), ("fp16", "plain"), ("int8", "embedded")]
 )
 def test_two_processes_write_the_same_bytes(precision: str, kind: str, checkpoint: Path, tmp_path: Path) -> None:
-    """Sets and dicts of strings are in another order in each."""
+    """The hash seeds differ, so sets of strings are in another order."""
     written = []
     for seed in ("1", "4321"):
         out = tmp_path / seed / "lzh_9.onnx"

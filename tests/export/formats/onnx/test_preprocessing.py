@@ -1,4 +1,4 @@
-"""The reference is Pillow: a model with its preprocessing inside must see the pixels that `preprocess` makes."""
+"""Models with embedded preprocessing must see the same pixels as after `preprocess`, which uses Pillow."""
 
 import itertools
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from cifarx_export.export import export
 from cifarx_export.formats.onnx.converter import convert_to_onnx
 from cifarx_export.formats.onnx.preprocessing import embed_preprocessing, resize_model
 from cifarx_export.formats.registry import OPSETS, ExportOptions
-from cifarx_serve.images.preprocess import resize, scale
+from cifarx_serve.images.preprocess import normalize, resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.predictor import load
 from cifarx_serve.spec import InputSpec
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
-from tests.support.conversion_source import source_of
+from tests.support.conversion import conversion_source
 
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
-BOUND = 1
-"""Grey levels. None is ever seen; of a sum in another order the last bit could come to one."""
+MAX_DIFFERENCE = 1
+"""Gray levels. No difference has been observed; summation in another order could change the last bit."""
 
-as_pillow_13 = pytest.mark.skipif(
+needs_pillow_13 = pytest.mark.skipif(
     int(PIL.__version__.partition(".")[0]) < 13, reason="before Pillow 13 the horizontal pass came first"
 )
 Resizer = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -47,20 +47,20 @@ def session(model: onnx.ModelProto, optimized: bool = True) -> onnxruntime.Infer
 
 @cache
 def resizer(spec: InputSpec, opset: int = 18, optimized: bool = True) -> Resizer:
-    """The model's resize of one picture."""
+    """Return a function that resizes one image with the model."""
     model = resize_model(spec, opset)
     onnx.checker.check_model(model, full_check=True)
-    ready = session(model, optimized)
+    onnx_session = session(model, optimized)
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        resized: NDArray[np.uint8] = ready.run(None, {"input": pixels[None]})[0][0]
+        resized: NDArray[np.uint8] = onnx_session.run(None, {"input": pixels[None]})[0][0]
         return resized.transpose(1, 2, 0)
 
     return run
 
 
-def off(run: Resizer, spec: InputSpec, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How many grey levels each value is from Pillow's."""
+def difference(run: Resizer, spec: InputSpec, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the difference of each value from that of Pillow, in gray levels."""
     return np.abs(run(pixels).astype(np.int64) - resize(Image.fromarray(pixels), spec))
 
 
@@ -69,79 +69,79 @@ def noise(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def extremes(seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Black and white alone: the filters with negative weights overshoot on it."""
+    """Return black and white noise, on which filters with negative weights overshoot."""
     return np.random.default_rng(seed).integers(0, 2, (height, width, 3)).astype(np.uint8) * np.uint8(255)
 
 
 side = st.integers(1, 12) | st.integers(1, 90)
 
 
-@as_pillow_13
+@needs_pillow_13
 @settings(max_examples=150, deadline=None)
 @given(
     filter_name=st.sampled_from(FILTERS),
     source=st.tuples(side, side),
     target=st.sampled_from([(1, 1), (32, 32), (7, 40), (40, 7)]),
-    drawing=st.sampled_from([noise, extremes]),
+    pattern=st.sampled_from([noise, extremes]),
     seed=st.integers(0, 2**32 - 1),
 )
 @example("bicubic", (79, 3), (7, 40), extremes, 0)
 @example("lanczos", (1, 90), (40, 7), extremes, 0)
-def test_no_value_is_further_from_pillows_than_the_bound(
-    filter_name: Any, source: tuple[int, int], target: tuple[int, int], drawing: Any, seed: int
+def test_values_differ_from_pillow_by_no_more_than_the_maximum(
+    filter_name: Any, source: tuple[int, int], target: tuple[int, int], pattern: Any, seed: int
 ) -> None:
     spec = InputSpec(height=target[0], width=target[1], resize=filter_name)
-    assert off(resizer(spec), spec, drawing(seed, *source)).max() <= BOUND
+    assert difference(resizer(spec), spec, pattern(seed, *source)).max() <= MAX_DIFFERENCE
 
 
-@as_pillow_13
+@needs_pillow_13
 @pytest.mark.parametrize("filter_name", FILTERS)
-def test_the_values_of_pillow(filter_name: Any) -> None:
-    """On one axis, on both, up, down, and by either pass first."""
+def test_values_match_pillow(filter_name: Any) -> None:
+    """When resizing one axis or both, up or down, with either pass first."""
     spec = InputSpec(height=24, width=40, resize=filter_name)
     sizes = [*itertools.product((1, 11, 24, 47, 300), (2, 40, 41, 131)), (24, 2000), (2000, 40), (700, 500)]
-    for drawing, size in itertools.product((noise, extremes), sizes):
-        assert not off(resizer(spec), spec, drawing(0, *size)).any(), size
+    for pattern, size in itertools.product((noise, extremes), sizes):
+        assert not difference(resizer(spec), spec, pattern(0, *size)).any(), size
 
 
 @pytest.mark.parametrize("filter_name", FILTERS)
-def test_the_values_of_any_pillow_where_width_comes_first(filter_name: Any) -> None:
+def test_values_match_any_version_of_pillow_if_width_comes_first(filter_name: Any) -> None:
     spec = InputSpec(height=24, width=40, resize=filter_name)
     for size in [(24, 41), (24, 500), (60, 80), (200, 300), (3, 5), (10, 400), (24, 40)]:
-        assert not off(resizer(spec), spec, noise(0, *size)).any(), size
+        assert not difference(resizer(spec), spec, noise(0, *size)).any(), size
 
 
 @pytest.mark.parametrize("filter_name", FILTERS)
-def test_a_picture_wider_than_a_sum_of_bytes_is_exact(filter_name: Any) -> None:
-    """From 33,026 columns on, white times the low bytes of the weights could leave 31 bits."""
+def test_a_very_wide_image_is_exact(filter_name: Any) -> None:
+    """From 33,026 columns on, white times the low bytes of the weights could exceed 31 bits."""
     spec = InputSpec(height=1, width=2, resize=filter_name)
     for pixels in (np.full((1, 70_000, 3), 255, np.uint8), extremes(0, 1, 70_000)):
-        assert not off(resizer(spec), spec, pixels).any()
+        assert not difference(resizer(spec), spec, pixels).any()
 
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("optimized", [False, True])
-def test_every_opset_resizes_alike(opset: int, optimized: bool) -> None:
+def test_every_opset_gives_the_same_result(opset: int, optimized: bool) -> None:
     spec = InputSpec(height=24, width=40, resize="bicubic")
     for size in [(60, 80), (24, 40), (10, 90)]:
-        assert not off(resizer(spec, opset, optimized), spec, extremes(0, *size)).any()
+        assert not difference(resizer(spec, opset, optimized), spec, extremes(0, *size)).any()
 
 
-def test_an_image_does_not_depend_on_its_neighbours() -> None:
+def test_an_image_does_not_depend_on_the_rest_of_the_batch() -> None:
     spec = InputSpec(height=24, width=40, resize="lanczos")
-    ready = session(resize_model(spec))
+    onnx_session = session(resize_model(spec))
     batch = np.stack([noise(seed, 50, 60) for seed in range(5)])
-    together = ready.run(None, {"input": batch})[0]
+    together = onnx_session.run(None, {"input": batch})[0]
     for image, resized in zip(batch, together, strict=True):
-        assert np.array_equal(ready.run(None, {"input": image[None]})[0][0], resized)
+        assert np.array_equal(onnx_session.run(None, {"input": image[None]})[0][0], resized)
 
 
 single = st.floats(-10, 10, width=32)
 spread = st.floats(0.0625, 16, width=32)
 
 
-def echo(spec: InputSpec, opset: int = 18) -> onnx.ModelProto:
-    """A network that gives back what it is fed, with names that a preprocessing may want for itself."""
+def identity_model(spec: InputSpec, opset: int = 18) -> onnx.ModelProto:
+    """Return a network that returns its input, with names that the preprocessing also uses."""
     text = f"""
         <ir_version: 10, opset_import: ["" : {opset}]>
         network (float[batch, 3, {spec.height}, {spec.width}] input) => (float[batch, values] logits)
@@ -163,29 +163,29 @@ def echo(spec: InputSpec, opset: int = 18) -> onnx.ModelProto:
 )
 @example((-1.0, 1.0), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 @example((0.0, 1.0), (1e-30, 0.0, -1e-7), (1e-7, 1e30, 1.0))
-def test_at_its_own_size_the_network_sees_the_values_of_scale(
+def test_an_image_of_the_right_size_is_normalized_exactly(
     ends: tuple[float, float], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> None:
     spec = InputSpec(height=16, width=32, value_range=ends, mean=mean, std=std)
     levels = np.arange(512, dtype=np.uint16).astype(np.uint8).reshape(1, 16, 32, 1)
     pixels = np.concatenate([levels, levels[:, ::-1], levels[:, :, ::-1]], axis=3)
-    model = embed_preprocessing(echo(spec), spec)
+    model = embed_preprocessing(identity_model(spec), spec)
     onnx.checker.check_model(model, full_check=True)
     seen = session(model).run(["logits"], {"input": pixels})[0]
-    assert np.array_equal(seen, scale(pixels, spec).reshape(1, -1))  # but for the sign of a zero, all bits
+    assert np.array_equal(seen, normalize(pixels, spec).reshape(1, -1))  # all bits, except for the sign of a zero
 
 
 @pytest.mark.parametrize("opset", OPSETS)
-def test_a_resized_picture_is_scaled_too(opset: int) -> None:
+def test_a_resized_image_is_normalized_exactly(opset: int) -> None:
     spec = InputSpec(height=16, width=32, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))
     pixels = noise(0, 40, 50)
-    seen = session(embed_preprocessing(echo(spec, opset), spec)).run(["logits"], {"input": pixels[None]})[0]
-    assert seen.tobytes() == scale(resize(Image.fromarray(pixels), spec)[None], spec).tobytes()
+    seen = session(embed_preprocessing(identity_model(spec, opset), spec)).run(["logits"], {"input": pixels[None]})[0]
+    assert seen.tobytes() == normalize(resize(Image.fromarray(pixels), spec)[None], spec).tobytes()
 
 
-def test_the_model_that_is_given_is_not_changed() -> None:
+def test_the_original_model_is_not_modified() -> None:
     spec = InputSpec(height=16, width=32)
-    model = echo(spec)
+    model = identity_model(spec)
     before = model.SerializeToString(deterministic=True)
     first, second = (embed_preprocessing(model, spec).SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
@@ -193,15 +193,17 @@ def test_the_model_that_is_given_is_not_changed() -> None:
 
 
 def test_every_constant_is_used() -> None:
-    """ONNX Runtime warns of others when it opens the file."""
+    """ONNX Runtime warns about unused ones when it opens a file."""
     for filter_name in FILTERS:
         graph = resize_model(InputSpec(height=4, width=6, resize=filter_name)).graph
-        assert {entry.name for entry in graph.initializer} <= set(_taken(graph)), filter_name
+        assert {entry.name for entry in graph.initializer} <= set(_inputs_of_nodes(graph)), filter_name
 
 
-def _taken(graph: onnx.GraphProto) -> list[str]:
+def _inputs_of_nodes(graph: onnx.GraphProto) -> list[str]:
     inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
-    return [name for node in graph.node for name in node.input] + [name for part in inner for name in _taken(part)]
+    return [name for node in graph.node for name in node.input] + [
+        name for part in inner for name in _inputs_of_nodes(part)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -213,50 +215,56 @@ def embedded(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPath
     return made.path
 
 
-def test_an_export_takes_pixels_of_any_size(embedded: Path) -> None:
-    ready = onnxruntime.InferenceSession(embedded, providers=["CPUExecutionProvider"])
-    [taken] = ready.get_inputs()
-    assert (taken.name, taken.type, taken.shape) == ("input", "tensor(uint8)", ["batch", "height", "width", 3])
+def test_an_exported_file_accepts_images_of_any_size(embedded: Path) -> None:
+    onnx_session = onnxruntime.InferenceSession(embedded, providers=["CPUExecutionProvider"])
+    [input_info] = onnx_session.get_inputs()
+    assert (input_info.name, input_info.type, input_info.shape) == (
+        "input",
+        "tensor(uint8)",
+        ["batch", "height", "width", 3],
+    )
     for shape in [(1, 1, 1, 3), (2, 32, 32, 3), (3, 7, 300, 3)]:
-        assert ready.run(["logits"], {"input": np.zeros(shape, np.uint8)})[0].shape == (shape[0], 10)
+        assert onnx_session.run(["logits"], {"input": np.zeros(shape, np.uint8)})[0].shape == (shape[0], 10)
 
 
-def test_the_answers_of_the_plain_file(embedded: Path, good_onnx: Path) -> None:
+def test_predictions_match_the_file_without_preprocessing(embedded: Path, good_onnx: Path) -> None:
     images = [noise(seed, *size) for seed, size in enumerate([(32, 32), (50, 60), (32, 32), (9, 200), (60, 50)])]
-    with load(embedded, device="cpu") as ours, load(good_onnx, device="cpu") as plain:
-        for mine, its in zip(ours.predict(images, 3), plain.predict(images, 3), strict=True):
-            assert mine.label == its.label
-            assert mine.score == pytest.approx(its.score, abs=1e-5)
+    with load(embedded, device="cpu") as predictor, load(good_onnx, device="cpu") as plain:
+        for ours, expected in zip(predictor.predict(images, 3), plain.predict(images, 3), strict=True):
+            assert ours.label == expected.label
+            assert ours.score == pytest.approx(expected.score, abs=1e-5)
 
 
-def test_the_file_has_the_same_bytes_every_time(checkpoint: Path, tmp_path: Path) -> None:
+def test_converting_again_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("one.onnx", "two.onnx"):
-        source = source_of(load_checkpoint(checkpoint), options=ExportOptions(embed_preprocessing=True))
-        convert_to_onnx(source).save(tmp_path / name, source.spec)
+        source = conversion_source(load_checkpoint(checkpoint), options=ExportOptions(embed_preprocessing=True))
+        next(convert_to_onnx(source)).save(tmp_path / name, source.spec)
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
-@as_pillow_13
+@needs_pillow_13
 @pytest.mark.slow
 @pytest.mark.parametrize("filter_name", FILTERS)
 @pytest.mark.parametrize("size", [32, 224])
-def test_the_values_of_pillow_on_photographs_and_noise(
+def test_values_match_pillow_on_photographs_and_noise(
     filter_name: Any, size: int, dog: Path, cifar10_jpeg: Path
 ) -> None:
-    """The figures of docs/embedded-preprocessing.md: 741 pictures, not a value off."""
+    """The results of docs/embedded-preprocessing.md: 741 images without a difference."""
     spec = InputSpec(height=size, width=size, resize=filter_name)
     sizes = np.exp(np.random.default_rng(0).uniform(0, np.log(2000), (117, 2))).round().astype(int)
     corners = [(1, 1), (1, 2000), (2000, 1)]
-    drawn = [drawing(0, *sides) for sides in [*sizes, *corners] for drawing in (noise, extremes)]
+    drawn = [pattern(0, *sides) for sides in [*sizes, *corners] for pattern in (noise, extremes)]
     for pixels in [np.asarray(read_image(dog)), *_test_images(cifar10_jpeg), *drawn]:
-        assert not off(resizer(spec), spec, pixels).any(), pixels.shape
+        assert not difference(resizer(spec), spec, pixels).any(), pixels.shape
 
 
 @cache
 def _test_images(archive: Path) -> tuple[NDArray[np.uint8], ...]:
-    """250 test images as they are, and enlarged to 77x50."""
-    from cifarx_train.data.selection import select_data_like
+    """Return 250 test images, in their own size and enlarged to 77x50."""
+    from cifarx_train.data.selection import select_dataset_for_model
 
-    images = select_data_like(None, str(archive), "refuse").load("test", InputSpec(height=32, width=32)).images[::40]
+    images = (
+        select_dataset_for_model(None, str(archive), "raise").load("test", InputSpec(height=32, width=32)).images[::40]
+    )
     enlarged = [np.asarray(Image.fromarray(image).resize((77, 50), Image.Resampling.BICUBIC)) for image in images]
     return (*images, *enlarged)

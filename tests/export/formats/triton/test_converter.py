@@ -1,4 +1,4 @@
-"""The model repository: Triton's own grammar reads its configuration, which says what the ONNX file says."""
+"""Triton model repositories: the configuration parses with Triton's message types and matches the ONNX file."""
 
 import re
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifarx_export.formats.registry import ExportOptions, Source
-from cifarx_export.formats.triton.config import PREFERRED_BATCHES, labels, quoted, triton_config
-from cifarx_export.formats.triton.converter import TritonArtifact, convert_to_triton, repository_name
-from cifarx_export.formats.triton.kserve import LONGEST_NAME, kserve_manifest, resource_name
+from cifarx_export.formats.registry import ExportOptions
+from cifarx_export.formats.triton.config import PREFERRED_BATCH_SIZES, labels, quote, triton_config
+from cifarx_export.formats.triton.converter import TritonArtifact, convert_to_triton, triton_name
+from cifarx_export.formats.triton.kserve import MAX_NAME_LENGTH, kserve_manifest, kubernetes_name
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 from cifarx_serve.devices import Device
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from tests.support.conversion_source import source_of
+from tests.support.conversion import conversion_source
 from tests.support.parity_summary import SUMMARY
 
 CPU = Device("cpu")
@@ -35,7 +35,7 @@ def loaded(checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def artifact(loaded: Checkpoint) -> TritonArtifact:
-    return convert_to_triton(source_of(loaded))
+    return next(convert_to_triton(conversion_source(loaded)))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def images(count: int, height: int = 32, width: int = 32) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
-# What `config.pbtxt` may hold: the fields used here, with the names, types and numbers of Triton's public
-# `model_config.proto`. A field that is not there, a wrong type or a field set twice is an error of the parser.
+# The fields of `config.pbtxt` that are used, with the names, types and numbers of Triton's `model_config.proto`.
+# The parser raises an error for an unknown field, a wrong type and a duplicate field.
 ENUMS = {
     "DataType": {"TYPE_INVALID": 0, "TYPE_UINT8": 2, "TYPE_FP16": 10, "TYPE_FP32": 11},
     "Kind": {"KIND_AUTO": 0, "KIND_GPU": 1, "KIND_CPU": 2, "KIND_MODEL": 3},
@@ -101,8 +101,8 @@ MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
 }
 
 
-def grammar() -> Any:
-    """The message class of `ModelConfig`."""
+def model_config_class() -> Any:
+    """Return the message class of `ModelConfig`."""
     file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="inference", syntax="proto3")
     field_type = descriptor_pb2.FieldDescriptorProto.Type
     for name, values in ENUMS.items():
@@ -111,8 +111,8 @@ def grammar() -> Any:
         )
     for name, fields in MESSAGES.items():
         message = file.message_type.add(name=name)
-        for field, (number, said) in fields.items():
-            repeated, kind = said.startswith("repeated "), said.removeprefix("repeated ")
+        for field, (number, declared) in fields.items():
+            repeated, kind = declared.startswith("repeated "), declared.removeprefix("repeated ")
             added = message.field.add(name=field, number=number, label=3 if repeated else 1)
             if kind in MESSAGES or kind in ENUMS:
                 added.type_name = f".inference.{kind}"
@@ -124,38 +124,38 @@ def grammar() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
 
 
-MODEL_CONFIG = grammar()
+ModelConfig = model_config_class()
 
 
-def parsed(text: str) -> Any:
-    return text_format.Parse(text, MODEL_CONFIG())
+def parse(text: str) -> Any:
+    return text_format.Parse(text, ModelConfig())
 
 
 def config_of(repository: Path) -> Any:
-    return parsed((repository / "lzh/config.pbtxt").read_text(encoding="utf-8"))
+    return parse((repository / "lzh/config.pbtxt").read_text(encoding="utf-8"))
 
 
-def test_the_grammar_is_strict() -> None:
+def test_the_parser_is_strict() -> None:
     for wrong in ("nam: 'x'", "max_batch_size: 'x'", "input { dims: [x] }", "name: 'a' name: 'b'", "input [ { ]"):
         with pytest.raises(text_format.ParseError):
-            parsed(wrong)
+            parse(wrong)
 
 
-def test_the_layout_is_tritons(repository: Path) -> None:
+def test_the_layout_is_that_of_triton(repository: Path) -> None:
     assert files(repository) == FILES
-    (model,) = (path for path in repository.iterdir() if path.is_dir())  # Triton takes each folder for a model
+    (model,) = (path for path in repository.iterdir() if path.is_dir())  # Triton treats each folder as a model
     assert config_of(repository).name == model.name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("embedded", [False, True])
-def test_the_configuration_says_what_the_model_says(
+def test_the_configuration_matches_the_model(
     loaded: Checkpoint, tmp_path: Path, precision: Any, embedded: bool
 ) -> None:
-    source = source_of(loaded, precision, ExportOptions(embed_preprocessing=embedded or None))
-    converted = convert_to_triton(source)
-    spec = converted.describe(source.spec)
-    converted.save(tmp_path, spec)
+    source = conversion_source(loaded, precision, ExportOptions(embed_preprocessing=embedded or None))
+    artifact = next(convert_to_triton(source))
+    spec = artifact.complete_spec(source.spec)
+    artifact.save(tmp_path, spec)
     config = config_of(tmp_path)
     with OnnxRuntimeBackend(tmp_path / "lzh/1/model.onnx", CPU) as backend:
         assert backend.spec == spec
@@ -163,13 +163,12 @@ def test_the_configuration_says_what_the_model_says(
         logits = backend.run(np.zeros((2, 32, 32, 3), np.uint8) if embedded else np.zeros((2, 3, 32, 32), np.float32))
     assert logits.shape == (2, 10)
     types = {"TYPE_FP32": "float32", "TYPE_UINT8": "uint8"}
-    for port, said in zip(tensor_infos, [*config.input, *config.output], strict=True):
-        assert said.name == port.name
-        assert types[said.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[said.data_type].name] == (
-            port.dtype
-        )
-        assert port.shape[0] == "batch"
-        assert list(said.dims) == [axis if isinstance(axis, int) else -1 for axis in port.shape[1:]]
+    for info, declared in zip(tensor_infos, [*config.input, *config.output], strict=True):
+        assert declared.name == info.name
+        data_types = declared.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+        assert types[data_types[declared.data_type].name] == info.dtype
+        assert info.shape[0] == "batch"
+        assert list(declared.dims) == [axis if isinstance(axis, int) else -1 for axis in info.shape[1:]]
 
 
 def test_the_rest_of_the_configuration(repository: Path, loaded: Checkpoint) -> None:
@@ -188,36 +187,36 @@ def test_the_rest_of_the_configuration(repository: Path, loaded: Checkpoint) -> 
 
 
 @pytest.mark.parametrize("largest", [None, 3, 16, 64, 100])
-def test_no_batch_is_larger_than_what_was_proved(loaded: Checkpoint, largest: int | None) -> None:
+def test_the_maximum_batch_size_is_the_largest_that_passed(loaded: Checkpoint, largest: int | None) -> None:
     spec = (
         loaded.spec
         if largest is None
         else msgspec.structs.replace(loaded.spec, parity=msgspec.structs.replace(SUMMARY, batch_sizes=(1, largest)))
     )
-    config = parsed(triton_config(spec, "lzh"))
+    config = parse(triton_config(spec, "lzh"))
     assert config.max_batch_size == (largest or 64)
     preferred = list(config.dynamic_batching.preferred_batch_size)
     assert preferred == sorted(set(preferred))
     assert preferred[-1] == config.max_batch_size
-    assert set(preferred) <= {*PREFERRED_BATCHES, config.max_batch_size}
+    assert set(preferred) <= {*PREFERRED_BATCH_SIZES, config.max_batch_size}
     assert config.dynamic_batching.max_queue_delay_microseconds > 0
 
 
-def test_saving_again_replaces_all_of_it(
+def test_saving_again_replaces_every_file(
     artifact: TritonArtifact, loaded: Checkpoint, repository: Path, tmp_path: Path
 ) -> None:
-    """As an export does: once before the proof, once with its result."""
+    """An export saves twice: before the parity check, and with its summary."""
     artifact.save(tmp_path / "twice", msgspec.structs.replace(loaded.spec, class_names=("longer " * 100,) * 10))
     artifact.save(tmp_path / "twice", loaded.spec)
     assert content(tmp_path / "twice") == content(repository)
-    proved = msgspec.structs.replace(loaded.spec, parity=msgspec.structs.replace(SUMMARY, batch_sizes=(1, 3, 64)))
-    artifact.save(tmp_path / "twice", proved)
+    checked = msgspec.structs.replace(loaded.spec, parity=msgspec.structs.replace(SUMMARY, batch_sizes=(1, 3, 64)))
+    artifact.save(tmp_path / "twice", checked)
     assert files(tmp_path / "twice") == FILES
-    assert OnnxRuntimeBackend.read_spec(tmp_path / "twice/lzh/1/model.onnx") == proved
+    assert OnnxRuntimeBackend.read_spec(tmp_path / "twice/lzh/1/model.onnx") == checked
     assert config_of(tmp_path / "twice").max_batch_size == 64
 
 
-def test_the_model_answers_as_the_network(repository: Path, loaded: Checkpoint) -> None:
+def test_logits_match_the_network(repository: Path, loaded: Checkpoint) -> None:
     import torch
 
     from cifarx_serve.images.preprocess import model_input
@@ -230,28 +229,28 @@ def test_the_model_answers_as_the_network(repository: Path, loaded: Checkpoint) 
 
 
 @given(st.lists(NAMES, min_size=2, max_size=5))
-def test_any_class_names_keep_their_lines(names: list[str]) -> None:
+def test_each_class_name_has_one_line(names: list[str]) -> None:
     text = labels(spec_of(names))
     assert text.endswith("\n")
-    lines = text[:-1].split("\n")  # as std::getline has it
+    lines = text[:-1].split("\n")  # as std::getline splits it
     assert len(lines) == len(names)
     for line, name in zip(lines, names, strict=True):
         assert line == name or name.splitlines() != [name]
 
 
 @given(st.lists(NAMES, min_size=2, max_size=5), NAMES)
-def test_any_spec_comes_through_the_configuration(names: list[str], model: str) -> None:
+def test_any_spec_survives_the_configuration(names: list[str], model: str) -> None:
     spec = spec_of(names, model)
-    text = triton_config(spec, repository_name(model) or "x")
+    text = triton_config(spec, triton_name(model) or "x")
     assert text.isascii()
-    config = parsed(text)
+    config = parse(text)
     assert ModelSpec.from_json(config.parameters[0].value.string_value, "test") == spec
     assert list(config.output[0].dims) == [len(names)]
 
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_any_text_can_be_quoted(text: str) -> None:
-    assert parsed(f"name: {quoted(text)}").name == text
+    assert parse(f"name: {quote(text)}").name == text
 
 
 def spec_of(names: list[str], model: str = "lzh") -> ModelSpec:
@@ -261,12 +260,12 @@ def spec_of(names: list[str], model: str = "lzh") -> ModelSpec:
 
 
 @given(NAMES)
-def test_a_folder_of_any_model_stays_in_its_place(model: str) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9_-]*", repository_name(model))
+def test_any_model_name_becomes_a_safe_folder_name(model: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9_-]*", triton_name(model))
 
 
 def yaml_lines(text: str) -> Mapping[str, Any]:
-    """The part of YAML that is used here, and no more: mappings by two spaces, plain and double-quoted scalars."""
+    """Parse the subset of YAML that is used: mappings indented by two spaces, plain and double-quoted scalars."""
     document: dict[str, Any] = {}
     levels: list[dict[str, Any]] = [document]
     for line in text.splitlines():
@@ -284,7 +283,7 @@ def yaml_lines(text: str) -> Mapping[str, Any]:
     return document
 
 
-def test_the_manifest_is_kserves(repository: Path) -> None:
+def test_the_manifest_is_an_inference_service(repository: Path) -> None:
     text = (repository / "kserve.yaml").read_text(encoding="utf-8")
     assert text.startswith("# CHANGE storageUri BEFORE USE")
     document = yaml_lines(text)
@@ -298,16 +297,16 @@ def test_the_manifest_is_kserves(repository: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "memory"), [(1, "2Gi"), (1 << 30, "5Gi"), (550_000_000, "3Gi")])
-def test_the_manifest_asks_for_memory_by_the_size_of_the_model(size: int, memory: str) -> None:
+def test_the_memory_request_depends_on_the_model_size(size: int, memory: str) -> None:
     document = yaml_lines(kserve_manifest(spec_of(["a", "b"]), size))
     assert document["spec"]["predictor"]["model"]["resources"]["limits"]["memory"] == memory
 
 
 @given(NAMES)
-def test_any_model_gets_a_name_that_kubernetes_takes(model: str) -> None:
-    name = resource_name(model)
+def test_any_model_gets_a_valid_kubernetes_name(model: str) -> None:
+    name = kubernetes_name(model)
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
-    assert len(name) <= LONGEST_NAME
+    assert len(name) <= MAX_NAME_LENGTH
     assert yaml_lines(kserve_manifest(spec_of(["a", "b"], model), 1))["metadata"]["name"] == name
 
 
@@ -315,11 +314,10 @@ def test_any_model_gets_a_name_that_kubernetes_takes(model: str) -> None:
     ("model", "name"),
     [("lzh", "lzh"), ("efficientnet_b0", "efficientnet-b0"), ("2Net", "net"), ("网", "model"), ("a" * 90, "a" * 40)],
 )
-def test_names_for_kubernetes(model: str, name: str) -> None:
-    assert resource_name(model) == name
+def test_kubernetes_names(model: str, name: str) -> None:
+    assert kubernetes_name(model) == name
 
 
-def test_describing_is_the_onnx_models(artifact: TritonArtifact, loaded: Checkpoint) -> None:
-    source: Source = source_of(loaded)
-    exporter = artifact.describe(source.spec).exporter or {}
+def test_the_spec_is_completed_by_the_onnx_model(artifact: TritonArtifact, loaded: Checkpoint) -> None:
+    exporter = artifact.complete_spec(conversion_source(loaded).spec).exporter or {}
     assert exporter["opset"] == "18"

@@ -1,1 +1,1 @@
-"""Static int8 quantization of ONNX files."""
+"""Static int8 quantization of ONNX models."""

@@ -1,8 +1,8 @@
-"""Weights rounded so that the layers' outputs stay, not the weights: each rounding makes up for those before it.
+"""Quantization of weights with GPTQ, which preserves the outputs of a layer rather than its weights.
 
-The method is GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", 2022): column by column, the error of a rounded column is taken up by the columns that are still to be
-rounded, as far as the layer's inputs on the calibration images make them alike.
+The method is from Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+2022. The weights of a layer are quantized column by column. The remaining columns are adjusted to compensate for the
+quantization error, according to the correlations of the layer's inputs on the calibration images.
 """
 
 from typing import Any, Final
@@ -10,104 +10,106 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
-from cifarx_export.formats.onnx.int8.calibration import activations
-from cifarx_export.formats.onnx.int8.layers import weighted_nodes
+from cifarx_export.formats.onnx.int8.inference import iterate_activations
+from cifarx_export.formats.onnx.int8.layers import nodes_with_weights
 
-LARGEST_LEVEL: Final = 64
-"""Of a weight of 7 bits: -64 to 64."""
+QUANT_MAX: Final = 64
+"""Largest quantized weight: weights of 7 bits are from -64 to 64."""
 
-_ROWS: Final = 16384
-"""Inputs of a layer that its correlations are taken from: of a convolution, so many patches."""
+_MAX_ROWS: Final = 16384
+"""Number of input rows that the Hessian of a layer is computed from. The rows of a convolution are patches."""
 
-_LARGEST_INPUT: Final = 4608
-"""Values that a layer with correlations takes: their matrix has the square (512 channels under 3x3). The weights of
-layers with more are rounded to the nearest."""
+_MAX_IN_FEATURES: Final = 4608
+"""Most input features of a layer that GPTQ is applied to, because the Hessian has their square as its size (512
+channels under a 3x3 kernel). The weights of larger layers are rounded to the nearest integer."""
 
 _DAMPING: Final = 0.01
-"""Added to the diagonal, as a share of its mean; the paper's."""
+"""Fraction of the mean of the Hessian's diagonal that is added to the diagonal; from the paper."""
 
-_BLOCK: Final = 128
-"""Columns between updates of all that follow; the paper's."""
+_BLOCK_SIZE: Final = 128
+"""Number of columns after which the remaining columns are updated; from the paper."""
 
 
-def round_weights(model: Any, quantized: Any, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.int8]]:
-    """Better integers for a quantized network's weights, by the initializer's name.
+def quantize_weights(
+    model: ModelProto, quantized: ModelProto, inputs: NDArray[np.float32]
+) -> dict[str, NDArray[np.int8]]:
+    """Return quantized weights for a model, by the name of the initializer.
 
     Args:
-        model: the fp32 network.
-        quantized: the same with every layer quantized: it has the scales.
-        inputs: calibration images as inputs, (N, 3, height, width).
+        model: the fp32 model.
+        quantized: the same model with every layer quantized, which holds the scales.
+        inputs: preprocessed calibration images, (N, 3, height, width).
     """
-    constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    initializers = {tensor.name: tensor for tensor in quantized.graph.initializer}
     scales = {
-        node.input[0]: numpy_helper.to_array(constants[node.input[1]])
+        node.input[0]: numpy_helper.to_array(initializers[node.input[1]])
         for node in quantized.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+        if node.op_type == "DequantizeLinear" and node.input[0] in initializers
     }
     originals = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = {}
-    for node, correlations in _correlations(model, inputs):
+    results = {}
+    for node, hessian in _compute_hessians(model, inputs):
         name = f"{node.input[1]}_quantized"
         if name not in scales:
             continue
         weights = numpy_helper.to_array(originals[node.input[1]])
-        rows = _rows(node, weights)
-        rounded = _round(torch.from_numpy(rows), torch.from_numpy(scales[name].copy()), correlations).numpy()
-        found[name] = np.ascontiguousarray(
-            rounded.reshape(weights.shape) if _channel_first(node) else rounded.T, np.int8
+        matrix = torch.from_numpy(_as_matrix(node, weights))
+        levels = _quantize_columns(matrix, torch.from_numpy(scales[name].copy()), hessian).numpy()
+        results[name] = np.ascontiguousarray(
+            levels.reshape(weights.shape) if _has_outputs_first(node) else levels.T, np.int8
         )
-    return found
+    return results
 
 
-def _correlations(model: Any, inputs: NDArray[np.float32]) -> list[tuple[Any, Tensor]]:
-    """Of each layer, the sum over its input rows x of x xᵀ: (inputs, inputs)."""
+def _compute_hessians(model: ModelProto, inputs: NDArray[np.float32]) -> list[tuple[NodeProto, Tensor]]:
+    """Return each layer with its Hessian, the sum of x xᵀ over its input rows x: (in_features, in_features)."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    nodes = [node for node in weighted_nodes(model) if _takes(node, shapes[node.input[1]]) <= _LARGEST_INPUT]
-    nodes = [node for node in nodes if _attributes(node).get("group", 1) == 1]
-    sums = [torch.zeros(()) for _ in nodes]
-    done = 0
-    for batch in activations(model, list(dict.fromkeys(node.input[0] for node in nodes)), inputs):
-        size = len(batch["input"])
-        done += size
-        limit = max(1, _ROWS * size // len(inputs))
-        for number, node in enumerate(nodes):
+    nodes = [
+        node
+        for node in nodes_with_weights(model)
+        if _in_features(node, shapes[node.input[1]]) <= _MAX_IN_FEATURES and _attributes(node).get("group", 1) == 1
+    ]
+    hessians = [torch.zeros(()) for _ in nodes]
+    for batch in iterate_activations(model, list(dict.fromkeys(node.input[0] for node in nodes)), inputs):
+        limit = max(1, _MAX_ROWS * len(batch["input"]) // len(inputs))
+        for index, node in enumerate(nodes):
             rows = _input_rows(node, torch.from_numpy(np.array(batch[node.input[0]])), limit)
-            sums[number] = sums[number] + rows.T @ rows
-    return list(zip(nodes, sums, strict=True))
+            hessians[index] = hessians[index] + rows.T @ rows
+    return list(zip(nodes, hessians, strict=True))
 
 
-def _input_rows(node: Any, values: Tensor, limit: int) -> Tensor:
-    """At most about `limit` of what a layer's weights are multiplied with, spread evenly: (rows, inputs)."""
+def _input_rows(node: NodeProto, activation: Tensor, limit: int) -> Tensor:
+    """Return about `limit` of the rows that a layer multiplies by its weights, evenly spread: (rows, in_features)."""
     if node.op_type == "Conv":
         attributes = _attributes(node)
         strides, pads = attributes.get("strides", [1, 1]), attributes.get("pads", [0, 0, 0, 0])
-        positions = max(1, values.shape[2] * values.shape[3] // (strides[0] * strides[1]))
-        values = values[:: max(1, len(values) * positions // (4 * limit))]  # unfolding is what takes memory
+        positions = max(1, activation.shape[2] * activation.shape[3] // (strides[0] * strides[1]))
+        activation = activation[:: max(1, len(activation) * positions // (4 * limit))]  # unfolding takes much memory
         top, left, bottom, right = pads
-        padded = functional.pad(values, (left, right, top, bottom))
+        padded = functional.pad(activation, (left, right, top, bottom))
         patches = functional.unfold(
             padded, attributes["kernel_shape"], attributes.get("dilations", [1, 1]), stride=strides
         )
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     else:
-        rows = values.reshape(-1, values.shape[-1])
+        rows = activation.reshape(-1, activation.shape[-1])
     return rows[:: max(1, len(rows) // limit)]
 
 
-def _round(weights: Tensor, scales: Tensor, correlations: Tensor) -> Tensor:
-    """Integers, (outputs, inputs), for weights of that shape; `scales` (outputs,)."""
-    inverse = _inverse_factor(correlations)
+def _quantize_columns(weights: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """Return integers as floats, (out_features, in_features), for weights of that shape and scales (out_features,)."""
+    inverse = _inverse_cholesky(hessian)
     remaining, levels = weights.clone(), torch.empty_like(weights)
-    for start in range(0, weights.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, weights.shape[1])
+    for start in range(0, weights.shape[1], _BLOCK_SIZE):
+        stop = min(start + _BLOCK_SIZE, weights.shape[1])
         block, factor = remaining[:, start:stop].clone(), inverse[start:stop, start:stop]
         errors = torch.empty_like(block)
         for column in range(stop - start):
-            level = (block[:, column] / scales).round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
+            level = (block[:, column] / scales).round().clamp(-QUANT_MAX, QUANT_MAX)
             levels[:, start + column] = level
             errors[:, column] = (block[:, column] - level * scales) / factor[column, column]
             block[:, column:] -= errors[:, column, None] * factor[column, column:]
@@ -115,28 +117,32 @@ def _round(weights: Tensor, scales: Tensor, correlations: Tensor) -> Tensor:
     return levels
 
 
-def _inverse_factor(correlations: Tensor) -> Tensor:
-    """The upper R with Rᵀ R = H⁻¹, H damped: the inverse of the upper U with U Uᵀ = H, Cholesky's from the end."""
-    damped = correlations.double()
+def _inverse_cholesky(hessian: Tensor) -> Tensor:
+    """Return the upper triangular R with Rᵀ R = H⁻¹, where H is the damped Hessian.
+
+    R is the inverse of the upper triangular U with U Uᵀ = H, a Cholesky decomposition from the last row upwards.
+    """
+    damped = hessian.double()
     damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp(min=1e-6))
     upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
     return inverse.float()
 
 
-def _attributes(node: Any) -> dict[str, Any]:
+def _attributes(node: NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _channel_first(node: Any) -> bool:
-    """Whether the weights' first axis is the outputs'."""
+def _has_outputs_first(node: NodeProto) -> bool:
+    """Return whether the first axis of the weights is that of the outputs."""
     return node.op_type == "Conv" or bool(_attributes(node).get("transB", 0))
 
 
-def _takes(node: Any, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape[1:])) if _channel_first(node) else shape[0]
+def _in_features(node: NodeProto, shape: tuple[int, ...]) -> int:
+    """Return the number of input features of a layer with weights of this shape."""
+    return int(np.prod(shape[1:])) if _has_outputs_first(node) else shape[0]
 
 
-def _rows(node: Any, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(outputs, inputs)."""
-    return weights.reshape(len(weights), -1).copy() if _channel_first(node) else np.ascontiguousarray(weights.T)
+def _as_matrix(node: NodeProto, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the weights as (out_features, in_features)."""
+    return weights.reshape(len(weights), -1).copy() if _has_outputs_first(node) else np.ascontiguousarray(weights.T)

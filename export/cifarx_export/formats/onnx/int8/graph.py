@@ -1,58 +1,69 @@
-"""An ONNX network with QuantizeLinear and DequantizeLinear around what is to run in integers."""
+"""Inserting QuantizeLinear and DequantizeLinear (QDQ) nodes into an ONNX graph."""
 
 import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import onnx
+from onnx import GraphProto, ModelProto, NodeProto
 
 from cifarx_export.formats.onnx.int8.calibration import Ranges
-from cifarx_export.formats.onnx.int8.layers import float_tensors, quiet, shortcut_additions
+from cifarx_export.formats.onnx.int8.inference import float_tensors
+from cifarx_export.formats.onnx.int8.layers import residual_additions
+from cifarx_export.formats.quiet import quiet
 
-_OPERATIONS: Final = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Flatten")
-"""What ONNX Runtime's CPU kernels run in int8, and what integers pass through unchanged. Softmax, normalisation and
-tolerances (HardSwish, Mul) stay in fp32: they are a small part of the work and a large part of the error."""
+_INT8_OPERATORS: Final = (
+    "Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Flatten",
+)  # fmt: skip
+"""Operators with int8 CPU kernels in ONNX Runtime, and operators that pass integers through unchanged.
+
+Softmax, normalization and gating (HardSwish, Mul) stay in fp32: they are a small part of the work and cause a large
+part of the error."""
 
 _FLOAT_OUTPUT: Final = ("Gemm", "MatMul")
-"""May end in fp32, where nothing follows that takes integers."""
+"""Operators whose output may stay in fp32 if no int8 operator follows."""
 
-_PASSING: Final = ("MaxPool", "AveragePool", "Reshape", "Flatten")
-"""Have the range of what they take."""
+_RANGE_PRESERVING: Final = ("MaxPool", "AveragePool", "Reshape", "Flatten")
+"""Operators whose output has the range of their input."""
 
 
-def prepare(model: Any) -> Any:
-    """Constants folded, shapes known; by way of files, as the library will have it."""
+def prepare_for_quantization(model: ModelProto) -> ModelProto:
+    """Return the model with constants folded and shapes inferred."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        given, prepared = Path(folder) / "given.onnx", Path(folder) / "prepared.onnx"
-        onnx.save(model, given)
-        quant_pre_process(given, prepared, skip_symbolic_shape=True)  # ONNX's own inference knows these networks
-        found = onnx.load(prepared)
-    found.ir_version = model.ir_version
-    return found
+    with tempfile.TemporaryDirectory() as folder, quiet():  # the library reads and writes files
+        original, prepared = Path(folder) / "given.onnx", Path(folder) / "prepared.onnx"
+        onnx.save(model, original)
+        quant_pre_process(original, prepared, skip_symbolic_shape=True)  # the inference of ONNX itself is sufficient
+        result = onnx.load(prepared)
+    result.ir_version = model.ir_version
+    return result
 
 
-def integer_nodes(model: Any) -> list[Any]:
-    """What is to run in integers: of the additions, those of shortcuts alone."""
-    additions = [node.name for node in shortcut_additions(model)]
-    nodes = (node for node in model.graph.node if node.op_type in _OPERATIONS)
+def nodes_to_quantize(model: ModelProto) -> list[NodeProto]:
+    """Return the nodes that can run in int8. Of the additions, these are the residual ones."""
+    additions = [node.name for node in residual_additions(model)]
+    nodes = (node for node in model.graph.node if node.op_type in _INT8_OPERATORS)
     return [node for node in nodes if node.op_type != "Add" or node.name in additions]
 
 
-def rounded_tensors(model: Any) -> list[str]:
-    """The activations whose ranges `quantized` asks for."""
-    floats = float_tensors(model)
-    nodes = [node for node in integer_nodes(model) if node.op_type not in _PASSING]
+def tensors_to_calibrate(model: ModelProto) -> list[str]:
+    """Return the names of the activations that `insert_qdq` needs the ranges of."""
+    activations = float_tensors(model)
+    nodes = [node for node in nodes_to_quantize(model) if node.op_type not in _RANGE_PRESERVING]
     names = [name for node in nodes for name in node.input]
     names += [name for node in nodes if node.op_type not in _FLOAT_OUTPUT for name in node.output]
-    return [name for name in dict.fromkeys(names) if name in floats]
+    return [name for name in dict.fromkeys(names) if name in activations]
 
 
-def quantized(model: Any, ranges: Ranges, left: Sequence[str] = ()) -> Any:
-    """With QuantizeLinear and DequantizeLinear around all integer nodes but those `left`."""
+def insert_qdq(model: ModelProto, ranges: Ranges, fp32_nodes: Sequence[str] = ()) -> ModelProto:
+    """Return the model with QDQ nodes around each node that can run in int8, except the named `fp32_nodes`.
+
+    Activations are uint8 with one scale and zero point per tensor. Weights are int8 of 7 bits with one scale per output
+    channel and no zero point.
+    """
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -65,41 +76,46 @@ def quantized(model: Any, ranges: Ranges, left: Sequence[str] = ()) -> Any:
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             tensors_range=TensorsData(CalibrationMethod.MinMax, dict(ranges)),
-            nodes_to_quantize=[node.name for node in integer_nodes(model)],
-            nodes_to_exclude=list(left),
-            op_types_to_quantize=list(_OPERATIONS),
+            nodes_to_quantize=[node.name for node in nodes_to_quantize(model)],
+            nodes_to_exclude=list(fp32_nodes),
+            op_types_to_quantize=list(_INT8_OPERATORS),
             extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": list(_FLOAT_OUTPUT)},
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
-    _leave_unrounded(quantizer.model.model.graph, frozenset(left))
-    return _cleaned(quantizer.model.model, model)
+    result: ModelProto = quantizer.model.model
+    _remove_qdq_between(result.graph, frozenset(fp32_nodes))
+    _strip_library_metadata(result, model)
+    return result
 
 
-def _leave_unrounded(graph: Any, left: frozenset[str]) -> None:
-    """What one node in fp32 gives another goes there as it is; the library rounds it for all when it does for one.
+def _remove_qdq_between(graph: GraphProto, fp32_nodes: frozenset[str]) -> None:
+    """Remove the QDQ pairs between two nodes in fp32.
 
-    On ResNets the sums of the shortcuts are then rounded where they enter a convolution, and nowhere else.
+    If one reader of a value runs in int8, the library quantizes the value for all of its readers. Without these pairs,
+    the sums of a ResNet's residual connections are quantized only where they enter a convolution.
     """
-    makers = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
-        for place, name in enumerate(node.input if node.name in left else ()):
-            back = makers.get(name)
-            rounded = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
-            if rounded is None or rounded.op_type != "QuantizeLinear":
+        for index, name in enumerate(node.input if node.name in fp32_nodes else ()):
+            dequantize = producers.get(name)
+            if dequantize is None or dequantize.op_type != "DequantizeLinear":
+                continue
+            quantize = producers.get(dequantize.input[0])
+            if quantize is None or quantize.op_type != "QuantizeLinear":
                 continue  # weights are stored as integers
-            maker = makers.get(rounded.input[0])
-            if maker is not None and maker.name in left:
-                node.input[place] = rounded.input[0]
-    for operation in ("DequantizeLinear", "QuantizeLinear"):
-        taken = {name for node in graph.node for name in node.input}
-        unused = [node for node in graph.node if node.op_type == operation and node.output[0] not in taken]
+            producer = producers.get(quantize.input[0])
+            if producer is not None and producer.name in fp32_nodes:
+                node.input[index] = quantize.input[0]
+    for operator in ("DequantizeLinear", "QuantizeLinear"):
+        read = {name for node in graph.node for name in node.input}
+        unused = [node for node in graph.node if node.op_type == operator and node.output[0] not in read]
         for node in unused:
             graph.node.remove(node)
 
 
-def _cleaned(model: Any, original: Any) -> Any:
-    """Without the library's notes, and without the domains it names and does not use."""
+def _strip_library_metadata(model: ModelProto, original: ModelProto) -> None:
+    """Remove the quantization library's metadata, and the operator domains that it imports but does not use."""
     used = {node.domain for node in model.graph.node}
     domains = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
@@ -107,4 +123,3 @@ def _cleaned(model: Any, original: Any) -> Any:
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     del model.metadata_props[:]
     del model.graph.value_info[:]
-    return model

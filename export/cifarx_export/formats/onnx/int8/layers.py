@@ -1,61 +1,56 @@
-"""The layers of an ONNX network that do the work, what they cost, and running it."""
+"""The layers of an ONNX model that can be quantized, and what they cost."""
 
-import contextlib
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import ModelProto, NodeProto
 
-BATCH: Final = 64
+from cifarx_export.formats.onnx.int8.inference import elements_per_image, float_tensors
 
-_LEAST_COST: Final = 0.02
-"""Of leaving any layer in fp32, as a share of the whole; the additions too cost no more, measured on ResNet-18."""
+_MIN_COST: Final = 0.02
+"""Lowest cost of leaving a layer in fp32. Also the cost of the residual additions, as measured on ResNet-18."""
 
 
 class Layer(NamedTuple):
-    """What is quantized or left in fp32 together.
+    """Nodes that are quantized together, or left in fp32 together.
 
     Attributes:
-        name: of its node, or what the nodes are.
-        nodes: their names.
-        cost: what it takes from the speed to leave them in fp32, as a share.
-        weighted: they have weights.
+        name: name of the node, or what the nodes are.
+        nodes: names of the nodes.
+        fp32_cost: what leaving the layer in fp32 costs in speed, as a fraction of the whole network.
+        has_weights: whether the nodes have weights.
     """
 
     name: str
     nodes: tuple[str, ...]
-    cost: float
-    weighted: bool = True
+    fp32_cost: float
+    has_weights: bool = True
 
 
-def find_layers(model: Any) -> list[Layer]:
-    """Nodes with weights, in the graph's order; then the additions of shortcuts as one, with the ReLUs that follow.
+def find_layers(model: ModelProto) -> list[Layer]:
+    """Return the layers with weights in graph order, then the residual additions with their ReLUs as one layer.
 
-    A layer's cost is its share of the activations, not of the multiplications: what is slow are the large tensors as
-    floats and the ways to and from integers. On ResNet-18 at 32x32 and batch 64, AVX-512, the first convolution in
-    fp32 took the speed-up from 1.53 to 1.23; the last three, with ten times its multiplications, raised it to 1.86.
+    The cost of a layer is its share of the activations, not of the multiplications. Large float tensors and the
+    conversions to and from integers are what is slow. On ResNet-18 (32x32 images, batch size 64, AVX-512), leaving the
+    first convolution in fp32 reduced the speedup from 1.53 to 1.23, whereas leaving the last three in fp32, which have
+    ten times its multiplications, increased it to 1.86.
     """
-    activations = _activations(model)
-    total = max(1, sum(activations.values()))
-    layers = [Layer(name, (name,), count / total + _LEAST_COST) for name, count in activations.items()]
-    additions = shortcut_additions(model)
+    sizes = _activation_sizes(model)
+    total = max(1, sum(sizes.values()))
+    layers = [Layer(name, (name,), size / total + _MIN_COST) for name, size in sizes.items()]
+    additions = residual_additions(model)
     sums = {node.output[0] for node in additions}
     additions += [node for node in model.graph.node if node.op_type == "Relu" and node.input[0] in sums]
     names = tuple(node.name for node in additions)
-    return [*layers, Layer("additions", names, _LEAST_COST, weighted=False)] if names else layers
+    return [*layers, Layer("additions", names, _MIN_COST, has_weights=False)] if names else layers
 
 
-def shortcut_additions(model: Any) -> list[Any]:
-    """Additions of two activations, one of them a convolution's output.
+def residual_additions(model: ModelProto) -> list[NodeProto]:
+    """Return the additions of two activations of which at least one is the output of a convolution.
 
-    Others stay in fp32: a bias after a matrix product costs nothing there, and the sums of a transformer go to a
-    normalisation, which takes floats. On a Swin they were 1.6 % of the agreement with every layer left in fp32.
+    Other additions stay in fp32. A bias after a matrix product costs nothing there, and the sums of a transformer are
+    the input of a normalization, which takes floats. On a Swin transformer, quantizing these sums cost 1.6 % of the
+    agreement even with every layer in fp32.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     convolved = {name for node in model.graph.node if node.op_type == "Conv" for name in node.output}
@@ -63,8 +58,8 @@ def shortcut_additions(model: Any) -> list[Any]:
     return [node for node in additions if convolved.intersection(node.input)]
 
 
-def weighted_nodes(model: Any) -> list[Any]:
-    """Convolutions and matrix products with constant weights."""
+def nodes_with_weights(model: ModelProto) -> list[NodeProto]:
+    """Return the convolutions and matrix products with constant weights, in graph order."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [
         node
@@ -73,63 +68,24 @@ def weighted_nodes(model: Any) -> list[Any]:
     ]
 
 
-def macs_per_image(model: Any) -> dict[str, int]:
-    """Multiplications of each node with weights, by its name; the model's shapes must be known."""
-    size = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+def macs_per_image(model: ModelProto) -> dict[str, int]:
+    """Return the multiply-accumulate operations of each node with weights, by name. Shapes must have been inferred."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     outputs = {value.name: value for value in [*model.graph.value_info, *model.graph.output]}
-    found = {}
-    for node in weighted_nodes(model):
-        dims = [dim.dim_value for dim in outputs[node.output[0]].type.tensor_type.shape.dim][1:]  # 0 is unknown
-        # An output value takes as many multiplications as its channel has weights.
+    macs = {}
+    for node in nodes_with_weights(model):
+        dims = [dim.dim_value for dim in outputs[node.output[0]].type.tensor_type.shape.dim][1:]  # unknown axes are 0
+        # An element of the output takes as many multiplications as its channel has weights.
         channels = shapes[node.input[1]][0] if node.op_type == "Conv" else dims[-1]
-        found[node.name] = math.prod(dims) * size[node.input[1]] // max(1, channels)
-    return found
+        macs[node.name] = math.prod(dims) * sizes[node.input[1]] // max(1, channels)
+    return macs
 
 
-def _activations(model: Any) -> dict[str, int]:
-    """How many values of one image a layer takes and gives."""
+def _activation_sizes(model: ModelProto) -> dict[str, int]:
+    """Return the number of input and output elements per image of each node with weights, by name."""
     values = float_tensors(model)
-
-    def count(name: str) -> int:
-        return math.prod(max(1, dim.dim_value) for dim in values[name].type.tensor_type.shape.dim[1:])
-
-    return {node.name: count(node.input[0]) + count(node.output[0]) for node in weighted_nodes(model)}
-
-
-def float_tensors(model: Any) -> dict[str, Any]:
-    """Value infos of the float32 activations by name, the input's and the output's among them."""
-    graph = model.graph
-    values = [*graph.input, *graph.value_info, *graph.output]
-    return {value.name: value for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
-
-
-def session(model: Any) -> Any:
-    """On the CPU, at the optimization that the runtime gives the finished file."""
-    import onnxruntime
-
-    from cifarx_serve.system.cpus import available_cpus
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = available_cpus()
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def run_in_batches(opened: Any, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits, (N, classes), of inputs (N, 3, height, width)."""
-    starts = range(0, len(inputs), BATCH)
-    return np.concatenate([opened.run(["logits"], {"input": inputs[start : start + BATCH]})[0] for start in starts])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The quantization library prints, warns and logs of its own insides; what matters it raises."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    return {
+        node.name: elements_per_image(values[node.input[0]]) + elements_per_image(values[node.output[0]])
+        for node in nodes_with_weights(model)
+    }

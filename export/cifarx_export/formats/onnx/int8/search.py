@@ -1,242 +1,252 @@
-"""An ONNX network in 8 bits: quantized, compared with itself in fp32, and layers left alone until the two agree.
+"""Search for an int8 version of an ONNX model that agrees with the fp32 model, with as few layers in fp32 as possible.
 
-Activations are uint8, a scale a tensor; weights int8, a scale an output channel, of 7 bits. With 7 the product sums of
-a CPU without dot-product instructions (x86 before VNNI) cannot overflow, so the file answers the same on every CPU, and
-its proof holds there; rounding the weights well wins back more than the bit (`onnx_int8_rounding`).
+Activations are uint8 with one scale per tensor. Weights are int8 with one scale per output channel, and use 7 bits:
+this way the sums of products cannot overflow on CPUs without dot-product instructions (x86 before VNNI). The outputs,
+and with them the parity check, are therefore the same on every CPU. GPTQ more than makes up for the eighth bit.
 """
 
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import ModelProto, numpy_helper
 
-from cifarx_export.formats.onnx.int8.calibration import METHODS, Ranges, calibrate
-from cifarx_export.formats.onnx.int8.gptq import round_weights
-from cifarx_export.formats.onnx.int8.graph import prepare, quantized, rounded_tensors
-from cifarx_export.formats.onnx.int8.layers import Layer, find_layers, macs_per_image, run_in_batches, session
-from cifarx_export.formats.registry import Source
+from cifarx_export.formats.onnx.int8.calibration import METHODS, calibrate
+from cifarx_export.formats.onnx.int8.gptq import quantize_weights
+from cifarx_export.formats.onnx.int8.graph import insert_qdq, prepare_for_quantization, tensors_to_calibrate
+from cifarx_export.formats.onnx.int8.inference import open_session, run_in_batches
+from cifarx_export.formats.onnx.int8.layers import Layer, find_layers, macs_per_image
+from cifarx_export.formats.registry import ConversionSource
 from cifarx_serve.errors import DataError, UsageError
-from cifarx_serve.images.preprocess import scale
-from cifarx_serve.progress import Progress
+from cifarx_serve.images.preprocess import normalize
 
 CALIBRATION_IMAGES: Final = 512
 
-TARGETS: Final = (0.99, 0.992, 0.994, 0.998, 1.0)
-"""Agreement on held-out training images that ends the search: the gate's, and after a failed proof the next that the
-failed network does not reach."""
+AGREEMENT_TARGETS: Final = (0.99, 0.992, 0.994, 0.998, 1.0)
+"""Agreement on held-out training images at which a search ends. The first is the tolerance of the parity check."""
 
-_HELD_OUT: Final = (128, 8192)
-_SENSITIVITY: Final = (16, 256)
-_MACS: Final = 10**12
-"""What one comparison may cost, in multiplications: large networks are compared on fewer inputs, within the bounds."""
+MAX_CANDIDATES: Final = 4
 
-_KEPT: Final = "int8 search"
-"""Where an attempt leaves what the next one, or the next format, need not do again."""
+_HELD_OUT_IMAGES: Final = (128, 8192)
+_SENSITIVITY_IMAGES: Final = (16, 256)
+"""Lowest and highest number of images to compare a candidate on, and to measure the sensitivity of a layer on."""
+
+_MAC_BUDGET: Final = 10**12
+"""Multiply-accumulate operations that one comparison may take. Large networks are compared on fewer images."""
 
 _PROTOBUF_LIMIT: Final = 2**31 - 1
 
 
-class Score(NamedTuple):
-    """Orders candidates: the share of the inputs with the fp32 network's argmax, then minus the relative error."""
-
-    agreement: float
-    closeness: float
-
-
-class _Candidate(NamedTuple):
-    """A choice of ranges and of layers left in fp32."""
+class MixedPrecision(NamedTuple):
+    """A choice of the calibration method, and of the layers that stay in fp32."""
 
     method: str
-    left: tuple[Layer, ...]
+    fp32_layers: tuple[Layer, ...]
 
 
-class _Found(NamedTuple):
-    score: Score
-    candidate: _Candidate
-
-
-def quantize(model: Any, source: Source) -> tuple[Any, dict[str, str]]:
-    """Quantize an fp32 network with `source.training_images`, and say what was chosen.
-
-    Args:
-        model: an `onnx.ModelProto` from `input`, float32 (batch, 3, height, width), to `logits`. Not changed.
-        source: its images, and how many of them to calibrate on.
-
-    Raises:
-        UsageError: fewer than one calibration image, more than there are, or a network above protobuf's 2 GB.
-        DataError: fewer than two training images.
-    """
-    if _KEPT not in source.kept:
-        source.kept[_KEPT] = _start(model, source)
-    search: _Search = source.kept[_KEPT]
-    reached = search.reached if source.attempt else 0.0
-    target = next((value for value in TARGETS[source.attempt :] if value > reached), TARGETS[-1])
-    score, candidate = search.run(target)
-    search.reached = score.agreement
-    if score.agreement < target:
-        source.progress(f"int8: {score.agreement:.2%} is the best that was found; the proof decides")
-    facts = {
-        "calibration": f"{candidate.method}, {search.calibrated} training images",
-        "weights": "7 bits, per channel, rounded by GPTQ",
-        "fp32 layers": ", ".join(layer.name for layer in candidate.left) or "none",
-        "in int8": f"{search.share(candidate):.0%} of the multiplications",
-        "held-out agreement": f"{score.agreement:.2%} of {len(search.inputs):,} training images",
-    }
-    return search.build(candidate), facts
-
-
-def _start(model: Any, source: Source) -> "_Search":
-    wanted = source.options.calibration_images
-    if wanted is not None and wanted < 1:
-        raise UsageError(f"{wanted} calibration images", f"give 1 or more; {CALIBRATION_IMAGES} is the default")
-    if (size := model.ByteSize()) > _PROTOBUF_LIMIT:
-        raise UsageError(f"the network takes {size / 2**30:.1f} GB", "int8 needs it in one file, at most 2 GB")
-    prepared = prepare(model)
-    work = macs_per_image(prepared)
-    images, held_out = _split_images(source, wanted, _affordable(sum(work.values()), _HELD_OUT))
-    calibration = scale(images, source.spec.input)
-    source.progress(f"int8: calibrating on {len(images)} training images")
-    ranges = calibrate(prepared, rounded_tensors(prepared), calibration)
-    source.progress("int8: rounding the weights")
-    weights = round_weights(prepared, quantized(prepared, ranges["minmax"]), calibration)
-    return _Search(prepared, ranges, weights, scale(held_out, source.spec.input), work, len(images), source.progress)
-
-
-class _Search:
-    """Finds the candidate that leaves little in fp32 and reaches a target agreement, or the best one.
+class Score(NamedTuple):
+    """Orders the choices: by agreement first, then by error.
 
     Attributes:
-        reached: agreement of the last that was found; 0 before.
+        agreement: fraction of the images with the same argmax as in fp32.
+        negative_error: minus the mean squared error of the logits, relative to their mean square.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        ranges: dict[str, Ranges],
-        weights: dict[str, NDArray[np.int8]],
-        inputs: NDArray[np.float32],
-        work: dict[str, int],
-        calibrated: int,
-        progress: Progress,
-    ) -> None:
-        self.reached = 0.0
-        self.inputs = inputs
-        self.calibrated = calibrated
-        self._model = model
-        self._ranges = ranges
-        self._weights = weights
-        self._expected = run_in_batches(session(model), inputs)
-        self._work = work
-        self._macs = sum(work.values())
-        self._progress = progress
-        self._tried: dict[_Candidate, _Found] = {}
-        self._order: list[Layer] = []
+    agreement: float
+    negative_error: float
 
-    def run(self, target: float) -> _Found:
-        """Methods first, then layers: those that cost most of the agreement for the speed they give go first.
 
-        Again with another target it goes on from what it has tried.
+class _Trial(NamedTuple):
+    score: Score
+    choice: MixedPrecision
+
+
+class QuantizationSearch:
+    """Quantizes an fp32 model to int8, with layers in mixed precision where the agreement requires it.
+
+    Calibration and GPTQ run once, in the constructor. Scores are kept, so no choice is evaluated twice.
+
+    Args:
+        model: an fp32 model from `input`, float32 (batch, 3, height, width), to `logits`. It is not modified.
+        source: provides the training images, and how many of them to calibrate on.
+
+    Raises:
+        UsageError: the number of calibration images is below 1 or leaves no images to compare on, or the model exceeds
+            protobuf's limit of 2 GB.
+        DataError: there are fewer than two training images.
+    """
+
+    def __init__(self, model: ModelProto, source: ConversionSource) -> None:
+        _check_request(model, source)
+        self._progress = source.progress
+        self._model = prepare_for_quantization(model)
+        self._macs = macs_per_image(self._model)
+        self._total_macs = sum(self._macs.values())
+        images, held_out = _split_images(source, _affordable_images(self._total_macs, _HELD_OUT_IMAGES))
+        self._calibration_images = len(images)
+        calibration = normalize(images, source.spec.input)
+        self._progress(f"int8: calibrating on {len(images)} training images")
+        self._ranges = calibrate(self._model, tensors_to_calibrate(self._model), calibration)
+        self._progress("int8: quantizing the weights with GPTQ")
+        every_layer = insert_qdq(self._model, self._ranges["minmax"])
+        self._weights = quantize_weights(self._model, every_layer, calibration)
+        self._inputs = normalize(held_out, source.spec.input)
+        self._expected = run_in_batches(open_session(self._model), self._inputs)
+        self._trials: dict[MixedPrecision, _Trial] = {}
+        self._by_sensitivity: list[Layer] = []
+
+    def candidates(self) -> Iterator[tuple[ModelProto, dict[str, str]]]:
+        """Yield quantized models, each with the facts about it that the spec records.
+
+        The first has the fewest layers in fp32 that reach the lowest of `AGREEMENT_TARGETS`. Each further one is asked
+        for only if the one before fails its parity check, and must reach the next target above the agreement of that
+        one. No model is yielded twice: the iteration ends when nothing better can be found.
         """
-        best = max((self._try(_Candidate(method, ())) for method in METHODS), key=_rank)
+        yielded: list[MixedPrecision] = []
+        reached = 0.0
+        while len(yielded) < MAX_CANDIDATES:
+            target = next((value for value in AGREEMENT_TARGETS if value > reached), AGREEMENT_TARGETS[-1])
+            score, choice = self.find(target)
+            if choice in yielded:
+                return
+            reached = score.agreement
+            if reached < target:
+                self._progress(f"int8: best agreement found {reached:.2%}, below {target:.2%}")
+            yielded.append(choice)
+            yield self.build(choice), self._describe(choice, reached)
+
+    def find(self, target: float) -> _Trial:
+        """Return the choice with the fewest layers in fp32 that reaches an agreement, or the best one if none does.
+
+        The best calibration method is chosen first. If it misses the target, layers stay in fp32, starting with those
+        whose quantization costs the most agreement for the speed that it gains.
+        """
+        best = max((self._evaluate(MixedPrecision(method, ())) for method in METHODS), key=_score)
         layers = find_layers(self._model)
         if best.score.agreement >= target or len(layers) < 2:
             return best
-        method = best.candidate.method
-        self._order = self._order or self._by_harm(method, layers)
-        kept = next(layer for layer in reversed(self._order) if layer.weighted)  # without one it would not be int8
-        return self._fewest(method, [layer for layer in self._order if layer != kept], best, target)
+        method = best.choice.method
+        self._by_sensitivity = self._by_sensitivity or self._rank_by_sensitivity(method, layers)
+        # One layer with weights is always quantized, or the model would not be int8.
+        quantized = next(layer for layer in reversed(self._by_sensitivity) if layer.has_weights)
+        return self._find_fewest(method, [layer for layer in self._by_sensitivity if layer != quantized], best, target)
 
-    def share(self, candidate: _Candidate) -> float:
-        """Of the multiplications, those in int8."""
-        in_fp32 = sum(self._work.get(node, 0) for layer in candidate.left for node in layer.nodes)
-        return 1 - in_fp32 / max(1, self._macs)
-
-    def build(self, candidate: _Candidate) -> Any:
-        """The quantized model proto."""
-        left = [node for layer in candidate.left for node in layer.nodes]
-        model = quantized(self._model, self._ranges[candidate.method], left)
+    def build(self, choice: MixedPrecision) -> ModelProto:
+        """Return the quantized model."""
+        fp32_nodes = [node for layer in choice.fp32_layers for node in layer.nodes]
+        model = insert_qdq(self._model, self._ranges[choice.method], fp32_nodes)
         for tensor in model.graph.initializer:
             if tensor.name in self._weights:
                 tensor.CopyFrom(numpy_helper.from_array(self._weights[tensor.name], tensor.name))
         return model
 
-    def _try(self, candidate: _Candidate) -> _Found:
-        if candidate in self._tried:
-            return self._tried[candidate]
-        score = self._score(candidate, len(self.inputs))
-        left = f" with {len(candidate.left)} layers in fp32" if candidate.left else ""
-        self._progress(f"int8: {candidate.method}{left} {score.agreement:.2%}")
-        self._tried[candidate] = _Found(score, candidate)
-        return self._tried[candidate]
+    def _describe(self, choice: MixedPrecision, agreement: float) -> dict[str, str]:
+        return {
+            "calibration": f"{choice.method}, {self._calibration_images} training images",
+            "weights": "7 bits, per channel, rounded by GPTQ",
+            "fp32 layers": ", ".join(layer.name for layer in choice.fp32_layers) or "none",
+            "in int8": f"{self._int8_fraction(choice):.0%} of the multiplications",
+            "held-out agreement": f"{agreement:.2%} of {len(self._inputs):,} training images",
+        }
 
-    def _score(self, candidate: _Candidate, count: int) -> Score:
-        """On so many inputs, spread over all."""
-        rows = np.linspace(0, len(self.inputs) - 1, count).round().astype(np.int64)
-        found, expected = run_in_batches(session(self.build(candidate)), self.inputs[rows]), self._expected[rows]
-        error = np.square(found.astype(np.float64) - expected).mean() / max(np.square(expected).mean(), 1e-12)
-        return Score(float((found.argmax(1) == expected.argmax(1)).mean()), -float(np.nan_to_num(error, nan=np.inf)))
+    def _int8_fraction(self, choice: MixedPrecision) -> float:
+        """Return the fraction of the multiplications that run in int8."""
+        in_fp32 = sum(self._macs.get(node, 0) for layer in choice.fp32_layers for node in layer.nodes)
+        return 1 - in_fp32 / max(1, self._total_macs)
 
-    def _by_harm(self, method: str, layers: Sequence[Layer]) -> list[Layer]:
-        """By the error with only that layer quantized, for the share of the work that it is.
+    def _evaluate(self, choice: MixedPrecision) -> _Trial:
+        if choice not in self._trials:
+            score = self._compute_score(choice, len(self._inputs))
+            layers = f" with {len(choice.fp32_layers)} layers in fp32" if choice.fp32_layers else ""
+            self._progress(f"int8: {choice.method}{layers}: agreement {score.agreement:.2%}")
+            self._trials[choice] = _Trial(score, choice)
+        return self._trials[choice]
 
-        Errors of layers nearly add up (their rounding is independent), so one run a layer tells the order. To leave
-        out one at a time would tell less: of two bad layers each would hide the other.
+    def _compute_score(self, choice: MixedPrecision, images: int) -> Score:
+        """Compare with the fp32 model on this number of held-out images, evenly spread."""
+        rows = np.linspace(0, len(self._inputs) - 1, images).round().astype(np.int64)
+        logits, expected = run_in_batches(open_session(self.build(choice)), self._inputs[rows]), self._expected[rows]
+        error = np.square(logits.astype(np.float64) - expected).mean() / max(np.square(expected).mean(), 1e-12)
+        agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
+        return Score(agreement, -float(np.nan_to_num(error, nan=np.inf)))
+
+    def _rank_by_sensitivity(self, method: str, layers: Sequence[Layer]) -> list[Layer]:
+        """Sort layers by the error with only that layer quantized, divided by what the layer costs in fp32.
+
+        The errors of layers nearly add up, because their rounding errors are independent, so one run per layer gives
+        the order. Quantizing all layers but one would tell less: of two sensitive layers, each would hide the other.
         """
-        count = min(_affordable(self._macs * len(layers), _SENSITIVITY), len(self.inputs))
+        images = min(_affordable_images(self._total_macs * len(layers), _SENSITIVITY_IMAGES), len(self._inputs))
 
-        def harm(layer: Layer) -> float:
+        def sensitivity(layer: Layer) -> float:
             others = tuple(other for other in layers if other != layer)
-            return -self._score(_Candidate(method, others), count).closeness / layer.cost
+            return -self._compute_score(MixedPrecision(method, others), images).negative_error / layer.fp32_cost
 
-        self._progress(f"int8: how much each of {len(layers)} layers harms, on {count} inputs")
-        harms = {layer.name: harm(layer) for layer in layers}
-        return sorted(layers, key=lambda layer: -harms[layer.name])
+        self._progress(f"int8: measuring the sensitivity of {len(layers)} layers on {images} images")
+        sensitivities = {layer.name: sensitivity(layer) for layer in layers}
+        return sorted(layers, key=lambda layer: -sensitivities[layer.name])
 
-    def _fewest(self, method: str, order: Sequence[Layer], best: _Found, target: float) -> _Found:
-        """1, 2, 4 ... layers left until the target holds, then by halves the fewest; about 2 log2(layers) runs."""
+    def _find_fewest(self, method: str, order: Sequence[Layer], best: _Trial, target: float) -> _Trial:
+        """Keep 1, 2, 4 … layers in fp32 until the target is reached, then bisect; takes about 2 log2(layers) runs."""
         low, high = 0, 1
         while True:
-            found = self._try(_Candidate(method, tuple(order[:high])))
-            best = max(best, found, key=_rank)
-            if found.score.agreement >= target:
+            reached = self._evaluate(MixedPrecision(method, tuple(order[:high])))
+            best = max(best, reached, key=_score)
+            if reached.score.agreement >= target:
                 break
             if high == len(order):
                 return best
             low, high = high, min(2 * high, len(order))
         while high - low > 1:
             middle = (low + high) // 2
-            tried = self._try(_Candidate(method, tuple(order[:middle])))
-            if tried.score.agreement >= target:
-                found, high = tried, middle
+            trial = self._evaluate(MixedPrecision(method, tuple(order[:middle])))
+            if trial.score.agreement >= target:
+                reached, high = trial, middle
             else:
                 low = middle
-        return found
+        return reached
 
 
-def _rank(found: _Found) -> Score:
-    return found.score
+def _score(trial: _Trial) -> Score:
+    return trial.score
 
 
-def _affordable(macs: int, bounds: tuple[int, int]) -> int:
-    """How many inputs `_MACS` pays for."""
+def _affordable_images(macs: int, bounds: tuple[int, int]) -> int:
+    """Return the number of images that `_MAC_BUDGET` allows, within bounds. `macs` is per image."""
     low, high = bounds
-    return max(low, min(high, _MACS // max(1, macs)))
+    return max(low, min(high, _MAC_BUDGET // max(1, macs)))
 
 
-def _split_images(source: Source, wanted: int | None, held_out: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images to calibrate on, and others to compare on, both spread over the training split."""
-    count = CALIBRATION_IMAGES if wanted is None else wanted
-    images = source.training_images(count + held_out)
+def _check_request(model: ModelProto, source: ConversionSource) -> None:
+    images = source.options.calibration_images
+    if images is not None and images < 1:
+        raise UsageError(
+            f"{images} calibration images are too few", f"give 1 or more; the default is {CALIBRATION_IMAGES}"
+        )
+    if (size := model.ByteSize()) > _PROTOBUF_LIMIT:
+        raise UsageError(
+            f"the network is too large for int8, {size / 2**30:.1f} GB",
+            "use --precision fp16; the limit of protobuf is 2 GB",
+        )
+
+
+def _split_images(source: ConversionSource, held_out: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return images to calibrate on and about `held_out` others to compare on, both spread over the training split."""
+    requested = source.options.calibration_images
+    count = CALIBRATION_IMAGES if requested is None else requested
+    images = source.load_training_images(count + held_out)
     if len(images) < 2:
-        raise DataError(f"{len(images)} training images", "int8 needs two or more: to calibrate on, and to compare on")
-    if wanted is None:
+        raise DataError(
+            f"the dataset has {len(images)} training images",
+            "int8 needs at least 2: one to calibrate on and one to compare on",
+        )
+    if requested is None:
         count = min(count, len(images) // 2)
     elif count >= len(images):
         raise UsageError(
-            f"{count} calibration images of {len(images)}", "give fewer: the quantized network is tried on the others"
+            f"{count} calibration images leave none of the {len(images)} training images to compare on", "give fewer"
         )
-    calibrated = np.zeros(len(images), np.bool_)
-    calibrated[np.linspace(0, len(images) - 1, count).round().astype(np.int64)] = True
-    return images[calibrated], images[~calibrated]
+    is_calibration = np.zeros(len(images), np.bool_)
+    is_calibration[np.linspace(0, len(images) - 1, count).round().astype(np.int64)] = True
+    return images[is_calibration], images[~is_calibration]
