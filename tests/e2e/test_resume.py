@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged or out of space, and go on to the same bits: real processes."""
+"""Runs that are killed, stopped, damaged or out of disk space and resume bit for bit, in real processes."""
 
 import json
 import os
@@ -16,28 +16,28 @@ import pytest
 
 from cifarx_serve.errors import CifarxError
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from tests.support.command_line import Ran
-from tests.support.drawn_images import draw_folder
-from tests.support.same_runs import same
+from tests.support.checkpoint_assertions import deep_equal
+from tests.support.command_line import CommandResult
+from tests.support.image_datasets import write_image_folder
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a POSIX system's processes, signals and limits")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, signals and resource limits")
 
 EPOCHS = 5
 EPOCH_STEPS = 13
 NAMES = [f"lzh_{epoch}.pth" for epoch in range(EPOCHS)]
 INTERRUPTED = "lzh_interrupted.pth"
 
-# Everything random that a recipe can have, and everything that has a state. The last batch of an epoch is short.
+# Uses every random and every stateful option of a recipe. The last batch of an epoch is smaller than the others.
 RECIPE = f"""
 base = "fast"
 epochs = {EPOCHS}
 batch_size = 16
-ema = 0.9
+ema_decay = 0.9
 cutout = 8
 jitter = 0.2
 """
 
-# PyTorch takes seconds to load: one process loads it and trains nothing; its children are the program.
+# Importing PyTorch takes seconds. One parent process imports it, and the runs are forked from it.
 _PARENT = """
 import json, os, resource, signal, sys
 import PIL.PngImagePlugin, torch._dynamo, torchvision
@@ -46,17 +46,17 @@ from cifarx.main import main
 
 print("ready", flush=True)
 while line := sys.stdin.readline():
-    ask = json.loads(line)
+    request = json.loads(line)
     child = os.fork()
     if not child:
         status = 70
         try:
             for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(ask[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            if ask["largest_file"]:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (ask["largest_file"], resource.RLIM_INFINITY))
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-            sys.argv = ["cifarx", *ask["arguments"]]
+                os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            if request["max_file_size"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_size"], resource.RLIM_INFINITY))
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background processes
+            sys.argv = ["cifarx", *request["arguments"]]
             main()
         except SystemExit as end:
             status = end.code
@@ -69,60 +69,60 @@ while line := sys.stdin.readline():
 
 
 class Run:
-    """One `cifarx` process."""
+    """A `cifarx` process."""
 
-    def __init__(self, parent: "subprocess.Popen[str]", folder: Path, arguments: list[str], largest_file: int) -> None:
+    def __init__(self, parent: "subprocess.Popen[str]", folder: Path, arguments: list[str], max_file_size: int) -> None:
         self._parent, self._out, self._err = parent, folder / "out.txt", folder / "err.txt"
         for stream in (self._out, self._err):
             stream.write_text("")
-        ask = {"arguments": arguments, "out": str(self._out), "err": str(self._err), "largest_file": largest_file}
+        request = {"arguments": arguments, "out": str(self._out), "err": str(self._err), "max_file_size": max_file_size}
         assert parent.stdin is not None
-        print(json.dumps(ask), file=parent.stdin, flush=True)
-        self.pid = int(self._answer())
+        print(json.dumps(request), file=parent.stdin, flush=True)
+        self.pid = int(self._read_line())
 
-    def _answer(self) -> str:
+    def _read_line(self) -> str:
         assert self._parent.stdout is not None
         return self._parent.stdout.readline()
 
     def send(self, number: int) -> bool:
-        """A signal, 0 for none; false where it has already ended."""
+        """Send a signal, or none for 0. Return False if the process has exited."""
         try:
             os.kill(self.pid, number)
         except ProcessLookupError:
             return False
         return True
 
-    def trains(self) -> bool:
-        """Whether it has told what it trains."""
+    def is_training(self) -> bool:
+        """Return whether the process has printed the description of its run."""
         return "train loss" in self._err.read_text()
 
     def wait_for(self, path: Path) -> None:
-        """Until a file is there."""
+        """Wait until a file exists."""
         deadline = time.monotonic() + 60
         while not path.exists():
             assert time.monotonic() < deadline, path
             time.sleep(0.001)
 
-    def end(self) -> Ran:
-        status = int(self._answer())
-        return Ran(status, self._out.read_text(), self._err.read_text())
+    def wait(self) -> CommandResult:
+        status = int(self._read_line())
+        return CommandResult(status, self._out.read_text(), self._err.read_text())
 
 
 class Program(NamedTuple):
-    """`cifarx`, quick to start."""
+    """Starts `cifarx` processes quickly."""
 
     parent: "subprocess.Popen[str]"
     data: Path
     recipe: Path
     scratch: Path
 
-    def start(self, out: Path, *more: str, largest_file: int = 0) -> Run:
+    def start(self, out: Path, *more: str, max_file_size: int = 0) -> Run:
         line = ["train", "--model", "lzh", "--data", str(self.data), "--recipe", str(self.recipe)]
         line += ["--device", "cpu", "--out", str(out), *more]
-        return Run(self.parent, self.scratch, line, largest_file)
+        return Run(self.parent, self.scratch, line, max_file_size)
 
-    def run(self, out: Path, *more: str, largest_file: int = 0) -> Ran:
-        return self.start(out, *more, largest_file=largest_file).end()
+    def run(self, out: Path, *more: str, max_file_size: int = 0) -> CommandResult:
+        return self.start(out, *more, max_file_size=max_file_size).wait()
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     folder = tmp_path_factory.mktemp("program")
     recipe = folder / "everything.toml"
     recipe.write_text(RECIPE)
-    data = draw_folder(folder / "colours", train=67, test=5)
+    data = write_image_folder(folder / "colors", train=67, test=5)
     with subprocess.Popen(
         [sys.executable, "-c", _PARENT],
         stdin=subprocess.PIPE,
@@ -144,7 +144,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 
 class Whole(NamedTuple):
-    """The run that nothing disturbed; its folder is not to be written to."""
+    """An uninterrupted run. Tests must not write to its directory."""
 
     folder: Path
     checkpoints: dict[str, Checkpoint]
@@ -161,64 +161,66 @@ def whole(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(folder, {name: load_checkpoint(folder / name) for name in NAMES}, seconds)
 
 
-def require_same_run(folder: Path, whole: Whole) -> None:
-    """Every checkpoint is that of the whole run: weights, average, optimizer, random states, record. Not the time."""
+def assert_same_run(folder: Path, whole: Whole) -> None:
+    """Assert that every checkpoint equals that of the uninterrupted run, except for the training time."""
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == NAMES
     for name, expected in whole.checkpoints.items():
         found = load_checkpoint(folder / name)
         assert found.spec == expected.spec, name
-        assert same(found.model, expected.model), name
-        assert same({**found.training, "seconds": 0}, {**expected.training, "seconds": 0}), name
+        assert deep_equal(found.model, expected.model), name
+        assert deep_equal({**found.training, "seconds": 0}, {**expected.training, "seconds": 0}), name
 
 
-def copy_of(whole: Whole, folder: Path, epochs: int) -> Path:
-    """The folder of a run that was killed after so many epochs."""
+def copy_checkpoints(whole: Whole, folder: Path, epochs: int) -> Path:
+    """Create the directory of a run that was killed after `epochs` epochs."""
     folder.mkdir(parents=True)
     for name in NAMES[:epochs]:
         shutil.copy2(whole.folder / name, folder / name)
     return folder
 
 
-def test_the_recipe_has_all_that_a_resume_could_forget(whole: Whole) -> None:
+def test_the_recipe_uses_every_kind_of_state(whole: Whole) -> None:
     record = whole.checkpoints[NAMES[-1]].spec.training
     assert record is not None
     recipe = record.recipe
-    assert all(recipe[field] for field in ("momentum", "ema", "warm_up", "flip", "crop", "cutout", "jitter"))
+    assert all(
+        recipe[field] for field in ("momentum", "ema_decay", "warmup_fraction", "flip", "crop", "cutout", "jitter")
+    )
     assert recipe["schedule"] != "constant"
     training = whole.checkpoints[NAMES[-1]].training
     assert training["step"] == EPOCHS * EPOCH_STEPS
     assert training["weights"]
-    assert not same(training["weights"], whole.checkpoints[NAMES[-1]].model)
+    assert not deep_equal(training["weights"], whole.checkpoints[NAMES[-1]].model)
     assert any("momentum_buffer" in str(part) for part in training["optimizer"].values())
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits(program: Program, whole: Whole, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(program: Program, whole: Whole, tmp_path: Path) -> None:
     ran = program.run(tmp_path / "run")
     assert ran.status == 0, ran.err
-    require_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole)
 
 
-# --- killed
+# --- killed processes
 
 
-def kill_until_done(program: Program, whole: Whole, folder: Path, kills: int, dice: random.Random) -> tuple[int, int]:
-    """Kill a run so often, resuming it each time; whenever it ends, compare it and begin anew.
+def kill_until_done(program: Program, whole: Whole, folder: Path, kills: int, rng: random.Random) -> tuple[int, int]:
+    """Kill and resume a run `kills` times. Compare every run that finishes, then start a new one.
 
-    Gives the kills that it did not survive, and those among them that left a checkpoint half written.
+    Returns the number of killed processes, and how many of them left a partially written checkpoint.
     """
     killed = within_write = number = 0
     while killed < kills:
         out = folder / f"run{number}"
         run = program.start(out, "--resume", "auto")
         if killed % 2:
-            wait_for_write(run, out, skip=dice.randrange(2))
+            wait_for_write(run, out, skip=rng.randrange(2))
         else:
-            time.sleep(dice.uniform(0, 0.7 * whole.seconds))
+            time.sleep(rng.uniform(0, 0.7 * whole.seconds))
         run.send(signal.SIGKILL)
-        ran = run.end()
+        ran = run.wait()
         if ran.status == 0:
-            require_same_run(out, whole)
+            assert_same_run(out, whole)
             number += 1
             continue
         assert ran.status == -signal.SIGKILL, ran.err
@@ -230,12 +232,12 @@ def kill_until_done(program: Program, whole: Whole, folder: Path, kills: int, di
     out = folder / f"run{number}"
     ran = program.run(out, "--resume", "auto")
     assert ran.status == 0, ran.err
-    require_same_run(out, whole)
+    assert_same_run(out, whole)
     return killed, within_write
 
 
 def wait_for_write(run: Run, out: Path, skip: int) -> None:
-    """Until the run begins to write its next checkpoint but `skip`, or has ended."""
+    """Wait until the run starts writing a checkpoint, after skipping `skip` of them, or exits."""
     before: set[str] = {path.name for path in out.glob(".*.partial.pth")}
     while run.send(0):
         if new := {path.name for path in out.glob(".*.partial.pth")} - before:
@@ -246,12 +248,12 @@ def wait_for_write(run: Run, out: Path, skip: int) -> None:
         time.sleep(0.0002)
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(program: Program, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_time_resumes_bit_for_bit(program: Program, whole: Whole, tmp_path: Path) -> None:
     kill_until_done(program, whole, tmp_path, 4, random.Random(0))
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_many_moments_goes_on_to_the_same_bits(program: Program, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_killed_many_times_resumes_bit_for_bit(program: Program, whole: Whole, tmp_path: Path) -> None:
     killed, within_write = kill_until_done(program, whole, tmp_path, 30, random.Random(1))
     assert killed == 30
     assert within_write >= 3
@@ -261,7 +263,7 @@ PROGRAM = Path(sys.executable).with_name("cifarx")
 
 
 @pytest.mark.slow
-def test_the_program_itself_killed_and_resumed(program: Program, whole: Whole, tmp_path: Path) -> None:
+def test_the_installed_program_killed_and_resumed(program: Program, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "run"
     line = [PROGRAM, "train", "--model", "lzh", "--data", program.data, "--recipe", program.recipe]
     line += ["--device", "cpu", "--out", out, "--resume", "auto"]
@@ -275,27 +277,27 @@ def test_the_program_itself_killed_and_resumed(program: Program, whole: Whole, t
         assert process.returncode == -signal.SIGKILL
     ran = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr
-    require_same_run(out, whole)
+    assert_same_run(out, whole)
 
 
-# --- told to stop
+# --- signals
 
 
-def stop_until_done(program: Program, whole: Whole, out: Path, stops: int, dice: random.Random) -> int:
-    """Stop a run so often by a signal, resuming it each time, and let it end. Gives the stops within epochs."""
+def stop_until_done(program: Program, whole: Whole, out: Path, stops: int, rng: random.Random) -> int:
+    """Stop a run with a signal `stops` times, then let it finish. Return the number of stops within an epoch."""
     within = 0
     for count in range(stops):
         run = program.start(out, "--resume", "auto")
-        while not run.trains():
+        while not run.is_training():
             time.sleep(0.001)
-        time.sleep(dice.uniform(0.02, 0.6 * whole.seconds / stops))
+        time.sleep(rng.uniform(0.02, 0.6 * whole.seconds / stops))
         number = (signal.SIGINT, signal.SIGTERM)[count % 2]
         run.send(number)
-        ran = run.end()
+        ran = run.wait()
         assert ran.status == 128 + number, ran.err
         assert ran.out == ""
-        assert "--resume auto" in ran.error
-        saved = Path(ran.error.partition("saved in ")[2].partition(": ")[0])
+        assert ran.error.endswith(": add --resume auto to the same command to continue")
+        saved = Path(ran.error.partition("checkpoint saved to ")[2].partition(": ")[0])
         assert ran.error.startswith("error: interrupted at step ")
         checkpoint = load_checkpoint(saved)
         assert checkpoint.training["step"] == int(ran.error.split()[4].replace(",", ""))
@@ -307,75 +309,72 @@ def stop_until_done(program: Program, whole: Whole, out: Path, stops: int, dice:
             assert not (out / INTERRUPTED).exists()
     ran = program.run(out, "--resume", "auto")
     assert ran.status == 0, ran.err
-    require_same_run(out, whole)
+    assert_same_run(out, whole)
     return within
 
 
-def test_a_run_told_to_stop_saves_its_state_and_goes_on_to_the_same_bits(
-    program: Program, whole: Whole, tmp_path: Path
-) -> None:
+def test_a_stopped_run_saves_its_state_and_resumes_bit_for_bit(program: Program, whole: Whole, tmp_path: Path) -> None:
     assert stop_until_done(program, whole, tmp_path / "run", 4, random.Random(2))
 
 
 @pytest.mark.slow
-def test_a_run_told_to_stop_many_times_goes_on_to_the_same_bits(program: Program, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_stopped_many_times_resumes_bit_for_bit(program: Program, whole: Whole, tmp_path: Path) -> None:
     assert stop_until_done(program, whole, tmp_path / "run", 12, random.Random(3)) >= 3
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_where_it_was_told_to_stop_before(
-    program: Program, whole: Whole, tmp_path: Path
-) -> None:
-    """The state within an epoch outlives a kill before the next epoch's file, and none after it."""
+def test_a_killed_run_resumes_from_the_interrupted_checkpoint(program: Program, whole: Whole, tmp_path: Path) -> None:
+    """The interrupted checkpoint exists until the checkpoint of the epoch is written."""
     out = tmp_path / "run"
-    while not (out / INTERRUPTED).exists():  # the signal may come at an epoch's end
+    while not (out / INTERRUPTED).exists():  # the signal may arrive at the end of an epoch
         shutil.rmtree(out, ignore_errors=True)
         run = program.start(out)
-        while not run.trains():
+        while not run.is_training():
             time.sleep(0.001)
         time.sleep(0.05)
         run.send(signal.SIGTERM)
-        assert run.end().status == 128 + signal.SIGTERM
+        assert run.wait().status == 128 + signal.SIGTERM
     step = load_checkpoint(out / INTERRUPTED).training["step"]
     run = program.start(out, "--resume", "auto")
-    while not run.trains():
+    while not run.is_training():
         time.sleep(0.001)
     run.send(signal.SIGKILL)
-    ran = run.end()
+    ran = run.wait()
     assert ran.status == -signal.SIGKILL
-    assert f"{step} of them done" in ran.err
+    total = EPOCHS * EPOCH_STEPS
+    assert f"{total} steps, resuming from {out / INTERRUPTED} at step {step}\n" in ran.err
     assert (out / INTERRUPTED).exists()
     run = program.start(out, "--resume", "auto")
     run.wait_for(out / NAMES[3])
     run.send(signal.SIGKILL)
-    run.end()
+    run.wait()
     assert not (out / INTERRUPTED).exists()
     assert program.run(out, "--resume", "auto").status == 0
-    require_same_run(out, whole)
+    assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_second_ctrl_c_ends_at_once(program: Program, tmp_path: Path, times: int) -> None:
-    """Steps that take long: the first waits for the step that is being done, the second does not."""
+def test_a_second_ctrl_c_exits_immediately(program: Program, tmp_path: Path, times: int) -> None:
+    """With slow steps, the first Ctrl-C waits for the current step and the second does not."""
     line = ["train", "--model", "resnet18", "--data", str(program.data), "--batch-size", "64", "--image-size", "64"]
     run = Run(program.parent, tmp_path, [*line, "--device", "cpu", "--out", str(tmp_path / "run")], 0)
-    while not run.trains():
+    while not run.is_training():
         time.sleep(0.001)
     for _ in range(times):
         time.sleep(0.1)
         run.send(signal.SIGINT)
-    ran = run.end()
+    ran = run.wait()
     assert ran.status == 130
     saved = tmp_path / "run" / "resnet18_interrupted.pth"
     if times == 1:
-        assert ran.error.startswith("error: interrupted at step 1 of 40, saved in ")
+        assert ran.error.startswith("error: interrupted at step 1 of 40, checkpoint saved to ")
         assert saved.exists()
     else:
-        assert ran.error == "error: interrupted: what was finished is kept"
+        assert ran.error == "error: interrupted: finished work is kept"
         assert not saved.exists()
 
 
-# --- damaged
+# --- damaged checkpoints
 
 
 def truncate(path: Path) -> None:
@@ -397,43 +396,43 @@ def flip_one_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, lose_one_byte, empty, flip_one_byte])
-def test_a_damaged_checkpoint_is_passed_over_and_told_of(
+def test_a_damaged_checkpoint_is_skipped_with_a_note(
     program: Program, whole: Whole, tmp_path: Path, damage: Any
 ) -> None:
-    out = copy_of(whole, tmp_path / "run", EPOCHS)
+    out = copy_checkpoints(whole, tmp_path / "run", EPOCHS)
     damage(out / NAMES[-1])
     with pytest.raises(CifarxError):
         load_checkpoint(out / NAMES[-1])
     ran = program.run(out, "--resume", "auto")
     assert ran.status == 0, ran.err
-    told = [line for line in ran.err.splitlines() if line.startswith("note: passing over")]
-    assert len(told) == 1
-    assert NAMES[-1] in told[0]
-    assert f"{(EPOCHS - 1) * EPOCH_STEPS} of them done" in ran.err
-    require_same_run(out, whole)
+    notes = [line for line in ran.err.splitlines() if line.startswith("note: skipping a damaged checkpoint: ")]
+    assert len(notes) == 1
+    assert NAMES[-1] in notes[0]
+    assert f"resuming from {out / NAMES[-2]} at step {(EPOCHS - 1) * EPOCH_STEPS}\n" in ran.err
+    assert_same_run(out, whole)
 
 
 @pytest.mark.slow
-def test_with_every_checkpoint_damaged_the_run_begins_anew(program: Program, whole: Whole, tmp_path: Path) -> None:
-    out = copy_of(whole, tmp_path / "run", 2)
+def test_with_only_damaged_checkpoints_a_new_run_starts(program: Program, whole: Whole, tmp_path: Path) -> None:
+    out = copy_checkpoints(whole, tmp_path / "run", 2)
     truncate(out / NAMES[0])
     empty(out / NAMES[1])
     ran = program.run(out, "--resume", "auto")
     assert ran.status == 0, ran.err
-    assert ran.err.count("note: passing over") == 2
-    assert "a new run" in ran.err
-    require_same_run(out, whole)
+    assert ran.err.count("note: skipping a damaged checkpoint: ") == 2
+    assert f"note: no checkpoint to resume from in {out}: starting a new run\n" in ran.err
+    assert_same_run(out, whole)
 
 
-# --- a disk that fills up
+# --- full disks
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_spoils_nothing(
+def test_an_unwritable_checkpoint_stops_the_run_and_keeps_earlier_ones(
     program: Program, whole: Whole, tmp_path: Path
 ) -> None:
-    out = copy_of(whole, tmp_path / "run", 2)
+    out = copy_checkpoints(whole, tmp_path / "run", 2)
     before = {name: (out / name).read_bytes() for name in NAMES[:2]}
-    ran = program.run(out, "--resume", "auto", largest_file=1_000_000)
+    ran = program.run(out, "--resume", "auto", max_file_size=1_000_000)
     assert ran.status == 2
     assert ran.out == ""
     assert ran.error.startswith(f"error: cannot write {out / NAMES[2]} (")
@@ -441,12 +440,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_spoils_nothing(
     assert sorted(path.name for path in out.iterdir()) == ["logs", *NAMES[:2]]
     ran = program.run(out, "--resume", "auto")
     assert ran.status == 0, ran.err
-    require_same_run(out, whole)
+    assert_same_run(out, whole)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for two checkpoints and a bit."""
+    """A file system with space for two checkpoints and a little more."""
     place = tmp_path / "disk"
     place.mkdir()
     if not shutil.which("mount"):
@@ -462,9 +461,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_run_on_a_full_disk_ends_and_goes_on_when_there_is_room(
-    program: Program, whole: Whole, small_disk: Path
-) -> None:
+def test_a_run_on_a_full_disk_resumes_when_there_is_space(program: Program, whole: Whole, small_disk: Path) -> None:
     out = small_disk / "run"
     ran = program.run(out)
     assert ran.status == 2
@@ -473,4 +470,4 @@ def test_a_run_on_a_full_disk_ends_and_goes_on_when_there_is_room(
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     ran = program.run(out, "--resume", "auto")
     assert ran.status == 0, ran.err
-    require_same_run(out, whole)
+    assert_same_run(out, whole)

@@ -1,4 +1,4 @@
-"""Two processes that torchrun starts, on loopback with Gloo: what is trained and said, and what failures do."""
+"""Training with two processes started by torchrun, over the loopback interface with Gloo, and their failures."""
 
 import json
 import os
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from tests.support.drawn_images import draw_folder
-from tests.support.same_runs import require_same_run
+from tests.support.checkpoint_assertions import assert_same_run
+from tests.support.image_datasets import write_image_folder
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,22 +26,22 @@ pytestmark = [
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 CIFARX = Path(sys.executable).with_name("cifarx")
-# float32 sums in another order; a step of the notes' recipe multiplies them by 0.01.
+# The ranks sum float32 values in a different order; the `notes` recipe multiplies the result by 0.01.
 TOLERANCE = 2e-6
-# A rank that dies must not leave the others waiting; torchrun itself waits 30 s for what does not end.
-BOUND = 90
+# The other ranks must not wait forever for a killed one. torchrun itself waits up to 30 s.
+TIMEOUT_S = 90
 
 RECIPE = """
 base = "fast"
 epochs = 6
 batch_size = 16
-ema = 0.9
+ema_decay = 0.9
 cutout = 8
 jitter = 0.2
 """
 
 
-class Bench(NamedTuple):
+class Setup(NamedTuple):
     data: Path
     recipe: Path
 
@@ -54,16 +54,16 @@ class Bench(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """201 training images, the last of 13 batches has 9; 15 test images."""
-    folder = tmp_path_factory.mktemp("bench")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """201 training images, of which the last of 13 batches has 9, and 15 test images."""
+    folder = tmp_path_factory.mktemp("setup")
     recipe = folder / "everything.toml"
     recipe.write_text(RECIPE)
-    return Bench(draw_folder(folder / "colours", train=67, test=5), recipe)
+    return Setup(write_image_folder(folder / "colors", train=67, test=5), recipe)
 
 
 def environment() -> dict[str, str]:
-    # Without the last, processes that restart may find the addresses of those before them (PyTorch 2.15).
+    # Without the last variable, restarted processes may find the addresses of the previous ones (PyTorch 2.15).
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -82,7 +82,7 @@ def run(line: list[str]) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def started(line: list[str]) -> Iterator["subprocess.Popen[str]"]:
-    """A job that is surely gone afterwards, its workers too."""
+    """Start a job, and kill it and its workers at the end."""
     with subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     ) as process:
@@ -108,21 +108,21 @@ def wait_for(job: "subprocess.Popen[str]", path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two ranks that nothing disturbed; not to be written to."""
+def whole(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an uninterrupted run of two ranks. Tests must not write to it."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    ran = run(torchrun() + bench.augmented(out))
+    ran = run(torchrun() + setup.augmented(out))
     assert ran.returncode == 0, ran.stderr
     return out
 
 
-def test_two_processes_train_what_one_trains(bench: Bench, tmp_path: Path) -> None:
-    """The notes' recipe: its batch is over all processes, its learning rate stays."""
+def test_two_processes_train_the_same_model_as_one(setup: Setup, tmp_path: Path) -> None:
+    """The batch size of a recipe is for all processes together, so its learning rate does not change."""
     more = ["--epochs", "2", "--batch-size", "50", "--json"]
-    alone = run([str(CIFARX), *bench.line(tmp_path / "one", *more)])
-    both = run(torchrun() + bench.line(tmp_path / "two", *more))
+    alone = run([str(CIFARX), *setup.line(tmp_path / "one", *more)])
+    both = run(torchrun() + setup.line(tmp_path / "two", *more))
     assert alone.returncode == both.returncode == 0, both.stderr
-    one, two = json.loads(alone.stdout), json.loads(both.stdout)  # one document, though two processes ran
+    one, two = json.loads(alone.stdout), json.loads(both.stdout)  # a single document from two processes
     assert one["test_accuracy"] == two["test_accuracy"]
     assert [Path(path).name for path in two["checkpoints"]] == ["lzh_0.pth", "lzh_1.pth"]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth"]
@@ -145,9 +145,9 @@ def require_close(one: Checkpoint, other: Checkpoint) -> None:
     assert record.test_loss == pytest.approx(reference.test_loss, abs=10 * TOLERANCE)
 
 
-def test_a_network_with_batch_norm(bench: Bench, tmp_path: Path) -> None:
+def test_a_model_with_batch_norm(setup: Setup, tmp_path: Path) -> None:
     more = ["--stem", "small", "--batch-size", "67", "--epochs", "1"]
-    line = bench.line(tmp_path / "run", *more)
+    line = setup.line(tmp_path / "run", *more)
     line[line.index("lzh")] = "resnet18"
     ran = run(torchrun() + line)
     assert ran.returncode == 0, ran.stderr
@@ -155,19 +155,19 @@ def test_a_network_with_batch_norm(bench: Bench, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "run" / "resnet18_0.pth")
     assert checkpoint.model["bn1.num_batches_tracked"] == 3
     assert checkpoint.spec.training is not None
-    # What is saved is what was eval_model: one process finds the same, on every test image once.
+    # A single process measures the same accuracy, so the saved model is the evaluated one.
     again = run([str(CIFARX), *line, "--resume", "auto", "--json"])
     assert json.loads(again.stdout)["test_accuracy"] == checkpoint.spec.training.test_accuracy
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job(bench: Bench, tmp_path: Path, rank: int) -> None:
+def test_a_killed_rank_stops_the_job(setup: Setup, tmp_path: Path, rank: int) -> None:
     out = tmp_path / "run"
-    with started(torchrun() + bench.augmented(out)) as job:
+    with started(torchrun() + setup.augmented(out)) as job:
         wait_for(job, out / "lzh_0.pth")
         workers = psutil.Process(job.pid).children()
         worker(job, rank).kill()
-        stdout, _ = job.communicate(timeout=BOUND)
+        stdout, _ = job.communicate(timeout=TIMEOUT_S)
     assert job.returncode not in (0, None)
     assert stdout == ""
     assert not any(process.is_running() for process in workers)
@@ -175,55 +175,56 @@ def test_a_killed_rank_ends_the_job(bench: Bench, tmp_path: Path, rank: int) -> 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_job_that_restarts_goes_on_to_the_same_bits(bench: Bench, whole: Path, tmp_path: Path, rank: int) -> None:
+def test_a_restarted_job_resumes_bit_for_bit(setup: Setup, whole: Path, tmp_path: Path, rank: int) -> None:
     out = tmp_path / "run"
-    with started(torchrun("--max-restarts", "1") + bench.augmented(out, "--resume", "auto")) as job:
+    with started(torchrun("--max-restarts", "1") + setup.augmented(out, "--resume", "auto")) as job:
         wait_for(job, out / "lzh_1.pth")
         worker(job, rank).kill()
-        stdout, stderr = job.communicate(timeout=BOUND)
+        stdout, stderr = job.communicate(timeout=TIMEOUT_S)
     assert job.returncode == 0, stderr
     assert stdout.count("\n") == 1
-    assert "of them done" in stderr
-    require_same_run(out, whole)
+    assert "78 steps, resuming from " in stderr
+    assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_told_to_stop_saves_its_state_and_goes_on(bench: Bench, whole: Path, tmp_path: Path, number: int) -> None:
+def test_a_stopped_job_saves_its_state_and_resumes(setup: Setup, whole: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
-    with started(torchrun() + bench.augmented(out)) as job:
+    with started(torchrun() + setup.augmented(out)) as job:
         wait_for(job, out / "lzh_0.pth")
         time.sleep(0.1)
         job.send_signal(number)
-        stdout, stderr = job.communicate(timeout=BOUND)
+        stdout, stderr = job.communicate(timeout=TIMEOUT_S)
     assert job.returncode not in (0, None)
     assert stdout == ""
-    told = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert told
-    assert all(line.startswith("error: interrupted at step ") for line in told), told
-    step = load_checkpoint(Path(told[0].partition("saved in ")[2].partition(": ")[0])).training["step"]
-    assert f"at step {step} of" in told[0]
-    ran = run(torchrun() + bench.augmented(out, "--resume", "auto"))
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert errors
+    assert all(line.startswith("error: interrupted at step ") for line in errors), errors
+    saved = Path(errors[0].partition("checkpoint saved to ")[2].partition(": ")[0])
+    step = load_checkpoint(saved).training["step"]
+    assert f"at step {step} of" in errors[0]
+    ran = run(torchrun() + setup.augmented(out, "--resume", "auto"))
     assert ran.returncode == 0, ran.stderr
-    assert f"{step} of them done" in ran.stderr
-    require_same_run(out, whole)
+    assert f"78 steps, resuming from {saved} at step {step}\n" in ran.stderr
+    assert_same_run(out, whole)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_job(bench: Bench, whole: Path, tmp_path: Path) -> None:
-    """No file above 1 MB, as a full disk would have it: only the first rank notices, all of them end."""
+def test_an_unwritable_checkpoint_stops_the_job(setup: Setup, whole: Path, tmp_path: Path) -> None:
+    """Files are limited to 1 MB, like on a full disk. Only rank 0 gets the error, and all ranks stop."""
     out = tmp_path / "run"
-    line = torchrun() + bench.augmented(out)
+    line = torchrun() + setup.augmented(out)
     ran = run(["bash", "-c", 'ulimit -f 1000 && exec "$@"', "bash", *line])
     assert ran.returncode != 0
     assert ran.stdout == ""
     assert any(line.startswith(f"error: cannot write {out / 'lzh_0.pth'} (") for line in ran.stderr.splitlines())
     assert not list(out.glob("*.pth"))
-    ran = run(torchrun() + bench.augmented(out, "--resume", "auto"))
+    ran = run(torchrun() + setup.augmented(out, "--resume", "auto"))
     assert ran.returncode == 0, ran.stderr
-    require_same_run(out, whole)
+    assert_same_run(out, whole)
 
 
-def test_a_wrong_name_ends_the_job_before_anything_is_made(bench: Bench, tmp_path: Path) -> None:
-    ran = run(torchrun() + bench.line(tmp_path / "run", "--recipe", "slow"))
+def test_an_unknown_recipe_stops_the_job_before_files_are_created(setup: Setup, tmp_path: Path) -> None:
+    ran = run(torchrun() + setup.line(tmp_path / "run", "--recipe", "slow"))
     assert ran.returncode != 0
     assert "error: unknown recipe 'slow'" in ran.stderr
     assert not (tmp_path / "run").exists()

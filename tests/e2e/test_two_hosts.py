@@ -1,4 +1,4 @@
-"""Two hosts as two network namespaces, joined by one cable: torchrun on each, as on a real cluster."""
+"""Training on two hosts with torchrun, simulated by two network namespaces that are connected by a veth pair."""
 
 import os
 import shutil
@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
-from tests.support.drawn_images import draw_folder
-from tests.support.same_runs import same
+from tests.support.checkpoint_assertions import deep_equal
+from tests.support.image_datasets import write_image_folder
 
 pytestmark = pytest.mark.slow
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-# float32 sums in another order; a step of the notes' recipe multiplies them by 0.01.
+# The ranks sum float32 values in a different order; the `notes` recipe multiplies the result by 0.01.
 TOLERANCE = 2e-6
 PORT = 29_512
-SECONDS = 120
+TIMEOUT_S = 120
 
 
 class Host(NamedTuple):
@@ -37,7 +37,7 @@ def ip(line: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Two namespaces with an address each; gone afterwards, with all that is left in them."""
+    """Two namespaces with one address each, which are removed with all their processes at the end."""
     if not shutil.which("ip"):
         pytest.skip("no ip command on this machine")
     tag = f"cx{os.getpid()}"
@@ -48,7 +48,7 @@ def hosts() -> Iterator[list[Host]]:
             if made.returncode:
                 pytest.skip(f"no network namespace can be made here ({made.stderr.strip()})")
             stack.callback(ip, f"netns del {host.namespace}")
-            stack.callback(end_all, host)
+            stack.callback(kill_processes, host)
         first, second = both
         made = ip(f"link add {first.interface} type veth peer name {second.interface}")
         if made.returncode:
@@ -65,15 +65,15 @@ def hosts() -> Iterator[list[Host]]:
         yield both
 
 
-def end_all(host: Host) -> None:
+def kill_processes(host: Host) -> None:
     for number in ip(f"netns pids {host.namespace}").stdout.split():
         subprocess.run(["kill", "-KILL", number], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """201 training images, an odd number in four steps; 15 test images."""
-    return draw_folder(tmp_path_factory.mktemp("data") / "colours", train=67, test=5)
+    """201 training images, an odd number of which remains for the last step, and 15 test images."""
+    return write_image_folder(tmp_path_factory.mktemp("data") / "colors", train=67, test=5)
 
 
 def start(host: Host, rank: int, line: list[str]) -> "subprocess.Popen[str]":
@@ -88,12 +88,12 @@ def start(host: Host, rank: int, line: list[str]) -> "subprocess.Popen[str]":
     )
 
 
-def on_both(hosts: list[Host], line: list[str]) -> list[tuple[int, str, str]]:
+def run_on_both(hosts: list[Host], line: list[str]) -> list[tuple[int, str, str]]:
     with ExitStack() as stack:
         jobs = [stack.enter_context(start(host, rank, line)) for rank, host in enumerate(hosts)]
         stack.callback(lambda: [job.kill() for job in jobs])
-        told = [job.communicate(timeout=SECONDS) for job in jobs]
-        return [(job.returncode, *texts) for job, texts in zip(jobs, told, strict=True)]
+        outputs = [job.communicate(timeout=TIMEOUT_S) for job in jobs]
+        return [(job.returncode, *texts) for job, texts in zip(jobs, outputs, strict=True)]
 
 
 def train(data: Path, out: Path, *more: str) -> list[str]:
@@ -101,11 +101,13 @@ def train(data: Path, out: Path, *more: str) -> list[str]:
     return [*line, "--out", str(out), *more]
 
 
-def test_two_hosts_train_what_one_process_trains_and_go_on(hosts: list[Host], data: Path, tmp_path: Path) -> None:
+def test_two_hosts_train_the_same_model_as_one_process_and_resume(
+    hosts: list[Host], data: Path, tmp_path: Path
+) -> None:
     from cifarx_train.train import train as train_here
 
     train_here("lzh", data=str(data), device="cpu", batch_size=50, epochs=2, out=tmp_path / "one")
-    (first, out, err), (second, silent, _) = on_both(hosts, train(data, tmp_path / "two", "--epochs", "2"))
+    (first, out, err), (second, silent, _) = run_on_both(hosts, train(data, tmp_path / "two", "--epochs", "2"))
     assert first == second == 0, err
     assert out.count("\n") == 1
     assert out.startswith(f"{tmp_path / 'two' / 'lzh_1.pth'}: ")
@@ -115,17 +117,17 @@ def test_two_hosts_train_what_one_process_trains_and_go_on(hosts: list[Host], da
         one, two = (load_checkpoint(tmp_path / folder / name) for folder in ("one", "two"))
         for weight in one.model:
             assert torch.allclose(two.model[weight], one.model[weight], rtol=0, atol=TOLERANCE), weight
-    # A shared folder, with the first epoch in it: both hosts go on from there to the same bits.
+    # Both hosts resume from the first epoch in a shared directory, bit for bit.
     (tmp_path / "again").mkdir()
     shutil.copy2(tmp_path / "two" / "lzh_0.pth", tmp_path / "again")
-    ended = on_both(hosts, train(data, tmp_path / "again", "--epochs", "2", "--resume", "auto"))
-    assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
+    results = run_on_both(hosts, train(data, tmp_path / "again", "--epochs", "2", "--resume", "auto"))
+    assert [status for status, _, _ in results] == [0, 0], results[0][2]
     again, whole = (load_checkpoint(tmp_path / folder / "lzh_1.pth") for folder in ("again", "two"))
-    assert same(again.model, whole.model)
-    assert same({**again.training, "seconds": 0}, {**whole.training, "seconds": 0})
+    assert deep_equal(again.model, whole.model)
+    assert deep_equal({**again.training, "seconds": 0}, {**whole.training, "seconds": 0})
 
 
-def test_hosts_that_do_not_share_the_folder_are_told(hosts: list[Host], data: Path, tmp_path: Path) -> None:
+def test_hosts_that_do_not_share_a_directory_fail(hosts: list[Host], data: Path, tmp_path: Path) -> None:
     from cifarx_train.train import train as train_here
 
     train_here("lzh", data=str(data), device="cpu", batch_size=50, epochs=1, out=tmp_path / "first")
@@ -133,8 +135,7 @@ def test_hosts_that_do_not_share_the_folder_are_told(hosts: list[Host], data: Pa
     with ExitStack() as stack:
         jobs = [stack.enter_context(start(host, rank, lines[rank])) for rank, host in enumerate(hosts)]
         stack.callback(lambda: [job.kill() for job in jobs])
-        told = [job.communicate(timeout=SECONDS)[1] for job in jobs]
+        errors = [job.communicate(timeout=TIMEOUT_S)[1] for job in jobs]
     assert all(job.returncode for job in jobs)
-    assert any("found checkpoints of different steps (0, 4)" in text and "the same --out" in text for text in told), (
-        told
-    )
+    message = "the processes found checkpoints of different steps (0, 4): use the same --out on all machines"
+    assert any(message in text for text in errors), errors

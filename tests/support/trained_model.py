@@ -1,11 +1,11 @@
-"""One small trained model with its artifacts, as the tests get it."""
+"""A small trained model and its artifacts."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Trained(NamedTuple):
-    """A folder with one trained Lzh and its artifacts; tests must not write there."""
+    """A directory with one trained Lzh and its artifacts. Tests must not write to it."""
 
     folder: Path
     checkpoint: Path

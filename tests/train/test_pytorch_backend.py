@@ -10,7 +10,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceError, ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from cifarx_train.models.registry import network
+from cifarx_train.models.registry import get_architecture
 from cifarx_train.pytorch_backend import PyTorchBackend
 
 SPEC = ModelSpec(model="lzh", class_names=("cat", "dog", "frog"), input=InputSpec(height=32, width=32))
@@ -20,7 +20,7 @@ CPU = Device("cpu")
 @pytest.fixture
 def checkpoint() -> Checkpoint:
     torch.manual_seed(0)
-    return Checkpoint(SPEC, network("lzh").build(3).state_dict(), {})
+    return Checkpoint(SPEC, get_architecture("lzh").build(3).state_dict(), {})
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_closing_twice_does_nothing(path: Path) -> None:
     backend.close()
 
 
-def test_the_real_checkpoint_of_a_run_opens(trained_on_colours: Path) -> None:
-    with PyTorchBackend(trained_on_colours, CPU) as backend:
+def test_the_real_checkpoint_of_a_run_opens(trained_checkpoint: Path) -> None:
+    with PyTorchBackend(trained_checkpoint, CPU) as backend:
         assert backend.spec.training is not None
         assert backend.run(random_batch(2)).shape == (2, 3)
 
@@ -82,7 +82,7 @@ def test_the_real_checkpoint_of_a_run_opens(trained_on_colours: Path) -> None:
 def test_a_gpu_that_is_not_there_is_an_error(path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(DeviceError, match=r"cuda:0 was asked for .*--device cpu"):
+    with pytest.raises(DeviceError, match=r"cuda:0 was requested, .*--device cpu"):
         PyTorchBackend(path, Device("cuda"))
 
 
@@ -94,7 +94,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_weights_of_another_network_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "x.pth", checkpoint._replace(model={"weight": torch.zeros(2)}))
-    with pytest.raises(ModelFileError, match="not those of lzh"):
+    with pytest.raises(ModelFileError, match="the weights do not match the model lzh"):
         PyTorchBackend(tmp_path / "x.pth", CPU)
 
 

@@ -9,120 +9,150 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cifarx_serve.errors import UsageError
-from cifarx_train.recipes import NETWORK_RECIPES, RECIPES, Recipe, changed, recipe
+from cifarx_serve.errors import FallbackWarning, UsageError
+from cifarx_train.recipes import (
+    MODEL_RECIPES,
+    RECIPE_ALIASES,
+    RECIPES,
+    RENAMED_FIELDS,
+    Recipe,
+    build_recipe,
+    load_recipe,
+    rename_old_fields,
+)
 
-counts = st.integers(1, 10**9)
-rates = st.floats(0, sys.float_info.max, exclude_min=True)
-amounts = st.floats(0, sys.float_info.max)
-shares = st.floats(0, 1, exclude_max=True)
+positive_ints = st.integers(1, 10**9)
+positive_floats = st.floats(0, sys.float_info.max, exclude_min=True)
+non_negative_floats = st.floats(0, sys.float_info.max)
+fractions = st.floats(0, 1, exclude_max=True)
 pixels = st.integers(0, 64)
 
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
-    """Any recipe that makes sense."""
+    """Any valid recipe."""
     optimizer = draw(st.sampled_from(["sgd", "adamw", "muon"]))
-    momentum = 0.0 if optimizer == "adamw" else draw(shares)
+    momentum = 0.0 if optimizer == "adamw" else draw(fractions)
     values: dict[str, Any] = {
         "name": draw(st.text(st.characters(codec="utf-8", exclude_characters="\x7f"))),
-        "epochs": draw(counts),
-        "batch_size": draw(counts),
-        "learning_rate": draw(rates),
+        "epochs": draw(positive_ints),
+        "batch_size": draw(positive_ints),
+        "learning_rate": draw(positive_floats),
         "optimizer": optimizer,
-        "bias_lr": draw(rates) if optimizer == "muon" else None,
-        "head_lr": draw(rates) if optimizer == "muon" else None,
+        "bias_lr": draw(positive_floats) if optimizer == "muon" else None,
+        "head_lr": draw(positive_floats) if optimizer == "muon" else None,
         "momentum": momentum,
         "nesterov": bool(momentum) and draw(st.booleans()),
-        "weight_decay": draw(amounts),
+        "weight_decay": draw(non_negative_floats),
         "schedule": draw(st.sampled_from(["constant", "linear", "cosine"])),
-        "warm_up": draw(shares),
-        "label_smoothing": draw(shares),
-        "max_grad_norm": draw(st.none() | rates),
-        "ema": draw(st.none() | shares),
+        "warmup_fraction": draw(fractions),
+        "label_smoothing": draw(fractions),
+        "max_grad_norm": draw(st.none() | positive_floats),
+        "ema_decay": draw(st.none() | fractions),
         "normalize": draw(st.booleans()),
         "flip": draw(st.booleans()),
         "crop": draw(pixels),
         "cutout": draw(pixels),
-        "jitter": draw(shares),
+        "jitter": draw(fractions),
         "precision": draw(st.sampled_from(["fp32", "bf16", "fp16"])),
         "channels_last": draw(st.booleans()),
         "compile": draw(st.booleans()),
-        "patience": draw(st.none() | counts),
-        "max_minutes": draw(st.none() | rates),
+        "patience": draw(st.none() | positive_ints),
+        "max_minutes": draw(st.none() | positive_floats),
     }
     return Recipe(**values)
 
 
-def written(folder: Path, content: str, name: str = "mine.toml") -> str:
-    """The path of a recipe file with that content, as the command line would have it."""
-    path = folder / name
+def write_toml(directory: Path, content: str, name: str = "mine.toml") -> str:
+    """Write a recipe file and return its path as a string, as given on the command line."""
+    path = directory / name
     path.write_text(content, encoding="utf-8")
     return str(path)
 
 
-# --- the recipes themselves
+# --- the built-in recipes
 
 
-def test_the_notes_recipe_is_that_of_the_notes() -> None:
-    assert recipe("notes") == Recipe(name="notes", epochs=10, batch_size=64, learning_rate=0.01)
+def test_the_notes_recipe_has_the_settings_of_the_training_notes() -> None:
+    assert load_recipe("notes") == Recipe(name="notes", epochs=10, batch_size=64, learning_rate=0.01)
 
 
-def test_the_notes_recipe_does_nothing_that_the_notes_do_not() -> None:
-    notes = recipe("notes")
+def test_the_notes_recipe_enables_nothing_else() -> None:
+    notes = load_recipe("notes")
     assert notes.optimizer == "sgd"
-    off = ("momentum", "weight_decay", "warm_up", "label_smoothing", "normalize", "flip", "crop", "cutout", "jitter")
+    off = (
+        "momentum",
+        "weight_decay",
+        "warmup_fraction",
+        "label_smoothing",
+        "normalize",
+        "flip",
+        "crop",
+        "cutout",
+        "jitter",
+    )
     assert not any(getattr(notes, field) for field in off)
     assert (notes.schedule, notes.precision, notes.compile) == ("constant", "fp32", False)
-    assert notes.max_grad_norm is notes.ema is notes.patience is notes.max_minutes is None
+    assert notes.max_grad_norm is notes.ema_decay is notes.patience is notes.max_minutes is None
 
 
-def test_every_recipe_has_the_name_that_it_is_asked_for_by() -> None:
+def test_every_recipe_records_its_own_name() -> None:
     assert {name: chosen.name for name, chosen in RECIPES.items()} == {name: name for name in RECIPES}
-    assert all(NETWORK_RECIPES[key].name == key[0] for key in NETWORK_RECIPES)
-    assert {general for general, _ in NETWORK_RECIPES} <= set(RECIPES)
+    assert all(MODEL_RECIPES[key].name == key[0] for key in MODEL_RECIPES)
+    assert {general for general, _ in MODEL_RECIPES} <= set(RECIPES)
 
 
-def test_a_network_may_have_its_own_row_under_a_general_name() -> None:
-    for (name, model), own in NETWORK_RECIPES.items():
-        assert recipe(name, model) == own
-        assert recipe(name, model) != recipe(name)
-        assert recipe(name, "lzh") == recipe(name) == RECIPES[name]
-        assert recipe("notes", model) == RECIPES["notes"]
+def test_a_model_may_have_its_own_version_of_a_recipe() -> None:
+    for (name, model), own in MODEL_RECIPES.items():
+        assert load_recipe(name, model) == own
+        assert load_recipe(name, model) != load_recipe(name)
+        assert load_recipe(name, "lzh") == load_recipe(name) == RECIPES[name]
+        assert load_recipe("notes", model) == RECIPES["notes"]
 
 
-def test_the_rows_of_networks_are_networks_that_there_are() -> None:
-    from cifarx_train.models.registry import network
+def test_model_recipes_name_existing_models() -> None:
+    from cifarx_train.models.registry import get_architecture
 
-    assert [network(model).name for _, model in NETWORK_RECIPES] == [model for _, model in NETWORK_RECIPES]
-
-
-def test_an_unknown_name_is_told_the_nearest() -> None:
-    with pytest.raises(UsageError, match="unknown recipe 'note': did you mean 'notes'"):
-        recipe("note")
+    assert [get_architecture(model).name for _, model in MODEL_RECIPES] == [model for _, model in MODEL_RECIPES]
 
 
-# --- what is given in place of its values
+def test_an_unknown_name_suggests_the_closest_match() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe("note")
+    assert str(caught.value) == "unknown recipe 'note': did you mean 'notes'? choose from baseline, fast, notes"
 
 
-@given(epochs=st.none() | counts, batch_size=st.none() | counts, learning_rate=st.none() | rates)
-def test_what_is_given_replaces_the_recipes_own(
+def test_baseline_is_another_name_of_the_notes_recipe(tmp_path: Path) -> None:
+    assert RECIPE_ALIASES == {"baseline": "notes"}
+    assert load_recipe("baseline") == load_recipe("notes")
+    assert load_recipe("baseline", overrides={"epochs": 3}) == load_recipe("notes", overrides={"epochs": 3})
+    path = write_toml(tmp_path, 'base = "baseline"\nepochs = 3\n')
+    assert load_recipe(path) == msgspec.structs.replace(RECIPES["notes"], name="mine", epochs=3)
+
+
+# --- overrides
+
+
+@given(
+    epochs=st.none() | positive_ints, batch_size=st.none() | positive_ints, learning_rate=st.none() | positive_floats
+)
+def test_overrides_replace_the_values_of_the_recipe(
     epochs: int | None, batch_size: int | None, learning_rate: float | None
 ) -> None:
-    given_values = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    chosen = recipe("notes", overrides=given_values)
+    overrides = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    chosen = load_recipe("notes", overrides=overrides)
     expected = {
-        field: value if value is not None else getattr(RECIPES["notes"], field) for field, value in given_values.items()
+        field: value if value is not None else getattr(RECIPES["notes"], field) for field, value in overrides.items()
     }
     assert chosen == msgspec.structs.replace(RECIPES["notes"], **expected)
-    assert recipe("notes") == RECIPES["notes"]
+    assert load_recipe("notes") == RECIPES["notes"]
 
 
 @given(recipes())
-def test_values_given_as_text_are_those_values(chosen: Recipe) -> None:
+def test_values_can_be_given_as_text(chosen: Recipe) -> None:
     values = {field: value for field, value in msgspec.to_builtins(chosen).items() if value is not None}
     texts = {field: str(value).lower() if isinstance(value, bool) else str(value) for field, value in values.items()}
-    assert changed({}, texts, "the text") == chosen
+    assert build_recipe({}, texts, "the text") == chosen
 
 
 @pytest.mark.parametrize(
@@ -139,15 +169,15 @@ def test_values_given_as_text_are_those_values(chosen: Recipe) -> None:
         ("max_grad_norm", "null", None),
     ],
 )
-def test_text_from_a_command_line(field: str, text: str, value: object) -> None:
-    chosen = getattr(recipe("fast", overrides={field: text}), field)
+def test_text_is_converted_to_the_type_of_the_field(field: str, text: str, value: object) -> None:
+    chosen = getattr(load_recipe("fast", overrides={field: text}), field)
     assert chosen == value
     assert type(chosen) is type(value)
 
 
-def test_an_unknown_field_is_told_the_nearest() -> None:
+def test_an_unknown_field_suggests_the_closest_match() -> None:
     with pytest.raises(UsageError, match="unknown recipe field 'momentm': did you mean 'momentum'"):
-        recipe("notes", overrides={"momentm": "0.9"})
+        load_recipe("notes", overrides={"momentm": "0.9"})
 
 
 @pytest.mark.parametrize(
@@ -159,8 +189,11 @@ def test_an_unknown_field_is_told_the_nearest() -> None:
             for value in (0, -1, "0", "-1", "many")
         ),
         *(("learning_rate", value) for value in (float("nan"), float("inf"), float("-inf"), "nan", "inf", "1e400")),
-        *((field, "nan") for field in ("momentum", "weight_decay", "ema", "warm_up", "jitter", "max_minutes")),
-        *((field, 1.0) for field in ("momentum", "ema", "warm_up", "label_smoothing", "jitter")),
+        *(
+            (field, "nan")
+            for field in ("momentum", "weight_decay", "ema_decay", "warmup_fraction", "jitter", "max_minutes")
+        ),
+        *((field, 1.0) for field in ("momentum", "ema_decay", "warmup_fraction", "label_smoothing", "jitter")),
         ("epochs", 1.5),
         ("epochs", True),
         ("weight_decay", -1e-9),
@@ -174,9 +207,9 @@ def test_an_unknown_field_is_told_the_nearest() -> None:
         ("precision", "fp8"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_refused_and_named(field: str, value: object) -> None:
-    with pytest.raises(UsageError, match="makes no sense") as caught:
-        recipe("notes", overrides={field: value})
+def test_an_invalid_value_is_rejected_and_named(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match="is not valid") as caught:
+        load_recipe("notes", overrides={field: value})
     assert field in caught.value.problem
     assert str(value) in caught.value.problem
 
@@ -188,67 +221,67 @@ def test_a_value_that_makes_no_sense_is_refused_and_named(field: str, value: obj
         ({"optimizer": "muon"}, "muon needs bias_lr and head_lr"),
         ({"optimizer": "muon", "bias_lr": 0.1}, "muon needs bias_lr and head_lr"),
         ({"optimizer": "muon", "head_lr": 0.1}, "muon needs bias_lr and head_lr"),
-        ({"bias_lr": 0.1}, "belong to the optimizer muon"),
-        ({"optimizer": "adamw", "head_lr": "0.1"}, "belong to the optimizer muon"),
-        ({"optimizer": "adamw", "momentum": 0.9}, "adamw has no momentum"),
+        ({"bias_lr": 0.1}, "are only for the optimizer muon"),
+        ({"optimizer": "adamw", "head_lr": "0.1"}, "are only for the optimizer muon"),
+        ({"optimizer": "adamw", "momentum": 0.9}, "adamw does not use momentum"),
     ],
 )
-def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], words: str) -> None:
+def test_contradicting_values_are_rejected(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        recipe("notes", overrides=values)
+        load_recipe("notes", overrides=values)
 
 
-def test_a_network_s_own_rates_do_not_fit_another_optimizer() -> None:
-    with pytest.raises(UsageError, match="belong to the optimizer muon"):
-        recipe("fast", "fastnet", {"optimizer": "sgd"})
+def test_the_learning_rates_of_a_model_recipe_do_not_fit_another_optimizer() -> None:
+    with pytest.raises(UsageError, match="are only for the optimizer muon"):
+        load_recipe("fast", "fastnet", {"optimizer": "sgd"})
 
 
-# --- as plain data, and as files
+# --- plain data and files
 
 
 @given(recipes())
-def test_a_recipe_survives_as_plain_data(chosen: Recipe) -> None:
+def test_a_recipe_round_trips_through_json(chosen: Recipe) -> None:
     document = msgspec.json.encode(msgspec.to_builtins(chosen))
-    assert changed(msgspec.json.decode(document), {}, "the document") == chosen
+    assert build_recipe(msgspec.json.decode(document), {}, "the document") == chosen
 
 
 @given(chosen=recipes())
 @example(chosen=Recipe(name="none", epochs=1, batch_size=1, learning_rate=1.0))
-def test_a_recipe_survives_as_a_file(tmp_path_factory: pytest.TempPathFactory, chosen: Recipe) -> None:
-    path = written(tmp_path_factory.mktemp("recipe"), chosen.to_toml())
-    assert recipe(path) == chosen
+def test_a_recipe_round_trips_through_toml(tmp_path_factory: pytest.TempPathFactory, chosen: Recipe) -> None:
+    path = write_toml(tmp_path_factory.mktemp("recipe"), chosen.to_toml())
+    assert load_recipe(path) == chosen
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_the_toml_shows_every_field(name: str) -> None:
-    text = recipe(name).to_toml()
-    values = {field: value for field, value in msgspec.to_builtins(recipe(name)).items() if value is not None}
+def test_the_toml_contains_every_field(name: str) -> None:
+    text = load_recipe(name).to_toml()
+    values = {field: value for field, value in msgspec.to_builtins(load_recipe(name)).items() if value is not None}
     assert tomllib.loads(text) == values
     assert all(field in text for field in Recipe.__struct_fields__)
 
 
-def test_a_file_changes_the_recipe_that_it_names_as_its_base(tmp_path: Path) -> None:
-    path = written(tmp_path, 'base = "fast"\nepochs = 3\nlearning_rate = 1\n')
-    assert recipe(path) == msgspec.structs.replace(RECIPES["fast"], name="mine", epochs=3, learning_rate=1.0)
-    assert recipe(path, overrides={"epochs": "7"}).epochs == 7
+def test_a_file_changes_its_base_recipe(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, 'base = "fast"\nepochs = 3\nlearning_rate = 1\n')
+    assert load_recipe(path) == msgspec.structs.replace(RECIPES["fast"], name="mine", epochs=3, learning_rate=1.0)
+    assert load_recipe(path, overrides={"epochs": "7"}).epochs == 7
 
 
-def test_the_base_of_a_file_is_the_network_s_own_row(tmp_path: Path) -> None:
-    path = written(tmp_path, 'base = "fast"\nepochs = 3\n')
-    own = NETWORK_RECIPES["fast", "fastnet"]
-    assert recipe(path, "fastnet") == msgspec.structs.replace(own, name="mine", epochs=3)
+def test_the_base_of_a_file_may_be_a_model_recipe(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, 'base = "fast"\nepochs = 3\n')
+    own = MODEL_RECIPES["fast", "fastnet"]
+    assert load_recipe(path, "fastnet") == msgspec.structs.replace(own, name="mine", epochs=3)
 
 
-def test_a_file_without_a_base_says_all_that_has_no_default(tmp_path: Path) -> None:
-    path = written(tmp_path, "epochs = 3\nbatch_size = 8\nlearning_rate = 0.5\n")
-    assert recipe(path) == Recipe(name="mine", epochs=3, batch_size=8, learning_rate=0.5)
-    with pytest.raises(UsageError, match=r"mine\.toml makes no sense .*missing.*learning_rate"):
-        recipe(written(tmp_path, "epochs = 3\nbatch_size = 8\n"))
-    assert recipe(str(tmp_path / "mine.toml"), overrides={"learning_rate": 1}).learning_rate == 1.0
+def test_a_file_without_a_base_needs_all_fields_without_a_default(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, "epochs = 3\nbatch_size = 8\nlearning_rate = 0.5\n")
+    assert load_recipe(path) == Recipe(name="mine", epochs=3, batch_size=8, learning_rate=0.5)
+    with pytest.raises(UsageError, match=r"mine\.toml is not valid .*missing.*learning_rate"):
+        load_recipe(write_toml(tmp_path, "epochs = 3\nbatch_size = 8\n"))
+    assert load_recipe(str(tmp_path / "mine.toml"), overrides={"learning_rate": 1}).learning_rate == 1.0
 
 
-def test_a_file_may_name_itself(tmp_path: Path) -> None:
-    assert recipe(written(tmp_path, 'base = "notes"\nname = "other"\n')).name == "other"
+def test_a_file_may_set_its_name(tmp_path: Path) -> None:
+    assert load_recipe(write_toml(tmp_path, 'base = "notes"\nname = "other"\n')).name == "other"
 
 
 @pytest.mark.parametrize(
@@ -259,51 +292,118 @@ def test_a_file_may_name_itself(tmp_path: Path) -> None:
         ('base = "note"\n', "did you mean 'notes'"),
         ("base = 3\n", "has the base 3"),
         ('base = "notes"\nmomentm = 0.9\n', "did you mean 'momentum'"),
-        ('base = "notes"\nepochs = 0\n', "makes no sense"),
-        ('base = "notes"\nlearning_rate = nan\n', "makes no sense"),
+        ('base = "notes"\nepochs = 0\n', "is not valid"),
+        ('base = "notes"\nlearning_rate = nan\n', "is not valid"),
         ('base = "notes"\nnesterov = true\n', "nesterov needs a momentum"),
         ('[notes]\nbase = "notes"\n', "unknown recipe field 'notes'"),
     ],
 )
-def test_a_broken_file_is_told_in_one_error(content: str, words: str, tmp_path: Path) -> None:
+def test_a_malformed_file_is_rejected(content: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
-        recipe(written(tmp_path, content))
+        load_recipe(write_toml(tmp_path, content))
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"absent\.toml cannot be read .*No such file"):
-        recipe(str(tmp_path / "absent.toml"))
+        load_recipe(str(tmp_path / "absent.toml"))
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(UsageError, match=r"folder\.toml cannot be read"):
-        recipe(str(tmp_path / "folder.toml"))
+        load_recipe(str(tmp_path / "folder.toml"))
     (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"\n')
     with pytest.raises(UsageError, match=r"latin\.toml cannot be read"):
-        recipe(str(tmp_path / "latin.toml"))
+        load_recipe(str(tmp_path / "latin.toml"))
 
 
 @given(content=st.text(st.characters(codec="utf-8"), max_size=60))
-def test_any_text_is_a_recipe_or_a_usage_error(tmp_path_factory: pytest.TempPathFactory, content: str) -> None:
-    path = written(tmp_path_factory.mktemp("any"), content)
-    with pytest.raises(UsageError):  # for three fields have no default
-        recipe(path)
+def test_any_text_is_a_recipe_or_raises_usage_error(tmp_path_factory: pytest.TempPathFactory, content: str) -> None:
+    path = write_toml(tmp_path_factory.mktemp("any"), content)
+    with pytest.raises(UsageError):  # three fields have no default
+        load_recipe(path)
 
 
-# --- two of them
+# --- field names of earlier versions
+
+OLD_VALUES: dict[str, Any] = {
+    "bias_rate": 0.05,
+    "head_rate": 0.6,
+    "clip_norm": 2.0,
+    "ema": 0.9,
+    "warm_up": 0.3,
+    "normalise": True,
+}
 
 
-def test_differences_are_told_with_both_values() -> None:
-    one = recipe("notes", overrides={"epochs": 3, "ema": 0.9})
-    assert one.differences(recipe("notes")) == {"epochs": (3, 10), "ema": (0.9, None)}
-    assert one.differences(one) == {}
+def renamed(old: str) -> str:
+    return f"recipe field {old!r} is now {RENAMED_FIELDS[old]!r}"
+
+
+def test_every_renamed_field_is_a_field() -> None:
+    assert set(OLD_VALUES) == set(RENAMED_FIELDS)
+    assert set(RENAMED_FIELDS.values()) <= set(Recipe.__struct_fields__)
+    assert not set(RENAMED_FIELDS) & set(Recipe.__struct_fields__)
+
+
+@pytest.mark.parametrize("old", list(OLD_VALUES))
+def test_an_override_may_use_the_old_name_of_a_field(old: str) -> None:
+    overrides: dict[str, Any] = {"optimizer": "muon", "bias_lr": 0.1, "head_lr": 0.1}
+    overrides.pop(RENAMED_FIELDS[old], None)
+    with pytest.warns(FallbackWarning) as warned:
+        chosen = load_recipe("notes", overrides={**overrides, old: str(OLD_VALUES[old]).lower()})
+    assert [str(warning.message) for warning in warned] == [renamed(old)]
+    assert getattr(chosen, RENAMED_FIELDS[old]) == OLD_VALUES[old]
+
+
+def test_a_file_may_use_the_old_names_of_fields(tmp_path: Path) -> None:
+    lines = [f"{field} = {msgspec.json.encode(value).decode()}" for field, value in OLD_VALUES.items()]
+    path = write_toml(tmp_path, 'base = "notes"\noptimizer = "muon"\n' + "\n".join(lines))
+    with pytest.warns(FallbackWarning) as warned:
+        chosen = load_recipe(path)
+    assert sorted(str(warning.message) for warning in warned) == sorted(map(renamed, OLD_VALUES))
+    assert {field: getattr(chosen, RENAMED_FIELDS[field]) for field in OLD_VALUES} == OLD_VALUES
+    assert not any(f"{old} " in chosen.to_toml() for old in OLD_VALUES)
+
+
+def test_an_old_name_in_a_file_replaces_the_value_of_its_base(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, 'base = "fast"\nwarm_up = 0.5\n')
+    with pytest.warns(FallbackWarning, match="recipe field 'warm_up' is now 'warmup_fraction'"):
+        assert load_recipe(path).warmup_fraction == 0.5
+
+
+def test_the_same_field_under_both_names_is_rejected(tmp_path: Path) -> None:
+    words = "recipe field 'ema_decay' is given twice, once by its old name 'ema': remove 'ema'"
+    with pytest.raises(UsageError, match=words):
+        load_recipe("notes", overrides={"ema": 0.9, "ema_decay": 0.8})
+    with pytest.raises(UsageError, match=words):
+        load_recipe(write_toml(tmp_path, 'base = "notes"\nema = 0.9\nema_decay = 0.8\n'))
+    with pytest.warns(FallbackWarning):
+        assert load_recipe("notes", overrides={"ema": 0.9, "ema_decay": None}).ema_decay == 0.9
+
+
+@given(recipes())
+def test_plain_data_with_old_names_is_the_same_recipe(chosen: Recipe) -> None:
+    old_names = {new: old for old, new in RENAMED_FIELDS.items()}
+    values = msgspec.to_builtins(chosen)
+    old_values = {old_names.get(field, field): value for field, value in values.items()}
+    assert build_recipe(rename_old_fields(old_values), {}, "the document") == chosen
+    assert rename_old_fields(values) == values
+
+
+# --- comparison
+
+
+def test_diff_returns_both_values() -> None:
+    one = load_recipe("notes", overrides={"epochs": 3, "ema_decay": 0.9})
+    assert one.diff(load_recipe("notes")) == {"epochs": (3, 10), "ema_decay": (0.9, None)}
+    assert one.diff(one) == {}
 
 
 @given(recipes(), recipes())
-def test_no_difference_means_equal(one: Recipe, other: Recipe) -> None:
-    assert (one.differences(other) == {}) == (one == other)
+def test_recipes_without_a_diff_are_equal(one: Recipe, other: Recipe) -> None:
+    assert (one.diff(other) == {}) == (one == other)
 
 
 def test_recipes_need_no_pytorch() -> None:
-    code = "import sys\nfrom cifarx_train.recipes import recipe\nrecipe('fast', 'fastnet').to_toml()\n"
+    code = "import sys\nfrom cifarx_train.recipes import load_recipe\nload_recipe('fast', 'fastnet').to_toml()\n"
     code += "sys.exit(bool({'torch', 'torchvision'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

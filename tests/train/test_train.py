@@ -12,38 +12,38 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cifarx_serve.errors import CheckFailed, CifarxError, DataError, OutputError
 from cifarx_serve.spec import DataRecord, InputSpec, TrainingRecord
 from cifarx_serve.system.versions import library_versions
-from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
+from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.data.dataset import fingerprint
-from cifarx_train.data.loaders.device import DeviceImages
-from cifarx_train.data.selection import select_data
+from cifarx_train.data.loaders.device import DeviceLoader
+from cifarx_train.data.selection import select_dataset
 from cifarx_train.distributed import Distributed
 from cifarx_train.evaluation import Evaluator
-from cifarx_train.models.registry import network
-from cifarx_train.recipes import RECIPES, recipe
+from cifarx_train.models.registry import get_architecture
+from cifarx_train.recipes import RECIPES, load_recipe
 from cifarx_train.train import TrainResult, train
-from tests.support.drawn_images import draw_folder, pack
+from tests.support.image_datasets import pack_archive, write_image_folder
 
 INPUT = InputSpec(height=32, width=32)
 
 
-class Diary(Callback):
-    """Writes down what it is told."""
+class RecordingCallback(Callback):
+    """Records the events it receives."""
 
     def __init__(self) -> None:
-        self.start: list[RunStart] = []
+        self.runs: list[RunInfo] = []
         self.reports: list[EpochReport] = []
         self.seen: list[list[str]] = []
         self.ended = 0
 
-    def on_start(self, run: RunStart) -> None:
-        self.start.append(run)
+    def on_train_start(self, run: RunInfo) -> None:
+        self.runs.append(run)
 
-    def on_epoch(self, report: EpochReport) -> None:
+    def on_epoch_end(self, report: EpochReport) -> None:
         self.reports.append(report)
         self.seen.append(sorted(path.name for path in report.checkpoint.parent.glob("*.pth")))
 
-    def on_end(self) -> None:
+    def on_train_end(self) -> None:
         self.ended += 1
 
 
@@ -66,67 +66,67 @@ def record_of(path: Path) -> TrainingRecord:
     return record
 
 
-def judge_afresh(path: Path, data: Path) -> tuple[float, float]:
-    """Loss and accuracy of a checkpoint's network on a data set's test images."""
+def evaluate_checkpoint(path: Path, data: Path) -> tuple[float, float]:
+    """Return the loss and accuracy of a checkpoint on the test images of a dataset."""
     loaded, cpu = load_checkpoint(path), torch.device("cpu")
     spec, classes = loaded.spec.input, len(loaded.spec.class_names)
-    test = DeviceImages(select_data(str(data)).load("test", spec), cpu)
-    found = Evaluator(test, spec, classes, cpu, Distributed()).evaluate(loaded.build())
-    return found.loss, found.accuracy
+    test = DeviceLoader(select_dataset(str(data)).load("test", spec), cpu)
+    evaluation = Evaluator(test, spec, classes, cpu, Distributed()).evaluate(loaded.build())
+    return evaluation.loss, evaluation.accuracy
 
 
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder)).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 class Finished(NamedTuple):
-    """A run of three epochs with seed 5, and who watched it; nothing is to be written to its folder."""
+    """A run of three epochs with seed 5 and its recorded events. Tests must not write to its directory."""
 
     folder: Path
     result: TrainResult
-    diary: Diary
+    callback: RecordingCallback
 
 
 @pytest.fixture(scope="module")
-def finished(drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder, diary = tmp_path_factory.mktemp("finished") / "run", Diary()
-    return Finished(folder, run(drawn_once, folder, epochs=3, seed=5, callbacks=[diary]), diary)
+def finished(color_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder, callback = tmp_path_factory.mktemp("finished") / "run", RecordingCallback()
+    return Finished(folder, run(color_folder, folder, epochs=3, seed=5, callbacks=[callback]), callback)
 
 
-# --- what a run writes
+# --- the files of a run
 
 
-def test_writes_one_checkpoint_an_epoch(finished: Finished) -> None:
-    folder, done, diary = finished
+def test_writes_one_checkpoint_per_epoch(finished: Finished) -> None:
+    folder, done, callback = finished
     assert done.checkpoints == [folder / f"lzh_{epoch}.pth" for epoch in range(3)]
     assert sorted(path.name for path in folder.iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
-    # An callback hears of an epoch when its checkpoint is there.
-    assert diary.seen == [["lzh_0.pth"], ["lzh_0.pth", "lzh_1.pth"], ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]]
+    # The checkpoint of an epoch exists when callbacks receive the epoch.
+    assert callback.seen == [["lzh_0.pth"], ["lzh_0.pth", "lzh_1.pth"], ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]]
 
 
-def test_writes_into_the_current_folder_unless_told_otherwise(drawn_once: Path, tmp_path: Path) -> None:
-    done = train("lzh", data=str(drawn_once), epochs=1, device="cpu")
+def test_writes_to_the_current_directory_by_default(color_folder: Path, tmp_path: Path) -> None:
+    done = train("lzh", data=str(color_folder), epochs=1, device="cpu")
     assert done.checkpoints == [Path("lzh_0.pth")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "lzh_0.pth"]
 
 
-def test_the_logs_may_go_elsewhere(drawn_once: Path, tmp_path: Path) -> None:
-    run(drawn_once, tmp_path / "run", epochs=1, logdir=tmp_path / "elsewhere")
+def test_the_log_directory_can_be_set(color_folder: Path, tmp_path: Path) -> None:
+    run(color_folder, tmp_path / "run", epochs=1, logdir=tmp_path / "elsewhere")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lzh_0.pth"]
-    assert set(curves(tmp_path / "elsewhere")) >= {"test_loss", "accuracy"}
+    assert set(read_scalars(tmp_path / "elsewhere")) >= {"test_loss", "accuracy"}
 
 
-def test_every_checkpoint_tells_the_truth_about_itself(drawn_once: Path, finished: Finished) -> None:
+def test_every_checkpoint_describes_its_training(color_folder: Path, finished: Finished) -> None:
     done = finished.result
-    data = select_data(str(drawn_once))
+    data = select_dataset(str(color_folder))
     splits = {split: data.load(split, INPUT) for split in ("train", "test")}
     for epoch, path in enumerate(done.checkpoints):
         spec, training = load_checkpoint(path).spec, record_of(path)
         assert (spec.model, spec.class_names, spec.input) == ("lzh", ("blue", "green", "red"), INPUT)
         assert (spec.precision, spec.checkpoint_sha256, spec.parity) == ("fp32", None, None)
         assert training.data == DataRecord(
-            name="colours",
+            name="colors",
             kind="folder",
             train_images=60,
             test_images=30,
@@ -134,18 +134,18 @@ def test_every_checkpoint_tells_the_truth_about_itself(drawn_once: Path, finishe
             test_fingerprint=fingerprint(splits["test"], data.class_names),
         )
         values = {"epochs": 3, "batch_size": 16, "learning_rate": 0.05}
-        assert training.recipe == msgspec.to_builtins(recipe("notes", overrides=values))
+        assert training.recipe == msgspec.to_builtins(load_recipe("notes", overrides=values))
         assert (training.epochs, training.seed, training.device) == (epoch + 1, 5, "cpu")
         assert training.versions == library_versions()
         assert training.versions["torch"] == torch.__version__.partition("+")[0]
-        assert (training.test_loss, training.test_accuracy) == judge_afresh(path, drawn_once)
+        assert (training.test_loss, training.test_accuracy) == evaluate_checkpoint(path, color_folder)
     assert done.test_accuracy == record_of(done.checkpoints[-1]).test_accuracy
-    assert (done.epochs, done.device, done.data) == (3, "cpu", "colours")
-    assert done.stopped is None
-    assert done.memory_bytes > 2**20
+    assert (done.epochs, done.device, done.data) == (3, "cpu", "colors")
+    assert done.stop_reason is None
+    assert done.peak_memory_bytes > 2**20
 
 
-def test_the_best_is_the_first_with_the_best_accuracy(finished: Finished) -> None:
+def test_the_best_checkpoint_is_the_first_with_the_best_accuracy(finished: Finished) -> None:
     accuracies = [record_of(path).test_accuracy or 0.0 for path in finished.result.checkpoints]
     assert finished.result.best == (
         finished.result.checkpoints[accuracies.index(max(accuracies))],
@@ -153,124 +153,132 @@ def test_the_best_is_the_first_with_the_best_accuracy(finished: Finished) -> Non
     )
 
 
-def test_a_checkpoint_holds_what_a_continuation_needs(finished: Finished) -> None:
+def test_a_checkpoint_contains_the_training_state(finished: Finished) -> None:
     training = load_checkpoint(finished.result.checkpoints[1]).training
     assert (training["epoch"], training["done"], training["step"]) == (2, 0, 8)
     assert training["seconds"] > 0
-    # The generator of the order stands where the third epoch begins, the global one where the weights were drawn.
+    # The shuffling generator is in the state before the third epoch, the global one in that after initialization.
     order = torch.Generator().manual_seed(5)
     torch.randperm(60, generator=order)
     torch.randperm(60, generator=order)
     assert torch.equal(training["shuffle"], order.get_state())
     torch.manual_seed(5)
-    network("lzh").build(3)
+    get_architecture("lzh").build(3)
     assert torch.equal(training["random"]["cpu"][0], torch.get_rng_state())
 
 
-def test_observers_hear_what_is_trained_and_how_it_went(finished: Finished) -> None:
-    _, done, diary = finished
-    [start] = diary.start
-    told = (start.model, start.device, start.ranks, start.data, start.train_images, start.steps, start.first_step)
-    assert told == ("lzh", "cpu", 1, "colours", 60, 12, 0)
-    assert (start.seed, start.recipe.epochs, start.input) == (5, 3, INPUT)
-    assert start.class_names == ("blue", "green", "red")
-    assert sum(parameter.numel() for parameter in start.module.parameters()) == 145_578 - 7 * 65
-    assert start.test.images.shape == (30, 32, 32, 3)
-    assert [(report.epoch, report.epochs, report.step) for report in diary.reports] == [
+def test_callbacks_receive_the_run_and_its_epochs(finished: Finished) -> None:
+    _, done, callback = finished
+    [run_info] = callback.runs
+    assert (run_info.model, run_info.device, run_info.world_size) == ("lzh", "cpu", 1)
+    assert (run_info.data, run_info.num_train_images) == ("colors", 60)
+    assert (run_info.total_steps, run_info.first_step, run_info.resumed_from) == (12, 0, None)
+    assert (run_info.seed, run_info.recipe.epochs, run_info.input) == (5, 3, INPUT)
+    assert run_info.class_names == ("blue", "green", "red")
+    assert sum(parameter.numel() for parameter in run_info.module.parameters()) == 145_578 - 7 * 65
+    assert run_info.test_set.images.shape == (30, 32, 32, 3)
+    assert [(report.epoch, report.epochs, report.step) for report in callback.reports] == [
         (0, 3, 4),
         (1, 3, 8),
         (2, 3, 12),
     ]
-    assert [report.checkpoint for report in diary.reports] == done.checkpoints
-    for report in diary.reports:
+    assert [report.checkpoint for report in callback.reports] == done.checkpoints
+    for report in callback.reports:
         training = record_of(report.checkpoint)
-        eval_model = report.evaluation
-        assert (eval_model.loss, eval_model.accuracy) == (training.test_loss, training.test_accuracy)
-        assert eval_model.confusion.sum() == 30
-        assert np.array_equal(eval_model.confusion.sum(1), [10, 10, 10])
-        assert len(eval_model.mistakes) == min(25, 30 - eval_model.confusion.trace())
-        assert report.save_s > 0
-    assert done.images_per_s == pytest.approx(sum(report.images_per_s for report in diary.reports) / 3)
-    assert diary.ended == 1
+        evaluation = report.evaluation
+        assert (evaluation.loss, evaluation.accuracy) == (training.test_loss, training.test_accuracy)
+        assert evaluation.confusion_matrix.sum() == 30
+        assert np.array_equal(evaluation.confusion_matrix.sum(1), [10, 10, 10])
+        assert len(evaluation.mistakes) == min(25, 30 - evaluation.confusion_matrix.trace())
+        assert report.checkpoint_s > 0
+    assert done.images_per_s == pytest.approx(sum(report.images_per_s for report in callback.reports) / 3)
+    assert callback.ended == 1
 
 
-def test_learns_what_can_be_learnt(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=8, batch_size=8)
+def test_learns_an_easy_dataset(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, epochs=8, batch_size=8)
     assert done.test_accuracy == 1.0
-    losses = [value for _, value in curves(tmp_path / "logs")["test_loss"]]
+    losses = [value for _, value in read_scalars(tmp_path / "logs")["test_loss"]]
     assert losses[-1] < losses[0] / 2
 
 
-def test_an_archive_trains_as_its_folder(drawn_once: Path, tmp_path: Path, finished: Finished) -> None:
-    archive = run(pack(drawn_once, tmp_path / "colours.tar.gz"), tmp_path / "run", epochs=1, seed=5)
+def test_an_archive_trains_like_its_directory(color_folder: Path, tmp_path: Path, finished: Finished) -> None:
+    archive = run(pack_archive(color_folder, tmp_path / "colors.tar.gz"), tmp_path / "run", epochs=1, seed=5)
     assert equal(weights(archive.checkpoints[0]), weights(finished.result.checkpoints[0]))
 
 
-# --- the recipe, the network and its input
+# --- the recipe, the model and its input
 
 
-def test_the_settings_are_recorded(drawn_once: Path, tmp_path: Path) -> None:
-    settings = {"momentum": "0.9", "nesterov": "true", "weight_decay": 0.01, "ema": 0.9, "crop": 2, "max_grad_norm": 1}
-    done = run(drawn_once, tmp_path, epochs=1, **settings)
-    expected = recipe("notes", overrides={"epochs": 1, "batch_size": 16, "learning_rate": 0.05, **settings})
+def test_overrides_are_recorded(color_folder: Path, tmp_path: Path) -> None:
+    settings = {
+        "momentum": "0.9",
+        "nesterov": "true",
+        "weight_decay": 0.01,
+        "ema_decay": 0.9,
+        "crop": 2,
+        "max_grad_norm": 1,
+    }
+    done = run(color_folder, tmp_path, epochs=1, **settings)
+    expected = load_recipe("notes", overrides={"epochs": 1, "batch_size": 16, "learning_rate": 0.05, **settings})
     assert record_of(done.checkpoints[0]).recipe == msgspec.to_builtins(expected)
 
 
-def test_a_recipe_from_a_file_is_used_and_recorded(drawn_once: Path, tmp_path: Path) -> None:
+def test_a_recipe_from_a_file_is_used_and_recorded(color_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('base = "fast"\nepochs = 1\nbatch_size = 20\nschedule = "cosine"\n')
-    done = train("lzh", data=str(drawn_once), out=tmp_path, device="cpu", recipe_name=str(tmp_path / "mine.toml"))
+    done = train("lzh", data=str(color_folder), out=tmp_path, device="cpu", recipe_name=str(tmp_path / "mine.toml"))
     changes = {"name": "mine", "epochs": 1, "batch_size": 20, "schedule": "cosine"}
     assert record_of(done.checkpoints[0]).recipe == {**msgspec.to_builtins(RECIPES["fast"]), **changes}
 
 
-def test_a_normalised_run_says_so_in_the_spec(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=1, normalize=True)
-    images = select_data(str(drawn_once)).load("train", INPUT).images.astype(np.float64) / 255
+def test_normalization_is_recorded_in_the_spec(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, epochs=1, normalize=True)
+    images = select_dataset(str(color_folder)).load("train", INPUT).images.astype(np.float64) / 255
     spec = load_checkpoint(done.checkpoints[0]).spec.input
     assert spec.mean == pytest.approx(images.mean((0, 1, 2)), abs=1e-4)
     assert spec.std == pytest.approx(images.std((0, 1, 2)), abs=1e-4)
     training = record_of(done.checkpoints[0])
-    assert (training.test_loss, training.test_accuracy) == judge_afresh(done.checkpoints[0], drawn_once)
-    again = run(drawn_once, tmp_path, epochs=2, normalize=True, resume="auto")
+    assert (training.test_loss, training.test_accuracy) == evaluate_checkpoint(done.checkpoints[0], color_folder)
+    again = run(color_folder, tmp_path, epochs=2, normalize=True, resume="auto")
     assert load_checkpoint(again.checkpoints[-1]).spec.input == spec
 
 
-def test_the_average_is_judged_and_saved(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, ema=0.9)
+def test_the_weight_average_is_evaluated_and_saved(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, ema_decay=0.9)
     for path in done.checkpoints:
         training = record_of(path)
-        assert (training.test_loss, training.test_accuracy) == judge_afresh(path, drawn_once)
+        assert (training.test_loss, training.test_accuracy) == evaluate_checkpoint(path, color_folder)
         loaded = load_checkpoint(path)
         assert not equal(loaded.model, loaded.training["weights"])
 
 
-def test_another_image_size(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, model="fastnet", epochs=1, image_size=16)
+def test_another_image_size(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, model="fastnet", epochs=1, image_size=16)
     loaded = load_checkpoint(done.checkpoints[0])
     assert (loaded.spec.input.height, loaded.spec.input.width) == (16, 16)
     assert loaded.build()(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
-    assert judge_afresh(done.checkpoints[0], drawn_once)[1] == done.test_accuracy
+    assert evaluate_checkpoint(done.checkpoints[0], color_folder)[1] == done.test_accuracy
 
 
-def test_the_small_stem(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, model="resnet18", epochs=1, batch_size=60, stem="small", image_size=16)
+def test_the_small_stem(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, model="resnet18", epochs=1, batch_size=60, stem="small", image_size=16)
     loaded = load_checkpoint(done.checkpoints[0])
     assert (loaded.spec.model, loaded.spec.stem) == ("resnet18", "small")
     assert loaded.model["conv1.weight"].shape[2:] == (3, 3)
     assert loaded.build()(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
 
 
-def test_first_weights_that_come_from_the_data(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, model="fastnet", recipe_name="fast", epochs=1, image_size=16, learning_rate=1e-3)
+def test_data_dependent_initialization(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, model="fastnet", recipe_name="fast", epochs=1, image_size=16, learning_rate=1e-3)
     filters = load_checkpoint(done.checkpoints[0]).model["whitening.weight"]
-    assert not torch.equal(filters, network("fastnet").build(3).state_dict()["whitening.weight"])
+    assert not torch.equal(filters, get_architecture("fastnet").build(3).state_dict()["whitening.weight"])
     assert record_of(done.checkpoints[0]).recipe["optimizer"] == "muon"
 
 
-def test_muon_refuses_a_network_without_a_linear_layer_or_trains_it(drawn_once: Path, tmp_path: Path) -> None:
+def test_muon_rejects_or_trains_a_model_without_a_linear_layer(color_folder: Path, tmp_path: Path) -> None:
     muon = {"optimizer": "muon", "bias_lr": 1e-4, "head_lr": 1e-4, "learning_rate": 1e-4, "momentum": 0.6}
     try:
-        done = run(drawn_once, tmp_path, model="squeezenet1_1", epochs=1, batch_size=60, image_size=64, **muon)
+        done = run(color_folder, tmp_path, model="squeezenet1_1", epochs=1, batch_size=60, image_size=64, **muon)
     except CifarxError as error:
         assert error.exit_status == 2
         assert not list(tmp_path.glob("*.pth"))
@@ -281,24 +289,24 @@ def test_muon_refuses_a_network_without_a_linear_layer_or_trains_it(drawn_once: 
 # --- the seed
 
 
-def test_the_same_seed_gives_the_same_weights(drawn_once: Path, tmp_path: Path, finished: Finished) -> None:
+def test_the_same_seed_gives_the_same_weights(color_folder: Path, tmp_path: Path, finished: Finished) -> None:
     torch.manual_seed(99)
     torch.rand(7)
-    again = run(drawn_once, tmp_path, epochs=3, seed=5)
+    again = run(color_folder, tmp_path, epochs=3, seed=5)
     for one, other in zip(again.checkpoints, finished.result.checkpoints, strict=True):
         assert equal(weights(one), weights(other))
 
 
-def test_another_seed_gives_other_weights(drawn_once: Path, tmp_path: Path, finished: Finished) -> None:
-    other = run(drawn_once, tmp_path, epochs=1, seed=6)
+def test_another_seed_gives_other_weights(color_folder: Path, tmp_path: Path, finished: Finished) -> None:
+    other = run(color_folder, tmp_path, epochs=1, seed=6)
     assert not equal(weights(other.checkpoints[0]), weights(finished.result.checkpoints[0]))
 
 
 # --- TensorBoard
 
 
-def test_tensorboard_has_the_curves_of_the_notes(finished: Finished) -> None:
-    seen = curves(finished.folder / "logs")
+def test_tensorboard_has_the_test_scalars_by_epoch(finished: Finished) -> None:
+    seen = read_scalars(finished.folder / "logs")
     records = [record_of(path) for path in finished.result.checkpoints]
     expected = {
         "accuracy": [(epoch, pytest.approx(record.test_accuracy)) for epoch, record in enumerate(records)],
@@ -307,27 +315,27 @@ def test_tensorboard_has_the_curves_of_the_notes(finished: Finished) -> None:
     assert {tag: seen[tag] for tag in expected} == expected
 
 
-def test_tensorboard_has_the_train_loss_by_step(drawn_once: Path, tmp_path: Path) -> None:
-    run(drawn_once, tmp_path, batch_size=1, epochs=2, learning_rate=0.001)
-    [(step, loss)] = curves(tmp_path / "logs")["train_loss"]
+def test_tensorboard_has_the_train_loss_by_step(color_folder: Path, tmp_path: Path) -> None:
+    run(color_folder, tmp_path, batch_size=1, epochs=2, learning_rate=0.001)
+    [(step, loss)] = read_scalars(tmp_path / "logs")["train_loss"]
     assert step == 100
     assert 0 < loss < 10
 
 
-def test_a_second_run_in_the_same_folder_does_not_cross_curves(
-    drawn_once: Path, tmp_path: Path, finished: Finished
+def test_a_second_run_in_the_same_directory_hides_the_first(
+    color_folder: Path, tmp_path: Path, finished: Finished
 ) -> None:
     shutil.copytree(finished.folder, tmp_path / "run")
-    done = run(drawn_once, tmp_path / "run", epochs=2, seed=6)
-    assert curves(tmp_path / "run" / "logs")["test_loss"] == [
+    done = run(color_folder, tmp_path / "run", epochs=2, seed=6)
+    assert read_scalars(tmp_path / "run" / "logs")["test_loss"] == [
         (epoch, pytest.approx(record_of(path).test_loss)) for epoch, path in enumerate(done.checkpoints)
     ]
 
 
-# --- what goes wrong
+# --- errors
 
 
-def left_behind(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
@@ -340,82 +348,84 @@ def left_behind(folder: Path) -> list[str]:
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"momentm": 0.9}, "did you mean 'momentum'"),
         ({"nesterov": True}, "nesterov needs a momentum"),
-        ({"keep": 0}, "--keep 0 keeps nothing"),
-        ({"image_size": 0}, "--image-size 0 is no size"),
+        ({"keep": 0}, "--keep 0 would keep no checkpoint"),
+        ({"image_size": 0}, "--image-size 0 is not a valid size"),
         ({"image_size": 64}, "lzh takes 32x32 images, not 64x64: leave out --image-size"),
         ({"model": "alexnet", "image_size": 32}, "alexnet takes 224x224 images, not 32x32: use --image-size 64"),
         ({"stem": "small"}, "lzh has no small stem"),
         ({"resume": "absent.pth"}, "absent.pth"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"data": "nowhere"}, "no such data set nowhere"),
+        ({"data": "nowhere"}, "dataset nowhere does not exist"),
         ({"data": "."}, "0 class folders"),
     ],
 )
-def test_wrong_input_leaves_nothing_behind(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_invalid_input_leaves_no_files(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     given = {"model": "lzh", "data": "builtin", "out": Path("new/run"), "logdir": Path("other/logs"), **options}
     with pytest.raises(CifarxError, match=re.escape(words)) as caught:
         train(given.pop("model"), **given)
     assert caught.value.exit_status == 2
-    assert left_behind(tmp_path) == []
+    assert list_files(tmp_path) == []
 
 
-def test_a_broken_image_leaves_nothing_behind_but_what_was_there(tmp_path: Path) -> None:
-    data = draw_folder(tmp_path / "data", train=2, test=2)
+def test_a_broken_image_leaves_existing_files_unchanged(tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "data", train=2, test=2)
     (data / "test" / "red" / "0.png").write_bytes(b"not an image")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lzh_0.pth").write_text("of an earlier run")
-    before = left_behind(tmp_path)
+    before = list_files(tmp_path)
     with pytest.raises(DataError, match=r"broken image.*test/red/0\.png"):
         run(data, tmp_path / "run")
-    assert left_behind(tmp_path) == before
+    assert list_files(tmp_path) == before
 
 
 @pytest.mark.parametrize("option", ["out", "logdir"])
-def test_a_place_that_cannot_be_written_is_found_before_any_data_is_read(option: str, tmp_path: Path) -> None:
+def test_an_unwritable_directory_fails_before_data_is_read(option: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     places: dict[str, Any] = {"out": tmp_path / "run", "logdir": tmp_path / "logs"}
     places[option] = tmp_path / "file" / "run"
-    # This data set would be an error too, if it were looked at.
+    # This dataset does not exist, which would be an error too.
     with pytest.raises(OutputError, match=r"cannot write .*file"):
         train("lzh", data="nowhere", device="cpu", **places)
-    assert left_behind(tmp_path) == ["file"]
+    assert list_files(tmp_path) == ["file"]
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(drawn_once: Path, tmp_path: Path) -> None:
+def test_an_unwritable_checkpoint_stops_the_run(color_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "lzh_1.pth").mkdir()
-    diary = Diary()
+    callback = RecordingCallback()
     with pytest.raises(OutputError, match=r"cannot write .*lzh_1\.pth"):
-        run(drawn_once, tmp_path, epochs=3, callbacks=[diary])
+        run(color_folder, tmp_path, epochs=3, callbacks=[callback])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "lzh_0.pth", "lzh_1.pth"]
-    assert judge_afresh(tmp_path / "lzh_0.pth", drawn_once)[1] == record_of(tmp_path / "lzh_0.pth").test_accuracy
-    assert diary.ended == 1
+    assert (
+        evaluate_checkpoint(tmp_path / "lzh_0.pth", color_folder)[1] == record_of(tmp_path / "lzh_0.pth").test_accuracy
+    )
+    assert callback.ended == 1
 
 
-def test_divergence_fails_the_check_and_keeps_good_checkpoints(drawn_once: Path, tmp_path: Path) -> None:
-    # One step an epoch, each larger than the last by orders of magnitude.
-    diary = Diary()
+def test_divergence_raises_check_failed_and_keeps_good_checkpoints(color_folder: Path, tmp_path: Path) -> None:
+    # One step per epoch, each larger than the previous one by orders of magnitude.
+    callback = RecordingCallback()
     with pytest.raises(CheckFailed, match=r"training diverged: .*lower --lr") as caught:
-        run(drawn_once, tmp_path, epochs=50, batch_size=60, learning_rate=10.0, callbacks=[diary])
+        run(color_folder, tmp_path, epochs=50, batch_size=60, learning_rate=10.0, callbacks=[callback])
     assert caught.value.exit_status == 1
     kept = sorted(tmp_path.glob("*.pth"))
     assert kept
-    assert [report.checkpoint for report in diary.reports] == kept
-    assert diary.ended == 1
+    assert [report.checkpoint for report in callback.reports] == kept
+    assert callback.ended == 1
     for path in kept:
         assert all(tensor.isfinite().all() for tensor in weights(path).values())
-        assert judge_afresh(path, drawn_once) == (record_of(path).test_loss, record_of(path).test_accuracy)
+        assert evaluate_checkpoint(path, color_folder) == (record_of(path).test_loss, record_of(path).test_accuracy)
 
 
-def test_weights_ruined_by_the_last_step_are_not_saved(drawn_once: Path, tmp_path: Path) -> None:
-    # The only step's own loss is that of the untrained network: finite.
+def test_invalid_weights_after_the_last_step_are_not_saved(color_folder: Path, tmp_path: Path) -> None:
+    # The loss of the only step is that of the untrained model, which is finite.
     with pytest.raises(CheckFailed, match="training diverged"):
-        run(drawn_once, tmp_path, epochs=1, batch_size=60, learning_rate=1e38)
+        run(color_folder, tmp_path, epochs=1, batch_size=60, learning_rate=1e38)
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_cuda_that_is_not_there_is_an_error(drawn_once: Path, tmp_path: Path) -> None:
+def test_unavailable_cuda_is_an_error(color_folder: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(CifarxError, match="cuda:0 was asked for"):
-        run(drawn_once, tmp_path / "run", device="cuda")
-    assert left_behind(tmp_path) == []
+    with pytest.raises(CifarxError, match="cuda:0 was requested"):
+        run(color_folder, tmp_path / "run", device="cuda")
+    assert list_files(tmp_path) == []

@@ -11,16 +11,16 @@ import torch
 
 from cifarx_serve.errors import CifarxError, FallbackWarning, Interrupted, ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec, TrainingRecord
-from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
+from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo
 from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from cifarx_train.data.loaders.device import DeviceImages
-from cifarx_train.data.selection import select_data
+from cifarx_train.data.loaders.device import DeviceLoader
+from cifarx_train.data.selection import select_dataset
 from cifarx_train.distributed import Distributed
 from cifarx_train.evaluation import Evaluator
 from cifarx_train.train import TrainResult, train
-from tests.support.drawn_images import draw_folder
+from tests.support.image_datasets import write_image_folder
 
-# The whole run that others are measured against: three epochs of four steps.
+# The complete run that other runs are compared with: three epochs of four steps.
 RECIPE: dict[str, Any] = {
     "epochs": 3,
     "batch_size": 16,
@@ -31,28 +31,28 @@ RECIPE: dict[str, Any] = {
 }
 
 
-class Diary(Callback):
-    """Writes down what it is told; sends itself a signal after a step, if told so."""
+class RecordingCallback(Callback):
+    """Records the events it receives, and optionally sends a signal to the process after a step."""
 
     def __init__(self, signal_after: int | None = None, number: int = signal.SIGTERM) -> None:
-        self.start: list[RunStart] = []
+        self.runs: list[RunInfo] = []
         self.reports: list[EpochReport] = []
         self.steps: list[int] = []
         self.ended = 0
         self.signal_after, self.number = signal_after, number
 
-    def on_start(self, run: RunStart) -> None:
-        self.start.append(run)
+    def on_train_start(self, run: RunInfo) -> None:
+        self.runs.append(run)
 
-    def on_step(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         self.steps.append(step)
         if step == self.signal_after:
             signal.raise_signal(self.number)
 
-    def on_epoch(self, report: EpochReport) -> None:
+    def on_epoch_end(self, report: EpochReport) -> None:
         self.reports.append(report)
 
-    def on_end(self) -> None:
+    def on_train_end(self) -> None:
         self.ended += 1
 
 
@@ -60,7 +60,7 @@ def run(data: Path, out: Path, model: str = "lzh", **options: Any) -> TrainResul
     return train(model, data=str(data), out=out, device="cpu", **{**RECIPE, **options})
 
 
-def files(folder: Path) -> list[str]:
+def checkpoint_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.pth"))
 
 
@@ -76,151 +76,150 @@ def equal_weights(one: Path, other: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run; nothing is to be written to it."""
+def whole(color_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an uninterrupted run. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("whole")
-    run(drawn_once, folder)
+    run(color_folder, folder)
     return folder
 
 
 @pytest.fixture
 def copied(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it, with the times of its files."""
+    """A copy of that directory, including the modification times of its files."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-# --- ends before the last epoch
+# --- stopping before the last epoch
 
 
-def test_patience_ends_a_run_that_gets_no_better(drawn_once: Path, tmp_path: Path) -> None:
-    diary = Diary()
-    done = run(drawn_once, tmp_path, epochs=9, learning_rate=1e-12, momentum=0, patience=2, callbacks=[diary])
-    assert files(tmp_path) == ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
+def test_patience_stops_a_run_that_does_not_improve(color_folder: Path, tmp_path: Path) -> None:
+    callback = RecordingCallback()
+    done = run(color_folder, tmp_path, epochs=9, learning_rate=1e-12, momentum=0, patience=2, callbacks=[callback])
+    assert checkpoint_names(tmp_path) == ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
     assert done.epochs == 3
-    assert done.stopped is not None
-    assert "patience" in done.stopped
-    assert "epoch 1 " in done.stopped  # counted from 1, as the table shows them
+    # The epoch is counted from 1, as in the progress output.
+    assert done.stop_reason == "test accuracy has not improved since epoch 1 (patience 2)"
     assert done.best == (tmp_path / "lzh_0.pth", done.test_accuracy)
-    assert diary.ended == 1
+    assert callback.ended == 1
 
 
-def test_patience_lets_a_run_that_gets_better_go_on(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=3, patience=3)
-    assert (done.epochs, done.stopped) == (3, None)
+def test_patience_does_not_stop_a_run_that_improves(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, epochs=3, patience=3)
+    assert (done.epochs, done.stop_reason) == (3, None)
 
 
-def test_a_run_out_of_patience_trains_no_more(drawn_once: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_without_patience_left_does_not_train(color_folder: Path, tmp_path: Path) -> None:
     options = {"epochs": 9, "learning_rate": 1e-12, "momentum": 0, "patience": 1}
-    first = run(drawn_once, tmp_path, **options)
+    first = run(color_folder, tmp_path, **options)
     assert first.epochs == 2
-    diary = Diary()
-    again = run(drawn_once, tmp_path, **options, resume="auto", callbacks=[diary])
-    assert diary.steps == []
-    assert again.stopped is not None
-    assert "patience" in again.stopped
+    callback = RecordingCallback()
+    again = run(color_folder, tmp_path, **options, resume="auto", callbacks=[callback])
+    assert callback.steps == []
+    assert again.stop_reason == "test accuracy has not improved since epoch 1 (patience 1)"
     assert again.checkpoints == [tmp_path / "lzh_1.pth"]
     assert (again.epochs, again.test_accuracy) == (2, first.test_accuracy)
-    longer = run(drawn_once, tmp_path, **{**options, "patience": 3}, resume="auto")
+    longer = run(color_folder, tmp_path, **{**options, "patience": 3}, resume="auto")
     assert longer.epochs == 4
 
 
-def judge_afresh(path: Path, data: Path) -> float:
+def evaluate_checkpoint(path: Path, data: Path) -> float:
     spec = InputSpec(height=32, width=32)
-    test = select_data(str(data)).load("test", spec)
+    test = select_dataset(str(data)).load("test", spec)
     cpu = torch.device("cpu")
-    return (
-        Evaluator(DeviceImages(test, cpu), spec, 3, cpu, Distributed()).evaluate(load_checkpoint(path).build()).accuracy
-    )
+    evaluator = Evaluator(DeviceLoader(test, cpu), spec, 3, cpu, Distributed())
+    return evaluator.evaluate(load_checkpoint(path).build()).accuracy
 
 
-def test_a_run_whose_time_is_over_is_judged_saved_and_can_go_on(drawn_once: Path, whole: Path, tmp_path: Path) -> None:
-    diary = Diary()
-    done = run(drawn_once, tmp_path, max_minutes=1e-9, callbacks=[diary])
-    assert diary.steps == [1]
-    assert files(tmp_path) == ["lzh_interrupted.pth"]
+def test_a_run_at_its_time_limit_is_evaluated_and_saved_and_can_resume(
+    color_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    callback = RecordingCallback()
+    done = run(color_folder, tmp_path, max_minutes=1e-9, callbacks=[callback])
+    assert callback.steps == [1]
+    assert checkpoint_names(tmp_path) == ["lzh_interrupted.pth"]
     assert done.checkpoints == [tmp_path / "lzh_interrupted.pth"]
     assert done.epochs == 0
-    assert done.stopped is not None
-    assert "time is over" in done.stopped
+    assert done.stop_reason == "time limit reached (1e-09 min)"
     record = record_of(done.checkpoints[0])
     assert (record.epochs, record.test_accuracy) == (0, done.test_accuracy)
-    assert done.test_accuracy == judge_afresh(done.checkpoints[0], drawn_once)
-    assert diary.reports[0].checkpoint == done.checkpoints[0]
-    again = run(drawn_once, tmp_path, max_minutes=100, resume="auto")
-    assert (again.epochs, again.stopped) == (3, None)
+    assert done.test_accuracy == evaluate_checkpoint(done.checkpoints[0], color_folder)
+    assert callback.reports[0].checkpoint == done.checkpoints[0]
+    again = run(color_folder, tmp_path, max_minutes=100, resume="auto")
+    assert (again.epochs, again.stop_reason) == (3, None)
     assert again.checkpoints == [tmp_path / f"lzh_{epoch}.pth" for epoch in range(3)]
-    assert files(tmp_path) == ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
+    assert checkpoint_names(tmp_path) == ["lzh_0.pth", "lzh_1.pth", "lzh_2.pth"]
     assert all(equal_weights(path, whole / path.name) for path in again.checkpoints)
 
 
-def test_a_run_without_a_whole_epoch_has_no_best(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, max_minutes=1e-9)
+def test_a_run_without_a_complete_epoch_has_no_best_checkpoint(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, max_minutes=1e-9)
     assert done.best is None
     assert [path.name for path in done.checkpoints] == ["lzh_interrupted.pth"]
 
 
-def test_a_run_whose_time_is_over_at_the_end_of_an_epoch_says_so(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, batch_size=60, max_minutes=1e-9)
-    assert (done.epochs, files(tmp_path)) == (1, ["lzh_0.pth"])
-    assert done.stopped is not None
-    assert "time is over" in done.stopped
+def test_the_time_limit_at_the_end_of_an_epoch(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, batch_size=60, max_minutes=1e-9)
+    assert (done.epochs, checkpoint_names(tmp_path)) == (1, ["lzh_0.pth"])
+    assert done.stop_reason == "time limit reached (1e-09 min)"
 
 
-def test_a_run_that_ends_with_its_time_was_not_stopped(drawn_once: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, epochs=1, batch_size=60, max_minutes=1e-9)
-    assert (done.epochs, done.stopped) == (1, None)
+def test_the_time_limit_after_the_last_epoch_does_not_stop_a_run(color_folder: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, epochs=1, batch_size=60, max_minutes=1e-9)
+    assert (done.epochs, done.stop_reason) == (1, None)
 
 
-def test_the_time_before_counts_when_a_run_goes_on(drawn_once: Path, tmp_path: Path) -> None:
-    run(drawn_once, tmp_path, max_minutes=1e-9)
-    diary = Diary()
-    run(drawn_once, tmp_path, max_minutes=1e-9, resume="auto", callbacks=[diary])
-    assert diary.steps == [2]
+def test_the_time_before_a_resume_counts(color_folder: Path, tmp_path: Path) -> None:
+    run(color_folder, tmp_path, max_minutes=1e-9)
+    callback = RecordingCallback()
+    run(color_folder, tmp_path, max_minutes=1e-9, resume="auto", callbacks=[callback])
+    assert callback.steps == [2]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals are told otherwise there")
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 6])
-def test_a_signal_ends_the_step_saves_and_leaves_the_rest(
-    step: int, number: int, drawn_once: Path, whole: Path, tmp_path: Path
+def test_a_signal_stops_after_the_step_and_saves_the_state(
+    step: int, number: int, color_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
-    before, diary = signal.getsignal(number), Diary(step, number)
+    previous, callback = signal.getsignal(number), RecordingCallback(step, number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(Interrupted, match=rf"step {step} of 12, saved in .*lzh_interrupted\.pth.*--resume") as caught:
-        run(drawn_once, tmp_path, callbacks=[diary])
+    with pytest.raises(
+        Interrupted, match=rf"step {step} of 12, checkpoint saved to .*lzh_interrupted\.pth.*--resume"
+    ) as caught:
+        run(color_folder, tmp_path, callbacks=[callback])
     assert caught.value.exit_status == 128 + number
-    assert diary.steps == list(range(1, step + 1))
-    assert diary.ended == 1
-    signal.signal(signal.SIGINT, before if number == signal.SIGINT else signal.getsignal(signal.SIGINT))
-    assert signal.getsignal(number) == before
-    assert files(tmp_path) == [*(["lzh_0.pth"] if step > 4 else []), "lzh_interrupted.pth"]
+    assert callback.steps == list(range(1, step + 1))
+    assert callback.ended == 1
+    signal.signal(signal.SIGINT, previous if number == signal.SIGINT else signal.getsignal(signal.SIGINT))
+    assert signal.getsignal(number) == previous
+    assert checkpoint_names(tmp_path) == [*(["lzh_0.pth"] if step > 4 else []), "lzh_interrupted.pth"]
     record = record_of(tmp_path / "lzh_interrupted.pth")
     assert (record.test_accuracy, record.test_loss, record.epochs) == (None, None, step // 5)
-    again = Diary()
-    done = run(drawn_once, tmp_path, resume="auto", callbacks=[again])
+    again = RecordingCallback()
+    done = run(color_folder, tmp_path, resume="auto", callbacks=[again])
     assert again.steps == list(range(step + 1, 13))
-    assert (again.start[0].first_step, again.start[0].steps) == (step, 12)
+    assert (again.runs[0].first_step, again.runs[0].total_steps) == (step, 12)
     assert done.epochs == 3
     assert equal_weights(tmp_path / "lzh_2.pth", whole / "lzh_2.pth")
     assert record_of(tmp_path / "lzh_2.pth").test_accuracy == record_of(whole / "lzh_2.pth").test_accuracy
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals are told otherwise there")
-def test_a_signal_at_the_end_of_an_epoch_leaves_a_judged_checkpoint(drawn_once: Path, tmp_path: Path) -> None:
-    diary = Diary(4)
-    with pytest.raises(Interrupted, match=r"step 4 of 12, saved in .*lzh_0\.pth"):
-        run(drawn_once, tmp_path, callbacks=[diary])
-    assert files(tmp_path) == ["lzh_0.pth"]
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_signal_at_the_end_of_an_epoch_leaves_an_evaluated_checkpoint(color_folder: Path, tmp_path: Path) -> None:
+    callback = RecordingCallback(4)
+    with pytest.raises(Interrupted, match=r"step 4 of 12, checkpoint saved to .*lzh_0\.pth"):
+        run(color_folder, tmp_path, callbacks=[callback])
+    assert checkpoint_names(tmp_path) == ["lzh_0.pth"]
     assert record_of(tmp_path / "lzh_0.pth").test_accuracy is not None
-    assert len(diary.reports) == 1
+    assert len(callback.reports) == 1
 
 
-# --- what is kept
+# --- keeping checkpoints
 
 
-def test_keep_leaves_the_newest_and_the_best(drawn_once: Path, whole: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, tmp_path, keep=1)
-    assert files(tmp_path) == ["lzh_2.pth", "lzh_best.pth"]
+def test_keep_leaves_the_latest_and_the_best(color_folder: Path, whole: Path, tmp_path: Path) -> None:
+    done = run(color_folder, tmp_path, keep=1)
+    assert checkpoint_names(tmp_path) == ["lzh_2.pth", "lzh_best.pth"]
     assert done.checkpoints == [tmp_path / "lzh_2.pth"]
     accuracies = [record_of(whole / f"lzh_{epoch}.pth").test_accuracy for epoch in range(3)]
     best = accuracies.index(max(accuracies, key=lambda accuracy: accuracy or 0.0))
@@ -229,98 +228,102 @@ def test_keep_leaves_the_newest_and_the_best(drawn_once: Path, whole: Path, tmp_
     assert equal_weights(done.best[0], whole / f"lzh_{best}.pth")
 
 
-def test_keep_spares_what_this_run_wrote_in_the_folder_of_an_older_one(drawn_once: Path, copied: Path) -> None:
-    done = run(drawn_once, copied, epochs=1, seed=5, keep=1)
+def test_keep_does_not_remove_checkpoints_of_this_run_next_to_those_of_an_older_one(
+    color_folder: Path, copied: Path
+) -> None:
+    done = run(color_folder, copied, epochs=1, seed=5, keep=1)
     assert done.checkpoints == [copied / "lzh_0.pth"]
     assert record_of(copied / "lzh_0.pth").seed == 5
 
 
 @pytest.mark.parametrize("keep", [0, -1])
-def test_to_keep_nothing_is_refused(keep: int, drawn_once: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--keep {keep} keeps nothing"):
-        run(drawn_once, tmp_path / "run", keep=keep)
+def test_keep_below_one_is_rejected(keep: int, color_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--keep {keep} would keep no checkpoint"):
+        run(color_folder, tmp_path / "run", keep=keep)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_best_is_known_also_over_a_continuation(drawn_once: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_known_after_a_resume(color_folder: Path, tmp_path: Path) -> None:
     options = {"learning_rate": 1e-12, "momentum": 0, "keep": 1}
-    run(drawn_once, tmp_path, **options, epochs=2)
-    done = run(drawn_once, tmp_path, **options, epochs=4, resume="auto")
-    assert record_of(tmp_path / "lzh_best.pth").epochs == 1  # no later one was better
+    run(color_folder, tmp_path, **options, epochs=2)
+    done = run(color_folder, tmp_path, **options, epochs=4, resume="auto")
+    assert record_of(tmp_path / "lzh_best.pth").epochs == 1  # no later epoch was better
     assert done.best == (tmp_path / "lzh_best.pth", done.test_accuracy)
     assert done.checkpoints == [tmp_path / "lzh_3.pth"]
 
 
-# --- going on
+# --- resuming
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_run_goes_on_from_a_checkpoint_by_name(epoch: int, drawn_once: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint_by_path(epoch: int, color_folder: Path, whole: Path, tmp_path: Path) -> None:
     source = Path(shutil.copy(whole / f"lzh_{epoch}.pth", tmp_path))
-    diary = Diary()
-    done = run(drawn_once, tmp_path / "run", resume=str(source), callbacks=[diary])
-    assert diary.steps == list(range(4 * epoch + 5, 13))
-    assert files(tmp_path / "run") == [f"lzh_{number}.pth" for number in range(epoch + 1, 3)]
+    callback = RecordingCallback()
+    done = run(color_folder, tmp_path / "run", resume=str(source), callbacks=[callback])
+    assert callback.steps == list(range(4 * epoch + 5, 13))
+    assert checkpoint_names(tmp_path / "run") == [f"lzh_{number}.pth" for number in range(epoch + 1, 3)]
     assert equal_weights(done.checkpoints[-1], whole / "lzh_2.pth")
 
 
-def test_nothing_to_go_on_from_is_told_and_starts_a_new_run(drawn_once: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.warns(FallbackWarning, match="nothing to resume in .*: a new run"):
-        done = run(drawn_once, tmp_path, resume="auto")
+def test_resuming_without_a_checkpoint_starts_a_new_run(color_folder: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.warns(FallbackWarning, match="no checkpoint to resume from in .*: starting a new run"):
+        done = run(color_folder, tmp_path, resume="auto")
     assert equal_weights(done.checkpoints[-1], whole / "lzh_2.pth")
 
 
-def test_a_finished_run_stays_as_it_is(drawn_once: Path, copied: Path) -> None:
+def test_a_finished_run_is_left_unchanged(color_folder: Path, copied: Path) -> None:
     before = {path.name: path.read_bytes() for path in copied.glob("*.pth")}
-    diary = Diary()
-    done = run(drawn_once, copied, resume="auto", callbacks=[diary])
-    assert diary.steps == []
-    assert diary.reports == []
+    callback = RecordingCallback()
+    done = run(color_folder, copied, resume="auto", callbacks=[callback])
+    assert callback.steps == []
+    assert callback.reports == []
     assert {path.name: path.read_bytes() for path in copied.glob("*.pth")} == before
     assert done.checkpoints == [copied / "lzh_2.pth"]
-    assert (done.epochs, done.images_per_s, done.stopped) == (3, None, None)
+    assert (done.epochs, done.images_per_s, done.stop_reason) == (3, None, None)
     assert done.test_accuracy == record_of(copied / "lzh_2.pth").test_accuracy
 
 
-def test_a_finished_run_that_kept_one_is_named_by_its_epoch(drawn_once: Path, tmp_path: Path) -> None:
-    """Its best is a second name of the same file."""
-    run(drawn_once, tmp_path, epochs=1, keep=1)
-    assert run(drawn_once, tmp_path, epochs=1, keep=1, resume="auto").checkpoints == [tmp_path / "lzh_0.pth"]
+def test_a_finished_run_with_keep_returns_the_checkpoint_of_its_epoch(color_folder: Path, tmp_path: Path) -> None:
+    """The best checkpoint is a hard link to the same file."""
+    run(color_folder, tmp_path, epochs=1, keep=1)
+    assert run(color_folder, tmp_path, epochs=1, keep=1, resume="auto").checkpoints == [tmp_path / "lzh_0.pth"]
 
 
-def test_a_finished_run_may_be_made_longer(drawn_once: Path, copied: Path, tmp_path: Path) -> None:
-    done = run(drawn_once, copied, epochs=4, resume="auto")
+def test_a_finished_run_can_be_extended(color_folder: Path, copied: Path, tmp_path: Path) -> None:
+    done = run(color_folder, copied, epochs=4, resume="auto")
     assert done.checkpoints == [copied / "lzh_2.pth", copied / "lzh_3.pth"]
-    longer = run(drawn_once, tmp_path / "longer", epochs=4)
+    longer = run(color_folder, tmp_path / "longer", epochs=4)
     assert equal_weights(copied / "lzh_3.pth", longer.checkpoints[-1])
     assert record_of(copied / "lzh_3.pth").recipe["epochs"] == 4
 
 
-def test_a_schedule_that_is_stretched_is_told(drawn_once: Path, tmp_path: Path) -> None:
-    run(drawn_once, tmp_path, epochs=1, schedule="linear")
-    with pytest.warns(FallbackWarning, match="2 epochs in place of 1 stretch the learning-rate schedule"):
-        run(drawn_once, tmp_path, epochs=2, schedule="linear", resume="auto")
+def test_stretching_the_schedule_issues_a_warning(color_folder: Path, tmp_path: Path) -> None:
+    run(color_folder, tmp_path, epochs=1, schedule="linear")
+    with pytest.warns(
+        FallbackWarning, match="changing epochs from 1 to 2 stretches the learning rate schedule from this point on"
+    ):
+        run(color_folder, tmp_path, epochs=2, schedule="linear", resume="auto")
 
 
-def test_the_recipe_is_that_of_the_run(drawn_once: Path, copied: Path) -> None:
-    """Nothing of it need be given again."""
+def test_a_resumed_run_uses_the_recorded_recipe(color_folder: Path, copied: Path) -> None:
+    """No option of the recipe has to be repeated."""
     (copied / "lzh_2.pth").unlink()
-    train("lzh", data=str(drawn_once), out=copied, device="cpu", resume="auto")
+    train("lzh", data=str(color_folder), out=copied, device="cpu", resume="auto")
     assert msgspec.to_builtins(record_of(copied / "lzh_2.pth").recipe) == record_of(copied / "lzh_1.pth").recipe
 
 
-def test_what_is_given_again_need_only_fit_the_run_itself(drawn_once: Path, tmp_path: Path) -> None:
+def test_repeated_overrides_are_checked_against_the_recorded_recipe(color_folder: Path, tmp_path: Path) -> None:
     options = {"momentum": 0.9, "nesterov": True}
-    run(drawn_once, tmp_path, epochs=1, **options)
-    done = train("lzh", data=str(drawn_once), out=tmp_path, device="cpu", resume="auto", nesterov=True)
+    run(color_folder, tmp_path, epochs=1, **options)
+    done = train("lzh", data=str(color_folder), out=tmp_path, device="cpu", resume="auto", nesterov=True)
     assert done.epochs == 1
 
 
-def test_a_damaged_newest_is_passed_over(drawn_once: Path, whole: Path, copied: Path) -> None:
+def test_a_damaged_latest_checkpoint_is_skipped(color_folder: Path, whole: Path, copied: Path) -> None:
     path = copied / "lzh_2.pth"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.warns(FallbackWarning, match=r"passing over a damaged checkpoint: .*lzh_2\.pth"):
-        done = run(drawn_once, copied, resume="auto")
+    with pytest.warns(FallbackWarning, match=r"skipping a damaged checkpoint: .*lzh_2\.pth"):
+        done = run(color_folder, copied, resume="auto")
     assert equal_weights(done.checkpoints[-1], whole / "lzh_2.pth")
 
 
@@ -330,50 +333,50 @@ def test_a_damaged_newest_is_passed_over(drawn_once: Path, whole: Path, copied: 
         ({"seed": 4}, ("seed 0", "not 4")),
         ({"model": "fastnet"}, ("lzh", "not fastnet")),
         ({"learning_rate": 0.25}, ("learning_rate 0.05", "not 0.25")),
-        ({"batch_size": 20, "flip": False}, ("batch_size 16 and not 20", "flip True and not False")),
+        ({"batch_size": 20, "flip": False}, ("batch_size 16, not 20", "flip True, not False")),
         ({"recipe_name": "fast"}, ("schedule 'constant'", "not 'linear'")),
     ],
 )
-def test_another_run_is_not_a_continuation(
-    options: dict[str, Any], both: tuple[str, str], drawn_once: Path, copied: Path
+def test_another_run_cannot_be_resumed(
+    options: dict[str, Any], both: tuple[str, str], color_folder: Path, copied: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in copied.glob("*.pth")}
     with pytest.raises(UsageError) as caught:
-        run(drawn_once, copied, resume=str(copied / "lzh_1.pth"), **options)
+        run(color_folder, copied, resume=str(copied / "lzh_1.pth"), **options)
     assert all(word in caught.value.problem for word in both), caught.value.problem
     assert "lzh_1.pth" in caught.value.problem
     assert {path.name: path.read_bytes() for path in copied.glob("*.pth")} == before
 
 
-def test_other_images_are_another_run(copied: Path, tmp_path: Path) -> None:
-    other = draw_folder(tmp_path / "colours", seed=1)
+def test_a_run_cannot_resume_on_other_images(copied: Path, tmp_path: Path) -> None:
+    other = write_image_folder(tmp_path / "colors", seed=1)
     fingerprint = record_of(copied / "lzh_1.pth").data.train_fingerprint[:12]
     with pytest.raises(CifarxError, match=f"training data {fingerprint}, not "):
         run(other, copied, resume="auto")
 
 
-def test_weights_without_a_run_are_refused(drawn_once: Path, whole: Path, tmp_path: Path) -> None:
+def test_weights_without_a_training_state_are_rejected(color_folder: Path, whole: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint(whole / "lzh_0.pth")
     for training in ({}, {"epoch": 0, "step": 4, "shuffle": torch.Generator().get_state()}):
         save_checkpoint(tmp_path / "lzh_0.pth", loaded._replace(training=training))
-        with pytest.raises(ModelFileError, match=r"lzh_0\.pth holds weights, and no state of a run"):
-            run(drawn_once, tmp_path, resume=str(tmp_path / "lzh_0.pth"))
+        with pytest.raises(ModelFileError, match=r"lzh_0\.pth contains weights but no training state"):
+            run(color_folder, tmp_path, resume=str(tmp_path / "lzh_0.pth"))
 
 
 @pytest.mark.parametrize(
     "change", [{"optimizer": {}}, {"random": {}}, {"shuffle": torch.zeros(3)}, {"best_epoch": None}]
 )
-def test_a_state_that_does_not_fit_is_an_error_of_the_file(
-    change: dict[str, Any], drawn_once: Path, whole: Path, tmp_path: Path
+def test_an_invalid_training_state_raises_model_file_error(
+    change: dict[str, Any], color_folder: Path, whole: Path, tmp_path: Path
 ) -> None:
     loaded = load_checkpoint(whole / "lzh_0.pth")
     training = {name: value for name, value in {**loaded.training, **change}.items() if value is not None}
     save_checkpoint(tmp_path / "lzh_0.pth", loaded._replace(training=training))
-    with pytest.raises(ModelFileError, match=r"lzh_0\.pth cannot be continued"):
-        run(drawn_once, tmp_path, resume="auto")
+    with pytest.raises(ModelFileError, match=r"lzh_0\.pth cannot be resumed from"):
+        run(color_folder, tmp_path, resume="auto")
 
 
-def test_a_checkpoint_that_is_absent_is_an_error(drawn_once: Path, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(color_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=re.escape("absent.pth")):
-        run(drawn_once, tmp_path / "run", resume="absent.pth")
+        run(color_folder, tmp_path / "run", resume="absent.pth")
     assert not (tmp_path / "run").exists()

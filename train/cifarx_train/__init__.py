@@ -1,6 +1,6 @@
-"""Training: models, data, recipes, the loop, checkpoints."""
+"""Training: models, data, recipes, the training loop and checkpoints."""
 
 from cifarx_serve.backends.registry import register_backend
 
-# The entry point says the same where cifarx is installed; in a source tree there are no entry points.
+# An installed cifarx finds this backend by its entry point. A source tree has no entry points.
 register_backend("pytorch", "cifarx_train.pytorch_backend:PyTorchBackend", (".pth",))

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: the host launches it once, where it would launch every kernel."""
+"""Captures a training step in a CUDA graph, so that the host launches one graph instead of every kernel."""
 
 import warnings
 from collections.abc import Callable
@@ -6,35 +6,39 @@ from typing import Final, TypeAlias
 
 import torch
 
-from cifarx_serve.errors import FallbackWarning
+from cifarx_serve.errors import FallbackWarning, error_message
 
 Step: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Takes images and labels on the device, trains on them, gives what is to be read of it, on the device."""
+"""A training step. Takes images and labels on the device and returns its metrics on the device."""
 
-_EAGER_STEPS: Final = 3
-"""Before the capture: lazily made buffers and chosen kernels must be there; PyTorch's documentation says three."""
+_WARMUP_STEPS: Final = 3
+"""Eager steps before the capture, which create lazy buffers and select kernels. PyTorch's documentation uses three."""
 
 
 class GraphedStep:
-    """A step that replays itself for batches of one shape, and runs as it is for the others.
+    """A training step that replays a CUDA graph for batches of one shape and runs eagerly for all others.
 
-    The first steps run eagerly, on a side stream, and count like any other: nothing is trained twice. Where the capture
-    fails the steps stay eager, told once.
+    The warm-up steps run eagerly on a side stream. They are regular training steps, so no batch is trained on twice. If
+    the capture fails, all steps run eagerly and a `FallbackWarning` is issued.
+
+    Args:
+        step: the training step.
+        device: the CUDA device.
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:
         self._step = step
         self._stream = torch.cuda.Stream(device)
-        self._left = _EAGER_STEPS
+        self._warmup_steps_left = _WARMUP_STEPS
         self._graph: torch.cuda.CUDAGraph | None = None
         self._images = self._labels = self._result = torch.empty(0)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self._left > 0:
-            self._left -= 1
-            return self._aside(images, labels)
-        if self._left == 0:
-            self._left = -1
+        if self._warmup_steps_left > 0:
+            self._warmup_steps_left -= 1
+            return self._run_on_side_stream(images, labels)
+        if self._warmup_steps_left == 0:
+            self._warmup_steps_left = -1
             self._capture(images, labels)
         if self._graph is None or images.shape != self._images.shape:
             return self._step(images, labels)
@@ -43,7 +47,7 @@ class GraphedStep:
         self._graph.replay()
         return self._result
 
-    def _aside(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _run_on_side_stream(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -52,15 +56,16 @@ class GraphedStep:
         return result
 
     def _capture(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Record the step; recording runs nothing."""
+        """Record the graph. Recording does not run the step."""
         self._images, self._labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            # Threads that stream images may allocate pinned memory meanwhile.
+            # Threads that stream images may allocate pinned memory during the capture.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._step(self._images, self._labels)
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"training without a CUDA graph, which is slower: {reason}", FallbackWarning, stacklevel=2)
+            warnings.warn(
+                f"training without a CUDA graph, which is slower: {error_message(error)}", FallbackWarning, stacklevel=2
+            )
         else:
             self._graph = graph

@@ -1,4 +1,4 @@
-"""The processes that train together. PyTorch's own engine starts and joins them: torchrun, DDP, NCCL or Gloo."""
+"""Training with several processes, which torchrun starts. Uses PyTorch's DDP over NCCL or Gloo."""
 
 import gc
 import os
@@ -11,120 +11,128 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifarx_serve.errors import PeerLost, UsageError
+from cifarx_serve.errors import DistributedError, UsageError, error_message
 
-# How Gloo and NCCL tell, in plain RuntimeErrors, that a process or the way to it is gone.
-_OF_A_PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+# Gloo and NCCL report a lost process or connection as a plain RuntimeError with one of these words.
+_CONNECTION_ERROR = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
-_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 class Distributed(NamedTuple):
-    """This process among those that train together.
+    """The position of this process among the processes that train together, and their collective operations.
 
     Attributes:
-        rank: its number, from 0; rank 0 alone writes and logs.
-        size: how many there are.
-        local: its number on this machine.
-        local_size: how many there are on this machine.
+        rank: the number of this process, from 0. Only rank 0 writes files and logs.
+        world_size: the number of processes.
+        local_rank: the number of this process on its machine, from 0.
+        local_world_size: the number of processes on this machine.
     """
 
     rank: int = 0
-    size: int = 1
-    local: int = 0
-    local_size: int = 1
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes and logs."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
-    def share(self, batch: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a global batch, equal but for one image.
+    def shard(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of a global batch. The sizes of the parts differ by at most one image.
 
-        A batch that does not give each rank two images goes to all of them whole: BatchNorm cannot train on one.
+        Every rank receives the whole batch if there are fewer than two images per rank, because BatchNorm cannot train
+        on a single image.
         """
-        return batch[self.rank :: self.size] if self._shares(len(batch)) else batch
+        return batch[self.rank :: self.world_size] if self._can_shard(len(batch)) else batch
 
-    def shared(self, count: int) -> int:
-        """How many images of a global batch of `count` the ranks train on, together."""
-        return count if self._shares(count) else count * self.size
+    def total_images(self, batch_size: int) -> int:
+        """Return the number of images that all ranks together train on for a global batch of `batch_size`."""
+        return batch_size if self._can_shard(batch_size) else batch_size * self.world_size
 
-    def _shares(self, count: int) -> bool:
-        return count >= 2 * self.size
+    def _can_shard(self, batch_size: int) -> bool:
+        return batch_size >= 2 * self.world_size
 
-    def replicate(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over the ranks."""
-        return module if self.size == 1 else DistributedDataParallel(module)
+    def data_parallel(self, module: nn.Module) -> nn.Module:
+        """Wrap a model in `DistributedDataParallel`, which averages the gradients over the ranks."""
+        return module if self.world_size == 1 else DistributedDataParallel(module)
 
-    def align(self, module: nn.Module) -> None:
-        """Give every rank the first one's buffers: each has seen running statistics of its own images alone."""
-        if self.size > 1:
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Copy the buffers of rank 0 to all ranks. The running statistics of each rank cover only its own images."""
+        if self.world_size > 1:
             for buffer in module.buffers():
                 distributed.broadcast(buffer, src=0)
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place."""
-        if self.size > 1:
-            distributed.all_reduce(values)
-        return values
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks in place, and return it."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; the same answer on every rank. The hosts speak, no GPU waits."""
-        return flag if self.size == 1 else bool(self.total(torch.tensor(int(flag))))
+        """Return whether `flag` is true on any rank. Runs on the CPU and does not synchronize with the GPU."""
+        return flag if self.world_size == 1 else bool(self.all_reduce(torch.tensor(int(flag))))
 
-    def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
-        """A CPU tensor of one shape from every rank, in their order."""
-        if self.size == 1:
-            return [value]
-        everyone = [torch.empty_like(value) for _ in range(self.size)]
-        distributed.all_gather(everyone, value)
-        return everyone
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the CPU tensors of all ranks in rank order. All of them must have the same shape."""
+        if self.world_size == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        distributed.all_gather(gathered, tensor)
+        return gathered
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The first rank of each machine runs the block before the others: what it caches they find."""
-        if self.local:
-            self.meet()
+        """Run the block on the first rank of each machine before the others, which then find what it cached."""
+        if self.local_rank:
+            self.barrier()
         yield
-        if not self.local:
-            self.meet()
+        if not self.local_rank:
+            self.barrier()
 
-    def meet(self) -> None:
-        """Wait for all the others."""
-        self.total(torch.zeros(1))
+    def barrier(self) -> None:
+        """Wait until all ranks have reached this call."""
+        self.all_reduce(torch.zeros(1))
 
 
 @contextmanager
 def init_distributed() -> Iterator[Distributed]:
-    """Join the other processes that torchrun started, and leave them at the end; alone without torchrun.
+    """Initialize the process group from torchrun's environment and destroy it at the end.
+
+    Without torchrun there is a single process and no process group.
 
     Raises:
-        UsageError: the environment is torchrun's in part only.
+        UsageError: only some of torchrun's environment variables are set.
+        DistributedError: another process exited or cannot be reached.
     """
-    given = [name for name in _ENVIRONMENT if name in os.environ]
-    if len(given) < len(_ENVIRONMENT):
-        if "RANK" in given and "WORLD_SIZE" in given:
-            raise UsageError(f"the environment has {', '.join(given)} alone", "start several processes with torchrun")
+    present = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
+    if len(present) < len(_TORCHRUN_VARIABLES):
+        if "RANK" in present and "WORLD_SIZE" in present:
+            raise UsageError(
+                f"only {', '.join(present)} of torchrun's environment variables are set",
+                "start several processes with torchrun",
+            )
         yield Distributed()
         return
-    ranks = Distributed(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
-    if ranks.size == 1:
-        yield ranks
+    rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in _TORCHRUN_VARIABLES)
+    process = Distributed(rank, world_size, local_rank, local_world_size)
+    if world_size == 1:
+        yield process
         return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield ranks
-        ranks.meet()  # the first rank holds what the others speak through: nobody leaves before all have finished
+        yield process
+        process.barrier()  # rank 0 hosts the store that the others use, so it must not exit before they finish
     except RuntimeError as error:
-        if isinstance(error, distributed.DistError) or _OF_A_PEER.search(str(error)):
-            raise PeerLost(
-                f"process {ranks.rank} of {ranks.size} lost another ({str(error).partition(chr(10))[0][-200:]})",
-                "see what that one said; --resume auto goes on from the last checkpoint",
+        if isinstance(error, distributed.DistError) or _CONNECTION_ERROR.search(str(error)):
+            raise DistributedError(
+                f"rank {rank} of {world_size} lost the connection to another rank ({error_message(error)[-200:]})",
+                "see the error of that rank; --resume auto continues from the last checkpoint",
             ) from error
         raise
     finally:
-        # A DistributedDataParallel that still lives keeps the group's threads past the end of Python, where PyTorch
-        # 2.15 sometimes aborts ("terminate called without an active exception").
+        # A DistributedDataParallel that is still alive keeps the threads of the process group running past the end of
+        # Python, where PyTorch 2.15 sometimes aborts ("terminate called without an active exception").
         gc.collect()
         distributed.destroy_process_group()

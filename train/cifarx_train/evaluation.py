@@ -10,87 +10,102 @@ from torch import nn
 from torch.nn import functional
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.loaders.device import DeviceImages, ToInput
-from cifarx_train.data.loaders.streaming import StreamedImages
+from cifarx_train.data.loaders.device import DeviceLoader, InputTransform
+from cifarx_train.data.loaders.streaming import StreamingLoader
 from cifarx_train.distributed import Distributed
 
-# Pixels a batch: large enough to keep any device busy, small enough for the activations of large images. The result
-# does not depend on it but for the order of the loss's sum.
+# Pixels per batch: large enough to keep any device busy, small enough for the activations of large images. It affects
+# the result only through the order of summation of the loss.
 _BATCH_PIXELS = 500 * 32 * 32
-_MISTAKES = 25
+_MAX_MISTAKES = 25
 
 
 class Mistake(NamedTuple):
-    """A test image (its position in the split) that the model takes for another class, and how sure it is of it."""
+    """A misclassified test image.
 
-    position: int
+    Attributes:
+        image_index: the index of the image in the split.
+        predicted: the predicted class.
+        confidence: the softmax probability of the predicted class.
+    """
+
+    image_index: int
     predicted: int
-    score: float
+    confidence: float
 
 
 class Evaluation(NamedTuple):
-    """What a model does on a whole split.
+    """The result of a model on a whole split.
 
     Attributes:
-        loss: the mean cross-entropy over every image.
-        accuracy: a fraction, over every image.
-        confusion: int64 (classes, classes), images by true and by predicted class.
-        mistakes: those that the model is surest of, the surest first; of this rank's share of the images.
+        loss: the mean cross-entropy over all images.
+        accuracy: the fraction of images that are classified correctly.
+        confusion_matrix: int64 (classes, classes), the number of images by true class (row) and predicted class.
+        mistakes: the misclassified images of this rank with the highest confidence, sorted by it.
     """
 
     loss: float
     accuracy: float
-    confusion: NDArray[np.int64]
+    confusion_matrix: NDArray[np.int64]
     mistakes: Sequence[Mistake]
 
 
 class Evaluator:
-    """Evaluates a model on a split; each rank takes its share, and no image counts twice."""
+    """Evaluates models on a split. Every rank evaluates its share, and every image counts once.
+
+    Args:
+        images: the images of the split.
+        spec: the input of the model.
+        num_classes: the number of classes.
+        device: the device of the model.
+        distributed: the processes that evaluate together.
+    """
 
     def __init__(
         self,
-        images: DeviceImages | StreamedImages,
+        images: DeviceLoader | StreamingLoader,
         spec: InputSpec,
-        classes: int,
+        num_classes: int,
         device: torch.device,
-        ranks: Distributed,
+        distributed: Distributed,
     ) -> None:
         self._images = images
-        self._classes = classes
+        self._num_classes = num_classes
         self._device = device
-        self._ranks = ranks
-        self._positions = torch.arange(len(images))[ranks.rank :: ranks.size]
-        self._order = self._positions.split(max(1, _BATCH_PIXELS // (spec.height * spec.width)))
-        self._prepare = ToInput(spec, device)
+        self._distributed = distributed
+        self._indices = torch.arange(len(images))[distributed.rank :: distributed.world_size]
+        self._batches = self._indices.split(max(1, _BATCH_PIXELS // (spec.height * spec.width)))
+        self._transform = InputTransform(spec, device)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Put the model in eval mode and judge it, in fp32, on every image of the split."""
+        """Set the model to eval mode and evaluate it in fp32 on every image of the split."""
         model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        confusion = torch.zeros(self._classes * self._classes, dtype=torch.int64, device=self._device)
-        wrong, predicted = [], []
-        for images, labels in self._images.batches(self._order):
-            logits = model(self._prepare(images))
+        confusion = torch.zeros(self._num_classes * self._num_classes, dtype=torch.int64, device=self._device)
+        mistake_scores, predictions = [], []
+        for images, labels in self._images.batches(self._batches):
+            logits = model(self._transform(images))
             loss += functional.cross_entropy(logits, labels, reduction="sum")
-            index = logits.argmax(1)  # not of the softmax, which may round two logits to one score
-            score = logits.softmax(1).gather(1, index[:, None])[:, 0]
-            confusion += torch.bincount(labels * self._classes + index, minlength=len(confusion))
-            wrong.append(torch.where(index == labels, 0.0, score))
-            predicted.append(index)
-        self._ranks.total(loss)
-        counts = self._ranks.total(confusion).view(self._classes, self._classes).cpu().numpy()
+            predicted = logits.argmax(1)  # not of the softmax, which may round two logits to the same probability
+            confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
+            confusion += torch.bincount(labels * self._num_classes + predicted, minlength=len(confusion))
+            mistake_scores.append(torch.where(predicted == labels, 0.0, confidence))
+            predictions.append(predicted)
+        self._distributed.all_reduce(loss)
+        matrix = self._distributed.all_reduce(confusion).view(self._num_classes, self._num_classes).cpu().numpy()
         return Evaluation(
             loss=loss.item() / len(self._images),
-            accuracy=int(counts.trace()) / len(self._images),
-            confusion=counts,
-            mistakes=self._surest(torch.cat(wrong), torch.cat(predicted)),
+            accuracy=int(matrix.trace()) / len(self._images),
+            confusion_matrix=matrix,
+            mistakes=self._top_mistakes(torch.cat(mistake_scores), torch.cat(predictions)),
         )
 
-    def _surest(self, wrong: torch.Tensor, predicted: torch.Tensor) -> list[Mistake]:
-        scores, places = wrong.topk(min(_MISTAKES, len(wrong)))
+    def _top_mistakes(self, scores: torch.Tensor, predictions: torch.Tensor) -> list[Mistake]:
+        """Return the mistakes with the highest confidence; a score of zero means a correct prediction."""
+        top_scores, positions = scores.topk(min(_MAX_MISTAKES, len(scores)))
         return [
-            Mistake(int(self._positions[place]), int(predicted[place]), score)
-            for score, place in zip(scores.tolist(), places.cpu().tolist(), strict=True)
+            Mistake(int(self._indices[position]), int(predictions[position]), score)
+            for score, position in zip(top_scores.tolist(), positions.cpu().tolist(), strict=True)
             if score > 0
         ]

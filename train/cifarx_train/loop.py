@@ -11,231 +11,279 @@ from torch.nn import functional
 
 from cifarx_serve.errors import CheckFailed
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import LOG_EVERY, Callback, StepReport
-from cifarx_train.checkpoints.rng_state import random_states, set_random_states
+from cifarx_train.callbacks.base import LOG_EVERY_N_STEPS, Callback, StepReport
+from cifarx_train.checkpoints.rng_state import get_rng_states, set_rng_states
 from cifarx_train.cuda_graph import GraphedStep
 from cifarx_train.data.augmentation import Augmentation
-from cifarx_train.data.loaders.device import DeviceImages, ToInput
-from cifarx_train.data.loaders.streaming import StreamedImages
+from cifarx_train.data.loaders.device import DeviceLoader, InputTransform
+from cifarx_train.data.loaders.streaming import StreamingLoader
 from cifarx_train.distributed import Distributed
-from cifarx_train.models.layers.batchnorm import settle_norms
-from cifarx_train.models.layers.full_window_conv import skip_padding
-from cifarx_train.optim.ema import Ema
-from cifarx_train.optim.optimizers import Optimizers
-from cifarx_train.optim.schedule import lr_factor
+from cifarx_train.models.layers.batchnorm import raise_batchnorm_momentum
+from cifarx_train.models.layers.full_window_conv import convert_full_window_convs
+from cifarx_train.optim.ema import ModelEma
+from cifarx_train.optim.optimizers import Optimizers, lr_factor
 from cifarx_train.recipes import Recipe
 
-State: TypeAlias = dict[str, Any]
+StateDict: TypeAlias = dict[str, Any]
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class EpochEnd(NamedTuple):
-    """An epoch trained, not yet eval_model: its number from 0, the steps done so far, the loss of its last batch.
+class EpochResult(NamedTuple):
+    """The result of training for one epoch, before evaluation.
 
-    `whole` is false where the run was stopped before the epoch's last step.
+    Attributes:
+        epoch: the number of the epoch, from 0.
+        step: the number of steps completed so far.
+        loss: the training loss of the last batch.
+        images_per_s: the training throughput.
+        complete: False if the run was stopped before the last step of the epoch.
     """
 
     epoch: int
     step: int
     loss: float
     images_per_s: float
-    whole: bool
+    complete: bool
 
 
-class Loop:
-    """Trains a network on a data set by a recipe, an epoch at a time.
+class TrainingLoop:
+    """Trains a model on a dataset according to a recipe, one epoch at a time.
+
+    Args:
+        module: the model, on the device.
+        images: the training images.
+        spec: the input of the model.
+        recipe: the recipe.
+        device: the device to train on.
+        seed: the seed of the shuffling.
+        distributed: the processes that train together.
 
     Attributes:
-        module: the network that is trained.
-        epoch: the epoch that is trained or comes next, from 0.
-        done: the steps of it that are done.
-        step: the steps of the run that are done.
-        epoch_steps, steps: of an epoch, and of the whole run.
-        seconds: of training, over all the processes that took part in the run one after another.
-        good: what to call the last checkpoint that was saved, for the error that ends a run.
+        module: the model that is trained.
+        epoch: the current or next epoch, from 0.
+        epoch_step: the number of steps completed within that epoch.
+        step: the number of steps completed in the run.
+        steps_per_epoch: the number of steps of an epoch.
+        total_steps: the number of steps of the run.
+        elapsed_s: the training time in seconds, including the time before a resume.
+        last_checkpoint: the last saved checkpoint, for the error message when training diverges.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        images: DeviceImages | StreamedImages,
+        images: DeviceLoader | StreamingLoader,
         spec: InputSpec,
         recipe: Recipe,
         *,
         device: torch.device,
         seed: int = 0,
-        ranks: Distributed = Distributed(),  # noqa: B008 - immutable
+        distributed: Distributed = Distributed(),  # noqa: B008 - immutable
     ) -> None:
-        on_cpu = device.type == "cpu"  # where convolutions gain by the activations' layout and lose by the weights'
+        # On a CPU, convolutions are faster with channels-last activations and slower with channels-last weights.
+        on_cpu = device.type == "cpu"
         if on_cpu:
-            skip_padding(module)
+            convert_full_window_convs(module)
         elif recipe.channels_last:
             module = module.to(memory_format=torch.channels_last)
         self.module = module
-        self.epoch = self.done = self.step = 0
-        self.seconds = 0.0
-        self.good = ""
-        self._images, self._recipe, self._ranks, self._device = images, recipe, ranks, device
-        self.epoch_steps = len(epoch_batches(torch.empty(len(images)), recipe.batch_size))
-        self.steps = recipe.epochs * self.epoch_steps
-        settle_norms(module, self.steps)
+        self.epoch = self.epoch_step = self.step = 0
+        self.elapsed_s = 0.0
+        self.last_checkpoint = ""
+        self._images, self._recipe, self._distributed, self._device = images, recipe, distributed, device
+        self.steps_per_epoch = len(split_into_batches(torch.empty(len(images)), recipe.batch_size))
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        raise_batchnorm_momentum(module, self.total_steps)
         self._augment = Augmentation(recipe, spec, device)
-        self._to_input = ToInput(spec, device, channels_last=recipe.channels_last or on_cpu)
+        self._transform = InputTransform(spec, device, channels_last=recipe.channels_last or on_cpu)
         self._optimizers = Optimizers(module, recipe)
-        self._weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._ema = Ema(module, recipe.ema) if recipe.ema is not None else None
+        self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._ema = ModelEma(module, recipe.ema_decay) if recipe.ema_decay is not None else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        replica = ranks.replicate(module)
+        replica = distributed.data_parallel(module)
         self._forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(replica) if recipe.compile else replica
-        self._train_on: Callable[..., torch.Tensor] = self._train_eagerly
-        graphed = device.type == "cuda" and ranks.size == 1 and recipe.precision != "fp16"  # its scaler asks the host
-        self._norm_in_step = graphed or recipe.max_grad_norm is not None
-        if graphed:
-            self._train_on = GraphedStep(self._train_eagerly, device)
-        self._shuffle = torch.Generator().manual_seed(seed)
-        self._shuffle_state = self._shuffle.get_state()
+        self._train_step: Callable[..., torch.Tensor] = self._eager_step
+        # The gradient scaler of fp16 synchronizes with the host, which a CUDA graph cannot do.
+        use_cuda_graph = device.type == "cuda" and distributed.world_size == 1 and recipe.precision != "fp16"
+        self._grad_norm_in_step = use_cuda_graph or recipe.max_grad_norm is not None
+        if use_cuda_graph:
+            self._train_step = GraphedStep(self._eager_step, device)
+        self._shuffle_generator = torch.Generator().manual_seed(seed)
+        self._shuffle_state = self._shuffle_generator.get_state()
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network that counts: the average of the weights where the recipe has one."""
+        """The model that is evaluated and saved: the weight average if the recipe uses one."""
         return self._ema.module if self._ema else self.module
 
-    def epochs(self, callback: Callback, stop: Callable[[], bool] = lambda: False) -> Iterator[EpochEnd]:
-        """Train, and pause after each epoch to let it be eval_model and saved.
+    def train_epochs(
+        self, callback: Callback, should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[EpochResult]:
+        """Train, and yield after each epoch so that the model can be evaluated and saved.
 
         Args:
-            callback: told of every step.
-            stop: asked after every step; when it says so the epoch that is being trained is the last.
+            callback: receives `on_step_end` and `on_log`.
+            should_stop: called after every step. Training stops after the step for which it returns True.
 
         Raises:
-            CheckFailed: the loss is no longer a finite number.
+            CheckFailed: the loss is not finite.
         """
         while self.epoch < self._recipe.epochs:
             self.module.train()
-            started, first = time.perf_counter(), self.done
-            self._shuffle.set_state(self._shuffle_state)  # also where an epoch goes on after a stop
-            shuffled = torch.randperm(len(self._images), generator=self._shuffle)
-            order = epoch_batches(shuffled, self._recipe.batch_size)[first:]
-            loss, stopped = self._epoch(order, callback, stop)
+            started, first = time.perf_counter(), self.epoch_step
+            self._shuffle_generator.set_state(self._shuffle_state)  # repeats the order when resumed within an epoch
+            order = torch.randperm(len(self._images), generator=self._shuffle_generator)
+            batches = split_into_batches(order, self._recipe.batch_size)[first:]
+            loss, stopped = self._train_batches(batches, callback, should_stop)
             seconds = time.perf_counter() - started
-            self.seconds += seconds
-            epoch, trained = self.epoch, sum(map(len, order[: self.done - first]))
-            if whole := self.done == self.epoch_steps:
-                self.epoch, self.done = epoch + 1, 0
-                self._shuffle_state = self._shuffle.get_state()
-            yield EpochEnd(epoch, self.step, loss, trained / seconds, whole)
+            self.elapsed_s += seconds
+            epoch, num_images = self.epoch, sum(map(len, batches[: self.epoch_step - first]))
+            if complete := self.epoch_step == self.steps_per_epoch:
+                self.epoch, self.epoch_step = epoch + 1, 0
+                self._shuffle_state = self._shuffle_generator.get_state()
+            yield EpochResult(epoch, self.step, loss, num_images / seconds, complete)
             if stopped:
                 return
 
-    def _epoch(self, order: list[torch.Tensor], callback: Callback, stop: Callable[[], bool]) -> tuple[float, bool]:
-        """The steps of an epoch that `order` still has: the loss of the last one, and whether the run was stopped."""
-        logged = time.perf_counter()
-        result, stopped = torch.zeros(2), False
-        batches = self._images.batches([self._ranks.share(batch) for batch in order])
+    def _train_batches(
+        self, order: list[torch.Tensor], callback: Callback, should_stop: Callable[[], bool]
+    ) -> tuple[float, bool]:
+        """Train on batches of image indices. Return the loss of the last step and whether `should_stop` ended it."""
+        logged_at = time.perf_counter()
+        metrics, stopped = torch.zeros(2), False
+        batches = self._images.batches([self._distributed.shard(batch) for batch in order])
         for batch, (images, labels) in zip(order, batches, strict=True):
-            factor = lr_factor(self._recipe, self.step, self.steps)
-            self._optimizers.set_rate(factor)
-            if self._ranks.size == 1:
-                result = self._train_on(images, labels)
+            factor = lr_factor(self._recipe, self.step, self.total_steps)
+            self._optimizers.set_lr(factor)
+            if self._distributed.world_size == 1:
+                metrics = self._train_step(images, labels)
             else:
-                result = self._train_on(images, labels, len(labels) * self._ranks.size / self._ranks.shared(len(batch)))
+                metrics = self._train_step(images, labels, self._loss_weight(len(labels), len(batch)))
             self.step += 1
-            self.done += 1
+            self.epoch_step += 1
             if self._ema:
                 self._ema.update(self.step)
-            callback.on_step(self.step)
-            if self.step % LOG_EVERY == 0:
-                loss, norm = self._read(result)
+            callback.on_step_end(self.step)
+            if self.step % LOG_EVERY_N_STEPS == 0:
+                loss, grad_norm = self._read_metrics(metrics)
                 now = time.perf_counter()
-                speed, logged = LOG_EVERY * self._recipe.batch_size / (now - logged), now
-                callback.on_log(StepReport(self.step, loss, factor * self._recipe.learning_rate, norm, speed))
-            if stopped := stop():
+                images_per_s = LOG_EVERY_N_STEPS * self._recipe.batch_size / (now - logged_at)
+                logged_at = now
+                lr = factor * self._recipe.learning_rate
+                callback.on_log(StepReport(self.step, loss, lr, grad_norm, images_per_s))
+            if stopped := should_stop():
                 break
-        return self._read(result)[0], stopped
+        return self._read_metrics(metrics)[0], stopped
 
-    def _train_eagerly(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """One step on the device: float32 (2,), the loss and, where the step needs it, the norm of its gradient.
+    def _loss_weight(self, local_size: int, batch_size: int) -> float:
+        """Return the factor that turns DDP's mean over ranks into the mean over all images of the batch."""
+        return local_size * self._distributed.world_size / self._distributed.total_images(batch_size)
 
-        `weight` makes the mean over the ranks' images, which DDP averages the gradients of, the mean over all images.
+    def _eager_step(self, images: torch.Tensor, labels: torch.Tensor, loss_weight: float = 1.0) -> torch.Tensor:
+        """Train on one batch.
+
+        Args:
+            images: uint8 (N, height, width, 3), on the device.
+            labels: int64 (N,), on the device.
+            loss_weight: see `_loss_weight`.
+
+        Returns:
+            float32 (2,) on the device: the loss, and the gradient norm if it is computed within the step.
         """
         recipe = self._recipe
         self._optimizers.zero_grad()
-        inputs = self._to_input(self._augment(images))
-        with torch.autocast(self._device.type, _AUTOCAST[recipe.precision], enabled=recipe.precision != "fp32"):
+        inputs = self._transform(self._augment(images))
+        dtype, enabled = _AUTOCAST_DTYPES[recipe.precision], recipe.precision != "fp32"
+        with torch.autocast(self._device.type, dtype, enabled=enabled):
             loss = functional.cross_entropy(self._forward(inputs), labels, label_smoothing=recipe.label_smoothing)
-        if self._ranks.size > 1:
-            loss = loss * weight
+        if self._distributed.world_size > 1:
+            loss = loss * loss_weight
         self._scaler.scale(loss).backward()
-        for optimizer in self._optimizers.members:
+        for optimizer in self._optimizers.optimizers:
             self._scaler.unscale_(optimizer)
-        norm = self._gradient_norm() if self._norm_in_step else torch.zeros_like(loss)
+        grad_norm = self._grad_norm() if self._grad_norm_in_step else torch.zeros_like(loss)
         if recipe.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._weights, recipe.max_grad_norm, norm)
-        for optimizer in self._optimizers.members:
+            nn.utils.clip_grads_with_norm_(self._trainable, recipe.max_grad_norm, grad_norm)
+        for optimizer in self._optimizers.optimizers:
             self._scaler.step(optimizer)
         self._scaler.update()
-        return torch.stack((loss.detach().float(), norm))
+        return torch.stack((loss.detach().float(), grad_norm))
 
-    def _gradient_norm(self) -> torch.Tensor:
-        return nn.utils.get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
+    def _grad_norm(self) -> torch.Tensor:
+        return nn.utils.get_total_norm([weight.grad for weight in self._trainable if weight.grad is not None])
 
-    def _read(self, result: torch.Tensor) -> tuple[float, float]:
-        """The loss and gradient norm of a step, over all ranks: the host waits for the device here.
+    def _read_metrics(self, metrics: torch.Tensor) -> tuple[float, float]:
+        """Return the loss and gradient norm of a step, averaged over the ranks. Synchronizes with the device.
 
         Raises:
-            CheckFailed: the loss is no longer a finite number.
+            CheckFailed: the loss is not finite.
         """
-        loss, norm = (self._ranks.total(result.clone()) / self._ranks.size).tolist()
-        if not self._norm_in_step:  # a step that clips nothing leaves the gradient as it was
-            norm = self._gradient_norm().item()
-        return require_finite(loss, self.step, self.good), norm
+        mean = self._distributed.all_reduce(metrics.clone()) / self._distributed.world_size
+        loss, grad_norm = mean.tolist()
+        if not self._grad_norm_in_step:  # without clipping, the step leaves the gradients unchanged
+            grad_norm = self._grad_norm().item()
+        return require_finite_loss(loss, self.step, self.last_checkpoint), grad_norm
 
-    def state(self) -> State:
-        """What a bit-exact continuation needs beside the eval_model weights, as plain types and tensors."""
+    def state_dict(self) -> StateDict:
+        """Return the training state as plain types and tensors.
+
+        Together with the weights of `eval_model` it resumes the run bit for bit.
+        """
         return {
             "epoch": self.epoch,
-            "done": self.done,
+            "done": self.epoch_step,
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": self.elapsed_s,
             "optimizer": self._optimizers.state_dict(),
             "scaler": self._scaler.state_dict(),
             "weights": self.module.state_dict() if self._ema else {},
             "shuffle": self._shuffle_state,
-            "random": random_states(self._device, self._ranks),
+            "random": get_rng_states(self._device, self._distributed),
         }
 
-    def restore(self, weights: State, state: State) -> None:
-        """Continue from a checkpoint's eval_model weights and what `state` gave.
+    def load_state_dict(self, state: StateDict, weights: StateDict) -> None:
+        """Resume from a checkpoint.
+
+        Args:
+            state: what `state_dict` returned.
+            weights: the state dict of `eval_model`.
 
         Raises:
-            KeyError, ValueError, RuntimeError: they are of another recipe or network.
+            KeyError, ValueError, RuntimeError: the checkpoint belongs to another recipe or model.
         """
         self.module.load_state_dict(state["weights"] or weights)
         if self._ema:
             self._ema.module.load_state_dict(weights)
-        self.epoch, self.done, self.step = state["epoch"], state["done"], state["step"]
-        self.seconds = state["seconds"]
+        self.epoch, self.epoch_step, self.step = state["epoch"], state["done"], state["step"]
+        self.elapsed_s = state["seconds"]
         self._optimizers.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        self._shuffle.set_state(state["shuffle"])
+        self._shuffle_generator.set_state(state["shuffle"])
         self._shuffle_state = state["shuffle"]
-        set_random_states(state["random"], self._device, self._ranks)
+        set_rng_states(state["random"], self._device, self._distributed)
 
 
-def epoch_batches(order: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
-    """An epoch's order cut into batches; a last image alone joins the batch before: BatchNorm cannot train on one."""
+def split_into_batches(order: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
+    """Split the order of an epoch, int64 (N,), into batches.
+
+    A single remaining image is added to the batch before it, because BatchNorm cannot train on one image.
+    """
     batches = list(order.split(batch_size))
     if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
 
-def require_finite(loss: float, step: int, good: str) -> float:
-    """The loss itself; raises CheckFailed, which names the last good checkpoint, where it is no finite number."""
+def require_finite_loss(loss: float, step: int, last_checkpoint: str) -> float:
+    """Return the loss if it is finite.
+
+    Raises:
+        CheckFailed: the loss is not finite. The message names the last checkpoint.
+    """
     if not math.isfinite(loss):
-        kept = f"{good} is the last good checkpoint" if good else "nothing was saved yet"
+        saved = f"{last_checkpoint} is the last good checkpoint" if last_checkpoint else "no checkpoint was saved"
         raise CheckFailed(
-            f"training diverged: the loss is {loss} at step {step}", f"use a lower --lr or max_grad_norm; {kept}"
+            f"training diverged: the loss is {loss} at step {step}", f"use a lower --lr or max_grad_norm; {saved}"
         )
     return loss

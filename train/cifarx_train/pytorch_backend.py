@@ -1,4 +1,4 @@
-"""PyTorch itself: runs a checkpoint as it was trained. The reference of every proof."""
+"""The backend that runs a checkpoint in PyTorch. It is the reference of every parity check."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -14,31 +14,35 @@ if TYPE_CHECKING:
 
 
 class PyTorchBackend(TorchBackend):
-    """The checkpoint's network in eval mode, fp32."""
+    """Runs the model of a checkpoint in eval mode, in fp32.
+
+    Args:
+        path: the checkpoint.
+        device: the device to run on.
+        model: the name of the model, for files that do not contain it.
+    """
 
     name = "pytorch"
-    suffixes = (".pth",)
 
     def __init__(self, path: Path, device: Device, model: str | None = None) -> None:
-        """As every backend's; `model` names the network of a file that does not say it itself."""
         from cifarx_serve.backends.torch.device import torch_device
         from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
-        place = torch_device(device)
-        self._open(load_checkpoint(path, model), place)
+        target = torch_device(device)  # fails early: loading a checkpoint takes longer
+        self._open(load_checkpoint(path, model), target)
 
     @classmethod
-    def of(cls, checkpoint: "Checkpoint", device: Device) -> Self:
-        """Of a checkpoint that is in memory; raises as opening a file does."""
+    def from_checkpoint(cls, checkpoint: "Checkpoint", device: Device) -> Self:
+        """Open a checkpoint that is already in memory. Raises the same errors as opening a file."""
         from cifarx_serve.backends.torch.device import torch_device
 
         backend = cls.__new__(cls)
         backend._open(checkpoint, torch_device(device))
         return backend
 
-    def _open(self, checkpoint: "Checkpoint", place: "torch.device") -> None:
+    def _open(self, checkpoint: "Checkpoint", device: "torch.device") -> None:
         self.spec = checkpoint.spec
-        self._hold(checkpoint.build().to(place), place)
+        self._init_module(checkpoint.build().to(device), device)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run trains: the step is finished and saved before the process ends."""
+"""SIGINT and SIGTERM during training: the current step is finished and saved before the process exits."""
 
 import signal
 import threading
@@ -7,37 +7,38 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interruption:
-    """Whether the process was told to stop.
+class ReceivedSignal:
+    """The signal that asked the process to stop.
 
     Attributes:
-        signal_number: of the signal, or None.
+        number: the number of the signal, or None if none was received.
     """
 
-    signal_number: int | None = None
+    number: int | None = None
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler. A second Ctrl-C is not held back: whoever presses it twice means at once."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Record the signal. This is the signal handler; a second Ctrl-C raises KeyboardInterrupt immediately."""
         del frame
-        self.signal_number = number
+        self.number = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
-def catch_signals() -> Iterator[Interruption]:
-    """Within the block both signals are noted and nothing else; afterwards they mean what they did before.
+def catch_signals() -> Iterator[ReceivedSignal]:
+    """Record SIGINT and SIGTERM within the block instead of acting on them, then restore the previous handlers.
 
-    Python hands signals to the main thread alone: elsewhere nothing is changed, and nothing is ever noted.
+    Ignored signals stay ignored. Python delivers signals only to the main thread; in other threads the handlers are
+    left unchanged and nothing is recorded.
     """
-    interruption = Interruption()
+    received = ReceivedSignal()
     if threading.current_thread() is not threading.main_thread():
-        yield interruption
+        yield received
         return
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interruption.note) for number in numbers}
+    previous = {number: signal.signal(number, received.handle) for number in numbers}
     try:
-        yield interruption
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A training run: data, network, loop, evaluation, checkpoints, logs."""
+"""Sets up and runs a training run: data, model, training loop, evaluation, checkpoints and logs."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,29 +19,35 @@ from cifarx_serve.system.cpus import available_cpus
 from cifarx_train.callbacks.base import Callback, CallbackList
 from cifarx_train.callbacks.tensorboard.callback import TensorBoard
 from cifarx_train.checkpoints.directory import CheckpointDirectory
-from cifarx_train.checkpoints.resume import ResumePoint, continued_recipe, require_agreement, require_same, resume_point
-from cifarx_train.data.dataset import Broken, Dataset, LabeledImages, fingerprint
-from cifarx_train.data.loaders.device import ToInput
-from cifarx_train.data.loaders.placement import place_images
-from cifarx_train.data.selection import select_data, select_data_like
-from cifarx_train.data.statistics import normalized
+from cifarx_train.checkpoints.resume import (
+    ResumePoint,
+    find_resume_point,
+    require_same,
+    require_same_step,
+    resume_recipe,
+)
+from cifarx_train.data.dataset import Dataset, LabeledImages, OnError, fingerprint
+from cifarx_train.data.loaders.device import InputTransform
+from cifarx_train.data.loaders.selection import select_loader
+from cifarx_train.data.selection import select_dataset, select_dataset_for_model
+from cifarx_train.data.statistics import fit_normalization
 from cifarx_train.distributed import Distributed, init_distributed
 from cifarx_train.evaluation import Evaluator
-from cifarx_train.loop import Loop
-from cifarx_train.models.network import Network, Stem
-from cifarx_train.models.registry import network
-from cifarx_train.recipes import Recipe, recipe
-from cifarx_train.trainer import Plan, Session, TrainResult
+from cifarx_train.loop import TrainingLoop
+from cifarx_train.models.architecture import Architecture, Stem
+from cifarx_train.models.registry import get_architecture
+from cifarx_train.recipes import Recipe, load_recipe
+from cifarx_train.trainer import Trainer, TrainingPlan, TrainResult
 
-# A network that takes its first weights from the data sees so many images of it.
-_INITIAL_IMAGES = 5000
+# The number of training images from which a model with data-dependent initialization takes its first weights.
+_INITIALIZATION_IMAGES = 5000
 
 
 def train(
     model: str,
     *,
     data: str = "auto",
-    broken: Broken = "refuse",
+    on_error: OnError = "raise",
     recipe_name: str | None = None,
     stem: Stem = "own",
     image_size: int | None = None,
@@ -52,152 +58,168 @@ def train(
     resume: str | None = None,
     keep: int | None = None,
     callbacks: Sequence[Callback] = (),
-    **settings: Any,
+    **overrides: Any,
 ) -> TrainResult:
-    """Train a model and write one checkpoint an epoch. Under torchrun, with the other processes it started.
+    """Train a model and write one checkpoint per epoch.
+
+    Under torchrun, trains together with the other processes that it started.
 
     Args:
-        model: a network's name.
-        data: auto, cifar10, builtin, or the path of a folder or `.tar.gz` of images.
-        broken: refuse a data set with broken images, or skip them.
-        recipe_name: a recipe's name or a TOML file's path; `notes` by default.
-        stem: "small" gives a torchvision ResNet first layers for small images.
-        image_size: in pixels, in place of the network's own.
+        model: the name of the model.
+        data: auto, cifar10, builtin, or the path of a directory or `.tar.gz` of images.
+        on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
+        recipe_name: the name of a recipe or the path of a TOML file. Defaults to `notes`.
+        stem: "small" replaces the first layers of a torchvision ResNet with ones for small images.
+        image_size: the image size in pixels. Defaults to that of the model.
         device: auto, cpu, cuda, cuda:N or mps.
-        seed: of the initial weights, the shuffling and the augmentation.
-        out: the folder for the checkpoints.
-        logdir: the folder for TensorBoard; `logs` in `out` by default.
-        resume: a checkpoint's path, or `auto` for the newest good one in `out`, if there is one.
-        keep: how many epochs' checkpoints stay, with the best beside them; all by default.
-        callbacks: told of every step and epoch.
-        settings: fields of the recipe, in place of its own values.
+        seed: the seed of the initial weights, the shuffling and the augmentation.
+        out: the directory for the checkpoints.
+        logdir: the directory for TensorBoard. Defaults to `logs` in `out`.
+        resume: the path of a checkpoint, or `auto` for the latest readable one in `out`, if any.
+        keep: the number of epochs whose checkpoints are kept, besides the best one. Defaults to all.
+        callbacks: receive the events of the run.
+        overrides: recipe fields that replace those of the recipe.
+
+    Returns:
+        The checkpoints and the test accuracy.
 
     Raises:
-        UsageError, DataError, DeviceError, OutputError, ModelFileError: before anything is trained.
-        CheckFailed: the loss is no longer finite.
-        Interrupted: SIGINT or SIGTERM ended it; the state is saved.
+        UsageError, DataError, DeviceError, OutputError, ModelFileError: an argument is invalid. These errors are raised
+            before training starts.
+        CheckFailed: the loss is not finite.
+        Interrupted: SIGINT or SIGTERM was received; the training state is saved.
     """
     if keep is not None and keep < 1:
-        raise UsageError(f"--keep {keep} keeps nothing", "keep at least 1")
+        raise UsageError(f"--keep {keep} would keep no checkpoint", "keep at least 1")
     logs = logdir or out / "logs"
 
-    def run(ranks: Distributed) -> TrainResult:
-        chosen = network(model, stem=stem)
-        wanted = _wanted_input(chosen, image_size)
-        folder = CheckpointDirectory(out, model, keep)
-        point = resume_point(resume, folder) if resume else None
-        require_agreement(point, ranks)
+    def run(distributed: Distributed) -> TrainResult:
+        architecture = get_architecture(model, stem=stem)
+        requested_input = _requested_input(architecture, image_size)
+        directory = CheckpointDirectory(out, model, keep)
+        point = find_resume_point(resume, directory) if resume else None
+        require_same_step(point, distributed)
         if point:
-            chosen_recipe = continued_recipe(point, recipe_name, settings, model)
+            recipe = resume_recipe(point, recipe_name, overrides, model)
         else:
-            chosen_recipe = recipe(recipe_name or "notes", model, settings)
-        place = _device(device, ranks)
-        with _places(out, logs):
-            data_set = select_data_like(point.record.data, data, broken) if point else select_data(data, broken)
-            with ranks.main_process_first():
-                splits = _Splits.read(data_set, wanted)
-            input_spec = _input(wanted, chosen_recipe, splits.train, point)
+            recipe = load_recipe(recipe_name or "notes", model, overrides)
+        target = _select_device(device, distributed)
+        with _output_directories(out, logs):
+            dataset = (
+                select_dataset_for_model(point.record.data, data, on_error) if point else select_dataset(data, on_error)
+            )
+            with distributed.main_process_first():
+                splits = _Splits.load(dataset, requested_input)
+            spec = _input_spec(requested_input, recipe, splits.train, point)
             if point:
-                _require_same_run(point, chosen, wanted, splits.record, seed)
-        module = _initial(chosen, input_spec, splits.train, len(data_set.class_names), seed, place)
-        plan = Plan(chosen, input_spec, chosen_recipe, data_set.class_names, splits.record, seed, place, ranks)
-        test = Evaluator(place_images(splits.test, place), input_spec, len(data_set.class_names), place, ranks)
-        loop = Loop(
-            module, place_images(splits.train, place), input_spec, chosen_recipe, device=place, seed=seed, ranks=ranks
-        )
-        watching = CallbackList([TensorBoard(logs), *callbacks] if ranks.is_main_process else [])
-        session = Session(plan, loop, test, folder, watching)
-        return session.run(splits.test, point)
+                _require_same_run(point, architecture, requested_input, splits.record, seed)
+        num_classes = len(dataset.class_names)
+        module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target)
+        plan = TrainingPlan(architecture, spec, recipe, dataset.class_names, splits.record, seed, target, distributed)
+        evaluator = Evaluator(select_loader(splits.test, target), spec, num_classes, target, distributed)
+        train_images = select_loader(splits.train, target)
+        loop = TrainingLoop(module, train_images, spec, recipe, device=target, seed=seed, distributed=distributed)
+        callback = CallbackList([TensorBoard(logs), *callbacks] if distributed.is_main_process else [])
+        return Trainer(plan, loop, evaluator, directory, callback).fit(splits.test, point)
 
-    with init_distributed() as ranks:
-        return run(ranks)  # what it made is gone by the time the ranks part: see there
+    with init_distributed() as distributed:
+        return run(distributed)  # a function, so that the DDP model is freed before the process group is destroyed
 
 
-def _wanted_input(chosen: Network, image_size: int | None) -> InputSpec:
-    """The network's own input at the size asked for, found out to work before anything is read."""
+def _requested_input(architecture: Architecture, image_size: int | None) -> InputSpec:
+    """Return the model's input at the requested image size. Fails early if the model does not support that size."""
     if image_size is None:
-        return chosen.input
+        return architecture.input
     if image_size < 1:
-        raise UsageError(f"--image-size {image_size} is no size", "give pixels, as --image-size 224")
-    wanted = msgspec.structs.replace(chosen.input, height=image_size, width=image_size)
-    with torch.device("meta"):  # shapes alone, no memory
-        chosen.build(2, wanted)
-    return wanted
+        raise UsageError(f"--image-size {image_size} is not a valid size", "use pixels, such as --image-size 224")
+    requested = msgspec.structs.replace(architecture.input, height=image_size, width=image_size)
+    with torch.device("meta"):  # checks shapes without allocating memory
+        architecture.build(2, requested)
+    return requested
 
 
-def _device(name: str, ranks: Distributed) -> torch.device:
-    """The device of this rank: the GPU of its number on this machine, or its share of the CPUs."""
-    wanted = parse_device(name)
-    if ranks.size > 1 and wanted.kind in ("auto", "cuda") and torch.cuda.is_available():
-        wanted = parse_device(f"cuda:{ranks.local}")
-    place = torch_device(wanted)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    if ranks.local_size > 1:
-        torch.set_num_threads(max(1, available_cpus() // ranks.local_size))
-    return place
+def _select_device(name: str, distributed: Distributed) -> torch.device:
+    """Return the device of this rank: the GPU with its local rank, or the CPU with its share of the cores."""
+    requested = parse_device(name)
+    if distributed.world_size > 1 and requested.type in ("auto", "cuda") and torch.cuda.is_available():
+        requested = parse_device(f"cuda:{distributed.local_rank}")
+    device = torch_device(requested)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if distributed.local_world_size > 1:
+        torch.set_num_threads(max(1, available_cpus() // distributed.local_world_size))
+    return device
 
 
 @contextmanager
-def _places(*folders: Path) -> Iterator[None]:
-    """Make folders that can be written; when the block fails, take away again those that were not there."""
-    new = {place for folder in folders for place in (folder, *folder.parents) if not os.path.lexists(place)}
+def _output_directories(*directories: Path) -> Iterator[None]:
+    """Create directories and check that they are writable. If the block fails, remove the ones created here."""
+    new = {path for directory in directories for path in (directory, *directory.parents) if not os.path.lexists(path)}
     try:
-        for folder in folders:
-            require_writable(folder)
+        for directory in directories:
+            require_writable(directory)
         yield
     except BaseException:
-        for place in sorted(new, key=lambda place: len(place.parts), reverse=True):
-            with suppress(OSError):  # not made yet, or no longer empty
-                place.rmdir()
+        for path in sorted(new, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not created yet, or not empty
+                path.rmdir()
         raise
 
 
 class _Splits(NamedTuple):
-    """Both splits, with what the spec says of them."""
+    """The training and test splits, and the record of them for the spec."""
 
     train: LabeledImages
     test: LabeledImages
     record: DataRecord
 
     @staticmethod
-    def read(data: Dataset, spec: InputSpec) -> "_Splits":
-        train, test = data.load("train", spec), data.load("test", spec)
+    def load(dataset: Dataset, spec: InputSpec) -> "_Splits":
+        train, test = dataset.load("train", spec), dataset.load("test", spec)
         record = DataRecord(
-            name=data.name,
-            kind=data.kind,
+            name=dataset.name,
+            kind=dataset.kind,
             train_images=len(train),
             test_images=len(test),
-            train_fingerprint=fingerprint(train, data.class_names),
-            test_fingerprint=fingerprint(test, data.class_names),
+            train_fingerprint=fingerprint(train, dataset.class_names),
+            test_fingerprint=fingerprint(test, dataset.class_names),
         )
         return _Splits(train, test, record)
 
 
-def _input(wanted: InputSpec, recipe_: Recipe, train_images: LabeledImages, point: ResumePoint | None) -> InputSpec:
+def _input_spec(
+    requested: InputSpec, recipe: Recipe, train_images: LabeledImages, point: ResumePoint | None
+) -> InputSpec:
     if point:
         return point.checkpoint.spec.input
-    return normalized(wanted, train_images.images) if recipe_.normalize else wanted
+    return fit_normalization(requested, train_images.images) if recipe.normalize else requested
 
 
-def _require_same_run(point: ResumePoint, chosen: Network, now: InputSpec, data: DataRecord, seed: int) -> None:
-    spec = point.checkpoint.spec
-    require_same(point, "the model", spec.model, chosen.name)
-    require_same(point, "the stem", spec.stem, chosen.stem)
-    require_same(point, "images of", f"{spec.input.height}x{spec.input.width}", f"{now.height}x{now.width}")
-    require_same(point, "the seed", point.record.seed, seed)
-    before = point.record.data
-    require_same(point, "training data", before.train_fingerprint[:12], data.train_fingerprint[:12])
-    require_same(point, "test data", before.test_fingerprint[:12], data.test_fingerprint[:12])
+def _require_same_run(
+    point: ResumePoint, architecture: Architecture, requested: InputSpec, data: DataRecord, seed: int
+) -> None:
+    spec, recorded = point.checkpoint.spec, point.record.data
+    size, requested_size = (f"{input_.height}x{input_.width}" for input_ in (spec.input, requested))
+    require_same(point, "the model", spec.model, architecture.name)
+    require_same(point, "the stem", spec.stem, architecture.stem)
+    require_same(point, "image size", size, requested_size)
+    require_same(point, "seed", point.record.seed, seed)
+    require_same(point, "training data", recorded.train_fingerprint[:12], data.train_fingerprint[:12])
+    require_same(point, "test data", recorded.test_fingerprint[:12], data.test_fingerprint[:12])
 
 
-def _initial(
-    chosen: Network, spec: InputSpec, images: LabeledImages, classes: int, seed: int, device: torch.device
+def _initialize_model(
+    architecture: Architecture,
+    spec: InputSpec,
+    images: LabeledImages,
+    num_classes: int,
+    seed: int,
+    device: torch.device,
 ) -> nn.Module:
-    """The network before its first step, on the device; the seed decides its weights."""
+    """Build the model on the device with initial weights determined by the seed."""
     torch.manual_seed(seed)
-    module = chosen.build(classes, spec).to(device)
-    if chosen.initialize:
-        first = torch.from_numpy(images.images[:_INITIAL_IMAGES].copy()).to(device)
-        chosen.initialize(module, ToInput(spec, device)(first))
+    module = architecture.build(num_classes, spec).to(device)
+    if architecture.initialize:
+        sample = torch.from_numpy(images.images[:_INITIALIZATION_IMAGES].copy()).to(device)
+        architecture.initialize(module, InputTransform(spec, device)(sample))
     return module

@@ -1,4 +1,4 @@
-"""What happens around the loop: judging, saving, stopping, going on."""
+"""Runs the training loop, and evaluates, saves, stops and resumes around it."""
 
 import math
 import signal
@@ -14,31 +14,33 @@ import torch
 from cifarx_serve.errors import Interrupted, ModelFileError
 from cifarx_serve.spec import DataRecord, InputSpec, ModelSpec, TrainingRecord
 from cifarx_serve.system.versions import library_versions
-from cifarx_train.callbacks.base import Callback, EpochReport, RunStart
+from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo
 from cifarx_train.checkpoints.checkpoint import Checkpoint
 from cifarx_train.checkpoints.directory import CheckpointDirectory
 from cifarx_train.checkpoints.resume import ResumePoint
 from cifarx_train.data.dataset import LabeledImages
+from cifarx_train.device_memory import peak_device_memory
 from cifarx_train.distributed import Distributed
 from cifarx_train.evaluation import Evaluation, Evaluator
-from cifarx_train.loop import EpochEnd, Loop, require_finite
-from cifarx_train.memory import peak_memory
-from cifarx_train.models.network import Network
+from cifarx_train.loop import EpochResult, TrainingLoop, require_finite_loss
+from cifarx_train.models.architecture import Architecture
 from cifarx_train.recipes import Recipe
-from cifarx_train.signals import Interruption, catch_signals
+from cifarx_train.signals import ReceivedSignal, catch_signals
 
 
 class TrainResult(NamedTuple):
-    """A finished run.
+    """The result of a run.
 
     Attributes:
-        checkpoints: the epochs' files that this process wrote and kept, or the one it found finished.
-        test_accuracy: of the last of them.
-        images_per_s: the mean over the epochs; None where nothing was left to train.
-        epochs: whole epochs trained, with those of the run that was continued.
-        best: the checkpoint of the best test accuracy, and that; None before the first whole epoch.
-        memory_bytes: the most that the run took, of the GPU or of the process.
-        stopped: why it ended before its last epoch, or None.
+        checkpoints: the checkpoints of this run that still exist, or the one of an already finished run.
+        test_accuracy: the test accuracy of the last checkpoint, from 0 to 1.
+        images_per_s: the mean training throughput over the epochs, or None if no epoch was left to train.
+        epochs: the number of completed epochs, including those before a resume.
+        device: the device that was used.
+        data: the name of the dataset.
+        best: the checkpoint with the best test accuracy, and that accuracy; None before the first completed epoch.
+        peak_memory_bytes: the peak memory of the GPU, or of the process on a CPU.
+        stop_reason: why training stopped before the last epoch, or None if it did not.
     """
 
     checkpoints: list[Path]
@@ -48,142 +50,164 @@ class TrainResult(NamedTuple):
     device: str
     data: str
     best: tuple[Path, float] | None
-    memory_bytes: int
-    stopped: str | None = None
+    peak_memory_bytes: int
+    stop_reason: str | None = None
 
 
-class Plan(NamedTuple):
-    """What stays the same through a run."""
+class TrainingPlan(NamedTuple):
+    """Everything about a run that does not change while it trains."""
 
-    network: Network
+    architecture: Architecture
     input: InputSpec
     recipe: Recipe
     class_names: tuple[str, ...]
     data: DataRecord
     seed: int
     device: torch.device
-    ranks: Distributed
+    distributed: Distributed
 
 
-class Session:
-    """One process's part of a run."""
+class Trainer:
+    """Trains a model in one process of a run.
+
+    Args:
+        plan: the configuration of the run.
+        loop: the training loop.
+        evaluator: evaluates the model on the test split after every epoch.
+        directory: where checkpoints are saved.
+        callback: receives the events of the run.
+    """
 
     def __init__(
-        self, plan: Plan, loop: Loop, judge: Evaluator, folder: CheckpointDirectory, callback: Callback
+        self,
+        plan: TrainingPlan,
+        loop: TrainingLoop,
+        evaluator: Evaluator,
+        directory: CheckpointDirectory,
+        callback: Callback,
     ) -> None:
-        self._plan, self._loop, self._judge, self._folder, self._observer = plan, loop, judge, folder, callback
+        self._plan, self._loop, self._evaluator = plan, loop, evaluator
+        self._directory, self._callback = directory, callback
         self._best_epoch, self._best_accuracy = -1, -1.0
-        self._written: list[Path] = []
-        self._speeds: list[float] = []
-        self._accuracy = 0.0
-        self._stopped: str | None = None
+        self._checkpoints: list[Path] = []
+        self._throughputs: list[float] = []
+        self._test_accuracy = 0.0
+        self._stop_reason: str | None = None
         self._deadline = math.inf
 
-    def run(self, test: LabeledImages, point: ResumePoint | None) -> TrainResult:
-        """Train to the end of the recipe, from the start or from where another process stopped.
+    def fit(self, test_set: LabeledImages, resume_point: ResumePoint | None) -> TrainResult:
+        """Train until the recipe ends, from the beginning or from a checkpoint.
+
+        Args:
+            test_set: the test images, for the callbacks.
+            resume_point: the checkpoint to resume from, or None for a new run.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM; the state is saved.
-            CheckFailed: the loss is no longer finite.
-            OutputError: a checkpoint cannot be written; the ones before are as they were.
+            Interrupted: SIGINT or SIGTERM was received; the training state is saved.
+            CheckFailed: the loss is not finite.
+            OutputError: a checkpoint cannot be written. Earlier checkpoints are left unchanged.
         """
-        if point:
-            self._continue(point)
+        if resume_point:
+            self._resume(resume_point)
         with ExitStack() as stack:
-            stack.callback(self._observer.on_end)
-            self._observer.on_start(self._start(test))
-            interruption = stack.enter_context(catch_signals())
-            epochs = iter(()) if self._stopped else self._loop.epochs(self._observer, self._stop(interruption))
-            for end in epochs:
-                self._end_epoch(end, interruption)
-                if self._stopped:
+            stack.callback(self._callback.on_train_end)
+            self._callback.on_train_start(self._run_info(test_set, resume_point))
+            received = stack.enter_context(catch_signals())
+            epochs = self._loop.train_epochs(self._callback, self._stop_condition(received))
+            for result in iter(()) if self._stop_reason else epochs:
+                self._finish_epoch(result, received)
+                if self._stop_reason:
                     break
         return self._result()
 
-    def _continue(self, point: ResumePoint) -> None:
+    def _resume(self, point: ResumePoint) -> None:
         state = point.checkpoint.training
         try:
-            self._loop.restore(point.checkpoint.model, state)
+            self._loop.load_state_dict(state, point.checkpoint.model)
             self._best_epoch, self._best_accuracy = state["best_epoch"], state["best_accuracy"]
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ModelFileError(f"{point.path} cannot be continued ({reason})", "start a new run") from error
-        if self._impatient(self._loop.epoch - 1):
-            self._stopped = "the run was already out of patience"
-        self._loop.good = str(point.path)
-        self._written = [point.path]
-        self._accuracy = point.record.test_accuracy or 0.0
+            raise ModelFileError(
+                f"{point.path} cannot be resumed from ({reason})", "start a new run without --resume"
+            ) from error
+        if self._out_of_patience(self._loop.epoch - 1):
+            self._stop_reason = self._patience_reason()
+        self._loop.last_checkpoint = str(point.path)
+        self._checkpoints = [point.path]
+        self._test_accuracy = point.record.test_accuracy or 0.0
 
-    def _start(self, test: LabeledImages) -> RunStart:
+    def _run_info(self, test_set: LabeledImages, resume_point: ResumePoint | None) -> RunInfo:
         plan = self._plan
-        return RunStart(
-            model=plan.network.name,
+        return RunInfo(
+            model=plan.architecture.name,
             module=self._loop.module,
             input=plan.input,
             recipe=plan.recipe,
             seed=plan.seed,
             device=str(plan.device),
-            ranks=plan.ranks.size,
+            world_size=plan.distributed.world_size,
             data=plan.data.name,
             class_names=plan.class_names,
-            train_images=plan.data.train_images,
-            test=test,
-            steps=self._loop.steps,
+            num_train_images=plan.data.train_images,
+            test_set=test_set,
+            total_steps=self._loop.total_steps,
             first_step=self._loop.step,
+            resumed_from=resume_point.path if resume_point else None,
         )
 
-    def _stop(self, interruption: Interruption) -> Callable[[], bool]:
-        """Whether the run is to end after this step; all ranks hear the same answer."""
-        minutes = self._plan.recipe.max_minutes
-        if minutes is not None:
-            self._deadline = time.perf_counter() + 60 * minutes - self._loop.seconds
+    def _stop_condition(self, received: ReceivedSignal) -> Callable[[], bool]:
+        """Return the function that decides after every step whether to stop. It agrees on all ranks."""
+        max_minutes = self._plan.recipe.max_minutes
+        if max_minutes is not None:
+            self._deadline = time.perf_counter() + 60 * max_minutes - self._loop.elapsed_s
 
-        def stop() -> bool:
-            return self._plan.ranks.any(interruption.signal_number is not None or time.perf_counter() >= self._deadline)
+        def should_stop() -> bool:
+            return self._plan.distributed.any(received.number is not None or time.perf_counter() >= self._deadline)
 
-        return stop
+        return should_stop
 
-    def _end_epoch(self, end: EpochEnd, interruption: Interruption) -> None:
-        ranks = self._plan.ranks
-        if not end.whole and ranks.any(interruption.signal_number is not None):
-            path = self._save(end, None)
-            raise self._interrupted(end, path, interruption)
-        ranks.align(self._loop.eval_model)
-        evaluation = self._judge.evaluate(self._loop.eval_model)
-        # The last step may have ruined weights whose loss was finite.
-        require_finite(evaluation.loss, end.step, self._loop.good)
+    def _finish_epoch(self, result: EpochResult, received: ReceivedSignal) -> None:
+        """Evaluate, save and report an epoch, and decide whether training stops early."""
+        distributed = self._plan.distributed
+        if not result.complete and distributed.any(received.number is not None):
+            path = self._save(result, None)
+            raise self._interrupted_error(result, path, received)
+        distributed.broadcast_buffers(self._loop.eval_model)
+        evaluation = self._evaluator.evaluate(self._loop.eval_model)
+        # The last step may have produced invalid weights although its own loss was finite.
+        require_finite_loss(evaluation.loss, result.step, self._loop.last_checkpoint)
         started = time.perf_counter()
-        path = self._save(end, evaluation)
-        self._told(end, evaluation, path, time.perf_counter() - started)
-        if ranks.any(interruption.signal_number is not None):
-            raise self._interrupted(end, path, interruption)
+        path = self._save(result, evaluation)
+        self._report_epoch(result, evaluation, path, time.perf_counter() - started)
+        if distributed.any(received.number is not None):
+            raise self._interrupted_error(result, path, received)
         unfinished = self._loop.epoch < self._plan.recipe.epochs
-        if unfinished and ranks.any(time.perf_counter() >= self._deadline):
-            self._stopped = f"the time is over (max_minutes {self._plan.recipe.max_minutes:g})"
-        elif unfinished and self._impatient(end.epoch):
-            self._stopped = f"no better accuracy than that of epoch {self._best_epoch + 1} (patience)"
+        if unfinished and distributed.any(time.perf_counter() >= self._deadline):
+            self._stop_reason = f"time limit reached ({self._plan.recipe.max_minutes:g} min)"
+        elif unfinished and self._out_of_patience(result.epoch):
+            self._stop_reason = self._patience_reason()
 
-    def _save(self, end: EpochEnd, evaluation: Evaluation | None) -> Path:
-        """Write the checkpoint of an epoch, or the state within one; the first rank alone writes."""
-        best = end.whole and evaluation is not None and evaluation.accuracy > self._best_accuracy
-        if best and evaluation is not None:
-            self._best_epoch, self._best_accuracy = end.epoch, evaluation.accuracy
-        checkpoint = self._checkpoint(end, evaluation)
-        path = self._folder.path(end.epoch) if end.whole else self._folder.interrupted
-        if self._plan.ranks.is_main_process:
-            if end.whole:
-                self._folder.save(end.epoch, checkpoint, is_best=best)
+    def _save(self, result: EpochResult, evaluation: Evaluation | None) -> Path:
+        """Write the checkpoint of an epoch, or of a run stopped within one. Only rank 0 writes."""
+        is_best = result.complete and evaluation is not None and evaluation.accuracy > self._best_accuracy
+        if is_best and evaluation is not None:
+            self._best_epoch, self._best_accuracy = result.epoch, evaluation.accuracy
+        checkpoint = self._checkpoint(result, evaluation)
+        path = self._directory.epoch_path(result.epoch) if result.complete else self._directory.interrupted_path
+        if self._plan.distributed.is_main_process:
+            if result.complete:
+                self._directory.save(result.epoch, checkpoint, is_best=is_best)
             else:
-                self._folder.save_interrupted(checkpoint)
-        self._loop.good = str(path)
+                self._directory.save_interrupted(checkpoint)
+        self._loop.last_checkpoint = str(path)
         return path
 
-    def _checkpoint(self, end: EpochEnd, evaluation: Evaluation | None) -> Checkpoint:
+    def _checkpoint(self, result: EpochResult, evaluation: Evaluation | None) -> Checkpoint:
         plan = self._plan
         record = TrainingRecord(
             data=plan.data,
             recipe=msgspec.to_builtins(plan.recipe),
-            epochs=end.epoch + end.whole,
+            epochs=result.epoch + result.complete,
             seed=plan.seed,
             test_accuracy=evaluation.accuracy if evaluation else None,
             test_loss=evaluation.loss if evaluation else None,
@@ -191,46 +215,60 @@ class Session:
             versions=library_versions(),
         )
         spec = ModelSpec(
-            model=plan.network.name,
-            stem=plan.network.stem,
+            model=plan.architecture.name,
+            stem=plan.architecture.stem,
             class_names=plan.class_names,
             input=plan.input,
             training=record,
         )
         best = {"best_epoch": self._best_epoch, "best_accuracy": self._best_accuracy}
-        return Checkpoint(spec, self._loop.eval_model.state_dict(), {**self._loop.state(), **best})
+        return Checkpoint(spec, self._loop.eval_model.state_dict(), {**self._loop.state_dict(), **best})
 
-    def _told(self, end: EpochEnd, evaluation: Evaluation, path: Path, save_s: float) -> None:
-        self._accuracy = evaluation.accuracy
-        self._written.append(path)
-        self._speeds.append(end.images_per_s)
-        epochs = self._plan.recipe.epochs
-        report = EpochReport(end.epoch, epochs, end.step, end.loss, evaluation, end.images_per_s, save_s, path)
-        self._observer.on_epoch(report)
+    def _report_epoch(self, result: EpochResult, evaluation: Evaluation, path: Path, checkpoint_s: float) -> None:
+        self._test_accuracy = evaluation.accuracy
+        self._checkpoints.append(path)
+        self._throughputs.append(result.images_per_s)
+        self._callback.on_epoch_end(
+            EpochReport(
+                epoch=result.epoch,
+                epochs=self._plan.recipe.epochs,
+                step=result.step,
+                train_loss=result.loss,
+                evaluation=evaluation,
+                images_per_s=result.images_per_s,
+                checkpoint_s=checkpoint_s,
+                checkpoint=path,
+            )
+        )
 
-    def _impatient(self, epoch: int) -> bool:
+    def _out_of_patience(self, epoch: int) -> bool:
         patience = self._plan.recipe.patience
         return patience is not None and epoch - self._best_epoch >= patience
 
-    def _interrupted(self, end: EpochEnd, path: Path, interruption: Interruption) -> Interrupted:
+    def _patience_reason(self) -> str:
+        best = self._best_epoch + 1  # counted from 1, as in the progress output
+        return f"test accuracy has not improved since epoch {best} (patience {self._plan.recipe.patience})"
+
+    def _interrupted_error(self, result: EpochResult, path: Path, received: ReceivedSignal) -> Interrupted:
         return Interrupted(
-            f"interrupted at step {end.step:,} of {self._loop.steps:,}, saved in {path}",
-            "the same command with --resume auto goes on",
-            interruption.signal_number or signal.SIGTERM,
+            f"interrupted at step {result.step:,} of {self._loop.total_steps:,}, checkpoint saved to {path}",
+            "add --resume auto to the same command to continue",
+            received.number or signal.SIGTERM,
         )
 
     def _result(self) -> TrainResult:
-        kept = [path for path in self._written if path.exists()] or [self._folder.best]
-        whole = self._loop.epoch
-        best = self._folder.path(self._best_epoch)
+        existing = [path for path in self._checkpoints if path.exists()] or [self._directory.best_path]
+        best_path = self._directory.epoch_path(self._best_epoch)
+        if not best_path.exists():
+            best_path = self._directory.best_path
         return TrainResult(
-            checkpoints=kept,
-            test_accuracy=self._accuracy,
-            images_per_s=sum(self._speeds) / len(self._speeds) if self._speeds else None,
-            epochs=whole,
+            checkpoints=existing,
+            test_accuracy=self._test_accuracy,
+            images_per_s=sum(self._throughputs) / len(self._throughputs) if self._throughputs else None,
+            epochs=self._loop.epoch,
             device=str(self._plan.device),
             data=self._plan.data.name,
-            best=(best if best.exists() else self._folder.best, self._best_accuracy) if self._best_epoch >= 0 else None,
-            memory_bytes=peak_memory(self._plan.device),
-            stopped=self._stopped,
+            best=(best_path, self._best_accuracy) if self._best_epoch >= 0 else None,
+            peak_memory_bytes=peak_device_memory(self._plan.device),
+            stop_reason=self._stop_reason,
         )

@@ -1,8 +1,8 @@
-"""`cifarx train`"""
+"""The `cifarx train` command."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,52 +10,72 @@ from cifarx.options import Broken, DataName, DeviceName, Json, OnError, resolve_
 from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
 
+if TYPE_CHECKING:
+    from cifarx_train.trainer import TrainResult
+
 
 def command(
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="lzh, fastnet, or a torchvision classifier: resnet34, vgg16, …")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Model: lzh, fastnet, or a torchvision classifier such as resnet34 or vgg16."
+        ),
     ] = None,
     data: DataName = "auto",
     on_error: OnError = None,
     broken: Broken = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="notes, fast, or a TOML file. [default: notes]")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="Recipe: notes (also called baseline), fast, or a TOML file. [default: notes]"
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="In place of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="In place of the recipe's; over all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate, in place of the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Number of epochs. [default: from the recipe]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Batch size, summed over all processes. [default: from the recipe]")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: from the recipe]")] = None,
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the forward and backward pass.")
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Precision of the forward and backward passes. [default: from the recipe]"),
     ] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes of training.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better accuracy.")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop training after this many minutes.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after this many epochs without a better test accuracy.")
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe; repeat it.")
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set any field of the recipe. Repeatable.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe as TOML and train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe as TOML, and do not train.")] = False,
     stem: Annotated[
-        Literal["own", "small"], typer.Option(help="small: ResNets get a 3x3 stride-1 stem, for 32x32 images.")
+        Literal["own", "small"],
+        typer.Option(
+            help="small replaces the first layers of a ResNet for 32x32 images: a 3x3 convolution with stride 1."
+        ),
     ] = "own",
-    image_size: Annotated[int | None, typer.Option(help="Pixels, in place of the network's own.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Height and width of the input in pixels. [default: depends on the model]")
+    ] = None,
     device: DeviceName = "auto",
-    seed: Annotated[int, typer.Option(help="Of the first weights, the shuffling and the augmentation.")] = 0,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoints.")] = Path(),
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights, the shuffling and the augmentation.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the checkpoints.")] = Path(),
     logdir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for TensorBoard. [default: logs in --out]")
+        Path | None, typer.Option(metavar="DIR", help="Directory for TensorBoard. [default: logs in --out]")
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="auto|FILE", help="Go on from a checkpoint; auto: the newest good one in --out."),
+        typer.Option(metavar="auto|FILE", help="Resume from a checkpoint; auto is the newest intact one in --out."),
     ] = None,
     keep: Annotated[
-        int | None, typer.Option(help="Keep the checkpoints of so many epochs, and the best as NAME_best.pth.")
+        int | None,
+        typer.Option(help="Keep only the checkpoints of this many last epochs, and the best one as NAME_best.pth."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train a network and write one checkpoint an epoch: NAME_0.pth, NAME_1.pth and so on.
+    """Train a model. One checkpoint per epoch is written: NAME_0.pth, NAME_1.pth and so on.
 
-    Several processes: torchrun --nproc-per-node 2 -m cifarx train …
+    To train with several processes: torchrun --nproc-per-node 2 -m cifarx train …
     """
     options = {
         "epochs": epochs,
@@ -66,17 +86,17 @@ def command(
         "max_minutes": max_minutes,
         "patience": patience,
     }
-    settings = _assignments(set_ or ()) | {field: value for field, value in options.items() if value is not None}
+    overrides = _parse_assignments(set_ or ()) | {field: value for field, value in options.items() if value is not None}
     if dry_run:
-        _show(recipe or "notes", model, settings, json)
+        _print_recipe(recipe or "notes", model, overrides, json)
         return
     if model is None:
-        raise UsageError("no --model was given", "name a network, as --model lzh")
-    note("loading PyTorch, then the data")
+        raise UsageError("--model is missing", "give a model, such as --model lzh")
+    note("loading PyTorch and the data")
     from cifarx.output.training import training_progress
     from cifarx_train.train import train
 
-    done = train(
+    trained = train(
         model,
         data=data,
         on_error=resolve_on_error(on_error, broken),
@@ -90,38 +110,44 @@ def command(
         resume=resume,
         keep=keep,
         callbacks=[training_progress()],
-        **settings,
+        **overrides,
     )
-    last = done.checkpoints[-1]
     if json:
         fields = ("checkpoints", "test_accuracy", "images_per_s", "epochs", "device")
-        json_result({**{name: getattr(done, name) for name in fields}, "checkpoints": list(map(str, done.checkpoints))})
-        return
-    if done.stopped:
-        note(f"note: stopped early: {done.stopped}")
+        values = {name: getattr(trained, name) for name in fields}
+        json_result({**values, "checkpoints": list(map(str, trained.checkpoints))})
+    else:
+        _print_result(trained)
+
+
+def _print_result(trained: "TrainResult") -> None:
+    last = trained.checkpoints[-1]
+    if trained.stop_reason:
+        note(f"note: stopped early: {trained.stop_reason}")
+    epochs = "1 epoch" if trained.epochs == 1 else f"{trained.epochs} epochs"
     result(
-        f"{last}: {done.test_accuracy:.2%} test accuracy on {done.data}, {done.epochs} epochs on {done.device}, "
-        f"{done.peak_memory_bytes / 2**20:,.0f} MiB at most"
+        f"{last}: {trained.test_accuracy:.2%} test accuracy on {trained.data} after {epochs} on {trained.device}, "
+        f"peak memory {trained.peak_memory_bytes / 2**20:,.0f} MiB"
     )
-    if done.best and done.best[1] > done.test_accuracy:
-        note(f"note: the best was {done.best[0]} with {done.best[1]:.2%}")
+    if trained.best and trained.best[1] > trained.test_accuracy:
+        note(f"note: the best checkpoint is {trained.best[0]} with {trained.best[1]:.2%}")
     note(f"next: cifarx export --ckpt {last} --format onnx")
 
 
-def _assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """FIELD=VALUE as fields and texts; the recipe says what each must be."""
+def _parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Parse FIELD=VALUE arguments. The values stay text; the recipe converts them."""
     pairs = [text.partition("=") for text in texts]
     for field, equals, value in pairs:
         if not (field and equals and value):
-            raise UsageError(f"--set {field}{equals}{value} sets nothing", "write it as --set momentum=0.9")
+            raise UsageError(f"--set {field}{equals}{value} is not FIELD=VALUE", "write it like --set momentum=0.9")
     return {field: value for field, _, value in pairs}
 
 
-def _show(name: str, model: str | None, settings: dict[str, Any], json: bool) -> None:
-    """The recipe as it would be used. Needs no PyTorch."""
-    from cifarx_train.recipes import recipe
+def _print_recipe(name: str, model: str | None, overrides: dict[str, Any], json: bool) -> None:
+    """Print the recipe that training would use. This needs no PyTorch."""
+    from cifarx_train.recipes import load_recipe
 
-    chosen = recipe(name, model, settings)
+    chosen = load_recipe(name, model, overrides)
     if json:
         json_result(chosen)
     else:

@@ -1,4 +1,4 @@
-"""A training run as it goes: a bar on a terminal, plain lines elsewhere, a table row an epoch on both."""
+"""Shows the progress of training: one table row per epoch, with a progress bar on a terminal."""
 
 import sys
 import time
@@ -15,30 +15,30 @@ _HEADING = f"{'epoch':>7} {'step':>8} {'train loss':>11} {'test loss':>10} {'acc
 
 
 def training_progress() -> Callback:
-    """The callback that suits where standard error goes."""
-    return _Bar() if sys.stderr.isatty() else _Lines()
+    """Return a callback that shows a progress bar if standard error is a terminal."""
+    return _ProgressBar() if sys.stderr.isatty() else _EpochTable()
 
 
-class _Lines(Callback):
-    """One row an epoch; the training loss is that of its last batch."""
+class _EpochTable(Callback):
+    """Prints one row per epoch. The training loss is the one of the last batch."""
 
     def on_train_start(self, run: RunInfo) -> None:
-        self._say(_describe(run))
-        self._say(_HEADING)
+        self._print(_describe(run))
+        self._print(_HEADING)
 
     def on_epoch_end(self, report: EpochReport) -> None:
-        self._say(
+        self._print(
             f"{report.epoch + 1:>4}/{report.epochs:<2} {report.step:>8,} {report.train_loss:>11.4f} "
             f"{report.evaluation.loss:>10.4f} {report.evaluation.accuracy:>9.2%} {report.images_per_s:>9,.0f}  "
             f"{report.checkpoint}"
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         note(line)
 
 
-class _Bar(_Lines):
-    """The rows, with a live bar below them."""
+class _ProgressBar(_EpochTable):
+    """Prints the rows, with a live progress bar below them."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -49,16 +49,18 @@ class _Bar(_Lines):
             transient=True,
         )
         self._task = TaskID(0)
-        self._due = 0.0
+        self._next_refresh = 0.0
 
     def on_train_start(self, run: RunInfo) -> None:
         super().on_train_start(run)
-        self._task = self._progress.add_task("train", total=run.steps, completed=run.first_step, loss=float("nan"))
+        self._task = self._progress.add_task(
+            "train", total=run.total_steps, completed=run.first_step, loss=float("nan")
+        )
         self._progress.start()
 
     def on_step_end(self, step: int) -> None:
-        if (now := time.monotonic()) >= self._due:  # a small network on a GPU makes thousands of steps a second
-            self._due = now + _REFRESH_S
+        if (now := time.monotonic()) >= self._next_refresh:  # a small network can make thousands of steps per second
+            self._next_refresh = now + _REFRESH_S
             self._progress.update(self._task, completed=step)
 
     def on_log(self, report: StepReport) -> None:
@@ -67,15 +69,16 @@ class _Bar(_Lines):
     def on_train_end(self) -> None:
         self._progress.stop()
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._progress.console.print(line, soft_wrap=True)
 
 
 def _describe(run: RunInfo) -> str:
+    """Return a line about the model, the data and the length of the run."""
     parameters = sum(parameter.numel() for parameter in run.module.parameters())
-    ranks = f" with {run.ranks} processes" if run.ranks > 1 else ""
-    resumed = f", {run.first_step:,} of them done" if run.first_step else ""
+    processes = f" with {run.world_size} processes" if run.world_size > 1 else ""
+    resumed = f", resuming from {run.resumed_from} at step {run.first_step:,}" if run.resumed_from else ""
     return (
-        f"{run.model}, {parameters:,} parameters, recipe {run.recipe.name}, on {run.device}{ranks}: {run.data}, "
-        f"{run.train_images:,} training and {len(run.test):,} test images, {run.steps:,} steps{resumed}"
+        f"{run.model}, {parameters:,} parameters, recipe {run.recipe.name}, on {run.device}{processes}: {run.data}, "
+        f"{run.num_train_images:,} training and {len(run.test_set):,} test images, {run.total_steps:,} steps{resumed}"
     )

@@ -25,19 +25,19 @@ from cifarx_train.checkpoints.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from cifarx_train.models.registry import network
-from tests.support.same_runs import same
+from cifarx_train.models.registry import get_architecture
+from tests.support.checkpoint_assertions import deep_equal
 
 SPEC = ModelSpec(model="lzh", class_names=("cat", "dog", "frog"), input=InputSpec(height=32, width=32))
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a POSIX system's processes and limits")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and resource limits")
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    """Weights, and the training state of two steps of SGD with momentum."""
+    """A checkpoint with the training state of two steps of SGD with momentum."""
     torch.manual_seed(0)
-    module = network("lzh").build(3)
+    module = get_architecture("lzh").build(3)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
     for _ in range(2):
         module(torch.rand(2, 3, 32, 32)).sum().backward()
@@ -48,7 +48,7 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def saved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That checkpoint in a file; not to be written to."""
+    """A file with that checkpoint. Tests must not write to it."""
     path = tmp_path_factory.mktemp("saved") / "lzh_4.pth"
     save_checkpoint(path, checkpoint)
     return path
@@ -63,33 +63,33 @@ def leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def test_names_count_epochs_from_0() -> None:
+def test_epochs_in_file_names_count_from_0() -> None:
     assert checkpoint_path(Path("run"), "lzh", 9) == Path("run/lzh_9.pth")
 
 
-def test_what_is_saved_is_what_is_loaded(checkpoint: Checkpoint, saved: Path) -> None:
+def test_a_checkpoint_round_trips(checkpoint: Checkpoint, saved: Path) -> None:
     loaded = load_checkpoint(saved)
     assert loaded.spec == checkpoint.spec
-    assert same(loaded.model, dict(checkpoint.model))
-    assert same(loaded.training, checkpoint.training)
+    assert deep_equal(loaded.model, dict(checkpoint.model))
+    assert deep_equal(loaded.training, checkpoint.training)
 
 
-def test_pytorch_alone_reads_it_without_running_anything(saved: Path) -> None:
+def test_pytorch_can_load_it_with_weights_only(saved: Path) -> None:
     content = torch.load(saved, weights_only=True)
     assert type(content) is dict
     assert all(type(leaf) in {str, int, float, bool, type(None), torch.Tensor} for leaf in leaves(content))
     assert msgspec.json.decode(content["spec"])["class_names"] == ["cat", "dog", "frog"]
-    network("lzh").build(3).load_state_dict(content["model"])
-    torch.optim.SGD(network("lzh").build(3).parameters()).load_state_dict(content["training"]["optimizer"])
+    get_architecture("lzh").build(3).load_state_dict(content["model"])
+    torch.optim.SGD(get_architecture("lzh").build(3).parameters()).load_state_dict(content["training"]["optimizer"])
 
 
-def test_a_checkpoint_builds_its_network_ready_to_answer(checkpoint: Checkpoint, saved: Path) -> None:
+def test_build_returns_the_model_in_eval_mode(checkpoint: Checkpoint, saved: Path) -> None:
     module = load_checkpoint(saved).build()
     assert not module.training
-    assert same(dict(module.state_dict()), dict(checkpoint.model))
+    assert deep_equal(dict(module.state_dict()), dict(checkpoint.model))
 
 
-def test_the_file_says_nothing_of_the_machine(saved: Path) -> None:
+def test_the_file_does_not_contain_its_path(saved: Path) -> None:
     assert str(saved.parent).encode() not in saved.read_bytes()
 
 
@@ -98,7 +98,7 @@ def test_equal_checkpoints_are_equal_files(checkpoint: Checkpoint, saved: Path, 
     assert (tmp_path / saved.name).read_bytes() == saved.read_bytes()
 
 
-def test_saving_replaces_the_file_and_makes_the_folder(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_saving_replaces_the_file_and_creates_the_directory(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "new" / "run" / "lzh_0.pth"
     save_checkpoint(path, checkpoint)
     save_checkpoint(path, checkpoint._replace(training={"epoch": 7}))
@@ -106,18 +106,18 @@ def test_saving_replaces_the_file_and_makes_the_folder(checkpoint: Checkpoint, t
     assert [file.name for file in path.parent.iterdir()] == ["lzh_0.pth"]
 
 
-def test_saving_over_a_folder_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_saving_over_a_directory_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "lzh_0.pth").mkdir()
     with pytest.raises(OutputError, match="cannot write"):
         save_checkpoint(tmp_path / "lzh_0.pth", checkpoint)
     assert [file.name for file in tmp_path.iterdir()] == ["lzh_0.pth"]
 
 
-def test_the_hash_is_of_the_bytes(saved: Path) -> None:
+def test_file_sha256_hashes_the_bytes(saved: Path) -> None:
     assert file_sha256(saved) == hashlib.sha256(saved.read_bytes()).hexdigest()
 
 
-# --- files that are not checkpoints
+# --- invalid files
 
 
 def png() -> bytes:
@@ -148,61 +148,61 @@ def zipped(**members: bytes) -> bytes:
     ],
     ids=["empty", "zip-magic", "text", "png", "empty-zip", "random-zip", "zip-like-ours", "noise"],
 )
-def test_what_is_not_a_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_rejected(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "lzh_0.pth"
     path.write_bytes(content)
-    with pytest.raises(ModelFileError, match=r"lzh_0\.pth is not a checkpoint.*cifarx train"):
+    with pytest.raises(ModelFileError, match=r"lzh_0\.pth is not a readable checkpoint.*cifarx train"):
         load_checkpoint(path)
 
 
-def test_no_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_directory_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="no such file"):
         load_checkpoint(tmp_path / "lzh_0.pth")
-    with pytest.raises(ModelFileError, match="is a folder"):
+    with pytest.raises(ModelFileError, match="is a directory"):
         load_checkpoint(tmp_path)
 
 
 @given(st.floats(0, 1, exclude_max=True))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-def test_a_truncated_checkpoint_is_refused(saved: Path, tmp_path: Path, part: float) -> None:
+def test_a_truncated_checkpoint_is_rejected(saved: Path, tmp_path: Path, part: float) -> None:
     content = saved.read_bytes()
     path = tmp_path / "cut.pth"
     path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(ModelFileError, match="is not a checkpoint"):
+    with pytest.raises(ModelFileError, match="is not a readable checkpoint"):
         load_checkpoint(path)
 
 
-def test_a_checkpoint_that_lost_its_last_byte_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_last_byte_is_rejected(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(saved.read_bytes()[:-1])
-    with pytest.raises(ModelFileError, match="is not a checkpoint"):
+    with pytest.raises(ModelFileError, match="is not a readable checkpoint"):
         load_checkpoint(tmp_path / "cut.pth")
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-def test_an_altered_byte_is_found_or_changes_nothing(
+def test_a_changed_byte_is_detected_or_has_no_effect(
     saved: Path, checkpoint: Checkpoint, tmp_path: Path, place: float, change: int
 ) -> None:
     content = bytearray(saved.read_bytes())
     content[int(place * len(content))] ^= change
-    path = tmp_path / "altered.pth"
+    path = tmp_path / "changed.pth"
     path.write_bytes(content)
     try:
         loaded = load_checkpoint(path)
     except CifarxError:
         return
     assert loaded.spec == checkpoint.spec
-    assert same(loaded.model, dict(checkpoint.model))
-    assert same(loaded.training, checkpoint.training)
+    assert deep_equal(loaded.model, dict(checkpoint.model))
+    assert deep_equal(loaded.training, checkpoint.training)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
-@pytest.mark.filterwarnings("ignore::cifarx_serve.errors.FallbackWarning")  # weights whose spec is lost are still some
-def test_an_altered_pickle_with_good_checksums_raises_nothing_but_our_own(
+@pytest.mark.filterwarnings("ignore::cifarx_serve.errors.FallbackWarning")  # weights without a spec still load
+def test_a_changed_pickle_with_valid_checksums_raises_only_cifarx_errors(
     saved: Path, tmp_path: Path, changes: list[tuple[float, int]]
 ) -> None:
-    path = tmp_path / "altered.pth"
+    path = tmp_path / "changed.pth"
     with zipfile.ZipFile(saved) as good, zipfile.ZipFile(path, "w") as bad:
         for name in good.namelist():
             content = bytearray(good.read(name))
@@ -228,16 +228,16 @@ def test_an_altered_pickle_with_good_checksums_raises_nothing_but_our_own(
     ],
     ids=["empty", "no-spec", "null-spec", "dict-spec", "list", "tensor"],
 )
-def test_a_pytorch_file_without_a_spec_is_refused(content: object, tmp_path: Path) -> None:
+def test_a_pytorch_file_without_a_spec_is_rejected(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(ModelFileError, match="is not a cifarx checkpoint"):
         load_checkpoint(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("content", [{"training": {}}, {"model": {}}, {"model": 1, "training": {}}])
-def test_a_checkpoint_without_its_weights_is_refused(content: dict[str, object], tmp_path: Path) -> None:
+def test_a_checkpoint_without_weights_is_rejected(content: dict[str, object], tmp_path: Path) -> None:
     torch.save({"spec": SPEC.to_json(), **content}, tmp_path / "x.pth")
-    with pytest.raises(ModelFileError, match="lacks its weights"):
+    with pytest.raises(ModelFileError, match="contains no weights"):
         load_checkpoint(tmp_path / "x.pth")
 
 
@@ -246,7 +246,7 @@ def save_with_spec(path: Path, document: str) -> Path:
     return path
 
 
-def test_a_newer_spec_is_refused_and_said_to_be_newer(tmp_path: Path) -> None:
+def test_a_newer_spec_schema_is_rejected(tmp_path: Path) -> None:
     newer = msgspec.json.decode(SPEC.to_json()) | {"schema_version": SCHEMA_VERSION + 1, "input": "of another type"}
     path = save_with_spec(tmp_path / "x.pth", msgspec.json.encode(newer).decode())
     with pytest.raises(SpecError, match=rf"x\.pth has spec schema {SCHEMA_VERSION + 1}.*install a newer cifarx"):
@@ -254,17 +254,17 @@ def test_a_newer_spec_is_refused_and_said_to_be_newer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("document", ["", "{}", "not json", '{"schema_version": 1}', '{"schema_version": "1"}', "[]"])
-def test_a_malformed_spec_is_refused(document: str, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"x\.pth holds a malformed model spec"):
+def test_a_malformed_spec_is_rejected(document: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"x\.pth contains a malformed model spec"):
         load_checkpoint(save_with_spec(tmp_path / "x.pth", document))
 
 
 def other_weights() -> dict[str, object]:
-    weights = network("lzh").build(3).state_dict()
+    weights = get_architecture("lzh").build(3).state_dict()
     return {
         "nothing": {},
         "another network": torch.nn.Linear(2, 2).state_dict(),
-        "other classes": network("lzh").build(4).state_dict(),
+        "other classes": get_architecture("lzh").build(4).state_dict(),
         "one too few": {name: weights[name] for name in list(weights)[1:]},
         "one too many": {**weights, "model.9.weight": torch.zeros(3)},
         "no tensor": {**weights, "model.8.bias": "zero"},
@@ -273,14 +273,14 @@ def other_weights() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", list(other_weights()))
-def test_weights_of_another_network_are_refused(kind: str, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_rejected(kind: str, tmp_path: Path) -> None:
     torch.save({"spec": SPEC.to_json(), "model": other_weights()[kind], "training": {}}, tmp_path / "x.pth")
-    with pytest.raises(ModelFileError, match="the weights are not those of lzh") as caught:
+    with pytest.raises(ModelFileError, match="the weights do not match the model lzh") as caught:
         load_checkpoint(tmp_path / "x.pth").build()
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_of_another_version_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+def test_an_unknown_model_is_not_reported_as_a_damaged_file(tmp_path: Path) -> None:
     spec = msgspec.structs.replace(SPEC, model="lzh2")
     torch.save({"spec": spec.to_json(), "model": {}, "training": {}}, tmp_path / "x.pth")
     with pytest.raises(UsageError, match="unknown model 'lzh2': did you mean 'lzh'"):
@@ -288,7 +288,7 @@ def test_a_network_of_another_version_is_told_from_a_damaged_file(tmp_path: Path
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """Runs a shell command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -299,7 +299,7 @@ class Payload:
 
 @pytest.mark.parametrize("zipped_format", [True, False])
 @pytest.mark.parametrize("place", ["whole", "spec", "model", "training"])
-def test_code_in_a_checkpoint_is_never_run(
+def test_code_in_a_checkpoint_is_never_executed(
     checkpoint: Checkpoint, tmp_path: Path, place: str, zipped_format: bool
 ) -> None:
     marker = tmp_path / "marker"
@@ -308,16 +308,16 @@ def test_code_in_a_checkpoint_is_never_run(
     content = payload if place == "whole" else {**content, place: payload}
     path = tmp_path / "x.pth"
     torch.save(content, path, _use_new_zipfile_serialization=zipped_format)
-    with pytest.raises(ModelFileError, match=r"x\.pth would run code \(os\.system\): it is not loaded"):
+    with pytest.raises(ModelFileError, match=r"x\.pth would run code \(os\.system\): it was not loaded"):
         load_checkpoint(path)
     assert not marker.exists()
-    # The payload is a real one: the file does ask for the shell, as PyTorch lists without running it.
+    # The payload is effective: PyTorch lists its shell command among the unsafe globals of the file.
     if zipped_format:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         assert any(name.endswith(".system") for name in asked)
 
 
-# --- a disk that fills up, a process that is killed
+# --- full disks and killed processes
 
 _FULL_DISK = """
 import resource, signal, sys
@@ -342,7 +342,7 @@ save_checkpoint(path.with_name("after.pth"), checkpoint)
 
 
 @needs_fork
-def test_a_full_disk_is_an_error_and_leaves_the_old_file(saved: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_keeps_the_old_file(saved: Path, tmp_path: Path) -> None:
     path = tmp_path / "lzh_4.pth"
     shutil.copy(saved, path)
     ran = subprocess.run([sys.executable, "-c", _FULL_DISK, path], capture_output=True, text=True, check=False)
@@ -354,7 +354,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_old_file(saved: Path, tmp_path: 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["after.pth", "lzh_4.pth"]
 
 
-# PyTorch takes seconds to load; its children come from a fork.
+# Importing PyTorch takes seconds, so the child processes are forked.
 _KILLED = """
 import os, random, signal, sys, time
 from itertools import count
@@ -379,11 +379,11 @@ for kill in range(12):
 
 @pytest.mark.slow
 @needs_fork
-def test_a_killed_process_leaves_whole_files_only(saved: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_only_complete_files(saved: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", _KILLED, saved, tmp_path], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     paths = list(tmp_path.glob("lzh_*.pth"))
     assert paths
-    assert all(same(load_checkpoint(path).model, dict(checkpoint.model)) for path in paths)
-    # What a kill leaves of a file not finished is hidden, so that nothing takes it for a checkpoint.
+    assert all(deep_equal(load_checkpoint(path).model, dict(checkpoint.model)) for path in paths)
+    # The partial file of a killed process is hidden, so it cannot be mistaken for a checkpoint.
     assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path not in paths)

@@ -1,15 +1,22 @@
 import copy
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from cifarx_train.optim.muon import Muon
-from cifarx_train.optim.optimizers import Optimizers
-from cifarx_train.recipes import Recipe, recipe
+from cifarx_train.optim.optimizers import Optimizers, lr_factor
+from cifarx_train.recipes import Recipe, load_recipe
 
 MUON = {"optimizer": "muon", "bias_lr": 0.05, "head_lr": 0.6, "momentum": 0.6, "nesterov": True}
+fractions = st.floats(0, 1, exclude_max=True)
+schedules = st.sampled_from(["constant", "linear", "cosine"])
+
 KINDS: dict[str, dict[str, Any]] = {
     "plain sgd": {},
     "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
@@ -18,12 +25,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan(**values: Any) -> Recipe:
-    return recipe("notes", overrides={"learning_rate": 0.25, **values})
+def make_recipe(**values: Any) -> Recipe:
+    return load_recipe("notes", overrides={"learning_rate": 0.25, **values})
 
 
 def net() -> nn.Sequential:
-    """Two convolutions, a norm, a hidden linear layer and the head."""
+    """A model with two convolutions, a norm, a hidden linear layer and a head."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3),
@@ -36,7 +43,7 @@ def net() -> nn.Sequential:
 
 
 def with_gradients(module: nn.Module, seed: int | None = 0) -> nn.Module:
-    """Random gradients, or with None all of them zero."""
+    """Set random gradients, or zero gradients if `seed` is None."""
     source = torch.Generator().manual_seed(seed or 0)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=source)
@@ -45,76 +52,76 @@ def with_gradients(module: nn.Module, seed: int | None = 0) -> nn.Module:
 
 
 def step(optimizers: Optimizers) -> None:
-    for member in optimizers.members:
-        member.step()
+    for optimizer in optimizers.optimizers:
+        optimizer.step()
 
 
-def copies(module: nn.Module) -> dict[str, torch.Tensor]:
+def copy_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def moves(module: nn.Module, chosen: Recipe, factor: float = 1.0) -> dict[str, torch.Tensor]:
-    """By how much each parameter moves in one step of the optimizers."""
-    before, optimizers = copies(module), Optimizers(module, chosen)
-    optimizers.set_rate(factor)
+def updates(module: nn.Module, recipe: Recipe, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    """Run one step of the optimizers and return the change of every parameter."""
+    before, optimizers = copy_parameters(module), Optimizers(module, recipe)
+    optimizers.set_lr(factor)
     step(optimizers)
-    return {name: parameter - before[name] for name, parameter in copies(module).items()}
+    return {name: parameter - before[name] for name, parameter in copy_parameters(module).items()}
 
 
-def test_plain_sgd_steps_along_the_gradient() -> None:
+def test_plain_sgd_follows_the_gradient() -> None:
     module = with_gradients(net())
     expected = {name: -0.25 * value.grad for name, value in module.named_parameters() if value.grad is not None}
-    for name, moved in moves(module, plan()).items():
+    for name, moved in updates(module, make_recipe()).items():
         assert torch.allclose(moved, expected[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_only_weights_decay(kind: str) -> None:
     module = with_gradients(net(), None)
-    before = copies(module)
-    for name, moved in moves(module, plan(**KINDS[kind])).items():
-        # Nesterov's momentum looks ahead from the first step on.
+    before = copy_parameters(module)
+    for name, moved in updates(module, make_recipe(**KINDS[kind])).items():
+        # Nesterov momentum also applies to the first step.
         rate = 0.25 * 0.01 * (1.9 if kind == "sgd" else 1.0)
         decay = -rate * before[name] if before[name].ndim > 1 else torch.zeros_like(moved)
         assert torch.allclose(moved, decay, atol=1e-7), name
 
 
-def test_with_muon_biases_and_norms_do_not_decay_either() -> None:
+def test_with_muon_biases_and_norms_do_not_decay() -> None:
     module = with_gradients(net(), None)
     with torch.no_grad():
         module[0].bias.fill_(1.0)
-    moved = moves(module, plan(**MUON, weight_decay=0.01))
-    assert {name for name, move in moved.items() if move.ndim < 2 and move.any()} == set()
+    moved = updates(module, make_recipe(**MUON, weight_decay=0.01))
+    assert {name for name, update in moved.items() if update.ndim < 2 and update.any()} == set()
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_rate_is_a_share_of_every_group_s_peak(kind: str) -> None:
-    optimizers = Optimizers(net(), plan(**KINDS[kind]))
-    groups = [group for member in optimizers.members for group in member.param_groups]
+def test_set_lr_scales_the_peak_of_every_group(kind: str) -> None:
+    optimizers = Optimizers(net(), make_recipe(**KINDS[kind]))
+    groups = [group for optimizer in optimizers.optimizers for group in optimizer.param_groups]
     peaks = {float(group["lr"]) for group in groups}
     assert peaks == ({0.25, 0.05, 0.6} if kind == "muon" else {0.25})
     for factor in (0.5, 1.0, 0.125):
-        optimizers.set_rate(factor)
+        optimizers.set_lr(factor)
         assert {float(group["lr"]) for group in groups} == {peak * factor for peak in peaks}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_rate_of_zero_moves_nothing(kind: str) -> None:
+def test_a_learning_rate_of_zero_changes_nothing(kind: str) -> None:
     module = with_gradients(net())
-    for name, moved in moves(module, plan(**KINDS[kind]), factor=0.0).items():
+    for name, moved in updates(module, make_recipe(**KINDS[kind]), factor=0.0).items():
         if kind == "muon" and moved.ndim > 1 and name != "5.weight":
-            continue  # filters are brought to their norm in every step
+            continue  # Muon normalizes filters in every step
         assert not moved.any(), name
 
 
-def test_muon_takes_the_filters_and_sgd_the_rest() -> None:
+def test_muon_trains_the_filters_and_sgd_the_rest() -> None:
     module = net()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    optimizers = Optimizers(module, plan(**MUON))
+    optimizers = Optimizers(module, make_recipe(**MUON))
     rates = {
-        names[id(parameter)]: (type(member), group["lr"])
-        for member in optimizers.members
-        for group in member.param_groups
+        names[id(parameter)]: (type(optimizer), group["lr"])
+        for optimizer in optimizers.optimizers
+        for group in optimizer.param_groups
         for parameter in group["params"]
     }
     filters, biases, head = (Muon, 0.25), (torch.optim.SGD, 0.05), (torch.optim.SGD, 0.6)
@@ -131,66 +138,126 @@ def test_muon_takes_the_filters_and_sgd_the_rest() -> None:
     }
 
 
-def test_muon_trains_a_network_without_any_bias() -> None:
+def test_muon_trains_a_model_without_biases() -> None:
     module = with_gradients(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4, 2, bias=False)))
-    assert all(moved.any() for moved in moves(module, plan(**MUON)).values())
+    assert all(moved.any() for moved in updates(module, make_recipe(**MUON)).values())
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_what_is_frozen_stays(kind: str) -> None:
+def test_frozen_parameters_are_unchanged(kind: str) -> None:
     module = net()
     module[1].weight.requires_grad_(False)
     module[2].weight.requires_grad_(False)
-    for name, moved in moves(with_gradients(module), plan(**KINDS[kind])).items():
+    for name, moved in updates(with_gradients(module), make_recipe(**KINDS[kind])).items():
         assert moved.any() == (name not in ("1.weight", "2.weight")), name
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_gradients_are_forgotten(kind: str) -> None:
+def test_zero_grad_resets_gradients(kind: str) -> None:
     module = with_gradients(net())
-    Optimizers(module, plan(**KINDS[kind])).zero_grad()
+    Optimizers(module, make_recipe(**KINDS[kind])).zero_grad()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_state_goes_round(kind: str) -> None:
-    chosen = plan(**KINDS[kind])
+def test_training_resumes_from_the_state_dict(kind: str) -> None:
+    recipe = make_recipe(**KINDS[kind])
     whole = net()
-    optimizers = Optimizers(whole, chosen)
+    optimizers = Optimizers(whole, recipe)
     for number in range(3):
         with_gradients(whole, number)
         step(optimizers)
     half, state = copy.deepcopy(whole), copy.deepcopy(optimizers.state_dict())
-    again = Optimizers(half, chosen)
+    again = Optimizers(half, recipe)
     again.load_state_dict(state)
     for number in range(3, 6):
         for module, own in ((whole, optimizers), (half, again)):
             with_gradients(module, number)
-            own.set_rate(0.5)
+            own.set_lr(0.5)
             step(own)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, half.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_state_is_plain_and_can_be_saved(kind: str, tmp_path: Any) -> None:
+def test_the_state_can_be_loaded_with_weights_only(kind: str, tmp_path: Any) -> None:
     module = with_gradients(net())
-    optimizers = Optimizers(module, plan(**KINDS[kind]))
+    optimizers = Optimizers(module, make_recipe(**KINDS[kind]))
     step(optimizers)
     torch.save(optimizers.state_dict(), tmp_path / "state.pt")
-    Optimizers(net(), plan(**KINDS[kind])).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    Optimizers(net(), make_recipe(**KINDS[kind])).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
 
 
-def test_rates_are_the_recipe_s_also_after_a_state_was_taken_up() -> None:
-    first = Optimizers(net(), plan())
-    first.set_rate(0.1)
-    second = Optimizers(net(), plan(learning_rate=0.5))
+def test_loading_a_state_keeps_the_learning_rates_of_the_recipe() -> None:
+    first = Optimizers(net(), make_recipe())
+    first.set_lr(0.1)
+    second = Optimizers(net(), make_recipe(learning_rate=0.5))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    second.set_rate(0.5)
-    assert [float(group["lr"]) for member in second.members for group in member.param_groups] == [0.25, 0.25]
+    second.set_lr(0.5)
+    assert [float(group["lr"]) for optimizer in second.optimizers for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-def test_the_state_of_another_optimizer_is_refused() -> None:
-    state = Optimizers(net(), plan()).state_dict()
+def test_the_state_of_another_optimizer_is_rejected() -> None:
+    state = Optimizers(net(), make_recipe()).state_dict()
     with pytest.raises((KeyError, ValueError)):
-        Optimizers(net(), plan(**MUON)).load_state_dict(state)
+        Optimizers(net(), make_recipe(**MUON)).load_state_dict(state)
+
+
+# --- the learning rate schedule
+
+
+def lr_factors(recipe: Recipe, total_steps: int) -> list[float]:
+    return [lr_factor(recipe, step, total_steps) for step in range(total_steps)]
+
+
+@given(schedule=schedules, warmup_fraction=fractions, total_steps=st.integers(1, 400))
+def test_every_learning_rate_is_positive_and_at_most_the_peak(
+    schedule: str, warmup_fraction: float, total_steps: int
+) -> None:
+    recipe = make_recipe(schedule=schedule, warmup_fraction=warmup_fraction)
+    assert all(0 < factor <= 1 for factor in lr_factors(recipe, total_steps))
+
+
+@given(schedule=schedules, warmup_fraction=fractions, total_steps=st.integers(1, 10**7))
+def test_the_last_learning_rate_of_a_long_run_is_positive(
+    schedule: str, warmup_fraction: float, total_steps: int
+) -> None:
+    recipe = make_recipe(schedule=schedule, warmup_fraction=warmup_fraction)
+    assert 0 < lr_factor(recipe, total_steps - 1, total_steps) <= 1
+
+
+@given(schedule=schedules, warmup_fraction=fractions, total_steps=st.integers(2, 400))
+def test_the_learning_rate_rises_and_then_never_rises_again(
+    schedule: str, warmup_fraction: float, total_steps: int
+) -> None:
+    rising = round(warmup_fraction * total_steps)
+    values = lr_factors(make_recipe(schedule=schedule, warmup_fraction=warmup_fraction), total_steps)
+    assert all(before < after for before, after in pairwise(values[:rising]))
+    falling = values[rising:]
+    if schedule == "constant":
+        assert set(falling) <= {1.0}
+    else:
+        assert all(before > after for before, after in pairwise(falling))
+    assert max(values) == 1.0  # reached by the last step of the warm-up or the first step after it
+
+
+@given(total_steps=st.integers(1, 400))
+def test_a_constant_schedule_without_warmup_stays_at_the_peak(total_steps: int) -> None:
+    assert lr_factors(make_recipe(), total_steps) == [1.0] * total_steps
+
+
+def test_a_linear_schedule_decays_in_equal_steps() -> None:
+    assert lr_factors(make_recipe(schedule="linear"), 4) == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_cosine_schedule_is_half_a_cosine() -> None:
+    expected = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert lr_factors(make_recipe(schedule="cosine"), 8) == pytest.approx(expected)
+    assert expected[4] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_warmup_is_linear_over_its_fraction_of_the_steps(schedule: str) -> None:
+    values = lr_factors(make_recipe(schedule=schedule, warmup_fraction=0.4), 10)
+    assert values[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert values[4:] == lr_factors(make_recipe(schedule=schedule), 6)

@@ -1,1 +1,1 @@
-"""Callbacks: what happens on the events of a training run."""
+"""Callbacks that report the progress of training."""

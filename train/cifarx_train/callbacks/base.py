@@ -1,4 +1,4 @@
-"""Who watches a run: the loop tells them what happened and knows nothing of how it is shown."""
+"""The callback interface. The training loop reports events to callbacks and does not know how they are shown."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +11,28 @@ from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation
 from cifarx_train.recipes import Recipe
 
-LOG_EVERY = 100
-"""Steps between two readings of the training loss: each one waits for the device."""
+LOG_EVERY_N_STEPS = 100
+"""Steps between two calls of `Callback.on_log`. Reading the loss synchronizes with the device."""
 
 
-class RunStart(NamedTuple):
-    """What is about to be trained, on what.
+class RunInfo(NamedTuple):
+    """What a run trains, and on what.
 
     Attributes:
-        module: the network; for looking at, not for changing.
-        steps: of the whole run; `first_step` of them were done before, by the run that this one continues.
-        ranks: processes that train together.
+        model: the name of the model.
+        module: the model itself; callbacks must not change it.
+        input: the input of the model.
+        recipe: the recipe of the run.
+        seed: the seed of the run.
+        device: the device of this process, such as "cpu" or "cuda:0".
+        world_size: the number of processes that train together.
+        data: the name of the dataset.
+        class_names: the classes in label order.
+        num_train_images: the number of training images.
+        test_set: the test images and their labels.
+        total_steps: the number of steps of the whole run, including those before a resume.
+        first_step: the number of steps completed before a resume; 0 for a new run.
+        resumed_from: the checkpoint that the run resumes from, or None for a new run.
     """
 
     model: str
@@ -30,33 +41,46 @@ class RunStart(NamedTuple):
     recipe: Recipe
     seed: int
     device: str
-    ranks: int
+    world_size: int
     data: str
     class_names: tuple[str, ...]
-    train_images: int
-    test: LabeledImages
-    steps: int
+    num_train_images: int
+    test_set: LabeledImages
+    total_steps: int
     first_step: int = 0
+    resumed_from: Path | None = None
 
 
 class StepReport(NamedTuple):
-    """One step: the loss of its batch, the learning rate, the norm of the gradient before it was clipped.
+    """The metrics of one training step.
 
-    `images_per_s` is over the steps since the report before.
+    Attributes:
+        step: the number of the step, from 1.
+        loss: the training loss of the batch.
+        learning_rate: the learning rate of the step.
+        grad_norm: the norm of the gradient before clipping.
+        images_per_s: the training throughput since the previous report.
     """
 
     step: int
     loss: float
     learning_rate: float
-    gradient_norm: float
+    grad_norm: float
     images_per_s: float
 
 
 class EpochReport(NamedTuple):
-    """One epoch, eval_model and saved; `train_loss` is that of its last batch.
+    """The metrics of one epoch, reported after the model is evaluated and saved.
 
-    `images_per_s` is of training alone, without the evaluation and the checkpoint; `save_s` are the seconds that the
-    checkpoint took.
+    Attributes:
+        epoch: the number of the epoch, from 0.
+        epochs: the number of epochs of the run.
+        step: the number of steps completed so far.
+        train_loss: the training loss of the last batch.
+        evaluation: the result on the test split.
+        images_per_s: the training throughput, excluding evaluation and checkpointing.
+        checkpoint_s: the seconds taken to write the checkpoint.
+        checkpoint: the path of the checkpoint.
     """
 
     epoch: int
@@ -65,51 +89,51 @@ class EpochReport(NamedTuple):
     train_loss: float
     evaluation: Evaluation
     images_per_s: float
-    save_s: float
+    checkpoint_s: float
     checkpoint: Path
 
 
 class Callback:
-    """Watches a run and does nothing; override what matters."""
+    """Base class of callbacks. Every method does nothing; override the ones you need."""
 
-    def on_start(self, run: RunStart) -> None:
-        """Before the first step."""
+    def on_train_start(self, run: RunInfo) -> None:
+        """Called before the first step."""
 
-    def on_step(self, step: int) -> None:
-        """After step number `step`, from 1; must not touch the device."""
+    def on_step_end(self, step: int) -> None:
+        """Called after every step, numbered from 1. Must not access the device, which would slow down training."""
 
     def on_log(self, report: StepReport) -> None:
-        """Every `LOG_EVERY` steps."""
+        """Called every `LOG_EVERY_N_STEPS` steps."""
 
-    def on_epoch(self, report: EpochReport) -> None:
-        """After an epoch's checkpoint is safely on the disk."""
+    def on_epoch_end(self, report: EpochReport) -> None:
+        """Called after an epoch, when its checkpoint is on disk."""
 
-    def on_end(self) -> None:
-        """When the run is over, also when it failed."""
+    def on_train_end(self) -> None:
+        """Called at the end of training, including after an error."""
 
 
 class CallbackList(Callback):
-    """Several callbacks as one."""
+    """Forwards every event to several callbacks, in order."""
 
-    def __init__(self, members: Sequence[Callback]) -> None:
-        self._members = members
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
 
-    def on_start(self, run: RunStart) -> None:
-        for member in self._members:
-            member.on_start(run)
+    def on_train_start(self, run: RunInfo) -> None:
+        for callback in self._callbacks:
+            callback.on_train_start(run)
 
-    def on_step(self, step: int) -> None:
-        for member in self._members:
-            member.on_step(step)
+    def on_step_end(self, step: int) -> None:
+        for callback in self._callbacks:
+            callback.on_step_end(step)
 
     def on_log(self, report: StepReport) -> None:
-        for member in self._members:
-            member.on_log(report)
+        for callback in self._callbacks:
+            callback.on_log(report)
 
-    def on_epoch(self, report: EpochReport) -> None:
-        for member in self._members:
-            member.on_epoch(report)
+    def on_epoch_end(self, report: EpochReport) -> None:
+        for callback in self._callbacks:
+            callback.on_epoch_end(report)
 
-    def on_end(self) -> None:
-        for member in self._members:
-            member.on_end()
+    def on_train_end(self) -> None:
+        for callback in self._callbacks:
+            callback.on_train_end()

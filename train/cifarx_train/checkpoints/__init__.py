@@ -1,1 +1,1 @@
-"""Checkpoints: saving, loading and resuming."""
+"""Saving, loading and resuming from checkpoints."""

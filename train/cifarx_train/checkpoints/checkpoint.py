@@ -1,23 +1,25 @@
-"""Checkpoints: written whole or not at all, and read without running a byte of theirs."""
+"""Saving and loading checkpoints. Files are written atomically and loaded without running any code in them."""
 
 import hashlib
 import io
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
 import torch
 from torch import nn
 
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.files.atomic import atomic_path
-from cifarx_serve.files.checksum import seal
+from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.legacy.reader import read_legacy_checkpoint
-from cifarx_train.checkpoints.legacy.safe_unpickle import load_safely, plain_dict
-from cifarx_train.models.registry import network
+from cifarx_train.checkpoints.legacy.safe_unpickle import as_plain_dict, safe_load
+from cifarx_train.models.registry import get_architecture
+from cifarx_train.recipes import rename_old_fields
 
-State: TypeAlias = dict[str, Any]
+StateDict: TypeAlias = dict[str, Any]
 
 SUFFIX = ".pth"
 
@@ -27,77 +29,88 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         spec: what the model is and how it was trained.
-        model: the network's state dict, on the CPU.
-        training: what a bit-exact continuation needs: optimizer, random states, step.
+        model: the state dict of the model, on the CPU.
+        training: the training state, from which a run resumes bit for bit: optimizer, random generators, step.
     """
 
     spec: ModelSpec
-    model: State
-    training: State
+    model: StateDict
+    training: StateDict
 
     def build(self) -> nn.Module:
-        """The network with its weights, on the CPU, in eval mode.
+        """Build the model and load its weights, on the CPU and in eval mode.
 
         Raises:
-            UsageError: a network that this version does not know.
-            ModelFileError: weights of another network than the spec says.
+            UsageError: this version does not know the model.
+            ModelFileError: the weights do not match the model that the spec names.
         """
-        module = network(self.spec.model, stem=self.spec.stem).build(len(self.spec.class_names), self.spec.input)
+        architecture = get_architecture(self.spec.model, stem=self.spec.stem)
+        module = architecture.build(len(self.spec.class_names), self.spec.input)
         try:
             module.load_state_dict(self.model)
-        except (RuntimeError, AttributeError) as error:  # the latter for keys that are not text
+        except (RuntimeError, AttributeError) as error:  # AttributeError for keys that are not strings
             reason = " ".join(str(error).split())
-            raise ModelFileError(f"the weights are not those of {self.spec.model} ({reason})", "train again") from error
+            raise ModelFileError(
+                f"the weights do not match the model {self.spec.model} ({reason})", "train the model again"
+            ) from error
         return module.eval()
 
 
-def checkpoint_path(folder: Path, model: str, epoch: int) -> Path:
-    """`{model}_{epoch}.pth`; epochs count from 0."""
-    return folder / f"{model}_{epoch}{SUFFIX}"
+def checkpoint_path(directory: Path, model: str, epoch: int) -> Path:
+    """Return the path `{model}_{epoch}.pth`. Epochs count from 0."""
+    return directory / f"{model}_{epoch}{SUFFIX}"
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a dict of tensors and plain types, readable with `torch.load(weights_only=True)`.
+    """Write a checkpoint as a dict of tensors and plain types, readable with `torch.load(weights_only=True)`.
 
     Raises:
-        OutputError: the place cannot be written.
+        OutputError: the file cannot be written.
     """
     content = {"spec": checkpoint.spec.to_json(), "model": checkpoint.model, "training": checkpoint.training}
-    buffer = io.BytesIO()  # PyTorch's writer turns a full disk into an error of its own, without the reason
+    buffer = io.BytesIO()  # when the disk is full, PyTorch's own file writer raises an error without the reason
     torch.save(content, buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-        seal(temporary)
+        write_checksum(temporary)
 
 
 def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
-    """Read a checkpoint, or a `.pth` file as the training notes write it, on the CPU wherever it was saved.
+    """Load a checkpoint, or a legacy `.pth` file of the training notes, onto the CPU.
 
     Args:
         path: the file.
-        model: the network's name, for a file that does not say it itself.
+        model: the name of the model, for files that do not contain it.
 
     Raises:
-        ModelFileError: no such file, damaged, or without the weights of a network that is known.
-        SpecError: its spec is malformed or of a newer schema.
-        UsageError: the weights may be of several networks, or `model` is none or not the checkpoint's.
+        ModelFileError: the file is missing or damaged, or does not contain the weights of a known model.
+        SpecError: the spec in the file is malformed or has a newer schema.
+        UsageError: the weights fit several models, or `model` is unknown or not the model in the file.
     """
     require_file(path)
-    content = load_safely(path, any_class=model is not None)
-    held = plain_dict(content) or {}
-    if not isinstance(held.get("spec"), str):
+    content = safe_load(path, allow_any_class=model is not None)
+    fields = as_plain_dict(content) or {}
+    if not isinstance(fields.get("spec"), str):
         spec, weights = read_legacy_checkpoint(path, content, model)
         return Checkpoint(spec, weights, {})
-    spec = ModelSpec.from_json(held["spec"], str(path))
-    if not isinstance(held.get("model"), dict) or not isinstance(held.get("training"), dict):
-        raise ModelFileError(f"{path} lacks its weights", "give a .pth file that `cifarx train` wrote")
+    spec = _with_current_recipe(ModelSpec.from_json(fields["spec"], str(path)))
+    if not isinstance(fields.get("model"), dict) or not isinstance(fields.get("training"), dict):
+        raise ModelFileError(f"{path} contains no weights", "use a .pth file written by `cifarx train`")
     if model is not None and model != spec.model:
-        raise UsageError(f"{path} is a checkpoint of {spec.model}, not of {model}", "leave --model out")
-    return Checkpoint(spec, held["model"], held["training"])
+        raise UsageError(f"{path} is a checkpoint of {spec.model}, not of {model}", "leave out --model")
+    return Checkpoint(spec, fields["model"], fields["training"])
 
 
-def weights_sha256(weights: State) -> str:
-    """sha256 over a state dict: each name, type and shape, and the little-endian bytes of each tensor, by name."""
+def _with_current_recipe(spec: ModelSpec) -> ModelSpec:
+    """Replace the recipe field names of earlier versions."""
+    if spec.training is None:
+        return spec
+    recipe = rename_old_fields(spec.training.recipe)
+    return msgspec.structs.replace(spec, training=msgspec.structs.replace(spec.training, recipe=recipe))
+
+
+def weights_sha256(weights: StateDict) -> str:
+    """Return the sha256 of a state dict: the name, dtype, shape and little-endian bytes of every tensor, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         array = tensor.detach().cpu().contiguous()
@@ -107,6 +120,6 @@ def weights_sha256(weights: State) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: their names, which are kept, and where a run goes on."""
+"""The checkpoint files of one run: their names, which of them are kept, and which one is the latest."""
 
 import re
 import shutil
@@ -7,78 +7,88 @@ from contextlib import suppress
 from pathlib import Path
 
 from cifarx_serve.errors import FallbackWarning, ModelFileError, SpecError
-from cifarx_serve.files.atomic import atomic_path, remove_leftovers
+from cifarx_serve.files.atomic import atomic_path, remove_partial_files
 from cifarx_train.checkpoints.checkpoint import SUFFIX, Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 
 
 class CheckpointDirectory:
-    """`{model}_{epoch}.pth`, epochs from 0; `{model}_interrupted.pth` of a run stopped within an epoch.
+    """The checkpoints `{model}_{epoch}.pth`, with epochs from 0, and `{model}_interrupted.pth`, saved within an epoch.
 
     Args:
-        folder: where they are.
-        model: the network's name.
-        keep: how many epochs' files stay, the newest; then `{model}_best.pth` is kept beside them. None keeps all.
+        directory: where the checkpoints are.
+        model: the name of the model.
+        keep: the number of epochs whose checkpoints are kept, the latest ones. The best checkpoint is then kept as
+            `{model}_best.pth`. None keeps all.
+
+    Attributes:
+        interrupted_path: the checkpoint of a run that stopped within an epoch.
+        best_path: the checkpoint with the best test accuracy, written only if `keep` is given.
     """
 
-    def __init__(self, folder: Path, model: str, keep: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path, model: str, keep: int | None = None) -> None:
+        self.directory = directory
         self._model = model
         self._keep = keep
-        self.interrupted = folder / f"{model}_interrupted{SUFFIX}"
-        self.best = folder / f"{model}_best{SUFFIX}"
+        self.interrupted_path = directory / f"{model}_interrupted{SUFFIX}"
+        self.best_path = directory / f"{model}_best{SUFFIX}"
 
-    def path(self, epoch: int) -> Path:
-        """The file of an epoch."""
-        return checkpoint_path(self.folder, self._model, epoch)
+    def epoch_path(self, epoch: int) -> Path:
+        """Return the path of the checkpoint of an epoch."""
+        return checkpoint_path(self.directory, self._model, epoch)
 
     def save(self, epoch: int, checkpoint: Checkpoint, *, is_best: bool) -> Path:
-        """Write an epoch's checkpoint; only then remove what it makes superfluous.
+        """Write the checkpoint of an epoch, then remove the ones that are no longer kept, and return its path.
 
         Raises:
-            OutputError: the place cannot be written; what was saved before is as it was.
+            OutputError: the file cannot be written. Earlier checkpoints are left unchanged.
         """
-        path = self.path(epoch)
+        path = self.epoch_path(epoch)
         save_checkpoint(path, checkpoint)
         if self._keep is not None:
             if is_best:
-                _copy(path, self.best)
-            for old in self._epochs():
-                if old <= epoch - self._keep:  # later ones are an older run's, and not ours to remove
-                    self.path(old).unlink(missing_ok=True)
-        self.interrupted.unlink(missing_ok=True)
+                _link_or_copy(path, self.best_path)
+            for saved in self._saved_epochs():
+                if saved <= epoch - self._keep:  # later epochs belong to an older run and are not ours to remove
+                    self.epoch_path(saved).unlink(missing_ok=True)
+        self.interrupted_path.unlink(missing_ok=True)
         return path
 
     def save_interrupted(self, checkpoint: Checkpoint) -> Path:
-        """Write the state within an epoch."""
-        save_checkpoint(self.interrupted, checkpoint)
-        return self.interrupted
+        """Write the checkpoint of a run that stopped within an epoch, and return its path.
 
-    def newest(self) -> tuple[Path, Checkpoint] | None:
-        """The checkpoint written last, of those that can be read; a damaged one is told of and passed over.
-
-        Time decides, not the epoch: the folder may hold the later epochs of an older run. Also removes what a killed
-        run left half written.
+        Raises:
+            OutputError: the file cannot be written.
         """
-        remove_leftovers(self.folder, SUFFIX)
-        paths = [path for path in (self.interrupted, self.best, *map(self.path, self._epochs())) if path.exists()]
-        # The best may be a second name of an epoch's file, and as new: then the epoch's own name counts.
-        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path != self.best), reverse=True):
+        save_checkpoint(self.interrupted_path, checkpoint)
+        return self.interrupted_path
+
+    def latest(self) -> tuple[Path, Checkpoint] | None:
+        """Return the latest readable checkpoint, or None. Damaged checkpoints are skipped with a `FallbackWarning`.
+
+        The latest is determined by modification time rather than epoch, because the directory may contain later epochs
+        of an older run. Also removes the partial files of a killed run.
+        """
+        remove_partial_files(self.directory, SUFFIX)
+        candidates = (self.interrupted_path, self.best_path, *map(self.epoch_path, self._saved_epochs()))
+        paths = [path for path in candidates if path.exists()]
+        # The best checkpoint may be a hard link to that of an epoch, with the same time. The epoch's name goes first.
+        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path != self.best_path), reverse=True):
             try:
                 return path, load_checkpoint(path)
             except (ModelFileError, SpecError) as error:
-                warnings.warn(f"passing over a damaged checkpoint: {error.problem}", FallbackWarning, stacklevel=2)
+                warnings.warn(f"skipping a damaged checkpoint: {error.problem}", FallbackWarning, stacklevel=2)
         return None
 
-    def _epochs(self) -> list[int]:
+    def _saved_epochs(self) -> list[int]:
         pattern = re.compile(rf"{re.escape(self._model)}_(0|[1-9][0-9]*){re.escape(SUFFIX)}")
         with suppress(FileNotFoundError):
-            names = [path.name for path in self.folder.iterdir()]
+            names = [path.name for path in self.directory.iterdir()]
             return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
         return []
 
 
-def _copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no links."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Create a hard link, or a copy where the file system does not support links."""
     with atomic_path(target) as temporary:
         temporary.unlink()
         try:

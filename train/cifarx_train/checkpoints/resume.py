@@ -1,4 +1,4 @@
-"""Where a run goes on, and whether it is the same run."""
+"""Finding the checkpoint to resume from, and checking that the run is the same one."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,74 +12,91 @@ from cifarx_serve.spec import TrainingRecord
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from cifarx_train.checkpoints.directory import CheckpointDirectory
 from cifarx_train.distributed import Distributed
-from cifarx_train.recipes import Recipe, changed, recipe
+from cifarx_train.recipes import Recipe, build_recipe, load_recipe
 
-# What may differ from the run that is continued: when it ends, and what changes no result on purpose.
-_MAY_DIFFER = frozenset({"epochs", "patience", "max_minutes", "compile"})
+# Fields that may differ from those of the resumed run: they decide when it ends, or do not affect its result.
+_CHANGEABLE_FIELDS = frozenset({"epochs", "patience", "max_minutes", "compile"})
 
 
 class ResumePoint(NamedTuple):
-    """The checkpoint that a run continues, and how it was trained so far."""
+    """The checkpoint that a run resumes from, and how it was trained."""
 
     path: Path
     checkpoint: Checkpoint
     record: TrainingRecord
 
 
-def resume_point(choice: str, folder: CheckpointDirectory) -> ResumePoint | None:
-    """The checkpoint to continue: a file by name, or `auto`, the newest good one of the folder, or None without one.
+def find_resume_point(resume: str, directory: CheckpointDirectory) -> ResumePoint | None:
+    """Load the checkpoint to resume from.
+
+    Args:
+        resume: the path of a checkpoint, or `auto` for the latest readable one in the directory.
+        directory: the checkpoints of the run.
+
+    Returns:
+        None if `resume` is `auto` and the directory has no checkpoint. This also issues a `FallbackWarning`.
 
     Raises:
-        ModelFileError: the file is absent or damaged, or holds no state of a training run.
+        ModelFileError: the file is missing or damaged, or contains no training state.
     """
-    if choice == "auto":
-        found = folder.newest()
+    if resume == "auto":
+        found = directory.latest()
         if found is None:
-            warnings.warn(f"nothing to resume in {folder.folder}: a new run", FallbackWarning, stacklevel=2)
+            warnings.warn(
+                f"no checkpoint to resume from in {directory.directory}: starting a new run",
+                FallbackWarning,
+                stacklevel=2,
+            )
             return None
         path, checkpoint = found
     else:
-        path, checkpoint = Path(choice), load_checkpoint(Path(choice))
+        path, checkpoint = Path(resume), load_checkpoint(Path(resume))
     if checkpoint.spec.training is None or "shuffle" not in checkpoint.training or "done" not in checkpoint.training:
-        raise ModelFileError(f"{path} holds weights, and no state of a run to continue", "start a new run")
+        raise ModelFileError(f"{path} contains weights but no training state", "start a new run without --resume")
     return ResumePoint(path, checkpoint, checkpoint.spec.training)
 
 
-def continued_recipe(point: ResumePoint, name: str | None, settings: Mapping[str, Any], model: str) -> Recipe:
-    """The recipe of the run that goes on, ended where `settings` say.
+def resume_recipe(point: ResumePoint, name: str | None, overrides: Mapping[str, Any], model: str) -> Recipe:
+    """Return the recipe of the resumed run, with the changes from `overrides` that do not make it a different run.
 
     Raises:
-        UsageError: something else was asked for than the run was started with.
+        UsageError: the recipe `name` or the overrides differ from those the run was started with.
     """
-    before = changed(point.record.recipe, {}, f"the recipe in {point.path}")
-    now = recipe(name, model, settings) if name else changed(point.record.recipe, settings, "the recipe")
-    differing = now.differences(before)
-    if odd := {field: pair for field, pair in differing.items() if field not in _MAY_DIFFER}:
-        told = ", ".join(f"{field} {was!r} and not {wanted!r}" for field, (wanted, was) in odd.items())
-        raise UsageError(f"the run of {point.path} has {told}", "leave that out, or start a new run without --resume")
-    if "epochs" in differing and (before.schedule != "constant" or before.warm_up):
+    recorded = build_recipe(point.record.recipe, {}, f"the recipe in {point.path}")
+    requested = (
+        load_recipe(name, model, overrides) if name else build_recipe(point.record.recipe, overrides, "the recipe")
+    )
+    changes = requested.diff(recorded)
+    if conflicts := {field: pair for field, pair in changes.items() if field not in _CHANGEABLE_FIELDS}:
+        text = ", ".join(f"{field} {old!r}, not {new!r}" for field, (new, old) in conflicts.items())
+        raise UsageError(
+            f"{point.path} was trained with {text}", "use the same values, or start a new run without --resume"
+        )
+    if "epochs" in changes and (recorded.schedule != "constant" or recorded.warmup_fraction):
         warnings.warn(
-            f"{now.epochs} epochs in place of {before.epochs} stretch the learning-rate schedule from here on",
+            f"changing epochs from {recorded.epochs} to {requested.epochs} stretches the learning rate schedule from "
+            "this point on",
             FallbackWarning,
             stacklevel=2,
         )
-    return now
+    return requested
 
 
-def require_agreement(point: ResumePoint | None, ranks: Distributed) -> None:
-    """Raises UsageError where the ranks would continue from different steps."""
+def require_same_step(point: ResumePoint | None, distributed: Distributed) -> None:
+    """Raise UsageError if the ranks would resume from different steps."""
     step = int(point.checkpoint.training["step"]) if point else 0
-    steps = {int(value) for value in ranks.gather(torch.tensor(step))}
+    steps = {int(value) for value in distributed.all_gather(torch.tensor(step))}
     if len(steps) > 1:
         raise UsageError(
             f"the processes found checkpoints of different steps ({', '.join(map(str, sorted(steps)))})",
-            "give all machines the same --out, on a file system that they share",
+            "use the same --out on all machines, on a shared file system",
         )
 
 
-def require_same(point: ResumePoint, what: str, before: object, now: object) -> None:
-    """Raises UsageError where the run that goes on was started with another model, data set or seed."""
-    if before != now:
+def require_same(point: ResumePoint, name: str, recorded: object, requested: object) -> None:
+    """Raise UsageError if the run was started with another model, data set or seed."""
+    if recorded != requested:
         raise UsageError(
-            f"{point.path} was trained with {what} {before}, not {now}", "give the same, or start a new run in --out"
+            f"{point.path} was trained with {name} {recorded}, not {requested}",
+            "use the same value, or start a new run with another --out",
         )

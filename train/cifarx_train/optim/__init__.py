@@ -1,1 +1,1 @@
-"""Optimizers, learning-rate schedules and weight averaging."""
+"""Optimizers, the learning rate schedule and weight averaging."""

@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights."""
+"""Exponential moving average of a model's weights."""
 
 import copy
 
@@ -6,14 +6,18 @@ import torch
 from torch import nn
 
 
-class Ema:
-    """Averages of a module's parameters and floating-point buffers.
+class ModelEma:
+    """Exponential moving averages of the parameters and floating-point buffers of a model.
 
-    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights, which mean nothing, are forgotten
-    at once (the warm-up of TensorFlow's ExponentialMovingAverage).
+    The decay at step t is min(decay, (1 + t) / (10 + t)), so that the untrained weights are forgotten quickly. This is
+    the warm-up of TensorFlow's `ExponentialMovingAverage`.
+
+    Args:
+        module: the model that is trained.
+        decay: the decay per step after the warm-up.
 
     Attributes:
-        module: a copy of the network that holds the averages; what is eval_model and saved.
+        module: a copy of the model in eval mode that holds the averages.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -22,12 +26,12 @@ class Ema:
         averages, values = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
         floats = [name for name, value in values.items() if value.is_floating_point()]
         self._averages, self._values = [averages[name] for name in floats], [values[name] for name in floats]
-        self._counts = [(averages[name], values[name]) for name in values if name not in floats]
+        self._counters = [(averages[name], values[name]) for name in values if name not in floats]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step number `step`, from 1; nothing waits for the device."""
+        """Update the averages after step number `step`, counted from 1. Does not synchronize with the device."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._values, 1.0 - decay)
-        for average, value in self._counts:
+        for average, value in self._counters:
             average.copy_(value)

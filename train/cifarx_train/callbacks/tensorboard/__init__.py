@@ -1,1 +1,1 @@
-"""The TensorBoard callback and its images."""
+"""The TensorBoard callback and the images it logs."""

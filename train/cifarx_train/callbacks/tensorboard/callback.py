@@ -1,4 +1,4 @@
-"""TensorBoard's view of a run."""
+"""The callback that logs a run to TensorBoard."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,120 +13,127 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams
 
 from cifarx_serve.errors import FallbackWarning
-from cifarx_serve.files.atomic import cannot_write
-from cifarx_train.callbacks.base import Callback, EpochReport, RunStart, StepReport
-from cifarx_train.callbacks.tensorboard.confusion_matrix import MOST_CLASSES, confusion_picture
-from cifarx_train.callbacks.tensorboard.event_writer import EventWriter, shown_summaries
-from cifarx_train.callbacks.tensorboard.graph import network_graph
-from cifarx_train.callbacks.tensorboard.mistakes import mistakes_picture
-from cifarx_train.memory import peak_memory
+from cifarx_serve.files.atomic import write_error
+from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo, StepReport
+from cifarx_train.callbacks.tensorboard.confusion_matrix import MAX_CLASSES, confusion_matrix_image
+from cifarx_train.callbacks.tensorboard.event_writer import EventWriter, visible_events
+from cifarx_train.callbacks.tensorboard.graph import model_graph
+from cifarx_train.callbacks.tensorboard.mistakes import mistakes_image
+from cifarx_train.device_memory import peak_device_memory
 
-_BY_EPOCH: Final = frozenset({"test_loss", "accuracy", "memory_mib", "checkpoint_s", "confusion", "mistakes"})
+_EPOCH_TAGS: Final = frozenset({"test_loss", "accuracy", "memory_mib", "checkpoint_s", "confusion", "mistakes"})
+"""Tags whose step is the number of an epoch. All others are logged by training step."""
 
 
 class TensorBoard(Callback):
-    """The notes' scalars: `train_loss` by step; `test_loss` and `accuracy` by epoch; and more.
+    """Logs scalars, images, the model graph and the recipe of a run to TensorBoard.
 
-    By step also `learning_rate`, `gradient_norm` and `images_per_s`; by epoch `memory_mib`, `checkpoint_s` and the
-    pictures `confusion` and `mistakes`; once the network's graph, and the recipe beside what it led to. Where the
-    folder can no longer be written it says so once, and the run goes on.
+    By step: `train_loss`, `learning_rate`, `gradient_norm` and `images_per_s`. By epoch: `test_loss`, `accuracy`,
+    `memory_mib`, `checkpoint_s` and the images `confusion` and `mistakes`. Once: the graph of the model, and the recipe
+    as hyperparameters. If the log directory becomes unwritable, a `FallbackWarning` is issued and training continues
+    without TensorBoard.
+
+    Args:
+        directory: the log directory.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file: EventWriter | None = None
-        self._judged = False
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: EventWriter | None = None
+        self._evaluated = False
 
-    def on_start(self, run: RunStart) -> None:
+    def on_train_start(self, run: RunInfo) -> None:
         self._run = run
-        with self._or_without():
-            earlier = shown_summaries(self._folder) if run.first_step else []
-            self._file = EventWriter(self._folder)
-            self._go_on(self._file, earlier)
-            if graph := network_graph(run.module, run.input):
-                self._file.add(graph)
+        with self._disable_on_error():
+            earlier = visible_events(self._directory) if run.first_step else []
+            self._writer = EventWriter(self._directory)
+            self._hide_stale_events(self._writer, earlier)
+            if graph := model_graph(run.module, run.input):
+                self._writer.add_event(graph)
 
     def on_log(self, report: StepReport) -> None:
         values = {
             "train_loss": report.loss,
             "learning_rate": report.learning_rate,
-            "gradient_norm": report.gradient_norm,
+            "gradient_norm": report.grad_norm,
             "images_per_s": report.images_per_s,
         }
-        with self._or_without():
-            if self._file:
-                self._file.add_scalars(report.step, values)
+        with self._disable_on_error():
+            if self._writer:
+                self._writer.add_scalars(report.step, values)
 
-    def on_epoch(self, report: EpochReport) -> None:
-        with self._or_without():
-            if self._file:
-                self._add_epoch(self._file, report)
+    def on_epoch_end(self, report: EpochReport) -> None:
+        with self._disable_on_error():
+            if self._writer:
+                self._add_epoch(self._writer, report)
 
-    def on_end(self) -> None:
-        with self._or_without():
-            if self._file:
-                if self._judged:
-                    self._file.add_summary(0, self._recipe()[-1])
-                self._file.close()
-                self._file = None
+    def on_train_end(self) -> None:
+        with self._disable_on_error():
+            if self._writer:
+                if self._evaluated:
+                    self._writer.add_summary(0, self._hparams()[-1])
+                self._writer.close()
+                self._writer = None
 
-    def _drop(self) -> None:
-        if self._file:
-            with suppress(OSError):
-                self._file.close()
-            self._file = None
+    def _hide_stale_events(self, writer: EventWriter, earlier: list[Event]) -> None:
+        """Hide the events of earlier runs in the directory, except those up to the checkpoint that this run resumes.
 
-    def _go_on(self, file: EventWriter, earlier: list[Event]) -> None:
-        """Hide what an earlier run in the folder told, but for what the continued run had told by its checkpoint.
-
-        TensorBoard can only hide the points from some step on, of all curves alike, and an epoch's number is no step:
-        so all are hidden, and those that still hold are told again.
+        TensorBoard can only hide the points of all tags from a step on, and epochs are not steps. So everything is
+        hidden, and the events that are still valid are written again.
         """
-        kept = [event for event in earlier if self._holds(event)]
-        if self._run.first_step and len(kept) == len(earlier):
+        valid = [event for event in earlier if self._is_valid(event)]
+        if self._run.first_step and len(valid) == len(earlier):
             return
-        file.hide_earlier()
-        for event in kept:
-            file.add(event)
+        writer.hide_earlier_events()
+        for event in valid:
+            writer.add_event(event)
 
-    def _holds(self, event: Event) -> bool:
-        """Whether what was told belongs to the steps that were done before this process."""
+    def _is_valid(self, event: Event) -> bool:
+        """Return whether an event belongs to the steps completed before the resume."""
         run = self._run
-        if any(value.tag in _BY_EPOCH for value in event.summary.value):
-            return bool(event.step < run.first_step // (run.steps // run.recipe.epochs))
+        if any(value.tag in _EPOCH_TAGS for value in event.summary.value):
+            return bool(event.step < run.first_step // (run.total_steps // run.recipe.epochs))
         return bool(event.step <= run.first_step)
 
-    def _add_epoch(self, file: EventWriter, report: EpochReport) -> None:
-        eval_model, names = report.evaluation, self._run.class_names
+    def _add_epoch(self, writer: EventWriter, report: EpochReport) -> None:
+        evaluation, class_names = report.evaluation, self._run.class_names
         values = {
-            "test_loss": eval_model.loss,
-            "accuracy": eval_model.accuracy,
-            "memory_mib": peak_memory(torch.device(self._run.device)) / 2**20,
-            "checkpoint_s": report.save_s,
+            "test_loss": evaluation.loss,
+            "accuracy": evaluation.accuracy,
+            "memory_mib": peak_device_memory(torch.device(self._run.device)) / 2**20,
+            "checkpoint_s": report.checkpoint_s,
         }
-        file.add_scalars(report.epoch, values)
-        if not self._judged:
-            self._judged = True
-            for summary in self._recipe()[:-1]:
-                file.add_summary(0, summary)
-        if len(names) <= MOST_CLASSES:
-            file.add_picture(report.epoch, "confusion", confusion_picture(eval_model.confusion, names))
-        file.add_picture(report.epoch, "mistakes", mistakes_picture(eval_model.mistakes, self._run.test, names))
+        writer.add_scalars(report.epoch, values)
+        if not self._evaluated:
+            self._evaluated = True
+            for summary in self._hparams()[:-1]:
+                writer.add_summary(0, summary)
+        if len(class_names) <= MAX_CLASSES:
+            matrix = confusion_matrix_image(evaluation.confusion_matrix, class_names)
+            writer.add_image(report.epoch, "confusion", matrix)
+        mistakes = mistakes_image(evaluation.mistakes, self._run.test_set, class_names)
+        writer.add_image(report.epoch, "mistakes", mistakes)
 
-    def _recipe(self) -> tuple[Summary, Summary, Summary]:
-        """The recipe as hyperparameters; what it led to are the last points of the two curves."""
+    def _hparams(self) -> tuple[Summary, Summary, Summary]:
+        """Return the recipe as hyperparameters. Their metrics are the last values of `accuracy` and `test_loss`."""
         fields = msgspec.to_builtins(self._run.recipe)
         fields["recipe"] = fields.pop("name")
-        settings = {"model": self._run.model, "seed": self._run.seed, **fields}
-        experiment, start, end = hparams(settings, {"accuracy": 0.0, "test_loss": 0.0})
+        values = {"model": self._run.model, "seed": self._run.seed, **fields}
+        experiment, start, end = hparams(values, {"accuracy": 0.0, "test_loss": 0.0})
         return experiment, start, end
 
     @contextmanager
-    def _or_without(self) -> Iterator[None]:
-        """The block, or no TensorBoard from here on: a full disk must not end a run that could go on."""
+    def _disable_on_error(self) -> Iterator[None]:
+        """Stop logging if the block raises OSError: a full disk must not end a run that could continue."""
         try:
             yield
         except OSError as error:
-            self._drop()
-            problem = cannot_write(self._folder, error).problem
-            warnings.warn(f"{problem}: the run goes on without TensorBoard", FallbackWarning, stacklevel=4)
+            self._close_quietly()
+            problem = write_error(self._directory, error).problem
+            warnings.warn(f"{problem}: training continues without TensorBoard", FallbackWarning, stacklevel=4)
+
+    def _close_quietly(self) -> None:
+        if self._writer:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer = None

@@ -1,4 +1,4 @@
-"""A confusion matrix as a picture."""
+"""Draws a confusion matrix as an image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -7,82 +7,97 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cifarx_train.callbacks.tensorboard.text import INK, PAPER, fitted, font, line_height, text_width, upright
+from cifarx_train.callbacks.tensorboard.text import (
+    BACKGROUND,
+    TEXT_COLOR,
+    font,
+    line_height,
+    shorten,
+    text_width,
+    vertical_text,
+)
 
-MOST_CLASSES: Final = 1000
-"""More give a picture that nobody can look at."""
+MAX_CLASSES: Final = 1000
+"""With more classes, the image would be too large to view."""
 
-_NUMBERED: Final = 20  # classes up to which every cell says its count
-_SIZE: Final = 13
-_DENSE: Final = 10  # the size of names where there are many
-_WIDEST: Final = 150  # pixels of a name
+_MAX_CLASSES_WITH_COUNTS: Final = 20
+_FONT_SIZE: Final = 13
+_SMALL_FONT_SIZE: Final = 10  # of class names when there are many
+_MAX_NAME_WIDTH: Final = 150
 _MARGIN: Final = 8
-_RIGHT: Final = np.array((8, 81, 156))
-_WRONG: Final = np.array((165, 15, 21))
-_PREDICTED: Final = "predicted class"
-_TRUE: Final = "true class"
-_LEGEND: Final = ("shade: share of the true class's images", "blue: right, red: wrong")
+_CORRECT_COLOR: Final = np.array((8, 81, 156))
+_WRONG_COLOR: Final = np.array((165, 15, 21))
+_X_LABEL: Final = "predicted class"
+_Y_LABEL: Final = "true class"
+_LEGEND: Final = ("shade: fraction of the true class", "blue: correct, red: wrong")
 
 
-def confusion_picture(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Image.Image:
-    """Rows are true classes and columns predicted ones; up to 20 classes have their counts in the cells."""
+def confusion_matrix_image(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Image.Image:
+    """Draw a confusion matrix. With up to 20 classes, every cell shows its count.
+
+    Args:
+        matrix: int64 (classes, classes), the number of images by true class (row) and predicted class (column).
+        class_names: the classes in label order.
+    """
     classes = len(class_names)
-    few = classes <= _NUMBERED
-    size = _SIZE if few else _DENSE
+    with_counts = classes <= _MAX_CLASSES_WITH_COUNTS
+    size = _FONT_SIZE if with_counts else _SMALL_FONT_SIZE
     cell = (
-        max(36, text_width(str(confusion.max()), _SIZE) + 8)
-        if few
-        else max(2, min(line_height(_DENSE), 2000 // classes))
+        max(36, text_width(str(matrix.max()), _FONT_SIZE) + 8)
+        if with_counts
+        else max(2, min(line_height(_SMALL_FONT_SIZE), 2000 // classes))
     )
-    every = -(-line_height(size) // cell)  # names that would cover each other are left out
-    names = {index: fitted(class_names[index], size, _WIDEST) for index in range(0, classes, every)}
+    every = -(-line_height(size) // cell)  # skips names that would overlap
+    names = {index: shorten(class_names[index], size, _MAX_NAME_WIDTH) for index in range(0, classes, every)}
     longest = max(text_width(name, size) for name in names.values())
-    edge = line_height(_SIZE) + 2 * _MARGIN + longest  # left of the cells and above them
-    legend = max(text_width(line, _SIZE) for line in _LEGEND)
-    side = max(classes * cell, text_width(_PREDICTED, _SIZE))  # so much room the axes' own names need
+    edge = line_height(_FONT_SIZE) + 2 * _MARGIN + longest  # space to the left of the cells and above them
+    legend = max(text_width(line, _FONT_SIZE) for line in _LEGEND)
+    side = max(classes * cell, text_width(_X_LABEL, _FONT_SIZE))  # leaves room for the labels of the axes
     width = max(edge + side, legend + _MARGIN) + _MARGIN
-    height = edge + side + len(_LEGEND) * line_height(_SIZE) + 2 * _MARGIN
-    picture = Image.new("RGB", (width, height), PAPER)
-    shades = _shades(confusion)
-    cells = Image.fromarray(_colours(shades)).resize((classes * cell, classes * cell), Image.Resampling.NEAREST)
-    picture.paste(cells, (edge, edge))
-    _write_names(picture, names, edge, cell, size)
-    if few:
-        _write_counts(picture, confusion, shades, edge, cell)
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((edge - 1, edge - 1, edge + classes * cell, edge + classes * cell), outline=INK)
+    height = edge + side + len(_LEGEND) * line_height(_FONT_SIZE) + 2 * _MARGIN
+    image = Image.new("RGB", (width, height), BACKGROUND)
+    shades = _shades(matrix)
+    cells = Image.fromarray(_colors(shades)).resize((classes * cell, classes * cell), Image.Resampling.NEAREST)
+    image.paste(cells, (edge, edge))
+    _draw_names(image, names, edge, cell, size)
+    if with_counts:
+        _draw_counts(image, matrix, shades, edge, cell)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((edge - 1, edge - 1, edge + classes * cell, edge + classes * cell), outline=TEXT_COLOR)
     for line, text in enumerate(_LEGEND):
-        pen.text((_MARGIN, edge + side + _MARGIN + line * line_height(_SIZE)), text, INK, font(_SIZE))
-    return picture
+        top = edge + side + _MARGIN + line * line_height(_FONT_SIZE)
+        draw.text((_MARGIN, top), text, TEXT_COLOR, font(_FONT_SIZE))
+    return image
 
 
-def _shades(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """From 0 to 1 a cell. The root of the share, for a class that is mistaken once in a hundred should be seen."""
-    share: NDArray[np.float64] = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    return np.sqrt(share)
+def _shades(matrix: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return a shade from 0 to 1 per cell: the square root of the fraction, which keeps rare mistakes visible."""
+    fraction: NDArray[np.float64] = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    return np.sqrt(fraction)
 
 
-def _colours(shades: NDArray[np.float64]) -> NDArray[np.uint8]:
-    full = np.where(np.eye(len(shades), dtype=bool)[..., None], _RIGHT, _WRONG)
+def _colors(shades: NDArray[np.float64]) -> NDArray[np.uint8]:
+    full = np.where(np.eye(len(shades), dtype=bool)[..., None], _CORRECT_COLOR, _WRONG_COLOR)
     return (255 + (full - 255) * shades[..., None]).astype(np.uint8)
 
 
-def _write_names(picture: Image.Image, names: Mapping[int, str], edge: int, cell: int, size: int) -> None:
-    pen = ImageDraw.Draw(picture)
+def _draw_names(image: Image.Image, names: Mapping[int, str], edge: int, cell: int, size: int) -> None:
+    draw = ImageDraw.Draw(image)
     for index, name in names.items():
         middle = edge + index * cell + cell // 2
-        pen.text((edge - 4, middle), name, INK, font(size), anchor="rm")
-        turned = upright(name, size)
-        picture.paste(turned, (middle - turned.width // 2, edge - 4 - turned.height))
-    pen.text((edge, _MARGIN), _PREDICTED, INK, font(_SIZE))
-    picture.paste(upright(_TRUE, _SIZE), (_MARGIN, edge))
+        draw.text((edge - 4, middle), name, TEXT_COLOR, font(size), anchor="rm")
+        rotated = vertical_text(name, size)
+        image.paste(rotated, (middle - rotated.width // 2, edge - 4 - rotated.height))
+    draw.text((edge, _MARGIN), _X_LABEL, TEXT_COLOR, font(_FONT_SIZE))
+    image.paste(vertical_text(_Y_LABEL, _FONT_SIZE), (_MARGIN, edge))
 
 
-def _write_counts(
-    picture: Image.Image, confusion: NDArray[np.int64], shades: NDArray[np.float64], edge: int, cell: int
+def _draw_counts(
+    image: Image.Image, matrix: NDArray[np.int64], shades: NDArray[np.float64], edge: int, cell: int
 ) -> None:
-    pen = ImageDraw.Draw(picture)
-    for (row, column), count in np.ndenumerate(confusion):
+    draw = ImageDraw.Draw(image)
+    for (row, column), count in np.ndenumerate(matrix):
         if count:
-            place = (edge + column * cell + cell // 2, edge + row * cell + cell // 2)
-            pen.text(place, str(count), PAPER if shades[row, column] > 0.6 else INK, font(_SIZE), anchor="mm")
+            center = (edge + column * cell + cell // 2, edge + row * cell + cell // 2)
+            color = BACKGROUND if shades[row, column] > 0.6 else TEXT_COLOR
+            draw.text(center, str(count), color, font(_FONT_SIZE), anchor="mm")

@@ -1,4 +1,4 @@
-"""Files of events, as TensorBoard reads them."""
+"""Writes and reads TensorBoard event files."""
 
 import io
 import time
@@ -12,85 +12,88 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-_NAME: Final = "events.out.tfevents."
+_PREFIX: Final = "events.out.tfevents."
 
 
 class EventWriter:
-    """A new file in a folder, read after all that are there.
+    """A new event file, which TensorBoard reads after all existing ones in the directory.
 
-    TensorBoard's own writer writes in a thread, where a full disk cannot be caught and shows as a traceback; and two
-    of its files of the same second may be read in the wrong order. Every event is on the disk when `add` returns.
+    TensorBoard's own writer uses a thread, in which the error of a full disk cannot be caught, and two of its files
+    from the same second may be read in the wrong order. Here every event is written before the method returns.
+
+    Args:
+        directory: the log directory, created if needed.
 
     Raises:
-        OSError: from every method, where the system will not write.
+        OSError: from every method, if the file cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        stamp = max(int(time.time()), 1 + max(map(_stamp, _event_files(folder)), default=0))
-        self._file = (folder / f"{_NAME}{stamp:010d}.cifarx").open("xb", buffering=0)
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        timestamp = max(int(time.time()), 1 + max(map(_timestamp, _event_files(directory)), default=0))
+        self._file = (directory / f"{_PREFIX}{timestamp:010d}.cifarx").open("xb", buffering=0)
         try:
-            self.add(Event(file_version="brain.Event:2", wall_time=time.time()))
+            self.add_event(Event(file_version="brain.Event:2", wall_time=time.time()))
         except OSError:
             self._file.close()
             raise
 
-    def add(self, event: Event) -> None:
-        """Append an event as it is."""
+    def add_event(self, event: Event) -> None:
+        """Append an event."""
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
-        rest = record.getvalue()
-        while rest:  # a disk that is nearly full takes a part first
-            rest = rest[self._file.write(rest) :]
+        remaining = record.getvalue()
+        while remaining:  # an almost full disk accepts only part of the data at first
+            remaining = remaining[self._file.write(remaining) :]
 
-    def hide_earlier(self) -> None:
-        """Let TensorBoard forget the points of all files before; they stay on the disk."""
-        self.add(Event(step=0, session_log=SessionLog(status=SessionLog.START), wall_time=time.time()))
+    def hide_earlier_events(self) -> None:
+        """Make TensorBoard ignore the events of all earlier files. The files are left unchanged."""
+        self.add_event(Event(step=0, session_log=SessionLog(status=SessionLog.START), wall_time=time.time()))
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One point for each tag."""
+        """Append one value per tag."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self.add_summary(step, Summary(value=points))
 
-    def add_picture(self, step: int, tag: str, picture: Image.Image) -> None:
-        """A picture, RGB."""
+    def add_image(self, step: int, tag: str, image: Image.Image) -> None:
+        """Append an RGB image."""
         encoded = io.BytesIO()
-        picture.save(encoded, format="PNG", compress_level=1)  # half the time for a tenth more bytes
-        image = Summary.Image(
-            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
+        image.save(encoded, format="PNG", compress_level=1)  # half the time for a tenth more bytes
+        value = Summary.Image(
+            height=image.height, width=image.width, colorspace=3, encoded_image_string=encoded.getvalue()
         )
-        self.add_summary(step, Summary(value=[Summary.Value(tag=tag, image=image)]))
+        self.add_summary(step, Summary(value=[Summary.Value(tag=tag, image=value)]))
 
     def add_summary(self, step: int, summary: Summary) -> None:
-        """What TensorBoard's plugins make their pages of."""
-        self.add(Event(step=step, summary=summary, wall_time=time.time()))
+        """Append a summary of any TensorBoard plugin."""
+        self.add_event(Event(step=step, summary=summary, wall_time=time.time()))
 
     def close(self) -> None:
-        """Nothing is added any more."""
+        """Close the file."""
         self._file.close()
 
 
-def shown_summaries(folder: Path) -> list[Event]:
-    """The events of a folder that TensorBoard shows points of, in the order in which it reads them."""
-    shown: list[Event] = []
-    for event in _events(folder):
+def visible_events(directory: Path) -> list[Event]:
+    """Return the summary events of a directory that TensorBoard shows, in the order in which it reads them."""
+    visible: list[Event] = []
+    for event in _read_events(directory):
         if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-            shown = [earlier for earlier in shown if earlier.step < event.step]
+            visible = [earlier for earlier in visible if earlier.step < event.step]
         elif event.HasField("summary"):
-            shown.append(event)
-    return shown
+            visible.append(event)
+    return visible
 
 
-def _events(folder: Path) -> Iterator[Event]:
-    for path in sorted(_event_files(folder)):
+def _read_events(directory: Path) -> Iterator[Event]:
+    for path in sorted(_event_files(directory)):
         yield from LegacyEventFileLoader(str(path)).Load()
 
 
-def _event_files(folder: Path) -> list[Path]:
-    return list(folder.glob(f"{_NAME}*"))
+def _event_files(directory: Path) -> list[Path]:
+    return list(directory.glob(f"{_PREFIX}*"))
 
 
-def _stamp(path: Path) -> int:
-    """The second that a file's name begins with."""
-    digits = path.name.removeprefix(_NAME).split(".")[0]
+def _timestamp(path: Path) -> int:
+    """Return the time in seconds at the start of the name of an event file, or 0 if there is none."""
+    digits = path.name.removeprefix(_PREFIX).split(".")[0]
     return int(digits) if digits.isdecimal() else 0

@@ -1,4 +1,4 @@
-"""The graph of a network, for looking at."""
+"""The graph of a model for TensorBoard."""
 
 import contextlib
 import copy
@@ -13,32 +13,31 @@ from torch import nn
 from cifarx_serve.spec import InputSpec
 
 
-def network_graph(module: nn.Module, spec: InputSpec) -> Event | None:
-    """What TensorBoard draws of the network, or None where PyTorch cannot trace it.
+def model_graph(module: nn.Module, spec: InputSpec) -> Event | None:
+    """Return the event with the graph of a model, or None if PyTorch cannot trace it.
 
-    The network stays as it was, and so do the random generators: a run is the same to the bit with a graph and
-    without.
+    The model and the random generators are left unchanged, so a run gives the same results with and without a graph.
     """
-    if sys.version_info >= (3, 14):  # PyTorch does not support its tracer there
+    if sys.version_info >= (3, 14):  # not supported by PyTorch's tracer
         return None
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),
-        contextlib.redirect_stdout(io.StringIO()),  # where it tells what it cannot trace
+        contextlib.redirect_stdout(io.StringIO()),  # prints the reason if it cannot trace the model
         torch.no_grad(),
     ):
-        warnings.simplefilter("ignore")  # the tracer is deprecated, and doubts what depends on sizes
+        warnings.simplefilter("ignore")  # the tracer is deprecated and warns about control flow that depends on sizes
         try:
             from torch.utils.tensorboard._pytorch_graph import graph
 
-            drawn, _ = graph(_on_cpu(module).eval(), torch.zeros(1, spec.channels, spec.height, spec.width))
-        except Exception:  # whatever a network of any kind, or a future PyTorch, may raise
+            graph_def, _ = graph(_copy_to_cpu(module).eval(), torch.zeros(1, spec.channels, spec.height, spec.width))
+        except Exception:  # the forward pass of a model may raise anything
             return None
-    return Event(graph_def=drawn.SerializeToString())
+    return Event(graph_def=graph_def.SerializeToString())
 
 
-def _on_cpu(module: nn.Module) -> nn.Module:
-    """A copy that takes no memory of the device: what `deepcopy` finds in its memo it does not copy itself."""
+def _copy_to_cpu(module: nn.Module) -> nn.Module:
+    """Copy a model to the CPU without using device memory: `deepcopy` does not copy what is already in its memo."""
     memo: dict[int, object] = {
         id(weight): nn.Parameter(weight.detach().to("cpu", copy=True), requires_grad=False)
         for weight in module.parameters()

@@ -1,27 +1,28 @@
-"""Names and numbers in the pictures of a run."""
+"""Text in the images of a run."""
 
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-INK = (32, 32, 32)
-PAPER = (255, 255, 255)
+TEXT_COLOR = (32, 32, 32)
+BACKGROUND = (255, 255, 255)
 
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font at that size in pixels, so that a picture looks the same on every machine."""
+    """Return Pillow's built-in font at a size in pixels, so that images look the same on every machine."""
     return ImageFont.load_default(size)
 
 
 def text_width(text: str, size: int) -> int:
-    """Pixels that one line takes."""
+    """Return the width of one line in pixels."""
     return round(font(size).getlength(text) + 0.5)
 
 
-def fitted(text: str, size: int, width: int) -> str:
-    """The text as one line of at most `width` pixels: where it is longer its middle is left out, for names differ in
-    their ends as often as in their beginnings.
+def shorten(text: str, size: int, width: int) -> str:
+    """Return the text as one line of at most `width` pixels, with the middle of longer texts replaced by "...".
+
+    The middle is removed because names differ at the end as often as at the beginning.
     """
     line = " ".join(text.split())
     kept = len(line)
@@ -32,13 +33,13 @@ def fitted(text: str, size: int, width: int) -> str:
     return short
 
 
-def upright(text: str, size: int) -> Image.Image:
-    """One line that reads from the bottom up, on paper."""
-    picture = Image.new("RGB", (text_width(text, size) + 1, line_height(size)), PAPER)
-    ImageDraw.Draw(picture).text((0, picture.height // 2), text, INK, font(size), anchor="lm")
-    return picture.transpose(Image.Transpose.ROTATE_90)
+def vertical_text(text: str, size: int) -> Image.Image:
+    """Return an image of one line of text that reads from bottom to top."""
+    image = Image.new("RGB", (text_width(text, size) + 1, line_height(size)), BACKGROUND)
+    ImageDraw.Draw(image).text((0, image.height // 2), text, TEXT_COLOR, font(size), anchor="lm")
+    return image.transpose(Image.Transpose.ROTATE_90)
 
 
 def line_height(size: int) -> int:
-    """Pixels from one line to the next."""
+    """Return the distance between two lines in pixels."""
     return size + size // 3
