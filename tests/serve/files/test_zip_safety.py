@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cifarx_serve.backends.torch.torchscript import SPEC_FILE
+from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import ModelFileError
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.files.zip_safety import read_member, read_members, require_safe_archive
