@@ -1,7 +1,7 @@
-"""cifarx takes an image classifier from training to deployment and proves every hop.
+"""cifarx takes an image classifier from training to deployment and checks every step.
 
-The Python face: each name is imported when it is first used, so `import cifarx` costs nothing and a machine
-without PyTorch can `cifarx.load("lzh_9.onnx")`.
+This package is the Python API. Each name is imported when it is first used, so `import cifarx` is fast, and
+`cifarx.load("lzh_9.onnx")` works without PyTorch.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = ["CifarxError", "benchmark", "export", "load", "read_spec", "train", "verify"]
 
-_HOMES = {
+_MODULES = {
     "CifarxError": "cifarx_serve.errors",
     "benchmark": "cifarx_serve.benchmarking.benchmark",
     "export": "cifarx_export.export",
@@ -32,10 +32,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'cifarx' has no attribute {name!r}")
-    import_module("cifarx_train")  # offers its backend, also where no entry point does
-    value = getattr(import_module(_HOMES[name]), name)
+    import_module("cifarx_train")  # registers its backend, for a source tree that is not installed
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

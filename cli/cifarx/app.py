@@ -1,4 +1,4 @@
-"""The commands by name. A command's module is imported when the command is asked for, and not before."""
+"""The command-line parser. It imports the module of a command only when that command is used."""
 
 from importlib import import_module
 from typing import Annotated, Any, Final
@@ -11,11 +11,11 @@ import cifarx
 from cifarx_serve.errors import unknown_name_error
 
 COMMANDS: Final = ("train", "export", "verify", "infer", "bench", "serve", "inspect", "doctor", "demo")
-"""Each is the function `command` in the module `cifarx.commands.<name>`, in the order of the help page."""
+"""The commands in the order of the help page. Each is the function `command` of the module `cifarx.commands.NAME`."""
 
 
-class LazyCommands(TyperGroup):
-    """Imports one command's module for one command, and all of them for the help page alone."""
+class LazyGroup(TyperGroup):
+    """A group of commands that imports one command to run it, and all commands only for the help page."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -23,7 +23,7 @@ class LazyCommands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             if cmd_name.startswith("-"):
-                return None  # the parser names a wrong option better
+                return None  # the parser reports unknown options itself
             raise unknown_name_error("command", cmd_name, COMMANDS)
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
         single.command(cmd_name)(import_module(f"cifarx.commands.{cmd_name}").command)
@@ -33,18 +33,21 @@ class LazyCommands(TyperGroup):
 
 
 _typer = typer.Typer(
-    cls=LazyCommands, add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    cls=LazyGroup, add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
 
 @_typer.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Take an image classifier from training to deployment and check every step.
 
-    `cifarx train --model lzh`, `cifarx export --ckpt lzh_9.pth --format onnx`,
-    `cifarx infer dog.png --backend onnxruntime`. Exit status: 0 it holds, 1 a check failed, 2 wrong input or usage.
+    A first run: `cifarx train --model lzh`, then `cifarx export --ckpt lzh_9.pth --format onnx`, then
+    `cifarx infer dog.png --backend onnxruntime`.
+
+    Exit status: 0 on success, 1 if a check failed, 2 if the input or the usage is wrong.
     """
     if version:
         typer.echo(cifarx.__version__)

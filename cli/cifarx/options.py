@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they read and mean the same everywhere."""
+"""The options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -13,7 +13,8 @@ DeviceName: TypeAlias = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="auto, cpu, cuda, cuda:N, mps, or for ONNX files tensorrt, tensorrt:N; only auto may fall back.",
+        help="Device to run on: auto, cpu, cuda, cuda:N or mps; tensorrt or tensorrt:N for ONNX files. "
+        "Only auto falls back to another device.",
     ),
 ]
 DataName: TypeAlias = Annotated[
@@ -21,34 +22,34 @@ DataName: TypeAlias = Annotated[
     typer.Option(
         "--data",
         metavar="DATA",
-        help="auto, cifar10, builtin, or the path of a folder or .tar.gz with train/CLASS/ and test/CLASS/.",
+        help="Dataset: auto, cifar10, builtin, or a directory or .tar.gz archive with train/CLASS/ and test/CLASS/.",
     ),
 ]
 OnError: TypeAlias = Annotated[
     Literal["raise", "skip"] | None,
-    typer.Option("--on-error", help="Stop at images that cannot be read, or skip them. [default: raise]"),
+    typer.Option("--on-error", help="Raise an error for images that cannot be read, or skip them. [default: raise]"),
 ]
 Broken: TypeAlias = Annotated[Literal["refuse", "skip"] | None, typer.Option("--broken", hidden=True)]
 """The former name of `--on-error`, which still works."""
 Checkpoint: TypeAlias = Annotated[
     str,
-    typer.Option(
-        "--ckpt", metavar="FILE", help="The checkpoint that `cifarx train` wrote, or a .pth file of torch.save."
-    ),
+    typer.Option("--ckpt", metavar="FILE", help="Checkpoint of `cifarx train`, or a .pth file written by torch.save."),
 ]
 ModelName: TypeAlias = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="Architecture of a .pth file that does not say it itself."),
+    typer.Option("--model", metavar="NAME", help="Architecture of a .pth file that does not name it."),
 ]
-ReportPage: TypeAlias = Annotated[
+HtmlReport: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE.html", help="Write the proof as a page: errors, classes, the worst images."),
+    typer.Option(
+        "--report", metavar="FILE.html", help="Write the parity report as an HTML page with plots and the worst images."
+    ),
 ]
 AbsoluteTolerance: TypeAlias = Annotated[
-    float | None, typer.Option("--atol", help="Absolute tolerance of a logit. [default: by precision]")
+    float | None, typer.Option("--atol", help="Absolute tolerance for logits. [default: depends on the precision]")
 ]
 RelativeTolerance: TypeAlias = Annotated[
-    float | None, typer.Option("--rtol", help="Relative tolerance of a logit. [default: by precision]")
+    float | None, typer.Option("--rtol", help="Relative tolerance for logits. [default: depends on the precision]")
 ]
 
 

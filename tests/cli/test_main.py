@@ -11,7 +11,7 @@ from tests.support.trained_model import Trained
 
 
 def cifarx(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The real program, as its own process."""
+    """Run the program in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "cifarx", *arguments], capture_output=True, text=True, check=False, **options
     )
@@ -25,60 +25,60 @@ def test_version_and_help_go_to_standard_output(cli: Cli) -> None:
     assert cli().out == helped.out
 
 
-def test_unknown_command_gets_the_nearest(cli: Cli) -> None:
-    ran = cli("exprot")
-    assert ran.status == 2
-    assert "did you mean 'export'?" in ran.error
+def test_an_unknown_command_gets_a_suggestion(cli: Cli) -> None:
+    result = cli("exprot")
+    assert result.status == 2
+    assert "did you mean 'export'?" in result.error
 
 
-def test_wrong_option_is_one_line(cli: Cli) -> None:
-    ran = cli("infer", "x.png", "--modle", "m.onnx")
-    assert ran.status == 2
-    assert "--model" in ran.error
-    assert ran.out == ""
+def test_an_unknown_option_is_a_one_line_error(cli: Cli) -> None:
+    result = cli("infer", "x.png", "--modle", "m.onnx")
+    assert result.status == 2
+    assert "--model" in result.error
+    assert result.out == ""
 
 
-def test_missing_argument_names_the_help_page(cli: Cli) -> None:
-    ran = cli("export")
-    assert ran.status == 2
-    assert "cifarx export --help" in ran.error
+def test_a_missing_argument_refers_to_the_help_page(cli: Cli) -> None:
+    result = cli("export")
+    assert result.status == 2
+    assert "cifarx export --help" in result.error
 
 
-def test_module_and_program_are_the_same() -> None:
+def test_the_module_and_the_program_are_the_same() -> None:
     program = Path(sys.executable).with_name("cifarx")
     assert subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout == "0.1.0\n"
     assert cifarx("--version").stdout == "0.1.0\n"
 
 
-def test_debug_shows_the_traceback() -> None:
-    ran = cifarx("infer", "nope.png", "--model", "nope.onnx", env={**os.environ, "CIFARX_DEBUG": "1"})
-    assert ran.returncode != 0
-    assert "Traceback" in ran.stderr
-    assert "ModelFileError" in ran.stderr
+def test_the_debug_variable_shows_the_traceback() -> None:
+    result = cifarx("infer", "nope.png", "--model", "nope.onnx", env={**os.environ, "CIFARX_DEBUG": "1"})
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+    assert "ModelFileError" in result.stderr
 
 
-def test_reader_that_leaves_is_no_error(trained: Trained) -> None:
+def test_a_closed_pipe_is_not_an_error(trained: Trained) -> None:
     model = trained.onnx
     command = f"{sys.executable} -m cifarx inspect {model} --json | head -n 1"
-    ran = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-    assert ran.stdout == "{\n"
-    assert "Traceback" not in ran.stderr
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stdout == "{\n"
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "export", "verify", "infer", "bench", "inspect", "doctor", "demo"])
-def test_help_of_a_command_imports_no_pytorch(command: str) -> None:
+def test_the_help_of_a_command_does_not_import_pytorch(command: str) -> None:
     code = (
         "import sys; from cifarx.app import app\n"
         f"app(['{command}', '--help'], standalone_mode=False)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert "--" in ran.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--" in result.stdout
 
 
-def test_missing_extra_is_named(tmp_path: Path) -> None:
-    """As where torch is not installed: a finder that knows no torch stands in for its absence."""
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    """A finder that hides PyTorch simulates its absence."""
     code = (
         "import sys\n"
         "class NoTorch:\n"
@@ -90,14 +90,14 @@ def test_missing_extra_is_named(tmp_path: Path) -> None:
         "from cifarx.main import main\n"
         "main()\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert ran.returncode == 2
-    assert 'pip install "cifarx[train]"' in ran.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    assert 'error: this command needs torch, which is not installed: pip install "cifarx[train]"\n' in result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_pytorch_backend_is_found_without_an_install(trained: Trained, tmp_path: Path) -> None:
-    """A source tree has no entry points."""
+def test_the_pytorch_backend_is_found_in_a_source_tree(trained: Trained, tmp_path: Path) -> None:
+    """A source tree that is not installed has no entry points."""
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     code = (
         "import importlib.metadata, sys\n"
@@ -106,6 +106,6 @@ def test_pytorch_backend_is_found_without_an_install(trained: Trained, tmp_path:
         "from cifarx.main import main\n"
         "main()\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert "by pytorch on cpu" in ran.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "with pytorch on cpu" in result.stderr

@@ -32,9 +32,9 @@ def test_help_lists_on_error_and_hides_its_former_name(cli: Cli, command: str) -
 def test_either_name_skips_unreadable_images(cli: Cli, trained: Trained) -> None:
     """An unknown data set is the next thing that is wrong, so both options were accepted."""
     for option in ("--on-error", "--broken"):
-        ran = cli("verify", trained.onnx, "--ckpt", trained.checkpoint, option, "skip", "--data", "nowhere")
-        assert ran.status == 2
-        assert "nowhere" in ran.error
+        result = cli("verify", trained.onnx, "--ckpt", trained.checkpoint, option, "skip", "--data", "nowhere")
+        assert result.status == 2
+        assert "nowhere" in result.error
     both = cli("verify", trained.onnx, "--ckpt", trained.checkpoint, "--on-error", "skip", "--broken", "skip")
     assert both.status == 2
     assert both.error.startswith("error: --on-error and --broken were both given: ")

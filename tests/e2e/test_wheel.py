@@ -1,4 +1,4 @@
-"""The built wheel without extras, in a clean environment: no PyTorch, and an ONNX file runs."""
+"""The wheel, installed without extras in a clean environment, runs ONNX files and does not install PyTorch."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The `bin` folder of an environment that holds the wheel and what it requires, nothing else."""
+    """Return the `bin` directory of an environment with only the wheel and its requirements."""
     folder = tmp_path_factory.mktemp("clean")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT], check=True)
@@ -30,8 +30,8 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     install = [*pip, "--python", target, "install", "-c", ROOT / "constraints.txt", wheel]
     if subprocess.run(install, check=False).returncode:
         if os.environ.get("CI"):
-            pytest.fail("the wheel does not install")
-        pytest.skip("no package index within reach to install the wheel's requirements from")
+            pytest.fail("the wheel cannot be installed")
+        pytest.skip("no package index is reachable to install the requirements of the wheel")
     yield folder / "env" / "bin"
 
 
@@ -39,7 +39,7 @@ def run(program: Path, *arguments: object, cwd: Path) -> subprocess.CompletedPro
     return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd)
 
 
-def test_no_pytorch_comes_along(clean: Path, tmp_path: Path) -> None:
+def test_pytorch_is_not_installed(clean: Path, tmp_path: Path) -> None:
     listed = run(
         Path(sys.executable), "-m", "pip", "--python", clean / "python", "list", "--format", "json", cwd=tmp_path
     )
@@ -51,17 +51,17 @@ def test_no_pytorch_comes_along(clean: Path, tmp_path: Path) -> None:
 
 def test_infer_runs_an_onnx_file(clean: Path, trained: Trained, tmp_path: Path) -> None:
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "x.png")
-    ran = run(clean / "cifarx", "infer", "x.png", "--model", trained.onnx, "--json", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
+    result = run(clean / "cifarx", "infer", "x.png", "--model", trained.onnx, "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     with_torch = run(
         Path(sys.executable), "-m", "cifarx", "infer", "x.png", "--model", trained.checkpoint, "--json", cwd=tmp_path
     )
-    ours, theirs = json.loads(ran.stdout)[0], json.loads(with_torch.stdout)[0]
+    ours, theirs = json.loads(result.stdout)[0], json.loads(with_torch.stdout)[0]
     assert ours["index"] == theirs["index"]
     assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
 
 
-def test_inspect_and_bench_and_doctor_work_there(clean: Path, trained: Trained, tmp_path: Path) -> None:
+def test_inspect_bench_and_doctor_work(clean: Path, trained: Trained, tmp_path: Path) -> None:
     assert run(clean / "cifarx", "inspect", trained.onnx, "--json", cwd=tmp_path).returncode == 0
     assert run(clean / "cifarx", "inspect", trained.torchscript, "--json", cwd=tmp_path).returncode == 0
     bench = run(clean / "cifarx", "bench", trained.onnx, "--batch", "1", "--json", cwd=tmp_path)
@@ -79,13 +79,13 @@ def test_inspect_and_bench_and_doctor_work_there(clean: Path, trained: Trained, 
         ("infer", "x.png", "--model", "CHECKPOINT"),
     ],
 )
-def test_what_needs_pytorch_says_what_to_install(
+def test_commands_that_need_pytorch_name_the_extra(
     clean: Path, trained: Trained, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     given = [str(trained.checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
-    ran = run(clean / "cifarx", *given, cwd=tmp_path)
-    assert ran.returncode == 2
-    assert ran.stderr.splitlines()[-1].startswith("error: ")
-    assert 'pip install "cifarx[train]"' in ran.stderr
+    result = run(clean / "cifarx", *given, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert 'pip install "cifarx[train]"' in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.png"]

@@ -220,7 +220,7 @@ def _drawings(report: BenchmarkReport) -> tuple[_Drawing, ...]:
         _Drawing(
             "percentiles",
             "Distribution of latency",
-            f"The share of calls that take no longer than this; at {panels}. Markers: p50, p90 and p99.",
+            f"The latency that this percentage of calls does not exceed; at {panels}. Markers: p50, p90 and p99.",
             _draw_percentiles,
         ),
         _Drawing(

@@ -1,1 +1,1 @@
-"""One module a command; each holds a function `command`."""
+"""The commands, one module each with a function `command`."""

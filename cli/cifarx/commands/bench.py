@@ -1,4 +1,4 @@
-"""`cifarx bench`"""
+"""The `cifarx bench` command."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cifarx.bench_report.baseline import DEFAULT_LIMIT
-from cifarx.bench_report.pick import EXAMPLE, nothing_line, parse_bounds, pick, picked_line
+from cifarx.bench_report.pick import EXAMPLE, describe_pick, explain_no_pick, parse_bounds, pick
 from cifarx.options import Broken, DataName, DeviceName, Json, OnError, resolve_on_error
 from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
@@ -16,56 +16,69 @@ if TYPE_CHECKING:
 
 
 def command(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Checkpoints and artifacts of one input size.")],
-    batch: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes.")] = "1,64",
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Checkpoints and artifacts with the same input size.")
+    ],
+    batch: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes to measure.")] = "1,64",
     device: DeviceName = "auto",
     data: DataName = "auto",
     on_error: OnError = None,
     broken: Broken = None,
     report: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Write the report there too: .json, .csv, .md, .html, .png. Again for more."),
+        typer.Option(
+            metavar="FILE", help="Also write the report to a .json, .csv, .md, .html or .png file. Repeatable."
+        ),
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="An earlier report: print the change, and fail where it is too much."),
+        typer.Option(
+            metavar="FILE.json", help="Compare with an earlier JSON report, and fail if a file became slower."
+        ),
     ] = None,
     max_regression: Annotated[
-        str, typer.Option(metavar="PERCENT", help="How much more a median latency may be than the baseline's.")
+        str, typer.Option(metavar="PERCENT", help="Largest increase of a median latency over the baseline that passes.")
     ] = DEFAULT_LIMIT,
     pick_bounds: Annotated[
         str | None,
-        typer.Option("--pick", metavar="BOUNDS", help=f"Name what has most throughput within bounds: {EXAMPLE}."),
+        typer.Option(
+            "--pick",
+            metavar="BOUNDS",
+            help=f"Pick the row with the highest throughput within bounds, such as {EXAMPLE}.",
+        ),
     ] = None,
     json: Json = False,
 ) -> int:
-    """Measure files side by side: latency, throughput, and whether they agree with the first."""
+    """Benchmark model files side by side.
+
+    Measure latency and throughput, and compare the predictions with those of the first file.
+    """
     from cifarx.bench_report.baseline import compare, parse_limit, print_comparison, read_baseline
-    from cifarx.bench_report.writers import print_report, require_report, write_report
+    from cifarx.bench_report.writers import print_report, require_report_path, write_report
 
     bounds = parse_bounds(pick_bounds) if pick_bounds is not None else ()
     limit, earlier = parse_limit(max_regression), read_baseline(baseline) if baseline else None
-    batches = _batch_sizes(batch)
+    batch_sizes = _parse_batch_sizes(batch)
     for path in report or []:
-        require_report(path)
-    measured = _measure(files, batches, device, data, resolve_on_error(on_error, broken))
+        require_report_path(path)
+    measured = _measure(files, batch_sizes, device, data, resolve_on_error(on_error, broken))
     for path in report or []:
         write_report(measured, path)
         note(f"wrote {path}")
-    compared = compare(measured, earlier, limit) if earlier else None
+    comparison = compare(measured, earlier, limit) if earlier else None
     picked = pick(measured.rows, bounds) if bounds else None
     if json:
-        further = {"changes": compared.changes if compared else None, "picked": picked}
-        json_result({**_fields(measured), **{name: value for name, value in further.items() if value is not None}})
+        extra = {"changes": comparison.changes if comparison else None, "picked": picked}
+        json_result({**_fields(measured), **{name: value for name, value in extra.items() if value is not None}})
     else:
         print_report(measured)
-        if compared:
-            print_comparison(compared, limit)
+        if comparison:
+            print_comparison(comparison, limit)
         if picked:
-            result(picked_line(picked))
+            result(describe_pick(picked))
     if bounds and not picked:
-        note(nothing_line(measured.rows, bounds))
-    return 1 if (compared and not compared.passed) or (bounds and not picked) else 0
+        note(explain_no_pick(measured.rows, bounds))
+    return 1 if (comparison and not comparison.passed) or (bounds and not picked) else 0
 
 
 def _measure(
@@ -86,9 +99,11 @@ def _fields(report: "BenchmarkReport") -> dict[str, object]:
     return {name: getattr(report, name) for name in report.__struct_fields__}
 
 
-def _batch_sizes(text: str) -> list[int]:
-    """`1,8,64` as numbers."""
+def _parse_batch_sizes(text: str) -> list[int]:
+    """Parse batch sizes such as `1,8,64`."""
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
-        raise UsageError(f"batch sizes {text!r}", "give whole numbers with commas between, such as 1,8,64") from error
+        raise UsageError(
+            f"cannot parse batch sizes {text!r}", "give integers separated by commas, such as 1,8,64"
+        ) from error

@@ -1,4 +1,4 @@
-"""`cifarx demo`: the whole road on the built-in data, with the commands that it takes."""
+"""The `cifarx demo` command: every step on the built-in data, with the commands shown."""
 
 import shlex
 import time
@@ -11,47 +11,52 @@ from PIL import Image
 from cifarx.output.console import note
 from cifarx_serve.errors import CheckFailed
 
-# 316 steps: enough for drawings.
+# 316 steps, which are enough for the built-in drawings.
 _TRAINING: Final = "--data builtin --recipe fast --epochs 4"
 
 
 def command(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what it writes.")] = Path("cifarx-demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the files of the demo.")] = Path(
+        "cifarx-demo"
+    ),
 ) -> None:
-    """Train, export, verify, classify and benchmark on the built-in drawings: the whole road in a minute or two."""
+    """Run every step on the built-in data.
+
+    Train, export, verify, classify and benchmark on drawings. This takes a minute or two.
+    """
     started = time.perf_counter()
     images = " ".join(map(shlex.quote, map(str, _draw_images(out))))
-    last = f"{shlex.quote(str(out))}/lzh_3"
+    stem = f"{shlex.quote(str(out))}/lzh_3"
     for line in (
         f"train --model lzh {_TRAINING} --out {shlex.quote(str(out))}",
-        f"export --ckpt {last}.pth --format onnx --format torchscript",
-        f"verify {last}.onnx --ckpt {last}.pth",
-        f"infer {images} --model {last}.onnx --backend onnxruntime --top-k 3",
-        f"infer {images} --model {last}.torchscript.pt --backend torchscript",
-        f"infer {images} --model {last}.pth --backend pytorch",
-        f"inspect {last}.onnx",
-        f"bench {last}.pth {last}.torchscript.pt {last}.onnx --report {shlex.quote(str(out))}/bench.md",
+        f"export --ckpt {stem}.pth --format onnx --format torchscript",
+        f"verify {stem}.onnx --ckpt {stem}.pth",
+        f"infer {images} --model {stem}.onnx --backend onnxruntime --top-k 3",
+        f"infer {images} --model {stem}.torchscript.pt --backend torchscript",
+        f"infer {images} --model {stem}.pth --backend pytorch",
+        f"inspect {stem}.onnx",
+        f"bench {stem}.pth {stem}.torchscript.pt {stem}.onnx --report {shlex.quote(str(out))}/bench.md",
     ):
         _run(line)
-    note(f"\nthe whole road in {time.perf_counter() - started:.0f} s; what it made is in {out}")
+    note(f"\nfinished in {time.perf_counter() - started:.0f} s; the files are in {out}")
 
 
 def _run(line: str) -> None:
-    """Run a command in this process: PyTorch takes seconds to load, and once is enough."""
+    """Run a command in this process, so that PyTorch is loaded only once."""
     from cifarx.app import app
 
     note(f"\n$ cifarx {line}")
     if status := app(shlex.split(line), standalone_mode=False):
-        raise CheckFailed(f"the demo stopped at `cifarx {line}` with exit status {status}", "read what it said above")
+        raise CheckFailed(f"the demo stopped at `cifarx {line}` with exit status {status}", "see the output above")
 
 
 def _draw_images(out: Path) -> list[Path]:
-    """One test drawing of each of three classes, enlarged as a photo would be, as files."""
+    """Write a test drawing of each of three classes as an image file, enlarged to the size of a small photo."""
     from cifarx_serve.files.atomic import require_writable
-    from cifarx_train.data.synthetic.draw import CLASS_NAMES, draw
+    from cifarx_train.data.synthetic.dataset import CLASS_NAMES, draw_split
 
     require_writable(out)
-    images, labels = draw("test")
+    images, labels = draw_split("test")
     paths = []
     for name in ("airplane", "dog", "ship"):
         position = int((labels == CLASS_NAMES.index(name)).argmax())

@@ -1,4 +1,4 @@
-"""`cifarx doctor`"""
+"""The `cifarx doctor` command."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from cifarx.output.console import json_result, result, tick
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that works here or does not; `required` ones decide the exit status."""
+    """Whether one thing works on this machine; `required` ones determine the exit status."""
 
     name: str
     works: bool
@@ -19,8 +19,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def command(json: Json = False) -> int:
-    """Find out which devices and providers really work here, and why the others do not."""
-    findings = [finding for examine in (_runtime, _pytorch, _rooms, _data) for finding in examine()]
+    """Check what works on this machine.
+
+    Run a model on each device and execution provider, and explain why the others do not work.
+    """
+    findings = [
+        finding for check in (_check_runtime, _check_pytorch, _check_packages, _check_data) for finding in check()
+    ]
     if json:
         json_result(findings)
     else:
@@ -28,42 +33,44 @@ def command(json: Json = False) -> int:
     return 0 if all(finding.works for finding in findings if finding.required) else 1
 
 
-def _runtime() -> Iterator[Finding]:
+def _check_runtime() -> Iterator[Finding]:
     import onnxruntime
 
-    from cifarx_serve.backends.onnxruntime.backend import provider_problem
+    from cifarx_serve.backends.onnxruntime.backend import provider_error
     from cifarx_serve.devices import Device
-    from cifarx_serve.system.environment import environment
+    from cifarx_serve.system.environment import current_environment
 
-    here = environment()
-    yield Finding("machine", True, f"{here.system}, {here.cpu}, {here.threads} of {here.cpus} CPUs for this process")
-    yield Finding("python", True, here.python)
+    machine = current_environment()
+    yield Finding(
+        "machine", True, f"{machine.system}, {machine.cpu}, {machine.threads} of {machine.cpus} CPUs for this process"
+    )
+    yield Finding("python", True, machine.python)
     for device in (Device("cpu"), Device("cuda"), Device("tensorrt")):
-        problem = provider_problem(device)
+        problem = provider_error(device)
         found = f"ran a model, version {onnxruntime.__version__}" if problem is None else str(problem)
-        yield Finding(f"onnxruntime {device.kind}", problem is None, found, device.kind == "cpu")
+        yield Finding(f"onnxruntime {device.type}", problem is None, found, device.type == "cpu")
 
 
-def _pytorch() -> Iterator[Finding]:
+def _check_pytorch() -> Iterator[Finding]:
     if find_spec("torch") is None:
-        yield Finding("torch", False, 'not installed; to train and export: pip install "cifarx[train]"')
+        yield Finding("torch", False, 'not installed; needed to train and export: pip install "cifarx[train]"')
         return
     import torch
 
-    from cifarx_serve.backends.torch.device import cuda_problem
+    from cifarx_serve.backends.torch.device import cuda_unavailable_reason
 
     yield Finding("torch cpu", bool(torch.ones(2).sum() == 2), f"ran, version {torch.__version__}")
-    problem = cuda_problem()
+    problem = cuda_unavailable_reason()
     if problem is None:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         yield Finding("torch cuda", bool(torch.ones(2, device="cuda").sum() == 2), f"ran on {', '.join(names)}")
     else:
         yield Finding("torch cuda", False, problem)
     available = torch.backends.mps.is_available()
-    yield Finding("torch mps", available, "there" if available else "not on this machine")
+    yield Finding("torch mps", available, "available" if available else "not available on this machine")
 
 
-def _rooms() -> Iterator[Finding]:
+def _check_packages() -> Iterator[Finding]:
     for command, packages in (
         ("train", ("torch", "torchvision", "tensorboard")),
         ("export", ("torch", "onnx", "onnxscript")),
@@ -73,17 +80,17 @@ def _rooms() -> Iterator[Finding]:
         yield Finding(f"cifarx {command}", not missing, found)
 
 
-def _data() -> Iterator[Finding]:
+def _check_data() -> Iterator[Finding]:
     import os
     from pathlib import Path
 
     from cifarx_train.data.selection import DATA_ENV_VAR
 
-    named = os.environ.get(DATA_ENV_VAR)
-    if named:
-        there = Path(named).exists()
-        yield Finding(DATA_ENV_VAR, there, named if there else f"{named} does not exist")
+    path = os.environ.get(DATA_ENV_VAR)
+    if path:
+        exists = Path(path).exists()
+        yield Finding(DATA_ENV_VAR, exists, path if exists else f"{path} does not exist")
     else:
-        there = Path("cifar10/cifar-10-batches-py").is_dir()
-        found = "./cifar10" if there else "not in ./cifar10; `--data auto` downloads it or takes the built-in drawings"
-        yield Finding("CIFAR-10", there, found)
+        exists = Path("cifar10/cifar-10-batches-py").is_dir()
+        found = "./cifar10" if exists else "not in ./cifar10; `--data auto` downloads it or uses the built-in drawings"
+        yield Finding("CIFAR-10", exists, found)

@@ -1,4 +1,4 @@
-"""`cifarx export`"""
+"""The `cifarx export` command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,19 +10,19 @@ from cifarx.options import (
     Broken,
     Checkpoint,
     DataName,
+    HtmlReport,
     Json,
     ModelName,
     OnError,
     RelativeTolerance,
-    ReportPage,
     resolve_on_error,
 )
-from cifarx.output.console import json_result, note, result
-from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, export_format
+from cifarx.output.console import json_result, note, print_error, result
+from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, get_format
 from cifarx_serve.backends.registry import model_file
 
-_FORMATS_HELP = f"{', '.join(FORMATS)}; repeat it for more."
-_PRECISIONS_HELP = f"{', '.join(PRECISIONS)}; repeat it for more. [default: fp32]"
+_FORMATS_HELP = f"Format: {', '.join(FORMATS)}. Repeatable."
+_PRECISIONS_HELP = f"Precision: {', '.join(PRECISIONS)}. Repeatable. [default: fp32]"
 
 
 def command(
@@ -36,28 +36,37 @@ def command(
     data: DataName = "auto",
     on_error: OnError = None,
     broken: Broken = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder. [default: the checkpoint's]")] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set, 18 to 23. [default: 18]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory for the artifacts. [default: that of the checkpoint]")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version, 18 to 23. [default: 18]")] = None,
     calibration_images: Annotated[
-        int | None, typer.Option(help="Training images that int8 is calibrated on. [default: 512]")
+        int | None, typer.Option(help="Number of training images to calibrate int8 on. [default: 512]")
     ] = None,
     embed_preprocessing: Annotated[
         bool,
-        typer.Option("--embed-preprocessing", help="The model takes uint8 images of any size, (N, H, W, 3)."),
+        typer.Option(
+            "--embed-preprocessing",
+            help="Include the preprocessing: the model takes uint8 images (N, H, W, 3) of any size.",
+        ),
     ] = False,
-    batch: Annotated[int | None, typer.Option(help="Prove this batch size too, beside 1, 3 and 64.")] = None,
-    page: ReportPage = None,
+    batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
+    html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
     rtol: RelativeTolerance = None,
     json: Json = False,
 ) -> int:
-    """Make artifacts of a checkpoint, each proved on real images before it gets its name."""
+    """Export a checkpoint and check its parity.
+
+    An artifact is written only if it passes the parity check: it must predict the same as the checkpoint on real
+    images.
+    """
     from cifarx_export.export import export
 
     for name in formats:
-        if export_format(name).legacy:
-            note(f"note: {name} is legacy, deprecated by PyTorch; prefer onnx where you can")
-    made = export(
+        if get_format(name).legacy:
+            note(f"note: {name} is deprecated by PyTorch: use onnx if possible")
+    exported = export(
         ckpt,
         formats,
         precisions or ["fp32"],
@@ -66,25 +75,25 @@ def command(
         on_error=resolve_on_error(on_error, broken),
         out=out,
         options=ExportOptions(opset, calibration_images, embed_preprocessing or None),
-        batch=batch,
-        html_report=page,
+        batch_size=batch,
+        html_report=html_report,
         atol=atol,
         rtol=rtol,
         progress=note,
     )
     if json:
-        json_result([artifact.report.row() for artifact in made])
+        json_result([artifact.report.row() for artifact in exported])
     else:
         from cifarx.output.parity import parity_lines
 
-        result("\n".join(parity_lines(artifact.report) for artifact in made))
-    for artifact in made:
+        result("\n".join(parity_lines(artifact.report) for artifact in exported))
+    for artifact in exported:
         if artifact.report.summary.passed:
             size = model_file(artifact.path).stat().st_size
             note(f"wrote {artifact.path} ({size:,} bytes) and {artifact.report_path.name}")
             note(f"next: cifarx infer IMAGE --model {artifact.path}")
         else:
-            note(f"error: {artifact.path} failed its proof and was not written: see {artifact.report_path}")
-    if page:
-        note(f"wrote {page}")
-    return 0 if all(artifact.report.summary.passed for artifact in made) else 1
+            print_error(f"{artifact.path} failed the parity check and was not written: see {artifact.report_path}")
+    if html_report:
+        note(f"wrote {html_report}")
+    return 0 if all(artifact.report.summary.passed for artifact in exported) else 1

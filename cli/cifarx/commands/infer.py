@@ -1,4 +1,4 @@
-"""`cifarx infer`: no PyTorch for an ONNX file, and nothing else on the way that costs start-up time."""
+"""The `cifarx infer` command. Its start-up time is part of the product: imports that are not always needed are lazy."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cifarx.options import DeviceName, Json
-from cifarx.output.console import note
-from cifarx.output.predictions import Layout, answer_writer
+from cifarx.output.console import note, print_error
+from cifarx.output.predictions import OutputFormat, prediction_writer
 from cifarx_serve.backends.registry import find_model
 from cifarx_serve.errors import ImageError, UsageError
 from cifarx_serve.images.paths import STANDARD_INPUT, find_images
@@ -20,144 +20,151 @@ from cifarx_serve.predictor import Prediction, Predictor, load
 if TYPE_CHECKING:
     from cifarx.output.contact_sheet import ContactSheet
 
-_MANY: Final = 100
-"""Images from which on a bar is shown on a terminal."""
+_PROGRESS_THRESHOLD: Final = 100
+"""The number of images from which a terminal shows a progress bar."""
 
 
 def command(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE...", help="Image files, folders, quoted patterns; - is standard input."),
+        typer.Argument(metavar="IMAGE...", help="Image files, directories or quoted patterns; - is standard input."),
     ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A checkpoint or artifact. [default: the newest here that the backend runs]"),
+        typer.Option(
+            metavar="FILE", help="Checkpoint or artifact. [default: the newest file here that the backend can run]"
+        ),
     ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="onnxruntime, torchscript, exported_program, aot_inductor or pytorch. "
-            "[default: by --model, else onnxruntime]",
+            help="Backend: onnxruntime, torchscript, exported_program, aot_inductor or pytorch. "
+            "[default: the one for --model, or onnxruntime]",
         ),
     ] = None,
     device: DeviceName = "auto",
-    top_k: Annotated[int, typer.Option(help="How many classes to give for an image.")] = 1,
+    top_k: Annotated[int, typer.Option(help="Number of classes to print per image.")] = 1,
     json: Json = False,
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="Print a JSON document a line, an image each.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print a table of comma-separated values.")] = False,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Print one line of JSON per image.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
     annotate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the images with their labels and scores there, as .png or .jpg."),
+        typer.Option(
+            metavar="FILE", help="Draw the images with their labels and scores into a .png, .jpg or .webp file."
+        ),
     ] = None,
 ) -> int:
     """Classify images."""
-    layout = _layout(json=json, jsonl=jsonl, csv=csv)
+    output_format = _output_format(json=json, jsonl=jsonl, csv=csv)
     names = list(find_images(images))
-    sheet = _sheet(annotate, names)
-    sources = _Sources(twice=sheet is not None)
+    sheet = _contact_sheet(annotate, names)
+    sources = _ImageSources(twice=sheet is not None)
     path = model or str(find_model(Path(), backend or "onnxruntime"))
     with load(path, backend, device) as predictor:
-        introduction = _introduce(predictor, path)
+        description = _describe_model(predictor, path)
         facts = {"model": path, "backend": predictor.backend, "provider": predictor.provider}
-        answers = _shown(_answers(predictor, names, sources, top_k), len(names))
-        answered = 0
-        with closing(answer_writer(layout, facts, top_k)) as writer:
-            for name, answer in zip(names, answers, strict=True):
-                if not answered and isinstance(answer, Prediction):
-                    note(f"note: {introduction}")
-                answered += isinstance(answer, Prediction)
-                if isinstance(answer, ImageError):
-                    note(f"error: {answer}")
-                writer.write(name, answer)
+        predictions = _with_progress_bar(_predict(predictor, names, sources, top_k), len(names))
+        predicted = 0
+        with closing(prediction_writer(output_format, facts, top_k)) as writer:
+            for name, prediction in zip(names, predictions, strict=True):
+                if not predicted and isinstance(prediction, Prediction):
+                    note(f"note: {description}")
+                predicted += isinstance(prediction, Prediction)
+                if isinstance(prediction, ImageError):
+                    print_error(str(prediction))
+                writer.write(name, prediction)
                 if sheet:
-                    sheet.add(name, sources.again(name), answer)
+                    sheet.add(name, sources.read_again(name), prediction)
         if sheet:
-            sheet.write(predictor.spec.model, introduction)
+            sheet.write(predictor.spec.model, description)
             note(f"wrote {annotate}")
-    if answered == len(names):
+    if predicted == len(names):
         return 0
-    return 1 if answered else 2
+    return 1 if predicted else 2
 
 
-def _layout(*, json: bool, jsonl: bool, csv: bool) -> Layout:
-    asked: list[Layout] = [name for name, given in (("json", json), ("jsonl", jsonl), ("csv", csv)) if given]  # type: ignore[misc]
-    if len(asked) > 1:
-        raise UsageError(f"--{' and --'.join(asked)} together", "give one of them")
-    return asked[0] if asked else "text"
+def _output_format(*, json: bool, jsonl: bool, csv: bool) -> OutputFormat:
+    chosen: list[OutputFormat] = [name for name, given in (("json", json), ("jsonl", jsonl), ("csv", csv)) if given]  # type: ignore[misc]
+    if len(chosen) > 1:
+        raise UsageError(f"--{' and --'.join(chosen)} were given together", "choose one of them")
+    return chosen[0] if chosen else "text"
 
 
-def _sheet(target: Path | None, names: list[str]) -> "ContactSheet | None":
-    """The contact sheet that is asked for; it takes the place of no image that it shows."""
+def _contact_sheet(target: Path | None, names: list[str]) -> "ContactSheet | None":
+    """Return the contact sheet for --annotate, which must not overwrite any of the images."""
     if target is None:
         return None
-    from cifarx.output.contact_sheet import ContactSheet  # drawing is imported where something is drawn
+    from cifarx.output.contact_sheet import ContactSheet
 
     sheet = ContactSheet(target)
-    if target.exists() and any(_is_same(target, name) for name in names):
-        raise UsageError(f"--annotate {target} would overwrite one of the images", "name another, or remove it")
+    if target.exists() and any(_is_same_file(target, name) for name in names):
+        raise UsageError(f"--annotate {target} would overwrite one of the images", "give another name, or remove it")
     return sheet
 
 
-def _is_same(target: Path, name: str) -> bool:
-    with suppress(OSError, ValueError):  # one that cannot be read is told when its turn comes
+def _is_same_file(target: Path, name: str) -> bool:
+    with suppress(OSError, ValueError):  # an unreadable image is reported when it is read
         return target.samefile(name)
     return False
 
 
-class _Sources:
-    """Where images are read from, `twice` if they are drawn too: what a pipe gives is kept for the second time."""
+class _ImageSources:
+    """Returns where to read images from: `twice` if they are also drawn, so that the content of pipes is kept."""
 
     def __init__(self, *, twice: bool) -> None:
         self._twice = twice
-        self._kept: dict[str, bytes] = {}
+        self._contents: dict[str, bytes] = {}
 
-    def first(self, name: str) -> ImageSource:
-        """The file itself, or what came through a pipe."""
-        content = sys.stdin.buffer.read() if name == STANDARD_INPUT else self._piped(name)
+    def read(self, name: str) -> ImageSource:
+        """Return the path of a file, or the content of a pipe."""
+        content = sys.stdin.buffer.read() if name == STANDARD_INPUT else self._read_pipe(name)
         if content is None:
             return name
         if self._twice:
-            self._kept[name] = content
+            self._contents[name] = content
         return content
 
-    def again(self, name: str) -> ImageSource:
-        """The same, for the last time."""
-        return self._kept.pop(name, name)
+    def read_again(self, name: str) -> ImageSource:
+        """Return the same as `read` a second and last time."""
+        return self._contents.pop(name, name)
 
-    def _piped(self, name: str) -> bytes | None:
-        """What comes through a named pipe, as that of a shell's `<(command)`, where it is asked for twice."""
-        with suppress(OSError, ValueError):  # as above
+    def _read_pipe(self, name: str) -> bytes | None:
+        """Return the content of a named pipe, such as the shell's `<(command)`, if it is needed twice."""
+        with suppress(OSError, ValueError):  # an unreadable image is reported when it is read
             if self._twice and Path(name).is_fifo():
                 return Path(name).read_bytes()
         return None
 
 
-def _answers(
-    predictor: Predictor, names: list[str], sources: _Sources, top_k: int
+def _predict(
+    predictor: Predictor, names: list[str], sources: _ImageSources, top_k: int
 ) -> Iterator[Prediction | ImageError]:
-    """One image is read here: threads would cost it their start."""
+    """Yield the predictions. A single image is not streamed, which saves the start of the threads."""
     if len(names) > 1:
-        yield from predictor.predict_stream(map(sources.first, names), top_k)
+        yield from predictor.predict_stream(map(sources.read, names), top_k)
         return
     try:
-        yield predictor.predict(sources.first(names[0]), top_k)
+        yield predictor.predict(sources.read(names[0]), top_k)
     except ImageError as error:
         yield error
 
 
-def _shown(answers: Iterator[Prediction | ImageError], count: int) -> Iterable[Prediction | ImageError]:
-    """With a bar for many images, where it does not run through the answers themselves."""
-    if count < _MANY or not sys.stderr.isatty() or sys.stdout.isatty():
-        return answers
+def _with_progress_bar(predictions: Iterator[Prediction | ImageError], count: int) -> Iterable[Prediction | ImageError]:
+    """Show a progress bar for many images, unless the predictions are printed to the same terminal."""
+    if count < _PROGRESS_THRESHOLD or not sys.stderr.isatty() or sys.stdout.isatty():
+        return predictions
     from rich.console import Console
     from rich.progress import track
 
-    return track(answers, "classifying", count, console=Console(stderr=True), transient=True)
+    return track(predictions, "classifying", count, console=Console(stderr=True), transient=True)
 
 
-def _introduce(predictor: Predictor, path: str) -> str:
-    """What runs, on what, and what it was trained on: nobody should take drawings for photographs."""
+def _describe_model(predictor: Predictor, path: str) -> str:
+    """Return a line about the model, what it was trained on, and what runs it."""
     training = predictor.spec.training
-    origin = f", trained on {training.data.name}, {training.accuracy_text} there" if training else ""
-    return f"{path} ({predictor.spec.model}{origin}) by {predictor.backend} on {predictor.provider}"
+    origin = ""
+    if training:
+        tested = "" if training.test_accuracy is None else "test accuracy "
+        origin = f", trained on {training.data.name}, {tested}{training.accuracy_text}"
+    return f"{path} ({predictor.spec.model}{origin}) with {predictor.backend} on {predictor.provider}"

@@ -1,4 +1,4 @@
-"""`cifarx inspect`"""
+"""The `cifarx inspect` command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,18 +10,18 @@ from cifarx.output.console import json_result, result
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.registry import model_file, read_spec
 from cifarx_serve.errors import CheckFailed, error_message
-from cifarx_serve.files.checksum import SealState, damaged_member, read_seal
+from cifarx_serve.files.checksum import ChecksumState, damaged_member, read_checksum
 from cifarx_serve.spec import InputSpec, ModelSpec
 
 
 def command(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint or artifact.")],
-    check: Annotated[bool, typer.Option("--check", help="Find out whether the file is as it was written.")] = False,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint or artifact.")],
+    check: Annotated[bool, typer.Option("--check", help="Also check whether the file is intact.")] = False,
     json: Json = False,
 ) -> None:
-    """Print what a checkpoint or artifact says about itself."""
-    # First: a damaged file may say anything.
-    checked = [("seal", _check(model_file(Path(file))))] if check else []
+    """Show the model spec of a file."""
+    # The check comes first, because the spec in a damaged file can be wrong.
+    checked = [("checksum", _check(model_file(Path(file))))] if check else []
     spec = read_spec(file)
     if json:
         json_result(spec)
@@ -30,33 +30,33 @@ def command(
 
 
 def _check(path: Path) -> str:
-    """What holds the file together, in words.
+    """Return a line about the checksum of an intact file.
 
     Raises:
-        CheckFailed: it was changed, or has nothing to tell by.
+        CheckFailed: the file was changed, or has no checksum.
     """
     require_file(path)
-    seal = read_seal(path)
-    if seal.state is SealState.CHANGED:
-        raise CheckFailed(f"{path} was changed after it was sealed", "get it again from where it came, or export again")
-    if seal.state is SealState.INTACT:
-        return f"intact, sha256 {seal.sha256}"
+    checksum = read_checksum(path)
+    if checksum.state is ChecksumState.CHANGED:
+        raise CheckFailed(f"the checksum of {path} does not match", "get the file again, or export it again")
+    if checksum.state is ChecksumState.INTACT:
+        return f"intact, sha256 {checksum.sha256}"
     if path.suffix == ".pth":
         return _check_members(path)
-    raise CheckFailed(f"{path} carries no seal", "it is cut off, or not of this `cifarx export`; export it again")
+    raise CheckFailed(f"{path} has no checksum", "it is truncated, or written by another program; export it again")
 
 
 def _check_members(path: Path) -> str:
-    """Of a checkpoint, the checksums that PyTorch writes with every member of the archive."""
+    """Check the CRC-32 that PyTorch writes with every member of the archive of a checkpoint."""
     try:
         damaged = damaged_member(path)
-    except Exception as error:  # what zipfile raises on damaged archives has no common base
+    except Exception as error:  # the exceptions of zipfile for damaged archives have no common base class
         raise CheckFailed(
-            f"{path} carries no seal and no checksums ({error_message(error)})", "train again, or save it anew"
+            f"{path} has no checksum and is not a zip archive ({error_message(error)})", "save it again, or train again"
         ) from error
     if damaged:
-        raise CheckFailed(f"{path} was changed: {damaged} has another CRC-32", "get it again from where it came")
-    return "none; the CRC-32 of every member holds (not of the bytes between them)"
+        raise CheckFailed(f"the CRC-32 of {damaged} in {path} does not match", "get the file again")
+    return "none; the CRC-32 of every member matches (it does not cover the bytes between members)"
 
 
 def _facts(spec: ModelSpec) -> list[tuple[str, str]]:
@@ -68,21 +68,22 @@ def _facts(spec: ModelSpec) -> list[tuple[str, str]]:
         ("output", f"{spec.output}, float32 (N, {len(spec.class_names)})"),
         *_training(spec),
         *_export(spec),
-        *_proof(spec),
+        *_parity(spec),
     ]
 
 
 def _input(spec: ModelSpec) -> str:
-    taken = spec.input
+    expected = spec.input
     if spec.embedded_preprocessing:
-        return f"uint8 NHWC (N, any height, any width, {taken.channels}), {taken.color}"
-    return f"{taken.dtype} {taken.layout} (N, {taken.channels}, {taken.height}, {taken.width}), {taken.color}"
+        return f"uint8 NHWC (N, any height, any width, {expected.channels}), {expected.color}"
+    size = f"(N, {expected.channels}, {expected.height}, {expected.width})"
+    return f"{expected.dtype} {expected.layout} {size}, {expected.color}"
 
 
-def _preprocessing(taken: InputSpec, embedded: bool) -> str:
-    size = f"resize {taken.resize} to {taken.height}x{taken.width}"
-    numbers = f"range {taken.value_range}, mean {taken.mean}, std {taken.std}"
-    return f"{size}, {numbers}, {'in the file itself' if embedded else 'before the model'}"
+def _preprocessing(spec: InputSpec, embedded: bool) -> str:
+    size = f"resize {spec.resize} to {spec.height}x{spec.width}"
+    numbers = f"range {spec.value_range}, mean {spec.mean}, std {spec.std}"
+    return f"{size}, {numbers}, {'inside the model' if embedded else 'before the model'}"
 
 
 def _training(spec: ModelSpec) -> list[tuple[str, str]]:
@@ -100,28 +101,28 @@ def _training(spec: ModelSpec) -> list[tuple[str, str]]:
 
 
 def _export(spec: ModelSpec) -> list[tuple[str, str]]:
-    """What the file was made of, and every fact of how, one on a line."""
+    """Return what the file was made from, and the facts about its export, one per line."""
     facts = []
     if spec.checkpoint_sha256:
         facts.append(("checkpoint", f"sha256 {spec.checkpoint_sha256}"))
     if spec.weights_sha256:
         facts.append(("weights", f"sha256 {spec.weights_sha256}"))
     if spec.minimum_onnxruntime:
-        facts.append(("needs", f"ONNX Runtime >= {spec.minimum_onnxruntime}"))
+        facts.append(("requires", f"ONNX Runtime >= {spec.minimum_onnxruntime}"))
     for position, (name, value) in enumerate((spec.exporter or {}).items()):
         facts.append(("" if position else "export", f"{name}: {value}"))
     return facts
 
 
-def _proof(spec: ModelSpec) -> list[tuple[str, str]]:
+def _parity(spec: ModelSpec) -> list[tuple[str, str]]:
     parity = spec.parity
     if parity is None or parity.max_abs_error is None:
         return []
-    batches = ", ".join(map(str, parity.batch_sizes))
+    sizes = ", ".join(map(str, parity.batch_sizes))
     return [
         (
-            "proof",
+            "parity",
             f"max |Δ| {parity.max_abs_error:.2e}, agreement {parity.agreement:.4%} on {parity.images} images of "
-            f"{parity.data}, batches {batches}, {parity.provider}",
+            f"{parity.data}, batch sizes {sizes}, {parity.provider}",
         )
     ]

@@ -1,4 +1,4 @@
-"""`cifarx verify`"""
+"""The `cifarx verify` command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,41 +10,46 @@ from cifarx.options import (
     Broken,
     DataName,
     DeviceName,
+    HtmlReport,
     Json,
     ModelName,
     OnError,
     RelativeTolerance,
-    ReportPage,
     resolve_on_error,
 )
-from cifarx.output.console import json_result, note, result
+from cifarx.output.console import json_result, note, print_error, result
 
 
 def command(
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A file that a backend opens.")],
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Artifact or checkpoint to check.")],
     reference: Annotated[
-        str | None, typer.Argument(metavar="[REFERENCE]", help="Another, to agree with, in place of --ckpt.")
+        str | None, typer.Argument(metavar="[REFERENCE]", help="File to compare with, instead of --ckpt.")
     ] = None,
     ckpt: Annotated[
-        str | None, typer.Option("--ckpt", metavar="FILE", help="The checkpoint to agree with: a .pth file.")
+        str | None, typer.Option("--ckpt", metavar="FILE", help="Checkpoint to compare with, a .pth file.")
     ] = None,
     model: ModelName = None,
     data: DataName = "auto",
     on_error: OnError = None,
     broken: Broken = None,
     device: DeviceName = "cpu",
-    batch: Annotated[int | None, typer.Option(help="Compare this batch size too, beside 1, 3 and 64.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
     spec: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A model spec for a file that carries none, as `inspect --json` prints it."),
+        typer.Option(
+            metavar="FILE", help="Model spec for a file without one, in the format of `cifarx inspect --json`."
+        ),
     ] = None,
-    locate: Annotated[bool, typer.Option("--locate", help="Name the first layer that differs.")] = False,
-    page: ReportPage = None,
+    locate: Annotated[bool, typer.Option("--locate", help="Find the first layer whose output differs.")] = False,
+    html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
     rtol: RelativeTolerance = None,
     json: Json = False,
 ) -> int:
-    """Compare a file with a checkpoint or any other file again, on any data; exit 1 where it does not hold."""
+    """Check the parity of two files.
+
+    Compare an artifact with its checkpoint or with any other file, on any data. The exit status is 1 if a check fails.
+    """
     from cifarx_export.verify import verify
 
     report = verify(
@@ -55,10 +60,10 @@ def command(
         data=data,
         on_error=resolve_on_error(on_error, broken),
         device=device,
-        batch=batch,
+        batch_size=batch,
         spec=spec,
         locate=locate,
-        html_report=page,
+        html_report=html_report,
         atol=atol,
         rtol=rtol,
         progress=note,
@@ -69,13 +74,13 @@ def command(
         from cifarx.output.parity import parity_lines
 
         result(parity_lines(report))
-    if page:
-        note(f"wrote {page}")
+    if html_report:
+        note(f"wrote {html_report}")
     if json and locate:
         for check in report.checks:
             if check.name == "layer":
                 note(f"note: {check.found}")
     failed = ", ".join(check.name for check in report.checks if not check.passed)
     if failed:
-        note(f"error: {artifact} does not answer as {reference or ckpt} does ({failed}): export it again")
+        print_error(f"{artifact} differs from {reference or ckpt} (failed checks: {failed}): export it again")
     return 1 if failed else 0

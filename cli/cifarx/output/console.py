@@ -1,4 +1,4 @@
-"""What a user sees: results on standard output, progress and notes on standard error."""
+"""Prints results to standard output, and notes and errors to standard error."""
 
 import os
 import sys
@@ -13,35 +13,35 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 200
 
 
-def speaks() -> bool:
-    """Whether this process is the one that speaks: of several that torchrun started, the first."""
+def is_main_process() -> bool:
+    """Return whether this is the only process or, under torchrun, the one with rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def note(message: str) -> None:
-    """One line on standard error."""
-    if speaks():
-        failure(message)
+    """Print a line to standard error, in the main process only."""
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def failure(message: str) -> None:
-    """One line on standard error, from whichever process it happened in."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+def print_error(message: str) -> None:
+    """Print an error to standard error, in any process."""
+    print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def result(text: str) -> None:
-    """Lines on standard output."""
-    if speaks():
+    """Print lines to standard output, in the main process only."""
+    if is_main_process():
         print(text, flush=True)  # noqa: T201
 
 
 def json_result(value: Any) -> None:
-    """One indented JSON document on standard output; numbers that are not finite become null."""
+    """Print one indented JSON document to standard output. NaN and infinity become null."""
     result(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 def tick(passed: bool) -> str:
-    """A mark that survives a terminal without colours."""
+    """Return a mark that is readable without colors, and in ASCII if standard output needs it."""
     encoding = (sys.stdout.encoding or "ascii").lower()
     if not encoding.startswith("utf"):
         return "ok  " if passed else "FAIL"
@@ -49,12 +49,12 @@ def tick(passed: bool) -> str:
 
 
 def table_width() -> int:
-    """Characters that a table on standard output may take."""
+    """Return the number of characters per line of a table on standard output."""
     return _console().width
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output: two columns of text, folded where the terminal is narrow, then numbers."""
+    """Print a table to standard output; its first two columns are text, which is wrapped, and the others numbers."""
     from rich import box
     from rich.table import Table
 
@@ -70,5 +70,5 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def _console() -> "Console":
     from rich.console import Console
 
-    # A pipe has no width, and rich would cut the table to 80 columns.
+    # A pipe has no width, for which rich would use 80 columns and truncate the table.
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)

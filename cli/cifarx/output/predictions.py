@@ -1,4 +1,4 @@
-"""What `cifarx infer` found, written an image at a time: text, JSON, JSON lines or CSV."""
+"""Writes the predictions of `cifarx infer` one by one, as text, JSON, JSON lines or CSV."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -10,84 +10,95 @@ from cifarx.output.console import result
 from cifarx_serve.errors import ImageError
 from cifarx_serve.predictor import Prediction
 
-Layout: TypeAlias = Literal["text", "json", "jsonl", "csv"]
+OutputFormat: TypeAlias = Literal["text", "json", "jsonl", "csv"]
 
 
-class AnswerWriter(ABC):
-    """Writes answers to standard output as they come.
+class PredictionWriter(ABC):
+    """Writes predictions to standard output as they arrive.
 
     Args:
-        facts: what is the same for all: the model's file, its backend, its provider.
-        top_k: how many classes an answer has.
+        model_facts: the fields that all predictions share: the model file, its backend and its provider.
+        top_k: the number of classes per prediction.
     """
 
-    def __init__(self, facts: dict[str, str], top_k: int) -> None:
-        self._facts = facts
+    def __init__(self, model_facts: dict[str, str], top_k: int) -> None:
+        self._model_facts = model_facts
         self._top_k = top_k
 
     @abstractmethod
-    def write(self, image: str, answer: Prediction | ImageError) -> None:
-        """Write one."""
+    def write(self, image: str, prediction: Prediction | ImageError) -> None:
+        """Write the prediction for an image, or the error if it could not be read."""
 
     def close(self) -> None:
-        """Write what comes after the last; also after an error, so that what is there can be read."""
+        """Write the end of the output. This is also called after an error, so that the output is complete."""
         return
 
-    def _document(self, image: str, answer: Prediction | ImageError) -> dict[str, Any]:
-        if isinstance(answer, ImageError):
-            return {"image": image, "error": str(answer)}
-        answered = {"label": answer.label, "index": answer.index, "score": answer.score, "top": answer.top}
-        return {"image": image, **answered, **self._facts}
+    def _to_dict(self, image: str, prediction: Prediction | ImageError) -> dict[str, Any]:
+        if isinstance(prediction, ImageError):
+            return {"image": image, "error": str(prediction)}
+        return {
+            "image": image,
+            "label": prediction.label,
+            "index": prediction.index,
+            "score": prediction.score,
+            "top": prediction.top,
+            **self._model_facts,
+        }
 
 
-class _Text(AnswerWriter):
-    def write(self, image: str, answer: Prediction | ImageError) -> None:
-        if not isinstance(answer, ImageError):  # whose line is on standard error
-            result(f"{image}: " + ", ".join(f"{found.label} {found.score:.4f}" for found in answer.top))
+class _TextWriter(PredictionWriter):
+    def write(self, image: str, prediction: Prediction | ImageError) -> None:
+        if not isinstance(prediction, ImageError):  # errors are printed to standard error
+            result(f"{image}: " + ", ".join(f"{found.label} {found.score:.4f}" for found in prediction.top))
 
 
-class _Json(AnswerWriter):
-    """One document, a list, laid out as every other document of the command line."""
+class _JsonWriter(PredictionWriter):
+    """Writes one JSON list, formatted like every other document of the command line."""
 
-    def __init__(self, facts: dict[str, str], top_k: int) -> None:
-        super().__init__(facts, top_k)
-        self._before = "["
+    def __init__(self, model_facts: dict[str, str], top_k: int) -> None:
+        super().__init__(model_facts, top_k)
+        self._separator = "["
 
-    def write(self, image: str, answer: Prediction | ImageError) -> None:
-        document = msgspec.json.format(msgspec.json.encode(self._document(image, answer)), indent=2).decode()
+    def write(self, image: str, prediction: Prediction | ImageError) -> None:
+        document = msgspec.json.format(msgspec.json.encode(self._to_dict(image, prediction)), indent=2).decode()
         indented = document.replace("\n", "\n  ")
-        sys.stdout.write(f"{self._before}\n  {indented}")
-        self._before = ","
+        sys.stdout.write(f"{self._separator}\n  {indented}")
+        self._separator = ","
 
     def close(self) -> None:
-        result("[]" if self._before == "[" else "\n]")
+        result("[]" if self._separator == "[" else "\n]")
 
 
-class _JsonLines(AnswerWriter):
-    def write(self, image: str, answer: Prediction | ImageError) -> None:
-        result(msgspec.json.encode(self._document(image, answer)).decode())
+class _JsonLinesWriter(PredictionWriter):
+    def write(self, image: str, prediction: Prediction | ImageError) -> None:
+        result(msgspec.json.encode(self._to_dict(image, prediction)).decode())
 
 
-class _Csv(AnswerWriter):
-    def __init__(self, facts: dict[str, str], top_k: int) -> None:
-        super().__init__(facts, top_k)
-        import csv  # not for the others: start-up is measured
+class _CsvWriter(PredictionWriter):
+    def __init__(self, model_facts: dict[str, str], top_k: int) -> None:
+        super().__init__(model_facts, top_k)
+        import csv  # imported here to keep start-up fast for the other formats
 
         self._rows = csv.writer(sys.stdout, lineterminator="\n")
-        further = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "index", "score")]
-        self._rows.writerow(["image", "label", "index", "score", *further, "error"])
+        others = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "index", "score")]
+        self._rows.writerow(["image", "label", "index", "score", *others, "error"])
 
-    def write(self, image: str, answer: Prediction | ImageError) -> None:
-        if isinstance(answer, ImageError):
-            self._rows.writerow([image, *[""] * (3 * self._top_k), str(answer)])
+    def write(self, image: str, prediction: Prediction | ImageError) -> None:
+        if isinstance(prediction, ImageError):
+            self._rows.writerow([image, *[""] * (3 * self._top_k), str(prediction)])
             return
-        cells = [cell for found in answer.top for cell in (found.label, found.index, f"{found.score:.6g}")]
+        cells = [cell for found in prediction.top for cell in (found.label, found.index, f"{found.score:.6g}")]
         self._rows.writerow([image, *cells, ""])
 
 
-_WRITERS: Final[dict[Layout, type[AnswerWriter]]] = {"text": _Text, "json": _Json, "jsonl": _JsonLines, "csv": _Csv}
+_WRITERS: Final[dict[OutputFormat, type[PredictionWriter]]] = {
+    "text": _TextWriter,
+    "json": _JsonWriter,
+    "jsonl": _JsonLinesWriter,
+    "csv": _CsvWriter,
+}
 
 
-def answer_writer(layout: Layout, facts: dict[str, str], top_k: int) -> AnswerWriter:
-    """The writer of a layout."""
-    return _WRITERS[layout](facts, top_k)
+def prediction_writer(output_format: OutputFormat, model_facts: dict[str, str], top_k: int) -> PredictionWriter:
+    """Return a writer for the format; see `PredictionWriter` for the arguments."""
+    return _WRITERS[output_format](model_facts, top_k)

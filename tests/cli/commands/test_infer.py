@@ -12,26 +12,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifarx_train.data.synthetic.draw import CLASS_NAMES, draw
+from cifarx_train.data.synthetic.dataset import CLASS_NAMES, draw_split
 from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 
 
 @pytest.fixture
 def drawings(tmp_path: Path) -> list[Path]:
-    """The first five test drawings as PNG files."""
-    images, _ = draw("test")
+    """Write the first five test drawings as PNG files."""
+    images, _ = draw_split("test")
     paths = [tmp_path / f"{position}.png" for position in range(5)]
     for image, path in zip(images, paths, strict=False):
         Image.fromarray(image).save(path)
     return paths
 
 
-def test_json_shape(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
-    ran = cli("infer", *drawings, "--model", trained.onnx, "--json", "--top-k", 3)
-    assert ran.status == 0
-    assert [entry["image"] for entry in ran.json] == list(map(str, drawings))
-    for entry in ran.json:
+def test_the_fields_of_the_json_document(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    result = cli("infer", *drawings, "--model", trained.onnx, "--json", "--top-k", 3)
+    assert result.status == 0
+    assert [entry["image"] for entry in result.json] == list(map(str, drawings))
+    for entry in result.json:
         assert list(entry) == ["image", "label", "index", "score", "top", "model", "backend", "provider"]
         assert [list(candidate) for candidate in entry["top"]] == [["label", "index", "score"]] * 3
         assert entry["label"] == CLASS_NAMES[entry["index"]] == entry["top"][0]["label"]
@@ -39,31 +39,33 @@ def test_json_shape(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
         assert entry["model"] == str(trained.onnx)
 
 
-def test_every_backend_gives_the_same_answer(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
-    answers = [
+def test_every_backend_has_the_same_predictions(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    predictions = [
         [
             (entry["index"], round(entry["score"], 5))
             for entry in cli("infer", *drawings, "--model", model, "--json").json
         ]
         for model in (trained.onnx, trained.torchscript, trained.checkpoint)
     ]
-    assert answers[0] == answers[1] == answers[2]
+    assert predictions[0] == predictions[1] == predictions[2]
 
 
-def test_text_is_one_line_an_image(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
-    ran = cli("infer", *drawings, "--model", trained.onnx)
-    lines = ran.out.splitlines()
+def test_text_has_one_line_per_image(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+    result = cli("infer", *drawings, "--model", trained.onnx)
+    lines = result.out.splitlines()
     assert [line.partition(":")[0] for line in lines] == list(map(str, drawings))
     assert all(line.split()[1] in CLASS_NAMES for line in lines)
 
 
-def test_says_what_runs_and_what_it_was_trained_on(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+def test_describes_the_model_on_standard_error(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
     err = cli("infer", drawings[0], "--model", trained.onnx).err
-    assert "CPUExecutionProvider" in err
+    accuracy = f"{cli('inspect', trained.onnx, '--json').json['training']['test_accuracy']:.2%}"
+    assert err.startswith(f"note: {trained.onnx} (lzh, trained on ")
     assert "built-in" in err or "builtin" in err
+    assert err.endswith(f", test accuracy {accuracy}) with onnxruntime on CPUExecutionProvider\n")
 
 
-def test_without_a_model_takes_the_newest_that_the_backend_runs(
+def test_by_default_uses_the_newest_file_that_the_backend_can_run(
     cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path
 ) -> None:
     shutil.copy(trained.onnx, tmp_path / "old.onnx")
@@ -71,56 +73,60 @@ def test_without_a_model_takes_the_newest_that_the_backend_runs(
     shutil.copy(trained.checkpoint, tmp_path / "newest.pth")
     newest = (tmp_path / "old.onnx").stat().st_mtime_ns + 10**9
     os.utime(tmp_path / "new.onnx", ns=(newest, newest))
-    ran = cli("infer", drawings[0], "--backend", "onnxruntime", "--json")
-    assert ran.json[0]["model"] == "new.onnx"
-    assert "new.onnx" in ran.err
+    result = cli("infer", drawings[0], "--backend", "onnxruntime", "--json")
+    assert result.json[0]["model"] == "new.onnx"
+    assert "new.onnx" in result.err
     assert cli("infer", drawings[0], "--backend", "pytorch", "--json").json[0]["model"] == "newest.pth"
 
 
-def test_no_model_at_all(cli: Cli, drawings: list[Path]) -> None:
-    ran = cli("infer", drawings[0], "--backend", "onnxruntime")
-    assert ran.status == 2
-    assert "--model" in ran.error
-    assert ".onnx" in ran.error
+def test_a_missing_model_is_a_usage_error(cli: Cli, drawings: list[Path]) -> None:
+    result = cli("infer", drawings[0], "--backend", "onnxruntime")
+    assert result.status == 2
+    assert "--model" in result.error
+    assert ".onnx" in result.error
 
 
-def test_broken_images_do_not_stop_the_others(cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
+def test_unreadable_images_do_not_stop_the_others(
+    cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path
+) -> None:
     torn = tmp_path / "torn.png"
     torn.write_bytes(drawings[0].read_bytes()[:200])
-    ran = cli("infer", drawings[0], torn, "absent.png", drawings[1], "--model", trained.onnx, "--json")
-    assert ran.status == 1
-    assert [("label" in entry, "error" in entry) for entry in ran.json] == [
+    result = cli("infer", drawings[0], torn, "absent.png", drawings[1], "--model", trained.onnx, "--json")
+    assert result.status == 1
+    assert [("label" in entry, "error" in entry) for entry in result.json] == [
         (True, False),
         (False, True),
         (False, True),
         (True, False),
     ]
-    assert list(ran.json[1]) == ["image", "error"]
+    assert list(result.json[1]) == ["image", "error"]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"no picture", "not an image"), (b"", "not an image"), (None, "No such file")],
+    [(b"some text", "not an image"), (b"", "not an image"), (None, "No such file")],
     ids=["text", "empty", "absent"],
 )
-def test_what_is_no_image(cli: Cli, trained: Trained, tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_a_file_that_is_not_an_image(
+    cli: Cli, trained: Trained, tmp_path: Path, content: bytes | None, words: str
+) -> None:
     path = tmp_path / "x.png"
     if content is not None:
         path.write_bytes(content)
-    ran = cli("infer", path, "--model", trained.onnx)
-    assert ran.status == 2
-    assert words in ran.error
-    assert ran.err.count("\n") == 1
-    assert ran.out == ""
+    result = cli("infer", path, "--model", trained.onnx)
+    assert result.status == 2
+    assert words in result.error
+    assert result.err.count("\n") == 1
+    assert result.out == ""
 
 
-def test_truncated_photo(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+def test_a_truncated_photo(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "whole.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:5000])
-    ran = cli("infer", tmp_path / "torn.jpg", "--model", trained.onnx)
-    assert ran.status == 2
-    assert "truncated" in ran.error
+    result = cli("infer", tmp_path / "torn.jpg", "--model", trained.onnx)
+    assert result.status == 2
+    assert "truncated" in result.error
 
 
 @pytest.mark.parametrize(
@@ -133,77 +139,79 @@ def test_truncated_photo(cli: Cli, trained: Trained, tmp_path: Path) -> None:
         (["--backend", "pytorch"], "does not open"),
     ],
 )
-def test_wrong_choices(cli: Cli, trained: Trained, drawings: list[Path], arguments: list[str], words: str) -> None:
-    ran = cli("infer", drawings[0], "--model", trained.onnx, *arguments)
-    assert ran.status == 2
-    assert words in ran.error
-    assert ran.out == ""
+def test_invalid_options_are_usage_errors(
+    cli: Cli, trained: Trained, drawings: list[Path], arguments: list[str], words: str
+) -> None:
+    result = cli("infer", drawings[0], "--model", trained.onnx, *arguments)
+    assert result.status == 2
+    assert words in result.error
+    assert result.out == ""
 
 
-def test_cuda_that_is_not_there_is_an_error(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
+def test_unavailable_cuda_is_an_error(cli: Cli, trained: Trained, drawings: list[Path]) -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("a GPU is available")
     for model in (trained.onnx, trained.torchscript, trained.checkpoint):
-        ran = cli("infer", drawings[0], "--model", model, "--device", "cuda")
-        assert ran.status == 2
-        assert "--device cpu" in ran.error
-        assert ran.out == ""
+        result = cli("infer", drawings[0], "--model", model, "--device", "cuda")
+        assert result.status == 2
+        assert "--device cpu" in result.error
+        assert result.out == ""
 
 
-def test_model_files_that_are_none(cli: Cli, drawings: list[Path], tmp_path: Path) -> None:
+def test_files_that_are_not_models(cli: Cli, drawings: list[Path], tmp_path: Path) -> None:
     for name in ("x.onnx", "x.torchscript.pt", "x.pth"):
-        (tmp_path / name).write_bytes(b"this is no model")
-        ran = cli("infer", drawings[0], "--model", tmp_path / name)
-        assert ran.status == 2
-        assert name in ran.error
+        (tmp_path / name).write_bytes(b"not a model")
+        result = cli("infer", drawings[0], "--model", tmp_path / name)
+        assert result.status == 2
+        assert name in result.error
 
 
-def test_onnx_imports_no_pytorch(trained: Trained, drawings: list[Path]) -> None:
+def test_an_onnx_model_does_not_import_pytorch(trained: Trained, drawings: list[Path]) -> None:
     code = (
         "import sys; from cifarx.main import main\n"
         f"sys.argv = ['cifarx', 'infer', {str(drawings[0])!r}, '--model', {str(trained.onnx)!r},"
         " '--backend', 'onnxruntime']\n"
         "try: main()\n"
-        "except SystemExit as ended: status = ended.code\n"
+        "except SystemExit as exit: status = exit.code\n"
         "heavy = {'torch', 'torchvision', 'onnx', 'tensorboard', 'rich'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else status)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith(str(drawings[0]))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(drawings[0]))
 
 
-def test_dog(cli: Cli, trained: Trained, dog: Path) -> None:
-    """A photograph of 1546x1213, whatever a model of drawings makes of it: the same by every backend."""
-    answers = {
+def test_every_backend_agrees_on_a_photograph(cli: Cli, trained: Trained, dog: Path) -> None:
+    """Every backend predicts the same class for a photograph of 1546x1213 pixels."""
+    classes = {
         cli("infer", dog, "--model", model, "--json").json[0]["index"]
         for model in (trained.onnx, trained.torchscript, trained.checkpoint)
     }
-    assert len(answers) == 1
+    assert len(classes) == 1
 
 
-# Many images, and other layouts.
+# --- many images and other output formats
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A hundred and fifty drawings, one that is broken in the middle, and a text."""
-    place = tmp_path / "many"
-    place.mkdir()
-    images, _ = draw("test")
+    """Write 150 drawings, one of them unreadable, and a text file."""
+    path = tmp_path / "many"
+    path.mkdir()
+    images, _ = draw_split("test")
     for position in range(150):
-        Image.fromarray(images[position]).save(place / f"{position:03}.png")
-    (place / "077.png").write_bytes(b"no picture")
-    (place / "readme.txt").touch()
-    return place
+        Image.fromarray(images[position]).save(path / f"{position:03}.png")
+    (path / "077.png").write_bytes(b"not an image")
+    (path / "readme.txt").touch()
+    return path
 
 
-def test_a_folder_is_answered_in_order(cli: Cli, trained: Trained, folder: Path) -> None:
-    ran = cli("infer", folder, "--model", trained.onnx, "--jsonl", "--top-k", 2)
-    assert ran.status == 1
-    rows = [json.loads(line) for line in ran.out.splitlines()]
+def test_the_images_of_a_folder_keep_their_order(cli: Cli, trained: Trained, folder: Path) -> None:
+    result = cli("infer", folder, "--model", trained.onnx, "--jsonl", "--top-k", 2)
+    assert result.status == 1
+    rows = [json.loads(line) for line in result.out.splitlines()]
     assert [Path(row["image"]).name for row in rows] == [f"{position:03}.png" for position in range(150)]
     assert [position for position, row in enumerate(rows) if "error" in row] == [77]
     single = cli("infer", folder / "140.png", "--model", trained.onnx, "--json", "--top-k", 2).json[0]
@@ -213,86 +221,86 @@ def test_a_folder_is_answered_in_order(cli: Cli, trained: Trained, folder: Path)
     assert document.json == rows
 
 
-def test_a_table_has_a_row_an_image(cli: Cli, trained: Trained, folder: Path) -> None:
-    ran = cli("infer", str(folder / "07*.png"), "--model", trained.onnx, "--csv", "--top-k", 2)
-    assert ran.status == 1
-    rows = list(csv.DictReader(io.StringIO(ran.out)))
-    head = ["image", "label", "index", "score", "label_2", "index_2", "score_2", "error"]
-    assert list(rows[0]) == head
+def test_csv_has_one_row_per_image(cli: Cli, trained: Trained, folder: Path) -> None:
+    result = cli("infer", str(folder / "07*.png"), "--model", trained.onnx, "--csv", "--top-k", 2)
+    assert result.status == 1
+    rows = list(csv.DictReader(io.StringIO(result.out)))
+    header = ["image", "label", "index", "score", "label_2", "index_2", "score_2", "error"]
+    assert list(rows[0]) == header
     assert len(rows) == 10
     for row in rows:
         if row["image"].endswith("077.png"):
             assert "not an image" in row["error"]
-            assert {row[name] for name in head[1:-1]} == {""}
+            assert {row[name] for name in header[1:-1]} == {""}
         else:
             assert row["label"] == CLASS_NAMES[int(row["index"])]
             assert float(row["score"]) >= float(row["score_2"])
             assert not row["error"]
 
 
-def test_standard_input_is_an_image(trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
+def test_reads_an_image_from_standard_input(trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cifarx", "infer", "-", str(drawings[1]), "--model", str(trained.onnx), "--json"]
-    ran = subprocess.run(command, input=drawings[1].read_bytes(), capture_output=True, check=True, cwd=tmp_path)
-    first, second = json.loads(ran.stdout)
+    result = subprocess.run(command, input=drawings[1].read_bytes(), capture_output=True, check=True, cwd=tmp_path)
+    first, second = json.loads(result.stdout)
     assert first["image"] == "-"
     assert {**first, "image": ""} == {**second, "image": ""}
 
 
-def test_a_text_has_no_line_for_what_is_broken(cli: Cli, trained: Trained, folder: Path) -> None:
-    ran = cli("infer", folder, "--model", trained.onnx)
-    assert len(ran.out.splitlines()) == 149
-    assert "077.png is not an image" in ran.error
+def test_text_has_no_line_for_unreadable_images(cli: Cli, trained: Trained, folder: Path) -> None:
+    result = cli("infer", folder, "--model", trained.onnx)
+    assert len(result.out.splitlines()) == 149
+    assert "077.png is not an image" in result.error
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["x.png", "--csv", "--jsonl"], "--jsonl and --csv together"),
-        (["*.gif"], "nothing fits"),
+        (["x.png", "--csv", "--jsonl"], "--jsonl and --csv were given together: choose one of them"),
+        (["*.gif"], "no file matches"),
         ([".", "--csv"], "no images in"),
     ],
 )
-def test_what_cannot_be_meant(
+def test_invalid_formats_and_patterns_are_usage_errors(
     cli: Cli, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     (tmp_path / "none").mkdir()
     monkeypatch.chdir(tmp_path / "none")
-    ran = cli("infer", *arguments, "--model", trained.onnx)
-    assert ran.status == 2
-    assert words in ran.error
-    assert ran.out == ""
+    result = cli("infer", *arguments, "--model", trained.onnx)
+    assert result.status == 2
+    assert words in result.error
+    assert result.out == ""
 
 
-# The contact sheet.
+# --- the contact sheet
 
 
 def shows(sheet: Path, image: Path) -> bool:
-    """Whether a drawing stands on a sheet as it is, five times as large."""
-    with Image.open(sheet) as page, Image.open(image) as picture:
-        pixels, drawing = np.asarray(page.convert("RGB")), np.asarray(picture)
-    places = np.lib.stride_tricks.sliding_window_view(pixels[:, :, 0], (160, 160))[::2, ::2][:, :, ::5, ::5]
-    return bool((places == drawing[:, :, 0]).all(axis=(2, 3)).any())
+    """Return whether a sheet shows a drawing, enlarged five times."""
+    with Image.open(sheet) as page, Image.open(image) as opened:
+        pixels, drawing = np.asarray(page.convert("RGB")), np.asarray(opened)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels[:, :, 0], (160, 160))[::2, ::2][:, :, ::5, ::5]
+    return bool((windows == drawing[:, :, 0]).all(axis=(2, 3)).any())
 
 
 def test_a_sheet_shows_the_images(cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
     bare = cli("infer", *drawings[:4], "--model", trained.onnx, "--json", "--top-k", 2)
-    ran = cli("infer", *drawings[:4], "--model", trained.onnx, "--json", "--top-k", 2, "--annotate", "new/out.png")
-    assert ran.status == 0
-    assert ran.out == bare.out
-    assert ran.err == f"{bare.err}wrote new/out.png\n"
+    result = cli("infer", *drawings[:4], "--model", trained.onnx, "--json", "--top-k", 2, "--annotate", "new/out.png")
+    assert result.status == 0
+    assert result.out == bare.out
+    assert result.err == f"{bare.err}wrote new/out.png\n"
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "out.png"]
     assert [shows(tmp_path / "new" / "out.png", drawing) for drawing in drawings] == [True] * 4 + [False]
 
 
 def test_a_sheet_of_a_folder(cli: Cli, trained: Trained, folder: Path) -> None:
-    """One image is broken, and more are there than are drawn; the sheet is no image of its own folder."""
-    for broken in ("001.png", "140.png"):
-        (folder / broken).write_bytes(b"no picture")
+    """Some images are unreadable, and there are more than are drawn. The sheet does not overwrite an image."""
+    for unreadable in ("001.png", "140.png"):
+        (folder / unreadable).write_bytes(b"not an image")
     out = folder / "out.jpg"
-    ran = cli("infer", folder, "--model", trained.onnx, "--jsonl", "--annotate", out)
-    assert ran.status == 1
-    assert len(ran.out.splitlines()) == 150
-    assert ran.err.splitlines()[-1] == f"wrote {out}"
+    result = cli("infer", folder, "--model", trained.onnx, "--jsonl", "--annotate", out)
+    assert result.status == 1
+    assert len(result.out.splitlines()) == 150
+    assert result.err.splitlines()[-1] == f"wrote {out}"
     with Image.open(out) as page:
         assert page.format == "JPEG"
         assert page.width > 8 * 160
@@ -303,10 +311,10 @@ def test_a_sheet_of_a_folder(cli: Cli, trained: Trained, folder: Path) -> None:
     assert again.out == ""
 
 
-def test_a_sheet_where_nothing_could_be_answered(cli: Cli, trained: Trained, tmp_path: Path) -> None:
-    ran = cli("infer", "absent.png", "--model", trained.onnx, "--annotate", "out.webp")
-    assert ran.status == 2
-    assert "No such file" in ran.error
+def test_a_sheet_without_any_readable_image(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+    result = cli("infer", "absent.png", "--model", trained.onnx, "--annotate", "out.webp")
+    assert result.status == 2
+    assert "No such file" in result.error
     with Image.open(tmp_path / "out.webp") as page:
         assert page.format == "WEBP"
 
@@ -315,23 +323,23 @@ def test_a_sheet_where_nothing_could_be_answered(cli: Cli, trained: Trained, tmp
 def test_a_sheet_shows_standard_input(trained: Trained, drawings: list[Path], tmp_path: Path, others: int) -> None:
     command = [sys.executable, "-m", "cifarx", "infer", "-", *map(str, drawings[2 : 2 + others])]
     command += ["--model", str(trained.onnx), "--annotate", "out.png"]
-    ran = subprocess.run(command, input=drawings[1].read_bytes(), capture_output=True, check=True, cwd=tmp_path)
-    assert ran.stdout.startswith(b"-: ")
+    result = subprocess.run(command, input=drawings[1].read_bytes(), capture_output=True, check=True, cwd=tmp_path)
+    assert result.stdout.startswith(b"-: ")
     assert shows(tmp_path / "out.png", drawings[1])
     assert shows(tmp_path / "out.png", drawings[2]) == bool(others)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_sheet_shows_what_comes_through_a_pipe(
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_sheet_shows_an_image_from_a_named_pipe(
     cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path
 ) -> None:
-    """As from a shell's `<(command)`: a second reading would wait for ever."""
+    """A pipe, such as the shell's `<(command)`, can be read only once."""
     os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor(1) as pool:
         written = pool.submit((tmp_path / "pipe").write_bytes, drawings[1].read_bytes())
-        ran = cli("infer", "pipe", drawings[0], "--model", trained.onnx, "--annotate", "out.png")
+        result = cli("infer", "pipe", drawings[0], "--model", trained.onnx, "--annotate", "out.png")
         assert written.result(timeout=20)
-    assert ran.status == 0
+    assert result.status == 0
     assert shows(tmp_path / "out.png", drawings[1])
 
 
@@ -349,24 +357,24 @@ def test_a_sheet_shows_what_comes_through_a_pipe(
 def test_a_sheet_that_cannot_be_written(
     cli: Cli, drawings: list[Path], tmp_path: Path, target: str, words: str
 ) -> None:
-    """Told before the model is looked for: there is none."""
+    """The error comes before the model is opened, which does not exist."""
     (tmp_path / "folder.png").mkdir()
     before = set(tmp_path.rglob("*")), drawings[0].read_bytes()
-    ran = cli("infer", *drawings, "absent.png", "--annotate", target)
-    assert ran.status == 2
-    assert words in ran.error
-    assert ran.out == ""
+    result = cli("infer", *drawings, "absent.png", "--annotate", target)
+    assert result.status == 2
+    assert words in result.error
+    assert result.out == ""
     assert (set(tmp_path.rglob("*")), drawings[0].read_bytes()) == before
 
 
-def test_without_a_sheet_nothing_is_drawn(trained: Trained, drawings: list[Path]) -> None:
+def test_without_a_sheet_no_drawing_code_is_imported(trained: Trained, drawings: list[Path]) -> None:
     code = (
         "import sys; from cifarx.main import main\n"
         f"sys.argv = ['cifarx', 'infer', {str(drawings[0])!r}, '--model', {str(trained.onnx)!r}]\n"
         "try: main()\n"
-        "except SystemExit as ended: status = ended.code\n"
+        "except SystemExit as exit: status = exit.code\n"
         "drawing = {'cifarx.output.contact_sheet', 'PIL.ImageDraw', 'PIL.ImageFont'} & set(sys.modules)\n"
         "sys.exit(str(drawing) if drawing else status)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -6,7 +6,7 @@ import msgspec
 import torch
 
 from cifarx_serve.backends.registry import read_spec
-from cifarx_serve.files.checksum import seal
+from cifarx_serve.files.checksum import write_checksum
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
@@ -21,7 +21,7 @@ def test_json_is_the_spec(cli: Cli, trained: Trained) -> None:
         assert (spec["parity"] is None) == (path == trained.checkpoint)
 
 
-def test_text_says_what_matters(cli: Cli, trained: Trained) -> None:
+def test_prints_the_most_important_facts(cli: Cli, trained: Trained) -> None:
     out = cli("inspect", trained.onnx).out
     for words in ("lzh, fp32", "airplane", "(N, 3, 32, 32)", "drawings", "test accuracy", "agreement", "sha256"):
         assert words in out
@@ -31,7 +31,7 @@ def test_text_says_what_matters(cli: Cli, trained: Trained) -> None:
     assert "opset: 18" in out
 
 
-def test_text_says_what_only_some_files_are(cli: Cli, tmp_path: Path) -> None:
+def test_prints_facts_that_only_some_files_have(cli: Cli, tmp_path: Path) -> None:
     spec = msgspec.structs.replace(
         SPEC,
         embedded_preprocessing=True,
@@ -41,18 +41,18 @@ def test_text_says_what_only_some_files_are(cli: Cli, tmp_path: Path) -> None:
     )
     lines = cli("inspect", write_onnx(tmp_path / "x.onnx", spec.to_json())).out.splitlines()
     for line in (
-        "model           colours, int8",
+        "model           colors, int8",
         "input           uint8 NHWC (N, any height, any width, 3), RGB",
-        "needs           ONNX Runtime >= 1.18",
+        "requires        ONNX Runtime >= 1.18",
         "export          format: onnx",
         "                calibration: 512 images, entropy",
         "                fp32 layers: conv1, fc",
     ):
         assert line in lines
-    assert any(line.startswith("preprocessing") and line.endswith("in the file itself") for line in lines)
+    assert any(line.startswith("preprocessing") and line.endswith("inside the model") for line in lines)
 
 
-def test_wrong_files(cli: Cli, tmp_path: object) -> None:
+def test_files_that_cannot_be_opened(cli: Cli, tmp_path: object) -> None:
     for check in ([], ["--check"]):
         absent = cli("inspect", "absent.onnx", *check)
         assert "no such file" in absent.error
@@ -60,58 +60,60 @@ def test_wrong_files(cli: Cli, tmp_path: object) -> None:
         assert cli("inspect", str(tmp_path), *check).status == 2
 
 
-def test_check_of_a_sealed_file(cli: Cli, tmp_path: Path) -> None:
+def test_check_of_a_file_with_a_checksum(cli: Cli, tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "x.onnx")
-    seal(path)
-    ran = cli("inspect", path, "--check")
-    assert ran.status == 0
-    assert "seal            intact, sha256 " in ran.out
+    write_checksum(path)
+    result = cli("inspect", path, "--check")
+    assert result.status == 0
+    assert "checksum        intact, sha256 " in result.out
     assert json.loads(cli("inspect", path, "--check", "--json").out) == json.loads(SPEC.to_json())
 
 
 def test_check_of_a_changed_file(cli: Cli, tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "x.onnx")
-    seal(path)
+    write_checksum(path)
     whole = bytearray(path.read_bytes())
-    for place in (20, 200, len(whole) - 1):  # in the graph, in the spec, in the seal
+    for place in (20, 200, len(whole) - 1):  # in the graph, in the spec, in the checksum
         changed = bytearray(whole)
         changed[place] ^= 1
         path.write_bytes(changed)
         for json_option in ([], ["--json"]):
-            ran = cli("inspect", path, "--check", *json_option)
-            assert ran.status == 1
-            assert "was changed after it was sealed" in ran.error
-            assert ran.out == ""
+            result = cli("inspect", path, "--check", *json_option)
+            assert result.status == 1
+            assert f"the checksum of {path} does not match" in result.error
+            assert result.out == ""
 
 
-def test_check_of_a_file_without_a_seal(cli: Cli, tmp_path: Path) -> None:
-    ran = cli("inspect", write_onnx(tmp_path / "x.onnx"), "--check")
-    assert ran.status == 1
-    assert "carries no seal" in ran.error
-    assert ran.out == ""
+def test_check_of_a_file_without_a_checksum(cli: Cli, tmp_path: Path) -> None:
+    result = cli("inspect", write_onnx(tmp_path / "x.onnx"), "--check")
+    assert result.status == 1
+    assert "has no checksum" in result.error
+    assert result.out == ""
 
 
-def test_check_of_a_checkpoint_without_a_seal_is_of_its_checksums(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+def test_check_of_a_checkpoint_without_a_checksum_uses_the_crc_of_its_members(
+    cli: Cli, trained: Trained, tmp_path: Path
+) -> None:
     path = tmp_path / "lzh_0.pth"
-    # Saved anew by PyTorch, as the notes do: our own checkpoints are sealed.
+    # Saved again by PyTorch: checkpoints that cifarx writes have a checksum.
     torch.save(torch.load(trained.checkpoint, weights_only=True), path)
-    ran = cli("inspect", path, "--check")
-    assert ran.status == 0
-    assert "CRC-32 of every member holds" in ran.out
+    result = cli("inspect", path, "--check")
+    assert result.status == 0
+    assert "the CRC-32 of every member matches" in result.out
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 1
     path.write_bytes(whole)
-    ran = cli("inspect", path, "--check")
-    assert ran.status == 1
-    assert "has another CRC-32" in ran.error
+    result = cli("inspect", path, "--check")
+    assert result.status == 1
+    assert f" in {path} does not match" in result.error
 
 
-def test_check_of_a_checkpoint_is_of_its_seal(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+def test_check_of_a_checkpoint_uses_its_checksum(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     path = tmp_path / "lzh_0.pth"
     shutil.copy(trained.checkpoint, path)
-    ran = cli("inspect", path, "--check")
-    assert ran.status == 0
-    assert "intact, sha256" in ran.out
+    result = cli("inspect", path, "--check")
+    assert result.status == 0
+    assert "intact, sha256" in result.out
     whole = bytearray(path.read_bytes())
     whole[-100] ^= 1
     path.write_bytes(whole)
@@ -121,16 +123,16 @@ def test_check_of_a_checkpoint_is_of_its_seal(cli: Cli, trained: Trained, tmp_pa
 def test_check_of_a_checkpoint_of_the_older_format(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
     torch.save({"weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
-    ran = cli("inspect", path, "--check")
-    assert ran.status == 1
-    assert "no seal and no checksums" in ran.error
+    result = cli("inspect", path, "--check")
+    assert result.status == 1
+    assert "has no checksum and is not a zip archive" in result.error
 
 
 def test_a_model_repository(cli: Cli, tmp_path: Path) -> None:
     model = tmp_path / "x.triton" / "x" / "1" / "model.onnx"
     model.parent.mkdir(parents=True)
     write_onnx(model)
-    seal(model)
-    ran = cli("inspect", tmp_path / "x.triton", "--check")
-    assert ran.status == 0
-    assert "intact" in ran.out
+    write_checksum(model)
+    result = cli("inspect", tmp_path / "x.triton", "--check")
+    assert result.status == 0
+    assert "intact" in result.out

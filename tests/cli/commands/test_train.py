@@ -10,44 +10,44 @@ from typing import Any
 import pytest
 
 from cifarx_train.callbacks.base import Callback
-from cifarx_train.recipes import NETWORK_RECIPES, RECIPES, Recipe, recipe
+from cifarx_train.recipes import MODEL_RECIPES, RECIPES, Recipe, load_recipe
 from tests.support.command_line import Cli
-from tests.support.drawn_images import draw_folder
+from tests.support.image_datasets import write_image_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three easy classes: 20 training and 10 test images of one colour each, with noise; not to be written to."""
-    return draw_folder(tmp_path_factory.mktemp("drawn") / "data", width=40, height=24)
+    """Write three easy classes of one color each, with noise: 20 training and 10 test images per class. Read-only."""
+    return write_image_folder(tmp_path_factory.mktemp("drawn") / "data", width=40, height=24)
 
 
 @pytest.fixture
 def command(folder: Path) -> tuple[object, ...]:
-    """Two short epochs of Lzh, into the folder `run`."""
+    """Return the arguments that train Lzh for two short epochs in the directory `run`."""
     return ("train", "--model", "lzh", "--data", folder, "--epochs", 2, "--batch-size", 16, "--out", "run")
 
 
-def test_writes_one_checkpoint_an_epoch(cli: Cli, command: tuple[object, ...], tmp_path: Path) -> None:
-    ran = cli(*command, "--json")
-    assert ran.status == 0, ran.err
-    assert list(ran.json) == ["checkpoints", "test_accuracy", "images_per_s", "epochs", "device"]
-    assert ran.json["checkpoints"] == ["run/lzh_0.pth", "run/lzh_1.pth"]
-    assert all((tmp_path / name).is_file() for name in ran.json["checkpoints"])
-    assert ran.json["epochs"] == 2
-    assert 0 <= ran.json["test_accuracy"] <= 1
-    assert ran.json["images_per_s"] > 0
-    assert ran.json["device"].partition(":")[0] in ("cpu", "cuda", "mps")
+def test_writes_one_checkpoint_per_epoch(cli: Cli, command: tuple[object, ...], tmp_path: Path) -> None:
+    result = cli(*command, "--json")
+    assert result.status == 0, result.err
+    assert list(result.json) == ["checkpoints", "test_accuracy", "images_per_s", "epochs", "device"]
+    assert result.json["checkpoints"] == ["run/lzh_0.pth", "run/lzh_1.pth"]
+    assert all((tmp_path / name).is_file() for name in result.json["checkpoints"])
+    assert result.json["epochs"] == 2
+    assert 0 <= result.json["test_accuracy"] <= 1
+    assert result.json["images_per_s"] > 0
+    assert result.json["device"].partition(":")[0] in ("cpu", "cuda", "mps")
     assert list((tmp_path / "run" / "logs").glob("events.*"))
     assert cli("inspect", "run/lzh_1.pth", "--json").json["class_names"] == ["blue", "green", "red"]
 
 
-def test_tells_the_truth_about_the_data(cli: Cli, folder: Path) -> None:
-    ran = cli("train", "--model", "lzh", "--data", folder, "--epochs", 1)
-    assert "60 training and 30 test images" in ran.err
-    assert "cifarx export --ckpt lzh_0.pth" in ran.err
-    assert ran.out.startswith("lzh_0.pth: ")
-    assert "test accuracy on data, 1 epochs on " in ran.out
-    assert ran.out.rstrip().endswith("MiB at most")
+def test_prints_the_data_and_the_test_accuracy(cli: Cli, folder: Path) -> None:
+    result = cli("train", "--model", "lzh", "--data", folder, "--epochs", 1)
+    assert "60 training and 30 test images" in result.err
+    assert "cifarx export --ckpt lzh_0.pth" in result.err
+    assert re.fullmatch(
+        r"lzh_0\.pth: \d+\.\d\d% test accuracy on data after 1 epoch on \S+, peak memory [\d,]+ MiB\n", result.out
+    )
 
 
 def test_learns(cli: Cli, folder: Path) -> None:
@@ -63,11 +63,11 @@ def recorded(cli: Cli, path: str) -> dict[str, Any]:
     return values
 
 
-def test_every_option_of_the_recipe_is_used_and_recorded(cli: Cli, folder: Path) -> None:
+def test_every_recipe_option_is_used_and_recorded(cli: Cli, folder: Path) -> None:
     options = ("--epochs", 1, "--batch-size", 20, "--lr", 0.02, "--precision", "bf16", "--max-minutes", 9)
     sets = ("--patience", 3, "--set", "momentum=0.9", "--set", "nesterov=true", "--set", "schedule=cosine")
-    ran = cli("train", "--model", "lzh", "--data", folder, *options, *sets)
-    assert ran.status == 0, ran.err
+    result = cli("train", "--model", "lzh", "--data", folder, *options, *sets)
+    assert result.status == 0, result.err
     assert recorded(cli, "lzh_0.pth") == {
         **recorded_values("notes"),
         "epochs": 1,
@@ -100,50 +100,48 @@ def recorded_values(name: str) -> dict[str, Any]:
         ("crop", "3", 3),
     ],
 )
-def test_set_takes_any_field_also_those_with_an_option_of_their_own(
-    cli: Cli, field: str, text: str, value: object
-) -> None:
+def test_set_takes_any_field_of_the_recipe(cli: Cli, field: str, text: str, value: object) -> None:
     assert cli("train", "--dry-run", "--json", "--set", f"{field}={text}").json[field] == value
 
 
-def test_an_option_comes_before_set(cli: Cli) -> None:
+def test_an_option_takes_precedence_over_set(cli: Cli) -> None:
     assert cli("train", "--dry-run", "--json", "--set", "epochs=3", "--epochs", 4).json["epochs"] == 4
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_a_dry_run_prints_the_recipe_as_a_file_that_can_be_given(cli: Cli, name: str, tmp_path: Path) -> None:
-    ran = cli("train", "--recipe", name, "--dry-run", "--set", "ema=0.99")
-    assert (ran.status, ran.err) == (0, "")
-    assert tomllib.loads(ran.out)["ema"] == 0.99
-    (tmp_path / "mine.toml").write_text(ran.out)
-    assert recipe("mine.toml") == recipe(name, overrides={"ema": 0.99})
-    assert cli("train", "--recipe", "mine.toml", "--dry-run").out == ran.out
+def test_a_dry_run_prints_a_recipe_file_that_can_be_used(cli: Cli, name: str, tmp_path: Path) -> None:
+    result = cli("train", "--recipe", name, "--dry-run", "--set", "ema_decay=0.99")
+    assert (result.status, result.err) == (0, "")
+    assert tomllib.loads(result.out)["ema_decay"] == 0.99
+    (tmp_path / "mine.toml").write_text(result.out)
+    assert load_recipe("mine.toml") == load_recipe(name, overrides={"ema_decay": 0.99})
+    assert cli("train", "--recipe", "mine.toml", "--dry-run").out == result.out
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_a_dry_run_knows_the_network(cli: Cli) -> None:
-    own = NETWORK_RECIPES["fast", "fastnet"]
-    ran = cli("train", "--recipe", "fast", "--model", "fastnet", "--dry-run", "--json")
-    assert ran.json == {field: getattr(own, field) for field in Recipe.__struct_fields__}
+def test_a_dry_run_uses_the_recipe_of_the_model(cli: Cli) -> None:
+    own = MODEL_RECIPES["fast", "fastnet"]
+    result = cli("train", "--recipe", "fast", "--model", "fastnet", "--dry-run", "--json")
+    assert result.json == {field: getattr(own, field) for field in Recipe.__struct_fields__}
 
 
-def test_a_dry_run_imports_no_pytorch() -> None:
+def test_a_dry_run_does_not_import_pytorch() -> None:
     code = (
         "import sys; from cifarx.app import app\n"
         "app(['train', '--recipe', 'fast', '--dry-run'], standalone_mode=False)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert 'name = "fast"' in ran.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 'name = "fast"' in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--set", "momentum"], "--set momentum sets nothing"),
-        (["--set", "momentum="], "--set momentum= sets nothing"),
-        (["--set", "=0.9"], "--set =0.9 sets nothing"),
+        (["--set", "momentum"], "--set momentum is not FIELD=VALUE: write it like --set momentum=0.9"),
+        (["--set", "momentum="], "--set momentum= is not FIELD=VALUE"),
+        (["--set", "=0.9"], "--set =0.9 is not FIELD=VALUE"),
         (["--set", "momentm=0.9"], "did you mean 'momentum'"),
         (["--set", "momentum=much"], "momentum"),
         (["--set", "momentum=1"], "momentum"),
@@ -161,99 +159,105 @@ def test_a_dry_run_imports_no_pytorch() -> None:
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
-def test_settings_that_make_no_sense(cli: Cli, arguments: list[str], words: str, dry: bool, tmp_path: Path) -> None:
+def test_invalid_settings_are_usage_errors(
+    cli: Cli, arguments: list[str], words: str, dry: bool, tmp_path: Path
+) -> None:
     dry_run = ["--dry-run"] if dry else []
-    ran = cli("train", "--model", "lzh", "--data", "nowhere", *arguments, *dry_run, "--out", "run")
-    assert ran.status == 2
-    assert words in ran.error
-    assert ran.out == ""
+    result = cli("train", "--model", "lzh", "--data", "nowhere", *arguments, *dry_run, "--out", "run")
+    assert result.status == 2
+    assert words in result.error
+    assert result.out == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_network_there_is_nothing_to_train(cli: Cli) -> None:
-    ran = cli("train")
-    assert ran.status == 2
-    assert "--model" in ran.error
+def test_a_missing_model_is_a_usage_error(cli: Cli) -> None:
+    result = cli("train")
+    assert result.status == 2
+    assert result.error == "error: --model is missing: give a model, such as --model lzh"
 
 
-# --- the network
+# --- the model
 
 
 def test_image_size_and_small_stem(cli: Cli, folder: Path) -> None:
     options = ("--image-size", 16, "--stem", "small", "--epochs", 1, "--batch-size", 60)
-    ran = cli("train", "--model", "resnet18", "--data", folder, *options, "--json")
-    assert ran.status == 0, ran.err
+    result = cli("train", "--model", "resnet18", "--data", folder, *options, "--json")
+    assert result.status == 0, result.err
     spec = cli("inspect", "resnet18_0.pth", "--json").json
     assert (spec["model"], spec["stem"]) == ("resnet18", "small")
     assert (spec["input"]["height"], spec["input"]["width"]) == (16, 16)
     assert "small stem" in cli("inspect", "resnet18_0.pth").out
 
 
-# --- stopped, and gone on with
+# --- stopping and resuming
 
 
-def test_a_run_whose_time_is_over_is_saved_and_judged(cli: Cli, command: tuple[object, ...], tmp_path: Path) -> None:
-    ran = cli(*command, "--max-minutes", 0.000001)
-    assert ran.status == 0, ran.err
-    assert "stopped early: the time is over" in ran.err
-    assert ran.out.startswith("run/lzh_interrupted.pth: ")
+def test_a_run_that_reaches_its_time_limit_is_saved_and_evaluated(
+    cli: Cli, command: tuple[object, ...], tmp_path: Path
+) -> None:
+    result = cli(*command, "--max-minutes", 0.000001)
+    assert result.status == 0, result.err
+    assert "note: stopped early: time limit reached (1e-06 min)\n" in result.err
+    assert result.out.startswith("run/lzh_interrupted.pth: ")
     assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["lzh_interrupted.pth"]
     training = cli("inspect", "run/lzh_interrupted.pth", "--json").json["training"]
     assert training["epochs"] == 0
-    assert f"{training['test_accuracy']:.2%} test accuracy" in ran.out
+    assert f"{training['test_accuracy']:.2%} test accuracy" in result.out
     again = cli(*command, "--max-minutes", 100, "--resume", "auto", "--json")
     assert again.json["checkpoints"] == ["run/lzh_0.pth", "run/lzh_1.pth"]
     assert again.json["epochs"] == 2
 
 
 def test_patience_ends_a_run(cli: Cli, command: tuple[object, ...]) -> None:
-    ran = cli(*command, "--epochs", 9, "--lr", 1e-12, "--patience", 1)
-    assert ran.status == 0, ran.err
-    assert "stopped early: no better accuracy" in ran.err
-    assert ran.out.startswith("run/lzh_1.pth: ")
+    result = cli(*command, "--epochs", 9, "--lr", 1e-12, "--patience", 1)
+    assert result.status == 0, result.err
+    assert "note: stopped early: test accuracy has not improved since epoch 1 (patience 1)\n" in result.err
+    assert result.out.startswith("run/lzh_1.pth: ")
 
 
-def test_an_interrupted_run_says_that_it_was_not_tested(
+def test_an_interrupted_run_is_not_evaluated(
     cli: Cli, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopping(Callback):
-        def on_step(self, step: int) -> None:
+        def on_step_end(self, step: int) -> None:
             if step == 2:
                 signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("cifarx.output.training.training_progress", Stopping)
-    ran = cli(*command)
-    assert ran.status == 128 + signal.SIGTERM
-    assert "interrupted at step 2 of 8, saved in run/lzh_interrupted.pth" in ran.error
-    assert "--resume auto" in ran.error
-    assert ran.out == ""
+    result = cli(*command)
+    assert result.status == 128 + signal.SIGTERM
+    assert result.error == (
+        "error: interrupted at step 2 of 8, checkpoint saved to run/lzh_interrupted.pth: "
+        "add --resume auto to the same command to continue"
+    )
+    assert result.out == ""
     training = cli("inspect", "run/lzh_interrupted.pth", "--json").json["training"]
     assert training["test_accuracy"] is None
     assert training["test_loss"] is None
     assert "accuracy not tested after 0 epochs" in cli("inspect", "run/lzh_interrupted.pth").out
 
 
-def test_keep_leaves_the_newest_and_the_best(cli: Cli, command: tuple[object, ...], tmp_path: Path) -> None:
-    ran = cli(*command, "--keep", 1, "--json")
-    assert ran.json["checkpoints"] == ["run/lzh_1.pth"]
+def test_keep_retains_the_newest_and_the_best_checkpoint(cli: Cli, command: tuple[object, ...], tmp_path: Path) -> None:
+    result = cli(*command, "--keep", 1, "--json")
+    assert result.json["checkpoints"] == ["run/lzh_1.pth"]
     assert sorted(path.name for path in (tmp_path / "run").glob("*.pth")) == ["lzh_1.pth", "lzh_best.pth"]
 
 
-def test_a_better_epoch_than_the_last_is_named(
+def test_names_a_better_checkpoint_than_the_last(
     cli: Cli, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cifarx_train.evaluation import Evaluator
 
-    judge, accuracies = Evaluator.evaluate, iter((0.75, 0.25))
-    monkeypatch.setattr(Evaluator, "evaluate", lambda *given: judge(*given)._replace(accuracy=next(accuracies)))
-    ran = cli(*command)
-    assert ran.out.startswith("run/lzh_1.pth: 25.00% test accuracy")
-    assert "the best was run/lzh_0.pth with 75.00%" in ran.err
+    evaluate, accuracies = Evaluator.evaluate, iter((0.75, 0.25))
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *args: evaluate(*args)._replace(accuracy=next(accuracies)))
+    result = cli(*command)
+    assert result.out.startswith("run/lzh_1.pth: 25.00% test accuracy")
+    assert "note: the best checkpoint is run/lzh_0.pth with 75.00%\n" in result.err
 
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of two epochs; not to be written to."""
+    """Return the directory of a finished run of two epochs. Read-only."""
     from cifarx_train.train import train
 
     out = tmp_path_factory.mktemp("finished") / "run"
@@ -261,34 +265,36 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_resume_with_nothing_there_is_a_new_run(cli: Cli, command: tuple[object, ...]) -> None:
-    ran = cli(*command, "--resume", "auto", "--json")
-    assert ran.status == 0, ran.err
-    assert "note: nothing to resume in run: a new run" in ran.err
-    assert ran.json["epochs"] == 2
+def test_resume_without_a_checkpoint_starts_a_new_run(cli: Cli, command: tuple[object, ...]) -> None:
+    result = cli(*command, "--resume", "auto", "--json")
+    assert result.status == 0, result.err
+    assert "note: no checkpoint to resume from in run: starting a new run\n" in result.err
+    assert result.json["epochs"] == 2
 
 
-def test_resume_of_a_finished_run_trains_nothing(
+def test_resuming_a_finished_run_does_not_train(
     cli: Cli, command: tuple[object, ...], finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
     before = (tmp_path / "run" / "lzh_1.pth").read_bytes()
-    ran = cli(*command, "--resume", "auto", "--json")
-    assert ran.status == 0, ran.err
-    assert list(ran.json) == ["checkpoints", "test_accuracy", "images_per_s", "epochs", "device"]
-    assert ran.json["checkpoints"] == ["run/lzh_1.pth"]
-    assert (ran.json["epochs"], ran.json["images_per_s"]) == (2, None)
+    result = cli(*command, "--resume", "auto", "--json")
+    assert result.status == 0, result.err
+    assert list(result.json) == ["checkpoints", "test_accuracy", "images_per_s", "epochs", "device"]
+    assert result.json["checkpoints"] == ["run/lzh_1.pth"]
+    assert (result.json["epochs"], result.json["images_per_s"]) == (2, None)
     assert (tmp_path / "run" / "lzh_1.pth").read_bytes() == before
     assert cli(*command, "--resume", "auto").out.startswith("run/lzh_1.pth: ")
 
 
-def test_resume_goes_on_where_it_was(cli: Cli, command: tuple[object, ...], finished: Path, tmp_path: Path) -> None:
+def test_resume_continues_after_the_checkpoint(
+    cli: Cli, command: tuple[object, ...], finished: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "lzh_1.pth").unlink()
-    ran = cli(*command, "--resume", "run/lzh_0.pth")
-    assert ran.status == 0, ran.err
-    assert "8 steps, 4 of them done" in ran.err
-    assert ran.out.startswith("run/lzh_1.pth: ")
+    result = cli(*command, "--resume", "run/lzh_0.pth")
+    assert result.status == 0, result.err
+    assert "8 steps, resuming from run/lzh_0.pth at step 4\n" in result.err
+    assert result.out.startswith("run/lzh_1.pth: ")
 
 
 @pytest.mark.parametrize(
@@ -302,19 +308,19 @@ def test_resume_goes_on_where_it_was(cli: Cli, command: tuple[object, ...], fini
         (["--data", "other"], ("was trained with training data ", ", not ")),
     ],
 )
-def test_resume_of_another_run_is_an_error_that_names_both(
+def test_resuming_a_different_run_is_an_error_that_names_both(
     cli: Cli, command: tuple[object, ...], finished: Path, tmp_path: Path, arguments: list[str], both: tuple[str, str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
     if "--data" in arguments:
-        draw_folder(tmp_path / "other", train=3, test=2, seed=9)
-    ran = cli(*command, *arguments, "--resume", "run/lzh_0.pth")
-    assert ran.status == 2
-    assert all(word in ran.error for word in both), ran.error
+        write_image_folder(tmp_path / "other", train=3, test=2, seed=9)
+    result = cli(*command, *arguments, "--resume", "run/lzh_0.pth")
+    assert result.status == 2
+    assert all(word in result.error for word in both), result.error
     assert sorted(path.name for path in (tmp_path / "run").glob("*.pth")) == ["lzh_0.pth", "lzh_1.pth"]
 
 
-# --- what goes wrong
+# --- errors
 
 
 @pytest.mark.parametrize(
@@ -322,55 +328,55 @@ def test_resume_of_another_run_is_an_error_that_names_both(
     [
         (["--model", "lhz"], "did you mean 'lzh'"),
         (["--model", "lzh", "--device", "cuda:x"], "unknown device"),
-        (["--model", "lzh", "--data", "nowhere"], "no such data set"),
+        (["--model", "lzh", "--data", "nowhere"], "dataset nowhere does not exist"),
         (["--model", "lzh", "--data", "empty"], "class folders"),
         (["--model", "lzh", "--epochs", "many"], "many"),
-        (["--model", "lzh", "--keep", "0"], "--keep 0 keeps nothing"),
-        (["--model", "lzh", "--image-size", "0"], "--image-size 0 is no size"),
+        (["--model", "lzh", "--keep", "0"], "--keep 0 would keep no checkpoint"),
+        (["--model", "lzh", "--image-size", "0"], "--image-size 0 is not a valid size"),
         (["--model", "lzh", "--stem", "small"], "lzh has no small stem"),
         (["--model", "lzh", "--stem", "large"], "large"),
         (["--model", "lzh", "--resume", "absent.pth"], "absent.pth"),
     ],
 )
-def test_wrong_choices_leave_nothing(cli: Cli, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_invalid_options_write_nothing(cli: Cli, tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "empty").mkdir()
-    ran = cli("train", *arguments, "--out", "run")
-    assert ran.status == 2
-    assert words in ran.error
+    result = cli("train", *arguments, "--out", "run")
+    assert result.status == 2
+    assert words in result.error
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_divergence_is_a_failed_check_that_names_the_last_good_checkpoint(cli: Cli, folder: Path) -> None:
     command = ("train", "--model", "lzh", "--data", folder, "--epochs", 50, "--batch-size", 60)
-    ran = cli(*command, "--lr", 10)
-    assert ran.status == 1
-    assert "training diverged" in ran.error
-    assert re.search(r"; lzh_\d+\.pth is the last good checkpoint", ran.error)
+    result = cli(*command, "--lr", 10)
+    assert result.status == 1
+    assert "training diverged" in result.error
+    assert re.search(r"; lzh_\d+\.pth is the last good checkpoint", result.error)
 
 
-def test_cuda_that_is_not_there_is_an_error(cli: Cli) -> None:
+def test_unavailable_cuda_is_an_error(cli: Cli) -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    ran = cli("train", "--model", "lzh", "--data", "builtin", "--device", "cuda")
-    assert ran.status == 2
-    assert "cuda" in ran.error
+        pytest.skip("a GPU is available")
+    result = cli("train", "--model", "lzh", "--data", "builtin", "--device", "cuda")
+    assert result.status == 2
+    assert "cuda" in result.error
 
 
-def test_output_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
+def test_an_unwritable_output_directory(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    ran = cli("train", "--model", "lzh", "--data", "builtin", "--out", tmp_path / "file" / "run")
-    assert ran.status == 2
-    assert "cannot write" in ran.error
+    result = cli("train", "--model", "lzh", "--data", "builtin", "--out", tmp_path / "file" / "run")
+    assert result.status == 2
+    assert "cannot write" in result.error
 
 
 def test_cifar10_without_a_network(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/")
-    ran = cli("train", "--model", "lzh", "--data", "cifar10")
-    assert ran.status == 2
-    assert "--data builtin" in ran.error
-    assert "--data DIR" in ran.error
+    result = cli("train", "--model", "lzh", "--data", "cifar10")
+    assert result.status == 2
+    assert "--data builtin" in result.error
+    assert "--data DIR" in result.error
     assert not (tmp_path / "cifar10").exists()

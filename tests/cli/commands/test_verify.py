@@ -7,61 +7,64 @@ from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 
 
-def test_holds(cli: Cli, trained: Trained) -> None:
-    ran = cli("verify", trained.onnx, "--ckpt", trained.checkpoint, "--json")
-    assert ran.status == 0
-    assert ran.json[0]["passed"]
-    assert ran.json[0]["artifact"] == trained.onnx.name
+def test_an_artifact_passes(cli: Cli, trained: Trained) -> None:
+    result = cli("verify", trained.onnx, "--ckpt", trained.checkpoint, "--json")
+    assert result.status == 0
+    assert result.json[0]["passed"]
+    assert result.json[0]["artifact"] == trained.onnx.name
 
 
-def test_reads_as_ticks(cli: Cli, trained: Trained) -> None:
+def test_prints_ticks(cli: Cli, trained: Trained) -> None:
     out = cli("verify", trained.torchscript, "--ckpt", trained.checkpoint).out
     assert out.startswith("✓ ")
     assert "✗" not in out
 
 
-def test_another_model_does_not_hold(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+def test_an_artifact_of_another_model_fails(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
     loaded = load_checkpoint(trained.checkpoint)
     loaded.model["model.8.bias"][3] += 0.01
     save_checkpoint(tmp_path / "other.pth", loaded)
-    ran = cli("verify", trained.onnx, "--ckpt", tmp_path / "other.pth")
-    assert ran.status == 1
-    assert "tolerance" in ran.error
-    assert "✗ tolerance" in ran.out
+    result = cli("verify", trained.onnx, "--ckpt", tmp_path / "other.pth")
+    assert result.status == 1
+    other = tmp_path / "other.pth"
+    assert result.error.startswith(f"error: {trained.onnx} differs from {other} (failed checks: ")
+    assert result.error.endswith("): export it again")
+    assert "tolerance" in result.error
+    assert "✗ tolerance" in result.out
 
 
-def test_wrong_files(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+def test_files_that_cannot_be_opened(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     shutil.copy(trained.checkpoint, tmp_path / "x.onnx")
     assert cli("verify", tmp_path / "x.onnx", "--ckpt", trained.checkpoint).status == 2
     assert cli("verify", trained.onnx, "--ckpt", "absent.pth").status == 2
     assert cli("verify", trained.onnx, "--ckpt", trained.onnx).status == 2
 
 
-def test_two_files_and_a_page(cli: Cli, trained: Trained) -> None:
-    ran = cli("verify", trained.onnx, trained.torchscript, "--batch", "5", "--report", "page.html", "--json")
-    assert ran.status == 0
-    assert ran.json[0]["batch_sizes"] == [1, 3, 5, 64]
-    assert trained.onnx.name in Path("page.html").read_text()
+def test_compares_two_files_and_writes_an_html_report(cli: Cli, trained: Trained) -> None:
+    result = cli("verify", trained.onnx, trained.torchscript, "--batch", "5", "--report", "report.html", "--json")
+    assert result.status == 0
+    assert result.json[0]["batch_sizes"] == [1, 3, 5, 64]
+    assert trained.onnx.name in Path("report.html").read_text()
 
 
 @pytest.mark.slow
-def test_the_first_layer_that_differs(cli: Cli, trained: Trained, tmp_path: Path) -> None:
+def test_finds_the_first_layer_that_differs(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
     loaded = load_checkpoint(trained.checkpoint)
     loaded.model["model.4.bias"][3] += 0.1
     save_checkpoint(tmp_path / "other.pth", loaded)
-    told = cli("verify", trained.onnx, tmp_path / "other.pth", "--locate")
-    assert told.status == 1
-    assert "first layer outside the tolerance: model.4" in " ".join(told.out.split())
-    ran = cli("verify", trained.onnx, tmp_path / "other.pth", "--locate", "--json")
-    assert (ran.status, ran.json[0]["passed"]) == (1, False)
-    assert "note: first layer outside the tolerance: model.4" in ran.err
+    result = cli("verify", trained.onnx, tmp_path / "other.pth", "--locate")
+    assert result.status == 1
+    assert "first layer outside the tolerance: model.4" in " ".join(result.out.split())
+    result = cli("verify", trained.onnx, tmp_path / "other.pth", "--locate", "--json")
+    assert (result.status, result.json[0]["passed"]) == (1, False)
+    assert "note: first layer outside the tolerance: model.4" in result.err
 
 
-def test_a_spec_for_a_file_without_one(cli: Cli, trained: Trained) -> None:
+def test_takes_a_spec_for_a_file_without_one(cli: Cli, trained: Trained) -> None:
     import onnx
 
     model = onnx.load(trained.onnx)
@@ -72,16 +75,16 @@ def test_a_spec_for_a_file_without_one(cli: Cli, trained: Trained) -> None:
     assert cli("verify", "bare.onnx", trained.onnx, "--spec", "spec.json").status == 0
 
 
-def test_wrong_usage(cli: Cli, trained: Trained) -> None:
+def test_invalid_options_are_usage_errors(cli: Cli, trained: Trained) -> None:
     for arguments in [
         (),
         (trained.onnx, "--ckpt", trained.checkpoint),
-        (trained.onnx, "--report", "page.pdf"),
+        (trained.onnx, "--report", "report.pdf"),
         (trained.onnx, "--spec", "absent.json"),
         (trained.torchscript, "--locate"),
         (trained.onnx, "--batch", "0"),
         (trained.onnx, "--device", "tpu"),
     ]:
-        ran = cli("verify", trained.onnx, *arguments)
-        assert ran.status == 2
-        assert ran.error
+        result = cli("verify", trained.onnx, *arguments)
+        assert result.status == 2
+        assert result.error

@@ -1,4 +1,4 @@
-"""A proof as lines to read, on a terminal, in a pipe, and where there are no ticks."""
+"""Formats a parity report on a terminal, in a pipe, and in ASCII."""
 
 import io
 import re
@@ -34,6 +34,7 @@ SUMMARY = msgspec.structs.replace(
 
 
 def report(**changes: object) -> ParityReport:
+    """Return a report with one disagreement."""
     reference = np.eye(10, dtype=np.float32)
     artifact = reference.copy()
     artifact[3, 5] = 2
@@ -50,7 +51,7 @@ def report(**changes: object) -> ParityReport:
             Check("tolerance", True, "max |Δ| 3.34e-06, 0 outside 0.0001 + 0.0001·|ref|"),
         ),
         summary=SUMMARY,
-        evidence=analyze_errors(NAMES, np.arange(10), None, reference, artifact),
+        error_analysis=analyze_errors(NAMES, np.arange(10), None, reference, artifact),
     )
     return msgspec.structs.replace(whole, **changes)
 
@@ -68,7 +69,7 @@ class Terminal(io.StringIO):
 
 
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 80 columns, with colours."""
+    """Make standard output a color terminal with 80 columns."""
     for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -76,40 +77,40 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Terminal())
 
 
-def test_in_a_pipe_every_check_is_a_line_that_can_be_searched() -> None:
+def test_a_pipe_gets_one_line_per_check() -> None:
     lines = parity_lines(report()).splitlines()
     assert lines == [
-        "✓ lzh_9.onnx: onnx fp32 proved",
-        "    against       lzh_8.pth",
-        "    on            10,000 images of cifar10, batches of 1, 3, 64, CPUExecutionProvider",
+        "✓ lzh_9.onnx: onnx fp32, parity check passed",
+        "    reference     lzh_8.pth",
+        "    data          10,000 images of cifar10, batch sizes 1, 3, 64, CPUExecutionProvider",
         "  ✓ class names   airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck",
         "  ✓ preprocessing RGB 32x32, bilinear, range (0.0, 1.0), mean (0.4913, 0.4821, 0.4465)",
         "  ✓ tolerance     max |Δ| 3.34e-06, 0 outside 0.0001 + 0.0001·|ref|",
         "    errors        max 3.34e-06, mean 3.36e-07, 99.9th percentile 1.91e-06",
-        "    would pass    a tolerance of 1.73e-06",
-        "    accuracy      74.45%, the checkpoint 74.44%",
-        "    differs most  cat as dog (1)",
+        "    required      tolerance 1.73e-06",
+        "    accuracy      74.45%, reference 74.44%",
+        "    disagreements cat as dog (1)",
     ]
 
 
-def test_a_failure_has_a_cross_where_it_failed_and_nowhere_else() -> None:
+def test_only_failed_checks_have_a_cross() -> None:
     lines = parity_lines(failing()).splitlines()
-    assert lines[0] == "✗ lzh_9.onnx: onnx fp32 NOT proved"
+    assert lines[0] == "✗ lzh_9.onnx: onnx fp32, parity check FAILED"
     assert [line.split()[1] for line in lines[1:] if "✗" in line] == ["tolerance"]
-    assert "  ✓ finite       0 NaN or Inf" in lines
+    assert "  ✓ finite        0 NaN or Inf" in lines
 
 
-def test_a_terminal_of_80_columns_gets_colours_and_no_line_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_colors_and_no_longer_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_terminal(monkeypatch)
     text = parity_lines(failing())
     assert "\x1b[" in text
     plain = re.sub(r"\x1b\[[0-9;]*m", "", parity_lines(report()))
     assert max(map(len, plain.splitlines())) <= 80
     assert " ".join(plain.split()).count("automobile") == 1
-    assert "\n                  truck" in plain  # under the others, not under the tick
+    assert "\n                  truck" in plain  # aligned with the other names, not with the tick
 
 
-def test_where_there_are_no_ticks_there_are_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ascii_output_has_words_instead_of_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(io.StringIO):
         encoding = "ascii"
 
@@ -120,8 +121,8 @@ def test_where_there_are_no_ticks_there_are_words(monkeypatch: pytest.MonkeyPatc
     assert "    ok finite" in text
 
 
-def test_names_do_not_speak_to_the_terminal() -> None:
-    """Neither with escape sequences, nor with new lines, nor in the markup of the library that lays the lines out."""
+def test_names_cannot_control_the_terminal() -> None:
+    """Escape sequences and newlines are replaced, and the markup of Rich has no effect."""
     name = "cat\x1b[2J\n✓ [bold red]all good[/]"
     lines = parity_lines(report(artifact=name, checkpoint=name, checks=(Check("class names", True, name),)))
     assert "\x1b" not in lines
@@ -129,9 +130,9 @@ def test_names_do_not_speak_to_the_terminal() -> None:
     assert len(lines.splitlines()) == 8
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_unknown_values_are_omitted() -> None:
     unknown = msgspec.structs.replace(
         SUMMARY, max_abs_error=None, mean_abs_error=None, p999_abs_error=None, required_tolerance=None, accuracy=None
     )
-    text = parity_lines(report(summary=unknown, evidence=None))
-    assert not any(word in text for word in ("errors", "would pass", "accuracy", "differs", "None"))
+    text = parity_lines(report(summary=unknown, error_analysis=None))
+    assert not any(word in text for word in ("errors", "required", "accuracy", "disagreements", "None"))

@@ -11,54 +11,56 @@ from torch import nn
 
 from cifarx.output.training import training_progress
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import EpochReport, RunStart, StepReport
+from cifarx_train.callbacks.base import EpochReport, RunInfo, StepReport
 from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation
-from cifarx_train.recipes import recipe
+from cifarx_train.recipes import load_recipe
 
 TEST = LabeledImages(np.zeros((1234, 2, 2, 3), np.uint8), np.zeros(1234, np.int64))
-START = RunStart(
+START = RunInfo(
     model="net",
     module=nn.Linear(1000, 2),
     input=InputSpec(height=2, width=2),
-    recipe=recipe("fast"),
+    recipe=load_recipe("fast"),
     seed=0,
     device="cpu",
-    ranks=1,
-    data="colours",
+    world_size=1,
+    data="colors",
     class_names=("cat", "dog"),
-    train_images=5678,
-    test=TEST,
-    steps=4000,
+    num_train_images=5678,
+    test_set=TEST,
+    total_steps=4000,
 )
 
 
-def test_a_run_is_described_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    training_progress().on_start(START)
+def test_describes_a_run_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    training_progress().on_train_start(START)
     out, err = capsys.readouterr()
     line, heading = err.splitlines()
     assert out == ""
     assert line == (
-        "net, 2,002 parameters, recipe fast, on cpu: colours, 5,678 training and 1,234 test images, 4,000 steps"
+        "net, 2,002 parameters, recipe fast, on cpu: colors, 5,678 training and 1,234 test images, 4,000 steps"
     )
     assert heading.split() == ["epoch", "step", "train", "loss", "test", "loss", "accuracy", "images/s", "checkpoint"]
 
 
-def test_other_processes_and_steps_done_before_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    training_progress().on_start(START._replace(ranks=4, first_step=1500))
+def test_describes_several_processes_and_a_resumed_run(capsys: pytest.CaptureFixture[str]) -> None:
+    training_progress().on_train_start(
+        START._replace(world_size=4, first_step=1500, resumed_from=Path("run/net_2.pth"))
+    )
     line = capsys.readouterr().err.splitlines()[0]
     assert "on cpu with 4 processes: " in line
-    assert line.endswith("4,000 steps, 1,500 of them done")
+    assert line.endswith("4,000 steps, resuming from run/net_2.pth at step 1,500")
 
 
-def test_an_epoch_is_a_row_below_its_headings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_one_row_per_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     progress = training_progress()
-    progress.on_start(START)
-    progress.on_step(1)
+    progress.on_train_start(START)
+    progress.on_step_end(1)
     progress.on_log(StepReport(100, 0.5, 0.1, 2.0, 300.0))
     evaluation = Evaluation(0.75, 0.8125, np.zeros((2, 2), np.int64), [])
-    progress.on_epoch(EpochReport(2, 10, 1200, 1.5, evaluation, 98_765.4, 0.1, Path("run/net_2.pth")))
-    progress.on_end()
+    progress.on_epoch_end(EpochReport(2, 10, 1200, 1.5, evaluation, 98_765.4, 0.1, Path("run/net_2.pth")))
+    progress.on_train_end()
     _, heading, row = capsys.readouterr().err.splitlines()
     assert row.split() == ["3/10", "1,200", "1.5000", "0.7500", "81.25%", "98,765", "run/net_2.pth"]
     for title, value in (("step", "1,200"), ("train loss", "1.5000"), ("accuracy", "81.25%"), ("images/s", "98,765")):
@@ -67,13 +69,13 @@ def test_an_epoch_is_a_row_below_its_headings(capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, 130 training images each: enough steps for one reading of the loss at batch 2."""
+    """Write two classes with 130 training images each: enough steps at batch size 2 to log the loss once."""
     for split, count in (("train", 130), ("test", 5)):
         for name in ("black", "white"):
-            place = tmp_path / "data" / split / name
-            place.mkdir(parents=True)
+            class_folder = tmp_path / "data" / split / name
+            class_folder.mkdir(parents=True)
             for number in range(count):
-                Image.new("RGB", (32, 32), name).save(place / f"{number}.png")
+                Image.new("RGB", (32, 32), name).save(class_folder / f"{number}.png")
     return tmp_path / "data"
 
 
@@ -84,7 +86,7 @@ def train(folder: Path, **streams: object) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_a_pipe_gets_plain_lines(folder: Path) -> None:
+def test_a_pipe_gets_no_progress_bar(folder: Path) -> None:
     process = train(folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -92,11 +94,11 @@ def test_a_pipe_gets_plain_lines(folder: Path) -> None:
     assert any("260 training and 10 test images, 130 steps" in line for line in lines)
     epoch = next(line for line in lines if line.strip().startswith("1/1"))
     assert epoch.endswith("lzh_0.pth")
-    assert "nan" not in epoch  # the loss was read at step 100
+    assert "nan" not in epoch  # the loss was logged at step 100
     assert b"\x1b" not in err + out
 
 
-def test_a_terminal_gets_a_bar(folder: Path) -> None:
+def test_a_terminal_gets_a_progress_bar(folder: Path) -> None:
     master, slave = pty.openpty()
     process = train(folder, stdout=subprocess.PIPE, stderr=slave)
     os.close(slave)
@@ -104,7 +106,7 @@ def test_a_terminal_gets_a_bar(folder: Path) -> None:
     try:
         while chunk := os.read(master, 65536):
             shown += chunk
-    except OSError:  # how Linux says that the other end has closed
+    except OSError:  # raised by Linux when the other end is closed
         pass
     os.close(master)
     out, _ = process.communicate()

@@ -1,4 +1,4 @@
-"""The lines that users type, one after the other, in one folder, as real processes."""
+"""Runs the documented commands one after the other in one directory, as real processes."""
 
 import json
 import subprocess
@@ -14,13 +14,13 @@ PROGRAM = Path(sys.executable).with_name("cifarx")
 
 
 def cifarx(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    ran = subprocess.run([PROGRAM, *line.split()], capture_output=True, text=True, check=False, cwd=folder)
-    assert ran.returncode == 0, ran.stderr
-    return ran
+    result = subprocess.run([PROGRAM, *line.split()], capture_output=True, text=True, check=False, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
-def test_the_lines_as_they_stand(tmp_path: Path, cifar10_jpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cifarx train --model lzh` with the notes' ten epochs, on a tenth of CIFAR-10 to be quick."""
+def test_the_documented_commands(tmp_path: Path, cifar10_jpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train for the ten epochs of the default recipe, on a tenth of CIFAR-10 to be fast."""
     monkeypatch.setenv("CIFARX_DATA", str(_tenth(cifar10_jpeg, tmp_path / "tenth")))
     Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(tmp_path / "dog.png")
 
@@ -28,19 +28,19 @@ def test_the_lines_as_they_stand(tmp_path: Path, cifar10_jpeg: Path, monkeypatch
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [f"lzh_{epoch}.pth" for epoch in range(10)]
 
     cifarx("export --ckpt lzh_9.pth --format onnx", tmp_path)
-    ran = cifarx("infer dog.png --backend onnxruntime", tmp_path)
-    assert ran.stdout.startswith("dog.png: ")
-    assert "lzh_9.onnx" in ran.stderr
+    result = cifarx("infer dog.png --backend onnxruntime", tmp_path)
+    assert result.stdout.startswith("dog.png: ")
+    assert "lzh_9.onnx" in result.stderr
 
     report = json.loads((tmp_path / "lzh_9.onnx.parity.json").read_text())
     assert report["summary"]["agreement"] == 1.0
     assert report["summary"]["data"] == "tenth"
 
 
-def test_real_images_give_the_same_answer_everywhere(
+def test_every_backend_has_the_same_predictions_on_real_images(
     tmp_path: Path, cifar10_jpeg: Path, dog: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One epoch on all of CIFAR-10 (JPEG copy); the proof on all 10,000 test images; a photograph by every backend."""
+    """Train for one epoch on CIFAR-10 (as JPEG), check parity on all 10,000 test images, and classify a photograph."""
     monkeypatch.setenv("CIFARX_DATA", str(cifar10_jpeg))
     trained = json.loads(cifarx("train --model lzh --epochs 1 --lr 0.02 --json", tmp_path).stdout)
     assert trained["test_accuracy"] > 0.25
@@ -53,16 +53,16 @@ def test_real_images_give_the_same_answer_everywhere(
         assert row["max_abs_error"] < 1e-4
         assert row["accuracy"] == trained["test_accuracy"]
 
-    answers = [
+    predictions = [
         json.loads(cifarx(f"infer {dog} --backend {backend} --json", tmp_path).stdout)[0]
         for backend in ("onnxruntime", "torchscript", "pytorch")
     ]
-    assert len({answer["index"] for answer in answers}) == 1
-    assert [answer["score"] for answer in answers] == pytest.approx([answers[0]["score"]] * 3, abs=1e-5)
+    assert len({prediction["index"] for prediction in predictions}) == 1
+    assert [prediction["score"] for prediction in predictions] == pytest.approx([predictions[0]["score"]] * 3, abs=1e-5)
 
 
 def _tenth(archive: Path, folder: Path) -> Path:
-    """Every tenth image of the training split and of the test split, as a folder."""
+    """Extract every tenth image of the training split and of the test split to a folder."""
     import tarfile
 
     if archive.is_dir():

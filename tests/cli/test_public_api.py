@@ -7,7 +7,7 @@ import cifarx
 from tests.support.trained_model import Trained
 
 
-def test_every_name_resolves() -> None:
+def test_every_public_name_can_be_imported() -> None:
     for name in cifarx.__all__:
         assert getattr(cifarx, name) is not None
         assert name in dir(cifarx)
@@ -15,12 +15,12 @@ def test_every_name_resolves() -> None:
         _ = cifarx.nothing_like_this
 
 
-def test_import_loads_nothing_heavy() -> None:
+def test_the_import_is_lazy() -> None:
     code = "import sys, cifarx; sys.exit(bool({'torch', 'numpy', 'onnxruntime', 'typer'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_load_predicts(trained: Trained) -> None:
+def test_load_returns_a_predictor(trained: Trained) -> None:
     import numpy as np
 
     with cifarx.load(trained.onnx) as predictor:
