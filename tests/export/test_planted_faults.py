@@ -304,20 +304,20 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def normalized(decided: Path, parity_images: ParityData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small ResNet whose BatchNorms have seen images, with the classes of `decided`."""
-    spec = msgspec.structs.replace(load_checkpoint(decided).spec, model="resnet18", training=None)
+def normalized(confident_checkpoint: Path, parity_images: ParityData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ResNet whose BatchNorms have seen images, with the classes of `confident_checkpoint`."""
+    spec = msgspec.structs.replace(load_checkpoint(confident_checkpoint).spec, model="resnet18", training=None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = get_architecture("resnet18").build(len(spec.class_names), spec.input)
-    pictures = torch.from_numpy(parity_images.images[:128]).permute(0, 3, 1, 2).float() / 255
+    images = torch.from_numpy(parity_images.images[:128]).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.momentum = None  # cumulative average
-        module(pictures)
+        module(images)
         # Spread the logits so that every class is predicted for some images.
-        logits = module.eval()(pictures)
+        logits = module.eval()(images)
         fc = module.get_submodule("fc")
         fc.weight /= logits.std(dim=0)[:, None]  # type: ignore[operator,union-attr]
         fc.bias.copy_((fc.bias - logits.mean(dim=0)) / logits.std(dim=0))  # type: ignore[operator,union-attr]
@@ -327,8 +327,8 @@ def normalized(decided: Path, parity_images: ParityData, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="module")
-def checkpoints(decided: Path, normalized: Path) -> dict[str, Path]:
-    return {"lzh": decided, "resnet18": normalized}
+def checkpoints(confident_checkpoint: Path, normalized: Path) -> dict[str, Path]:
+    return {"lzh": confident_checkpoint, "resnet18": normalized}
 
 
 @pytest.fixture(scope="module")
@@ -430,16 +430,18 @@ def test_a_good_file_passes_every_check(
     assert not failed, text
 
 
-def test_a_drop_in_accuracy_fails_even_if_the_agreement_passes(decided: Path, parity_images: ParityData) -> None:
+def test_a_drop_in_accuracy_fails_even_if_the_agreement_passes(
+    confident_checkpoint: Path, parity_images: ParityData
+) -> None:
     """Eight flips in a thousand, all of correct predictions: the agreement passes, the accuracy drops by 0.8 points."""
-    reference = reference_of(decided, parity_images)
+    reference = reference_of(confident_checkpoint, parity_images)
     count = len(parity_images.images)
     logits = reference.logits.astype(np.float64)
     # The increase of class 4's logit at which each image flips; images of class 4 never do.
     needed = np.sort((logits.max(axis=1) - logits[:, 4])[logits.argmax(1) != 4])
     step = float(needed[7] + needed[8]) / 2
     path = onnx_with(entry_with((4,), lambda value: value + step, "model.8.bias"), fields_with(precision="int8"))(
-        decided
+        confident_checkpoint
     )
     right = reference._replace(data=parity_images._replace(labels=logits.argmax(1)))
     failed, text = failed_checks(path, right)
@@ -450,7 +452,9 @@ def test_a_drop_in_accuracy_fails_even_if_the_agreement_passes(decided: Path, pa
     assert failed_checks(path, wrong)[0] == set()
 
 
-def test_every_field_of_the_input_spec_is_compared(decided: Path, references: dict[str, Reference]) -> None:
+def test_every_field_of_the_input_spec_is_compared(
+    confident_checkpoint: Path, references: dict[str, Reference]
+) -> None:
     """A difference in any field is a fault, including fields that are added to the spec later."""
     spec: ModelSpec = references["lzh"].spec
     changes = {
@@ -460,5 +464,5 @@ def test_every_field_of_the_input_spec_is_compared(decided: Path, references: di
     fixed = {"channels", "layout", "dtype", "color"}  # each has only one allowed value
     assert set(changes) | fixed == set(spec.input.__struct_fields__)
     for field, value in changes.items():
-        path = onnx_with(input_with(**{field: value}))(decided)
+        path = onnx_with(input_with(**{field: value}))(confident_checkpoint)
         assert "preprocessing" in failed_checks(path, references["lzh"])[0], field

@@ -49,18 +49,18 @@ def test_a_good_artifact_passes_on_the_data_set_of_its_training(good_onnx: Path,
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_other_data_with_the_same_classes(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
-    summary = verify(good_onnx, checkpoint, data=str(pictures)).summary
+def test_other_data_with_the_same_classes(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
+    summary = verify(good_onnx, checkpoint, data=str(image_folder)).summary
     assert summary.passed
-    assert (summary.data, summary.images) == (pictures.name, len(list(pictures.glob("test/*/*"))))
+    assert (summary.data, summary.images) == (image_folder.name, len(list(image_folder.glob("test/*/*"))))
     assert summary.accuracy is not None
     assert summary.accuracy == summary.reference_accuracy
 
 
 def test_other_data_with_other_classes_has_no_accuracy(
-    good_torchscript: Path, checkpoint: Path, other_pictures: Path
+    good_torchscript: Path, checkpoint: Path, relabeled_image_folder: Path
 ) -> None:
-    report = verify(good_torchscript, checkpoint, data=str(other_pictures))
+    report = verify(good_torchscript, checkpoint, data=str(relabeled_image_folder))
     assert failed(report) == set()
     assert (report.format, report.summary.provider) == ("torchscript", "cpu")
     document = json.loads(msgspec.json.encode(report.row()))
@@ -68,8 +68,8 @@ def test_other_data_with_other_classes_has_no_accuracy(
     assert document["agreement"] == 1.0
 
 
-def test_other_weights_fail(good_onnx: Path, stale: Path, pictures: Path) -> None:
-    report = verify(good_onnx, stale, data=str(pictures))
+def test_other_weights_fail(good_onnx: Path, other_checkpoint: Path, image_folder: Path) -> None:
+    report = verify(good_onnx, other_checkpoint, data=str(image_folder))
     assert failed(report) == {"weights", "tolerance", "agreement"}
     assert not report.summary.passed
     assert report.summary.required_tolerance is not None
@@ -77,20 +77,20 @@ def test_other_weights_fail(good_onnx: Path, stale: Path, pictures: Path) -> Non
     assert report.summary.agreement < 1
 
 
-def test_a_given_tolerance_is_used_and_reported(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
-    report = verify(good_onnx, checkpoint, data=str(pictures), atol=0.0, rtol=1e-12)
+def test_a_given_tolerance_is_used_and_reported(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
+    report = verify(good_onnx, checkpoint, data=str(image_folder), atol=0.0, rtol=1e-12)
     assert failed(report) == {"tolerance"}
     assert (report.summary.atol, report.summary.rtol) == (0.0, 1e-12)
 
 
-def test_a_negative_tolerance_is_rejected(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_a_negative_tolerance_is_rejected(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
     with pytest.raises(UsageError, match="atol is -1"):
-        verify(good_onnx, checkpoint, data=str(pictures), atol=-1)
+        verify(good_onnx, checkpoint, data=str(image_folder), atol=-1)
 
 
-def test_too_few_images_are_rejected(good_onnx: Path, checkpoint: Path, few_pictures: Path) -> None:
+def test_too_few_images_are_rejected(good_onnx: Path, checkpoint: Path, small_image_folder: Path) -> None:
     with pytest.raises(DataError, match="few has 990 test images: the parity check needs at least 1000"):
-        verify(good_onnx, checkpoint, data=str(few_pictures))
+        verify(good_onnx, checkpoint, data=str(small_image_folder))
 
 
 def edited(source: Path, name: str, change: Callable[[onnx.ModelProto], None]) -> Path:
@@ -115,7 +115,7 @@ def with_unknown_precision(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (without_spec, ModelFileError, "carries no model spec"),
+        (without_spec, ModelFileError, "contains no model spec"),
         (with_newer_spec, SpecError, "spec schema 2"),
         (with_unknown_precision, SpecError, "malformed model spec"),
     ],
@@ -126,13 +126,13 @@ def test_an_artifact_without_a_valid_spec_is_rejected(
     text: str,
     good_onnx: Path,
     checkpoint: Path,
-    pictures: Path,
+    image_folder: Path,
 ) -> None:
     with pytest.raises(error, match=text):
-        verify(edited(good_onnx, "edited.onnx", change), checkpoint, data=str(pictures))
+        verify(edited(good_onnx, "edited.onnx", change), checkpoint, data=str(image_folder))
 
 
-def test_missing_and_damaged_files_are_named(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_missing_and_damaged_files_are_named(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
     Path("broken.onnx").write_bytes(good_onnx.read_bytes()[:1000])
     Path("broken.torchscript.pt").write_bytes(b"PK")
     Path("broken.pth").write_bytes(checkpoint.read_bytes()[:1000])
@@ -145,7 +145,7 @@ def test_missing_and_damaged_files_are_named(good_onnx: Path, checkpoint: Path, 
     ]:
         wrong = trained if artifact == good_onnx else artifact
         with pytest.raises(ModelFileError, match=str(wrong)):
-            verify(artifact, trained, data=str(pictures))
+            verify(artifact, trained, data=str(image_folder))
 
 
 def test_a_file_that_no_backend_opens_is_rejected(good_onnx: Path, checkpoint: Path) -> None:
@@ -154,9 +154,9 @@ def test_a_file_that_no_backend_opens_is_rejected(good_onnx: Path, checkpoint: P
         verify("model.bin", checkpoint)
 
 
-def test_a_checkpoint_given_by_keyword_may_have_any_name(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_a_checkpoint_given_by_keyword_may_have_any_name(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
     shutil.copy(checkpoint, "weights.bin")
-    assert verify(good_onnx, checkpoint="weights.bin", data=str(pictures)).summary.passed
+    assert verify(good_onnx, checkpoint="weights.bin", data=str(image_folder)).summary.passed
     with pytest.raises(ModelFileError, match=str(good_onnx)):
         verify(good_onnx, checkpoint=good_onnx)
 
@@ -167,30 +167,30 @@ def test_exactly_one_reference_is_required(reference: str | None) -> None:
         verify("a.onnx", reference, checkpoint=None if reference is None else "c.pth")
 
 
-def test_two_artifacts_in_other_folders(good_onnx: Path, good_torchscript: Path, pictures: Path) -> None:
+def test_two_artifacts_in_other_folders(good_onnx: Path, good_torchscript: Path, image_folder: Path) -> None:
     for source, folder in ((good_onnx, "a"), (good_torchscript, "b")):
         Path(folder).mkdir()
         shutil.copy(source, folder)
-    report = verify(Path("a") / good_onnx.name, Path("b") / good_torchscript.name, data=str(pictures), batch_size=5)
+    report = verify(Path("a") / good_onnx.name, Path("b") / good_torchscript.name, data=str(image_folder), batch_size=5)
     assert failed(report) == set()
     assert report.checkpoint == good_torchscript.name
     assert report.summary.batch_sizes == (1, 3, 5, 64)
 
 
 @pytest.mark.slow
-def test_two_checkpoints(checkpoint: Path, stale: Path, pictures: Path) -> None:
-    assert verify(checkpoint, checkpoint, data=str(pictures)).summary.passed
-    assert failed(verify(checkpoint, stale, data=str(pictures))) == {"tolerance", "agreement"}
+def test_two_checkpoints(checkpoint: Path, other_checkpoint: Path, image_folder: Path) -> None:
+    assert verify(checkpoint, checkpoint, data=str(image_folder)).summary.passed
+    assert failed(verify(checkpoint, other_checkpoint, data=str(image_folder))) == {"tolerance", "agreement"}
 
 
 def as_int8(model: onnx.ModelProto) -> None:
     model.metadata_props[0].value = model.metadata_props[0].value.replace('"precision":"fp32"', '"precision":"int8"')
 
 
-def test_the_tolerance_is_that_of_the_lower_precision(good_onnx: Path, pictures: Path) -> None:
+def test_the_tolerance_is_that_of_the_lower_precision(good_onnx: Path, image_folder: Path) -> None:
     lower = edited(good_onnx, "lower.onnx", as_int8)
     for pair in ((lower, good_onnx), (good_onnx, lower)):
-        report = verify(*pair, data=str(pictures))
+        report = verify(*pair, data=str(image_folder))
         assert (report.summary.passed, report.summary.atol, report.precision) == (True, None, "int8")
 
 
@@ -219,44 +219,46 @@ def spec_file(good_onnx: Path) -> Path:
 
 
 def test_a_foreign_onnx_file_with_an_external_spec(
-    good_onnx: Path, checkpoint: Path, pictures: Path, spec_file: Path
+    good_onnx: Path, checkpoint: Path, image_folder: Path, spec_file: Path
 ) -> None:
     other = foreign(good_onnx, "other.onnx")
-    report = verify(other, checkpoint, spec=spec_file, data=str(pictures))
+    report = verify(other, checkpoint, spec=spec_file, data=str(image_folder))
     assert failed(report) == set()
     assert (report.artifact, report.artifact_sha256) == ("other.onnx", sha256(other))
     assert "weights" not in {check.name for check in report.checks}  # the external spec states no checksum
     onnx.save(onnx.load(other), "apart.onnx", save_as_external_data=True, location="w.bin", size_threshold=100)
-    assert verify("apart.onnx", other, spec=spec_file, data=str(pictures)).summary.max_abs_error == 0
+    assert verify("apart.onnx", other, spec=spec_file, data=str(image_folder)).summary.max_abs_error == 0
 
 
 def test_a_foreign_torchscript_file_with_an_external_spec(
-    good_torchscript: Path, good_onnx: Path, pictures: Path, spec_file: Path
+    good_torchscript: Path, good_onnx: Path, image_folder: Path, spec_file: Path
 ) -> None:
     with zipfile.ZipFile(good_torchscript) as source, zipfile.ZipFile("other.torchscript.pt", "w") as bare:
         for name in source.namelist():
             if "/extra/" not in name:
                 bare.writestr(name, source.read(name))
-    assert verify("other.torchscript.pt", good_onnx, spec=spec_file, data=str(pictures)).summary.passed
+    assert verify("other.torchscript.pt", good_onnx, spec=spec_file, data=str(image_folder)).summary.passed
 
 
-def test_a_fixed_batch_size_fails_and_cannot_be_the_reference(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+def test_a_fixed_batch_size_fails_and_cannot_be_the_reference(
+    good_onnx: Path, image_folder: Path, spec_file: Path
+) -> None:
     def fix(model: onnx.ModelProto) -> None:
         del model.metadata_props[:], model.graph.value_info[:]
         for info in (model.graph.input[0], model.graph.output[0]):
             info.type.tensor_type.shape.dim[0].dim_value = 1
 
     fixed = edited(good_onnx, "fixed.onnx", fix)
-    report = verify(fixed, good_onnx, spec=spec_file, data=str(pictures))
+    report = verify(fixed, good_onnx, spec=spec_file, data=str(image_folder))
     assert failed(report) == {"interface", "batch 3", "batch 64", "edge inputs"}
     with pytest.raises(
         ModelFileError, match=r"the reference fixed\.onnx does not run \(.*\): give one that accepts any batch size"
     ):
-        verify(good_onnx, fixed, spec=spec_file, data=str(pictures))
+        verify(good_onnx, fixed, spec=spec_file, data=str(image_folder))
 
 
 def test_unusable_external_specs_are_rejected(
-    good_onnx: Path, checkpoint: Path, spec_file: Path, pictures: Path
+    good_onnx: Path, checkpoint: Path, spec_file: Path, image_folder: Path
 ) -> None:
     other = foreign(good_onnx, "other.onnx")
     Path("junk.json").write_text('{"model":')
@@ -264,7 +266,7 @@ def test_unusable_external_specs_are_rejected(
     Path("text.torchscript.pt").write_text("text")
     for artifact, spec, error, text in [
         (good_onnx, spec_file, UsageError, r"both files carry a spec, so spec\.json has no use: leave --spec out"),
-        (other, "junk.json", SpecError, r"junk\.json holds a malformed"),
+        (other, "junk.json", SpecError, r"junk\.json contains a malformed"),
         (other, "absent.json", UsageError, r"cannot read absent\.json"),
         (
             foreign(good_onnx, "two.onnx", outputs=2),
@@ -276,27 +278,27 @@ def test_unusable_external_specs_are_rejected(
         ("text.torchscript.pt", spec_file, ModelFileError, r"text\.torchscript\.pt is not"),
     ]:
         with pytest.raises(error, match=text):
-            verify(artifact, checkpoint, spec=spec, data=str(pictures))
+            verify(artifact, checkpoint, spec=spec, data=str(image_folder))
 
 
-def test_an_external_spec_with_other_classes(good_onnx: Path, pictures: Path, spec_file: Path) -> None:
+def test_an_external_spec_with_other_classes(good_onnx: Path, image_folder: Path, spec_file: Path) -> None:
     other = foreign(good_onnx, "other.onnx")
     spec = read_spec(good_onnx)
     spec_file.write_text(msgspec.structs.replace(spec, class_names=("a", "b")).to_json())
-    assert "class names" in failed(verify(other, good_onnx, spec=spec_file, data=str(pictures)))
+    assert "class names" in failed(verify(other, good_onnx, spec=spec_file, data=str(image_folder)))
     with pytest.raises(ModelFileError, match=r"returns float32 \(\d+, 10\) for \d+ images of 2 classes"):
-        verify(good_onnx, other, spec=spec_file, data=str(pictures))
+        verify(good_onnx, other, spec=spec_file, data=str(image_folder))
     larger = msgspec.structs.replace(spec.input, height=40)
     spec_file.write_text(msgspec.structs.replace(spec, input=larger).to_json())
-    assert {"preprocessing", "interface"} <= failed(verify(other, good_onnx, spec=spec_file, data=str(pictures)))
+    assert {"preprocessing", "interface"} <= failed(verify(other, good_onnx, spec=spec_file, data=str(image_folder)))
 
 
-def test_the_layer_is_in_the_report_and_the_page(good_onnx: Path, stale: Path, pictures: Path) -> None:
-    report = verify(good_onnx, stale, data=str(pictures), locate=True, html_report="page.html")
+def test_the_layer_is_in_the_report_and_the_page(good_onnx: Path, other_checkpoint: Path, image_folder: Path) -> None:
+    report = verify(good_onnx, other_checkpoint, data=str(image_folder), locate=True, html_report="page.html")
     assert "model.0 (Conv node" in next(check.found for check in report.checks if check.name == "layer")
     assert "model.0" in Path("page.html").read_text()
-    with pytest.raises(UsageError, match=r"cannot write a report named page\.pdf: give a name that ends in \.html"):
-        verify(good_onnx, stale, html_report="page.pdf")
+    with pytest.raises(UsageError, match=r"cannot write a report as page\.pdf: give a name that ends in \.html"):
+        verify(good_onnx, other_checkpoint, html_report="page.pdf")
 
 
 def test_the_layers_of_torchscript_cannot_be_located(good_torchscript: Path, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.backends.torch.base import SPEC_FILE
-from cifarx_serve.errors import ModelFileError, SpecError, UsageError
+from cifarx_serve.errors import ModelFileError, SpecError, UsageError, error_message
 from cifarx_serve.spec import ModelSpec
 
 
@@ -26,7 +26,7 @@ def read_external_spec(path: Path) -> ModelSpec:
     try:
         spec = ModelSpec.from_json(path.read_bytes(), str(path))
     except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror})", "give a spec as a JSON file") from error
+        raise UsageError(f"cannot read {path} ({error_message(error)})", "give a spec as a JSON file") from error
     except SpecError as error:
         raise SpecError(error.problem, "use the form that `cifarx inspect FILE --json` prints") from error
     return msgspec.structs.replace(spec, checkpoint_sha256=None, weights_sha256=None, exporter=None, parity=None)

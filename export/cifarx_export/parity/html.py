@@ -111,7 +111,7 @@ def require_html_path(path: str | Path | None) -> None:
     if path is None:
         return
     if not str(path).endswith(SUFFIX):
-        raise UsageError(f"cannot write a report named {path}", f"give a name that ends in {SUFFIX}")
+        raise UsageError(f"cannot write a report as {path}", f"give a name that ends in {SUFFIX}")
     require_writable(Path(path).parent)
 
 

@@ -58,20 +58,20 @@ NINE_CLASSES = [
 
 
 @pytest.fixture(scope="module")
-def reference(decided: Path, parity_images: ParityData) -> Reference:
-    reference = reference_of(decided, parity_images)
+def reference(confident_checkpoint: Path, parity_images: ParityData) -> Reference:
+    reference = reference_of(confident_checkpoint, parity_images)
     assert set(reference.logits.argmax(1)) == set(range(10))
     return reference
 
 
 @pytest.fixture(scope="module")
-def good_onnx(decided: Path) -> Path:
-    return decided.with_suffix(".onnx")
+def good_onnx(confident_checkpoint: Path) -> Path:
+    return confident_checkpoint.with_suffix(".onnx")
 
 
 @pytest.fixture(scope="module")
-def good_torchscript(decided: Path) -> Path:
-    return write_artifact(decided, "torchscript", decided.with_suffix(".torchscript.pt"))
+def good_torchscript(confident_checkpoint: Path) -> Path:
+    return write_artifact(confident_checkpoint, "torchscript", confident_checkpoint.with_suffix(".torchscript.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +172,11 @@ def test_a_result_with_nan_is_valid_json(good_onnx: Path, brief: Reference) -> N
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_reference_that_is_not_finite_fails(
-    value: float, decided: Path, good_onnx: Path, parity_images: ParityData
+    value: float, confident_checkpoint: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
-    broken = checkpoint_with(decided, lambda weight, bias: (weight, bias.index_fill(0, torch.tensor(3), value)))
+    broken = checkpoint_with(
+        confident_checkpoint, lambda weight, bias: (weight, bias.index_fill(0, torch.tensor(3), value))
+    )
     broken_reference = shortened(reference_of(broken, parity_images))
     same_fault = edited(good_onnx, [entry_with((3,), lambda _: value, "model.8.bias")])
     assert "finite" in failed(result_of(same_fault, broken_reference))
@@ -235,12 +237,14 @@ class Tied(NamedTuple):
     forgiven: NDArray[np.bool_]
 
 
-def tied(decided: Path, good_onnx: Path, parity_images: ParityData, margin: float, steps: dict[int, float]) -> Tied:
+def tied(
+    confident_checkpoint: Path, good_onnx: Path, parity_images: ParityData, margin: float, steps: dict[int, float]
+) -> Tied:
     def tie(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight[1], bias[1] = weight[0], bias[0] - margin
         return weight, bias
 
-    path = checkpoint_with(decided, tie)
+    path = checkpoint_with(confident_checkpoint, tie)
     layer = load_checkpoint(path).model
     added = np.array([steps.get(index, 0.0) for index in range(10)], np.float32)
     artifact = edited(
@@ -257,9 +261,9 @@ def tied(decided: Path, good_onnx: Path, parity_images: ParityData, margin: floa
 
 
 def test_a_flip_within_the_margin_of_the_reference_is_forgiven_counted_and_reported(
-    decided: Path, good_onnx: Path, parity_images: ParityData
+    confident_checkpoint: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
-    case = tied(decided, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3})
+    case = tied(confident_checkpoint, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3})
     count = int(case.flipped.sum())
     assert count == case.forgiven.sum() > 0
     result = result_of(case.artifact, case.reference, HUNDREDTH)
@@ -272,9 +276,9 @@ def test_a_flip_within_the_margin_of_the_reference_is_forgiven_counted_and_repor
 
 
 def test_a_flip_outside_the_margin_of_the_reference_fails_even_if_every_logit_is_inside(
-    decided: Path, good_onnx: Path, parity_images: ParityData
+    confident_checkpoint: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
-    case = tied(decided, good_onnx, parity_images, margin=1.5e-2, steps={0: -9e-3, 1: 9e-3})
+    case = tied(confident_checkpoint, good_onnx, parity_images, margin=1.5e-2, steps={0: -9e-3, 1: 9e-3})
     assert case.flipped.sum() > case.forgiven.sum()
     result = result_of(case.artifact, case.reference, HUNDREDTH)
     assert failed(result) == {"agreement"}
@@ -283,9 +287,9 @@ def test_a_flip_outside_the_margin_of_the_reference_fails_even_if_every_logit_is
 
 
 def test_forgiving_some_flips_does_not_forgive_the_others(
-    decided: Path, good_onnx: Path, parity_images: ParityData
+    confident_checkpoint: Path, good_onnx: Path, parity_images: ParityData
 ) -> None:
-    case = tied(decided, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3, 5: 0.5})
+    case = tied(confident_checkpoint, good_onnx, parity_images, margin=2e-3, steps={0: -4e-3, 1: 4e-3, 5: 0.5})
     assert case.flipped.sum() > case.forgiven.sum() > 0
     result = result_of(case.artifact, case.reference, HUNDREDTH)
     assert failed(result) == {"tolerance", "agreement"}
@@ -314,12 +318,15 @@ def test_without_labels_there_is_no_accuracy(good_onnx: Path, brief: Reference) 
     assert (result.summary.accuracy, result.summary.reference_accuracy) == (None, None)
 
 
-def test_the_parity_check_needs_a_thousand_images(decided: Path, parity_images: ParityData) -> None:
+def test_the_parity_check_needs_a_thousand_images(confident_checkpoint: Path, parity_images: ParityData) -> None:
     with pytest.raises(
         DataError, match=f"{parity_images.name} has 999 test images: the parity check needs at least 1000"
     ):
-        reference_of(decided, parity_images._replace(images=parity_images.images[:999]))
-    assert len(reference_of(decided, parity_images._replace(images=parity_images.images[:1000])).logits) == 1000
+        reference_of(confident_checkpoint, parity_images._replace(images=parity_images.images[:999]))
+    assert (
+        len(reference_of(confident_checkpoint, parity_images._replace(images=parity_images.images[:1000])).logits)
+        == 1000
+    )
 
 
 # The batch size that a user gives is checked too.

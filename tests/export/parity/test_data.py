@@ -34,37 +34,41 @@ def test_auto_is_the_test_split_of_the_training_data(spec: ModelSpec) -> None:
     assert data.labels.shape == (len(data.images),)
 
 
-def test_a_folder_is_read_completely_and_named_after_itself(spec: ModelSpec, pictures: Path) -> None:
-    data = load_parity_data(spec, str(pictures))
-    files = sorted(pictures.glob("test/*/*"))
-    assert data.name == pictures.name  # not its path: the name is stored inside the artifact
+def test_a_folder_is_read_completely_and_named_after_itself(spec: ModelSpec, image_folder: Path) -> None:
+    data = load_parity_data(spec, str(image_folder))
+    files = sorted(image_folder.glob("test/*/*"))
+    assert data.name == image_folder.name  # not its path: the name is stored inside the artifact
     assert data.images.shape == (len(files), 32, 32, 3)
     assert data.labels is not None
     assert [spec.class_names[label] for label in data.labels] == [file.parent.name for file in files]
 
 
-def test_auto_uses_the_environment_variable(spec: ModelSpec, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CIFARX_DATA", str(pictures))
-    assert load_parity_data(spec, "auto").name == pictures.name
+def test_auto_uses_the_environment_variable(
+    spec: ModelSpec, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFARX_DATA", str(image_folder))
+    assert load_parity_data(spec, "auto").name == image_folder.name
 
 
-def test_images_have_the_models_size(spec: ModelSpec, pictures: Path) -> None:
+def test_images_have_the_models_size(spec: ModelSpec, image_folder: Path) -> None:
     wide = msgspec.structs.replace(spec, input=InputSpec(height=16, width=24))
-    assert load_parity_data(wide, str(pictures)).images.shape[1:] == (16, 24, 3)
+    assert load_parity_data(wide, str(image_folder)).images.shape[1:] == (16, 24, 3)
     assert load_parity_data(wide, "builtin").images.shape[1:] == (16, 24, 3)
 
 
-def test_there_are_no_labels_for_other_classes(spec: ModelSpec, other_pictures: Path, pictures: Path) -> None:
-    other = load_parity_data(spec, str(other_pictures))
+def test_there_are_no_labels_for_other_classes(
+    spec: ModelSpec, relabeled_image_folder: Path, image_folder: Path
+) -> None:
+    other = load_parity_data(spec, str(relabeled_image_folder))
     assert other.labels is None
-    same = load_parity_data(spec, str(pictures))
+    same = load_parity_data(spec, str(image_folder))
     assert np.array_equal(other.images, same.images)
     assert other.fingerprint != same.fingerprint
 
 
-def test_there_are_no_labels_for_classes_in_another_order(spec: ModelSpec, pictures: Path) -> None:
+def test_there_are_no_labels_for_classes_in_another_order(spec: ModelSpec, image_folder: Path) -> None:
     reordered = msgspec.structs.replace(spec, class_names=spec.class_names[::-1])
-    assert load_parity_data(reordered, str(pictures)).labels is None
+    assert load_parity_data(reordered, str(image_folder)).labels is None
 
 
 @pytest.mark.parametrize("name", ["nowhere", "buildin"])
@@ -93,11 +97,11 @@ def test_training_images_are_spread_over_the_training_split(spec: ModelSpec, cou
         assert np.array_equal(taken[1], whole[round((len(whole) - 1) / (count - 1))])
 
 
-def test_all_training_images_are_returned_if_there_are_fewer(spec: ModelSpec, pictures: Path) -> None:
-    taken = load_training_images(spec, str(pictures), 100)
-    files = sorted(pictures.glob("train/*/*"))
+def test_all_training_images_are_returned_if_there_are_fewer(spec: ModelSpec, image_folder: Path) -> None:
+    taken = load_training_images(spec, str(image_folder), 100)
+    files = sorted(image_folder.glob("train/*/*"))
     assert len(taken) == len(files) < 100
-    assert np.array_equal(taken, select_dataset(str(pictures)).load("train", spec.input).images)
+    assert np.array_equal(taken, select_dataset(str(image_folder)).load("train", spec.input).images)
 
 
 def test_training_images_are_not_images_of_the_parity_check(spec: ModelSpec) -> None:

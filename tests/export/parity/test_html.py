@@ -68,7 +68,7 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
-    def pictures(self) -> list[np.ndarray]:
+    def images(self) -> list[np.ndarray]:
         found = []
         for image in self.all("img"):
             head, _, body = str(image["src"]).partition(",")
@@ -155,15 +155,15 @@ def test_the_worst_images_are_shown_enlarged_by_an_integer_factor() -> None:
     one = report()
     assert one.error_analysis is not None
     assert len(one.error_analysis.worst) == 8
-    pictures = Page(render_html_report([one], IMAGES)).pictures()
-    assert len(pictures) == 8
-    for worst, picture in zip(one.error_analysis.worst, pictures, strict=True):
-        np.testing.assert_array_equal(picture, IMAGES[worst.image].repeat(20, axis=0).repeat(20, axis=1))
+    images = Page(render_html_report([one], IMAGES)).images()
+    assert len(images) == 8
+    for worst, image in zip(one.error_analysis.worst, images, strict=True):
+        np.testing.assert_array_equal(image, IMAGES[worst.image].repeat(20, axis=0).repeat(20, axis=1))
 
 
 def test_large_images_are_reduced() -> None:
     large = np.zeros((40, 700, 350, 3), np.uint8)
-    assert {picture.shape for picture in Page(render_html_report([report()], large)).pictures()} == {(320, 160, 3)}
+    assert {image.shape for image in Page(render_html_report([report()], large)).images()} == {(320, 160, 3)}
 
 
 def test_disagreements_are_a_matrix_for_few_classes_and_a_list_for_many() -> None:
@@ -220,15 +220,15 @@ def test_it_is_written_atomically() -> None:
 
 
 @pytest.mark.slow
-def test_real_parity_checks(checkpoint: Path, stale: Path, good_onnx: Path) -> None:
+def test_real_parity_checks(checkpoint: Path, other_checkpoint: Path, good_onnx: Path) -> None:
     """One check that passes, and one that fails because the weights are from another seed."""
     data = load_parity_data(load_checkpoint(checkpoint).spec, "builtin")
     reports = []
-    for source in (checkpoint, stale):
+    for source in (checkpoint, other_checkpoint):
         with PyTorchBackend(source, Device("cpu")) as trained, open_backend(good_onnx, device="cpu") as backend:
             result = check_parity(run_reference(trained, data), backend, get_tolerance("fp32"))
         reports.append(report(checks=result.checks, summary=result.summary, error_analysis=result.error_analysis))
     page = Page(render_html_report(reports, data.images))
     assert "1 of 2 artifacts passed" in page.words
-    assert len(page.pictures()) == 16
+    assert len(page.images()) == 16
     assert "flip" in page.words

@@ -34,8 +34,8 @@ def embedded(checkpoint: Path, actual: str, stated: str) -> Path:
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_every_filter_matches_pillow(name: str, decided: Path) -> None:
-    with open_backend(embedded(decided, name, name), device="cpu") as backend:
+def test_every_filter_matches_pillow(name: str, confident_checkpoint: Path) -> None:
+    with open_backend(embedded(confident_checkpoint, name, name), device="cpu") as backend:
         [check] = check_resize(backend, IMAGES)
     assert check.name == "resize"
     assert check.passed, check
@@ -43,15 +43,15 @@ def test_every_filter_matches_pillow(name: str, decided: Path) -> None:
 
 
 @pytest.mark.parametrize("actual", FILTERS)
-def test_another_filter_is_detected(actual: str, decided: Path) -> None:
+def test_another_filter_is_detected(actual: str, confident_checkpoint: Path) -> None:
     stated = FILTERS[FILTERS.index(actual) - 1]
-    with open_backend(embedded(decided, actual, stated), device="cpu") as backend:
+    with open_backend(embedded(confident_checkpoint, actual, stated), device="cpu") as backend:
         [check] = check_resize(backend, IMAGES)
     assert not check.passed, check
 
 
-def test_a_file_that_does_not_run_fails(decided: Path) -> None:
-    path = embedded(decided, "bilinear", "bilinear")
+def test_a_file_that_does_not_run_fails(confident_checkpoint: Path) -> None:
+    path = embedded(confident_checkpoint, "bilinear", "bilinear")
     with open_backend(edited(path, [frozen_batch(2)]), device="cpu") as backend:
         [check] = check_resize(backend, IMAGES)
     assert not check.passed
