@@ -37,6 +37,7 @@ _QUERY: Final = (
         f"The number of classes per image; by default {_DEFAULT_TOP_K}, or all if the model has fewer.",
     ),
 )
+_QUERY_FIELDS: Final = tuple(parameter.name for parameter in _QUERY)
 _FORM: Final = {
     "type": "object",
     "properties": {name: {"type": "array", "items": BINARY} for name in IMAGE_FIELDS},
@@ -129,10 +130,10 @@ def _image_prediction(upload: Upload, prediction: Prediction | ImageError) -> Im
 
 
 def _query_fields(request: Request) -> dict[str, str]:
-    fields, known = request.query_params(), [parameter.name for parameter in _QUERY]
-    if unknown := [name for name in fields if name not in known]:
+    fields = request.query_params()
+    if unknown := [name for name in fields if name not in _QUERY_FIELDS]:
         problem = f"unknown query field {unknown[0][:80]!r}"
-        raise RequestError(HTTPStatus.BAD_REQUEST, problem, f"known fields are {', '.join(known)}")
+        raise RequestError(HTTPStatus.BAD_REQUEST, problem, f"known fields are {', '.join(_QUERY_FIELDS)}")
     return fields
 
 
