@@ -146,7 +146,7 @@ def server(directory: Path) -> Iterator[ServerProcess]:
 
 def infer(directory: Path, image: Path, model: str = "colors.onnx") -> Any:
     """Return the prediction of `cifarx infer`."""
-    command = [PROGRAM, "infer", image, "--model", directory / model, "--top-k", "3", "--json"]
+    command: list[str | Path] = [PROGRAM, "infer", image, "--model", directory / model, "--top-k", "3", "--json"]
     return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)[0]
 
 
@@ -168,7 +168,7 @@ def test_the_prediction_is_that_of_infer(browse: Browse, server: ServerProcess, 
     assert "greenish.png, 32 \N{MULTIPLICATION SIGN} 24" in page.text("picture")
     assert page.driver.find_element(By.ID, "preview").is_displayed()
     spoken = page.driver.find_element(By.ID, "spoken").get_attribute("textContent")
-    assert spoken.startswith("green, ")
+    assert str(spoken).startswith("green, ")
 
 
 @pytest.mark.parametrize("event", ["drop", "paste"])
@@ -261,7 +261,7 @@ def test_latency_is_plotted_after_requests(browse: Browse, server: ServerProcess
     page.wait(lambda: "no requests yet" in page.text("plot"), "it does not poll")
     assert page.text("p50-now") == "-"
 
-    def plotted() -> list[str]:
+    def plotted() -> object:
         page.choose(directory / "greenish.png")
         return page.driver.find_elements(By.CSS_SELECTOR, "#plot .p50-dot")
 

@@ -173,7 +173,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
 @pytest.mark.slow
 def test_predictions_are_those_of_infer(server: RayServer) -> None:
     image = server.directory / "green.png"
-    infer = [PROGRAMS / "cifarx", "infer", image, "--model", server.directory / "colors.onnx", "--json"]
+    model = server.directory / "colors.onnx"
+    infer: list[str | Path] = [PROGRAMS / "cifarx", "infer", image, "--model", model, "--json"]
     (expected,) = json.loads(subprocess.run(infer, capture_output=True, check=True).stdout)
     response = server.request("POST", "/v1/predict", image.read_bytes(), content_type="image/png", x_request_id="my-id")
     assert response.status == 200

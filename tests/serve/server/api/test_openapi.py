@@ -11,6 +11,7 @@ import pytest
 import schemathesis
 from jsonschema import Draft202012Validator
 from PIL import Image
+from schemathesis.core.result import Ok
 
 from cifarx_serve.server.api.openapi import openapi_document
 from cifarx_serve.server.api.routes import create_routes
@@ -69,8 +70,8 @@ def test_it_is_valid_openapi(document: dict[str, Any]) -> None:
     assert document["openapi"] == "3.1.0"
     schema = schemathesis.openapi.from_dict(document)
     schema.validate()
-    loaded = {(operation.ok().method.upper(), operation.ok().path) for operation in schema.get_all_operations()}
-    assert loaded == operations(document).keys()
+    loaded = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
+    assert {(operation.method.upper(), operation.path) for operation in loaded} == operations(document).keys()
 
 
 def test_every_reference_has_a_valid_schema(document: dict[str, Any]) -> None:

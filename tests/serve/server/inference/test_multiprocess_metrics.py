@@ -58,7 +58,7 @@ class CountingProcess:
 
 def read_metrics(directory: Path) -> dict[str, float]:
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry, path=str(directory))
     return {
         sample.name + sample.labels.get("le", ""): sample.value
         for family in registry.collect()
