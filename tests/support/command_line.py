@@ -1,6 +1,8 @@
-"""The result of a command that a test ran."""
+"""Commands that a test runs, and their results."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,3 +29,16 @@ class CommandResult(NamedTuple):
 
 
 Cli: TypeAlias = Callable[..., CommandResult]
+
+
+def run_program(*command: object, timeout_s: float = 240, **environment: str) -> CommandResult:
+    """Run a program in the current directory, with additions to the environment."""
+    ran = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=timeout_s,
+    )
+    return CommandResult(ran.returncode, ran.stdout, ran.stderr)
