@@ -32,13 +32,13 @@ def good_torchscript(trained: Any) -> Path:
 
 
 @pytest.fixture
-def copied(trained: Any, tmp_path: Path) -> Path:
+def artifact_folder(trained: Any, tmp_path: Path) -> Path:
     """Return a copy of the folder with the checkpoint, its artifacts and their reports."""
     return Path(shutil.copytree(trained.folder, tmp_path / "copied"))
 
 
 @pytest.fixture(scope="session")
-def stale(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint with the spec of `checkpoint` and weights of another seed."""
     import torch
 
@@ -68,7 +68,7 @@ def parity_images(checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def decided(checkpoint: Path, parity_images: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def confident_checkpoint(checkpoint: Path, parity_images: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the checkpoint with the logits of each class standardized over the images, next to its ONNX file.
 
     Although the network has learned little, it predicts every class, and few of its predictions are close.
@@ -95,7 +95,7 @@ def decided(checkpoint: Path, parity_images: Any, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def pictures(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of small images with the class names of `checkpoint`, enough for a parity check."""
     from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
@@ -105,10 +105,10 @@ def pictures(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def few_pictures(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_image_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with ten images fewer than a parity check needs."""
     folder = tmp_path_factory.mktemp("data") / "few"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(image_folder, folder)
     for class_folder in folder.glob("test/*"):
         for image in sorted(class_folder.iterdir())[99:]:
             image.unlink()
@@ -116,10 +116,10 @@ def few_pictures(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def other_pictures(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the images of `pictures` with other class names."""
+def relabeled_image_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the images of `image_folder` with other class names."""
     folder = tmp_path_factory.mktemp("data") / "other"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(image_folder, folder)
     for class_folder in sorted(folder.glob("*/*")):
         class_folder.rename(class_folder.with_name(f"other {class_folder.name}"))
     return folder

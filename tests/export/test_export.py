@@ -41,11 +41,11 @@ export(sys.argv[1], [sys.argv[2]], data=sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def results(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[ExportResult]:
+def results(checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[ExportResult]:
     """Export a checkpoint in an empty folder to all formats. A format requested twice is exported once."""
     folder = tmp_path_factory.mktemp("exported")
     shutil.copy(checkpoint, folder / "lzh_9.pth")
-    return export(folder / "lzh_9.pth", [*FORMATS, "onnx"], data=str(pictures))
+    return export(folder / "lzh_9.pth", [*FORMATS, "onnx"], data=str(image_folder))
 
 
 @pytest.fixture
@@ -132,12 +132,12 @@ def test_embedding_the_parity_summary_does_not_change_the_outputs(results: list[
 
 
 def test_exporting_again_writes_the_same_bytes_and_prints_nothing(
-    results: list[ExportResult], pictures: Path, capfd: pytest.CaptureFixture[str]
+    results: list[ExportResult], image_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = results[0].path.with_name("lzh_9.pth")
     shutil.copy(checkpoint, "best.of.run.pth")
     lines: list[str] = []
-    again = export("best.of.run.pth", data=str(pictures), out="not/yet/there", progress=lines.append)[0]
+    again = export("best.of.run.pth", data=str(image_folder), out="not/yet/there", progress=lines.append)[0]
     assert again.path == Path("not/yet/there/best.of.run.onnx")
     assert again.path.read_bytes() == results[0].path.read_bytes()
     assert set(contents(Path.cwd())) == {
@@ -149,12 +149,14 @@ def test_exporting_again_writes_the_same_bytes_and_prints_nothing(
     assert any("1010 images of pictures" in line for line in lines)
 
 
-def test_a_failed_parity_check_keeps_the_last_good_artifact_and_its_report(copied: Path, pictures: Path) -> None:
-    before = contents(copied)
-    failed = export(copied / "lzh_0.pth", data=str(pictures), atol=0.0, rtol=0.0)[0]
+def test_a_failed_parity_check_keeps_the_last_good_artifact_and_its_report(
+    artifact_folder: Path, image_folder: Path
+) -> None:
+    before = contents(artifact_folder)
+    failed = export(artifact_folder / "lzh_0.pth", data=str(image_folder), atol=0.0, rtol=0.0)[0]
     assert not failed.report.summary.passed
-    assert failed.report_path == copied / "lzh_0.onnx.failed.parity.json"
-    after = contents(copied)
+    assert failed.report_path == artifact_folder / "lzh_0.onnx.failed.parity.json"
+    after = contents(artifact_folder)
     document = json.loads(after.pop(failed.report_path.name))
     assert after == before
     assert failures(document) == {"tolerance"}
@@ -163,23 +165,23 @@ def test_a_failed_parity_check_keeps_the_last_good_artifact_and_its_report(copie
 
 
 def test_a_passed_parity_check_removes_the_failed_report_and_replaces_the_artifact(
-    copied: Path, pictures: Path
+    artifact_folder: Path, image_folder: Path
 ) -> None:
-    before = contents(copied)
-    (copied / "lzh_0.onnx.failed.parity.json").write_text("{}")
-    artifact = export(copied / "lzh_0.pth", data=str(pictures), options=ExportOptions(opset=20))[0]
-    assert contents(copied).keys() == before.keys()
+    before = contents(artifact_folder)
+    (artifact_folder / "lzh_0.onnx.failed.parity.json").write_text("{}")
+    artifact = export(artifact_folder / "lzh_0.pth", data=str(image_folder), options=ExportOptions(opset=20))[0]
+    assert contents(artifact_folder).keys() == before.keys()
     assert artifact.path.read_bytes() != before["lzh_0.onnx"]
     assert [entry.version for entry in onnx.load(artifact.path).opset_import] == [20]
     assert strict_json(artifact.report_path)["artifact_sha256"] == sha256(artifact.path)
 
 
-def test_an_artifact_that_never_passed_is_not_written(lone_checkpoint: Path, pictures: Path) -> None:
+def test_an_artifact_that_never_passed_is_not_written(lone_checkpoint: Path, image_folder: Path) -> None:
     """NaN in both outputs is equal, but does not pass."""
     loaded = load_checkpoint(lone_checkpoint)
     loaded.model["model.8.bias"][3] = float("nan")
     save_checkpoint(lone_checkpoint, loaded)
-    failed = export(lone_checkpoint, data=str(pictures), atol=1e9, rtol=1e9)[0]
+    failed = export(lone_checkpoint, data=str(image_folder), atol=1e9, rtol=1e9)[0]
     assert not failed.report.summary.passed
     assert "finite" in failures(strict_json(failed.report_path))
     assert {path.name for path in Path.cwd().iterdir()} == {"lzh_9.pth", "lzh_9.onnx.failed.parity.json"}
@@ -273,21 +275,21 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_refused_export_writes_nothing(name: str, lone_checkpoint: Path, pictures: Path) -> None:
+def test_a_refused_export_writes_nothing(name: str, lone_checkpoint: Path, image_folder: Path) -> None:
     refusal = REFUSALS[name]
     before = contents(Path.cwd())
     with pytest.raises(refusal.error, match=refusal.message):
-        export(lone_checkpoint, **{"data": str(pictures), **refusal.arguments})
+        export(lone_checkpoint, **{"data": str(image_folder), **refusal.arguments})
     assert contents(Path.cwd()) == before
 
 
-def test_too_few_images_write_nothing_and_create_no_folder(lone_checkpoint: Path, few_pictures: Path) -> None:
+def test_too_few_images_write_nothing_and_create_no_folder(lone_checkpoint: Path, small_image_folder: Path) -> None:
     with pytest.raises(DataError, match=r"few has 990 test images: the parity check needs at least 1000"):
-        export(lone_checkpoint, data=str(few_pictures), out="results")
+        export(lone_checkpoint, data=str(small_image_folder), out="results")
     assert [path.name for path in Path.cwd().iterdir()] == ["lzh_9.pth"]
 
 
-def test_files_that_are_no_checkpoints_are_refused(good_onnx: Path, checkpoint: Path, pictures: Path) -> None:
+def test_files_that_are_no_checkpoints_are_refused(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
     Path("text.pth").write_text("weights")
     Path("half.pth").write_bytes(checkpoint.read_bytes()[:5000])
     shutil.copy(good_onnx, "onnx.pth")
@@ -295,15 +297,15 @@ def test_files_that_are_no_checkpoints_are_refused(good_onnx: Path, checkpoint: 
     before = contents(Path.cwd())
     for name in ["text.pth", "half.pth", "onnx.pth", "folder.pth", "absent.pth"]:
         with pytest.raises(ModelFileError, match=name):
-            export(name, data=str(pictures))
+            export(name, data=str(image_folder))
     assert contents(Path.cwd()) == before
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
-def test_a_path_that_cannot_be_written_is_an_output_error(out: str, lone_checkpoint: Path, pictures: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_output_error(out: str, lone_checkpoint: Path, image_folder: Path) -> None:
     Path("file").write_text("mine")
     with pytest.raises(OutputError, match=f"cannot write {out}"):
-        export(lone_checkpoint, data=str(pictures), out=out)
+        export(lone_checkpoint, data=str(image_folder), out=out)
     assert set(contents(Path.cwd())) == {"file", "lzh_9.pth"}
     assert Path("file").read_text() == "mine"
 
@@ -322,9 +324,9 @@ except OutputError as error:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="requires POSIX resource limits")
-def test_no_space_for_temporary_files_is_an_output_error(lone_checkpoint: Path, pictures: Path) -> None:
+def test_no_space_for_temporary_files_is_an_output_error(lone_checkpoint: Path, image_folder: Path) -> None:
     """The conversion itself needs temporary files."""
-    command = [sys.executable, "-c", _NO_SPACE, str(lone_checkpoint), str(pictures), "results"]
+    command = [sys.executable, "-c", _NO_SPACE, str(lone_checkpoint), str(image_folder), "results"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("cannot write ")
     assert "free some space" in ran.stdout
@@ -367,8 +369,8 @@ def kill_at(moment: Callable[[Path, Path], bool], checkpoint: Path, kind: str, d
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_killing_the_first_export_leaves_no_artifact(lone_checkpoint: Path, pictures: Path) -> None:
-    assert kill_at(content_written, lone_checkpoint.absolute(), "torchscript", pictures) == -signal.SIGKILL
+def test_killing_the_first_export_leaves_no_artifact(lone_checkpoint: Path, image_folder: Path) -> None:
+    assert kill_at(content_written, lone_checkpoint.absolute(), "torchscript", image_folder) == -signal.SIGKILL
     assert {path.name for path in Path.cwd().iterdir()} - {path.name for path in partial_files(Path.cwd())} == {
         lone_checkpoint.name
     }
@@ -377,19 +379,19 @@ def test_killing_the_first_export_leaves_no_artifact(lone_checkpoint: Path, pict
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_killing_a_later_export_keeps_the_last_artifact(copied: Path, pictures: Path) -> None:
-    before = contents(copied)
-    assert kill_at(writing_started, copied / "lzh_0.pth", "torchscript", pictures) == -signal.SIGKILL
-    leftover = {path.name for path in partial_files(copied)}
-    assert {name: content for name, content in contents(copied).items() if name not in leftover} == before
-    assert find_model(copied, "torchscript") == copied / "lzh_0.torchscript.pt"
+def test_killing_a_later_export_keeps_the_last_artifact(artifact_folder: Path, image_folder: Path) -> None:
+    before = contents(artifact_folder)
+    assert kill_at(writing_started, artifact_folder / "lzh_0.pth", "torchscript", image_folder) == -signal.SIGKILL
+    leftover = {path.name for path in partial_files(artifact_folder)}
+    assert {name: content for name, content in contents(artifact_folder).items() if name not in leftover} == before
+    assert find_model(artifact_folder, "torchscript") == artifact_folder / "lzh_0.torchscript.pt"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_an_artifact_with_its_final_name_is_complete(
-    results: list[ExportResult], lone_checkpoint: Path, pictures: Path
+    results: list[ExportResult], lone_checkpoint: Path, image_folder: Path
 ) -> None:
     # The export can end before the signal arrives.
-    assert kill_at(target_exists, lone_checkpoint.absolute(), "onnx", pictures) in {-signal.SIGKILL, 0}
+    assert kill_at(target_exists, lone_checkpoint.absolute(), "onnx", image_folder) in {-signal.SIGKILL, 0}
     assert Path("lzh_9.onnx").read_bytes() == results[0].path.read_bytes()

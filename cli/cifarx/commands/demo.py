@@ -9,6 +9,7 @@ import typer
 from PIL import Image
 
 from cifarx.output.console import note
+from cifarx_export.formats.registry import get_format
 from cifarx_serve.errors import CheckFailed
 
 # 316 steps, which are enough for the built-in drawings.
@@ -27,15 +28,16 @@ def command(
     started = time.perf_counter()
     images = " ".join(map(shlex.quote, map(str, _draw_images(out))))
     stem = f"{shlex.quote(str(out))}/lzh_3"
+    onnx, torchscript = (get_format(name).file_name(stem, "fp32") for name in ("onnx", "torchscript"))
     for line in (
         f"train --model lzh {_TRAINING} --out {shlex.quote(str(out))}",
         f"export --ckpt {stem}.pth --format onnx --format torchscript",
-        f"verify {stem}.onnx --ckpt {stem}.pth",
-        f"infer {images} --model {stem}.onnx --backend onnxruntime --top-k 3",
-        f"infer {images} --model {stem}.torchscript.pt --backend torchscript",
+        f"verify {onnx} --ckpt {stem}.pth",
+        f"infer {images} --model {onnx} --backend onnxruntime --top-k 3",
+        f"infer {images} --model {torchscript} --backend torchscript",
         f"infer {images} --model {stem}.pth --backend pytorch",
-        f"inspect {stem}.onnx",
-        f"bench {stem}.pth {stem}.torchscript.pt {stem}.onnx --report {shlex.quote(str(out))}/bench.md",
+        f"inspect {onnx}",
+        f"bench {stem}.pth {torchscript} {onnx} --report {shlex.quote(str(out))}/bench.md",
     ):
         _run(line)
     note(f"\nfinished in {time.perf_counter() - started:.0f} s; the files are in {out}")

@@ -1,1 +1,1 @@
-"""Conversion to ONNX, and what is done to the graph afterwards."""
+"""Conversion to ONNX, and transformations of ONNX graphs."""

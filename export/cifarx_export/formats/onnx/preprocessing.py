@@ -317,7 +317,7 @@ def _pass(axis: str, source: str, result: str) -> str:
 
 
 def _scale(spec: InputSpec) -> str:
-    """Return the nodes from `resized` to `result`, the same operations as `cifarx_serve.images.preprocess.normalize`."""
+    """Return the nodes from `resized` to `result`, the operations of `cifarx_serve.images.preprocess.normalize`."""
     steps = ["Div ({}, levels)"]
     if spec.value_range != (0.0, 1.0):
         steps += ["Mul ({}, range)", "Add ({}, low)"]

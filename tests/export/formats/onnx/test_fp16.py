@@ -51,7 +51,7 @@ def fp32_model() -> ModelProto:
     return export_fp32(network())
 
 
-def copied(model: ModelProto) -> ModelProto:
+def copy_of(model: ModelProto) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(model)
     return copy
@@ -64,7 +64,7 @@ def run_model(model: ModelProto, batch: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_logits_are_close_to_float32(fp32_model: ModelProto, size: int) -> None:
-    model, _ = convert_model_to_fp16(copied(fp32_model))
+    model, _ = convert_model_to_fp16(copy_of(fp32_model))
     onnx.checker.check_model(model, full_check=True)
     batch = np.random.default_rng(size).random((size, 3, 8, 6), np.float32)
     logits, expected = run_model(model, batch), run_model(fp32_model, batch)
@@ -74,14 +74,14 @@ def test_logits_are_close_to_float32(fp32_model: ModelProto, size: int) -> None:
 
 
 def test_inputs_and_outputs_keep_their_names_and_types(fp32_model: ModelProto) -> None:
-    model, _ = convert_model_to_fp16(copied(fp32_model))
+    model, _ = convert_model_to_fp16(copy_of(fp32_model))
     assert [(value.name, value.type) for value in (*model.graph.input, *model.graph.output)] == [
         (value.name, value.type) for value in (*fp32_model.graph.input, *fp32_model.graph.output)
     ]
 
 
 def test_operators_that_stay_float32_are_reported_and_the_rest_is_float16(fp32_model: ModelProto) -> None:
-    model, facts = convert_model_to_fp16(copied(fp32_model))
+    model, facts = convert_model_to_fp16(copy_of(fp32_model))
     assert facts == {"fp32 ops": "LayerNormalization, Softmax"}
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -91,7 +91,7 @@ def test_operators_that_stay_float32_are_reported_and_the_rest_is_float16(fp32_m
 
 def test_no_cast_undoes_another(fp32_model: ModelProto) -> None:
     """There are four: after the input, before and after the two layers in float32, and before the output."""
-    model, _ = convert_model_to_fp16(copied(fp32_model))
+    model, _ = convert_model_to_fp16(copy_of(fp32_model))
     assert Counter(node.op_type for node in model.graph.node)["Cast"] == 4
     written = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
@@ -101,7 +101,7 @@ def test_no_cast_undoes_another(fp32_model: ModelProto) -> None:
 
 def test_converting_again_gives_the_same_bytes(fp32_model: ModelProto) -> None:
     first, second = (
-        convert_model_to_fp16(copied(fp32_model))[0].SerializeToString(deterministic=True) for _ in range(2)
+        convert_model_to_fp16(copy_of(fp32_model))[0].SerializeToString(deterministic=True) for _ in range(2)
     )
     assert first == second
 

@@ -207,9 +207,9 @@ def _inputs_of_nodes(graph: onnx.GraphProto) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def embedded(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded(checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded")
-    [made] = export(checkpoint, data=str(pictures), out=folder, options=ExportOptions(embed_preprocessing=True))
+    [made] = export(checkpoint, data=str(image_folder), out=folder, options=ExportOptions(embed_preprocessing=True))
     assert made.report.summary.passed
     assert made.path.name.endswith(".embedded.onnx")
     return made.path

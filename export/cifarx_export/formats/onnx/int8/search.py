@@ -1,8 +1,8 @@
 """Search for an int8 version of an ONNX model that agrees with the fp32 model, with as few layers in fp32 as possible.
 
 Activations are uint8 with one scale per tensor. Weights are int8 with one scale per output channel, and use 7 bits:
-this way the sums of products cannot overflow on CPUs without dot-product instructions (x86 before VNNI). The outputs,
-and with them the parity check, are therefore the same on every CPU. GPTQ more than makes up for the eighth bit.
+this way the sums of products cannot overflow on CPUs without dot-product instructions (x86 before VNNI), so the outputs
+and the result of the parity check are the same on every CPU. GPTQ more than makes up for the missing bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,14 +39,14 @@ _PROTOBUF_LIMIT: Final = 2**31 - 1
 
 
 class MixedPrecision(NamedTuple):
-    """A choice of the calibration method, and of the layers that stay in fp32."""
+    """A configuration to try: the calibration method, and the layers that stay in fp32."""
 
     method: str
     fp32_layers: tuple[Layer, ...]
 
 
 class Score(NamedTuple):
-    """Orders the choices: by agreement first, then by error.
+    """The quality of a quantized model. Scores are ordered by agreement first, then by error.
 
     Attributes:
         agreement: fraction of the images with the same argmax as in fp32.
@@ -97,11 +97,11 @@ class QuantizationSearch:
         self._by_sensitivity: list[Layer] = []
 
     def candidates(self) -> Iterator[tuple[ModelProto, dict[str, str]]]:
-        """Yield quantized models, each with the facts about it that the spec records.
+        """Yield quantized models, each with the facts that its spec records.
 
-        The first has the fewest layers in fp32 that reach the lowest of `AGREEMENT_TARGETS`. Each further one is asked
-        for only if the one before fails its parity check, and must reach the next target above the agreement of that
-        one. No model is yielded twice: the iteration ends when nothing better can be found.
+        The first model has the fewest layers in fp32 that reach the lowest of `AGREEMENT_TARGETS`. If it fails its
+        parity check, the caller takes the next model, which has to reach the next target above the agreement of the
+        last. The iteration ends when the search finds no other model, so no model is yielded twice.
         """
         yielded: list[MixedPrecision] = []
         reached = 0.0
