@@ -1,4 +1,4 @@
-"""The parity report: the full JSON document beside the artifact, and its short form for the command line."""
+"""The parity report: the full JSON document next to the artifact, and its short form for the command line."""
 
 from pathlib import Path
 
