@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from cifarx_export.parity.compare import EVAL_BATCH_SIZE, ParityData, Reference, check_parity, run_reference
+from cifarx_export.parity.compare import EVAL_BATCH_SIZE, Reference, check_parity, run_reference
+from cifarx_export.parity.data import ParityData
 from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
@@ -139,7 +140,8 @@ class FirstImageOnly(Wrapped):
     """Returns the logits of the first image for every image, as if traced with one image."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.inner(images[:1]).expand(images.shape[0], -1)
+        logits: torch.Tensor = self.inner(images[:1]).expand(images.shape[0], -1)
+        return logits
 
 
 class InHalf(Wrapped):
@@ -155,6 +157,8 @@ class InHalf(Wrapped):
 
 class Leaking(Wrapped):
     """Adds a part of the previous call's logits to this call's."""
+
+    last: torch.Tensor
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
@@ -319,8 +323,9 @@ def normalized(confident_checkpoint: Path, parity_images: ParityData, tmp_path_f
         # Spread the logits so that every class is predicted for some images.
         logits = module.eval()(images)
         fc = module.get_submodule("fc")
-        fc.weight /= logits.std(dim=0)[:, None]  # type: ignore[operator,union-attr]
-        fc.bias.copy_((fc.bias - logits.mean(dim=0)) / logits.std(dim=0))  # type: ignore[operator,union-attr]
+        assert isinstance(fc, nn.Linear)
+        fc.weight.div_(logits.std(dim=0)[:, None])
+        fc.bias.copy_((fc.bias - logits.mean(dim=0)) / logits.std(dim=0))
     path = tmp_path_factory.mktemp("normalized") / "resnet18_0.pth"
     save_checkpoint(path, Checkpoint(spec, module.state_dict(), {}))
     return path
@@ -400,7 +405,7 @@ def test_the_command_line_exits_with_1_and_names_the_failed_checks(
     assert "parity check FAILED" in ran.out
     crossed = {line.split("✗ ")[1][:14].strip() for line in ran.out.splitlines()[1:] if "✗ " in line}
     assert fault.must_fail - {"accuracy"} <= crossed, ran.out
-    named = ran.error.rpartition("(")[2].partition(")")[0].split(", ")
+    named = ran.error.rpartition("(failed checks: ")[2].partition(")")[0].split(", ")
     assert set(named) == crossed
 
 
