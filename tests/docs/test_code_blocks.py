@@ -76,7 +76,7 @@ def is_fast(lines: list[str]) -> bool:
 
 def marked(pages: list[Page], slow: set[str]) -> list[object]:
     """Return the pages as parameters of a test."""
-    marks = {name: [pytest.mark.slow, pytest.mark.timeout(600)] for name in slow}
+    marks = {name: [pytest.mark.slow, pytest.mark.timeout(900)] for name in slow}
     return [pytest.param(page, id=page.name, marks=marks.get(page.name, [])) for page in pages]
 
 
@@ -127,7 +127,8 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 def run(*command: object) -> CommandResult:
     """Run a program with the commands of this environment on the PATH."""
-    return run_program(*command, PATH=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return run_program(*command, timeout_s=600, PATH=path)
 
 
 @contextmanager
