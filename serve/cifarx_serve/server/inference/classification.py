@@ -2,10 +2,9 @@
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,11 +76,12 @@ class ImageClassifier:
         pending = [instance.infer(batch, deadline, is_disconnected) for _, batch in batches]
         results = [await pending[0]] if len(pending) == 1 else await asyncio.gather(*pending)
         class_names = instance.model.spec.class_names
-        ranked: dict[int, Prediction] = {}
+        predictions: list[Any] = list(decoded)  # the pixels of each image are replaced by its prediction
         for (indices, _), result in zip(batches, results, strict=True):
-            ranked.update(zip(indices, result.top_predictions(class_names, top_k), strict=True))
+            for index, prediction in zip(indices, result.top_predictions(class_names, top_k), strict=True):
+                predictions[index] = prediction
         return Classification(
-            [image if isinstance(image, ImageError) else ranked[index] for index, image in enumerate(decoded)],
+            predictions,
             decode_s,
             max(result.queue_s for result in results),
             max(result.compute_s for result in results),
@@ -111,13 +111,15 @@ def _batches(decoded: Sequence[_Decoded]) -> list[tuple[list[int], NDArray[np.ui
     Raises:
         ImageError: there is no readable image; the error is that of the first one.
     """
-    groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = defaultdict(list)
+    groups: dict[tuple[int, ...], tuple[list[int], list[NDArray[np.uint8]]]] = {}
     for index, image in enumerate(decoded):
         if not isinstance(image, ImageError):
-            groups[image.shape].append((index, image))
+            indices, images = groups.setdefault(image.shape, ([], []))
+            indices.append(index)
+            images.append(image)
     if not groups:
         raise next(error for error in decoded if isinstance(error, ImageError))
-    return [([index for index, _ in group], _stack([image for _, image in group])) for group in groups.values()]
+    return [(indices, _stack(images)) for indices, images in groups.values()]
 
 
 def _stack(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
