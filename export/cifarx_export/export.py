@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -114,9 +115,8 @@ def export(
     require_html_path(html_report)
     tolerances = {precision: get_tolerance(precision, atol, rtol) for _, precision in chosen}
     progress(f"reading {path}")
-    loaded = load_checkpoint(path, model)._replace(
-        training={}
-    )  # the optimizer state can be twice as large as the weights
+    loaded = load_checkpoint(path, model)
+    loaded = loaded._replace(training={})  # free the optimizer state, which can be twice as large as the weights
     images = load_parity_data(loaded.spec, data, on_error)
     batch_sizes = parity_batch_sizes(batch_size, len(images.images))
     with PyTorchBackend.from_checkpoint(loaded, CPU) as backend:
@@ -124,27 +124,28 @@ def export(
     directory = path.parent if out is None else Path(out)
     require_writable(directory)
     sha256 = file_sha256(path)
-    spec = msgspec.structs.replace(
-        loaded.spec,
-        checkpoint_sha256=sha256,
-        weights_sha256=weights_sha256(loaded.model),
-        embedded_preprocessing=bool(options.embed_preprocessing),
+    base = ConversionSource(
+        loaded.build,
+        msgspec.structs.replace(
+            loaded.spec,
+            checkpoint_sha256=sha256,
+            weights_sha256=weights_sha256(loaded.weights),
+            embedded_preprocessing=bool(options.embed_preprocessing),
+        ),
+        options,
+        lambda count: load_training_images(loaded.spec, data, count, on_error),
+        progress,
     )
-    sources = {
-        precision: ConversionSource(
-            loaded.build,
-            msgspec.structs.replace(spec, precision=precision),
-            options,
-            lambda count: load_training_images(loaded.spec, data, count, on_error),
-            progress,
-        )
-        for precision in tolerances
-    }
+    sources = {precision: _with_precision(base, precision) for precision in tolerances}
     exporter = _Exporter(path.name, sha256, directory, tolerances, reference, batch_sizes, progress)
     results = [exporter.run(name, sources[precision]) for name, precision in chosen]
     if html_report is not None:
         write_html_report(Path(html_report), [result.report for result in results], images.images)
     return results
+
+
+def _with_precision(source: ConversionSource, precision: Precision) -> ConversionSource:
+    return replace(source, spec=msgspec.structs.replace(source.spec, precision=precision))
 
 
 class _Exporter(NamedTuple):

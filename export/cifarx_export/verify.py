@@ -143,7 +143,7 @@ def _open(paths: _Paths, device: str, spec: str | Path | None, stack: ExitStack)
         return _Opened(artifact, reference, files, None)
     loaded = load_checkpoint(files[1], paths.model)
     trained = stack.enter_context(PyTorchBackend.from_checkpoint(loaded, parse_device("cpu")))
-    return _Opened(artifact, trained, files, weights_sha256(loaded.model))
+    return _Opened(artifact, trained, files, weights_sha256(loaded.weights))
 
 
 def _open_one(path: Path, original: Path, device: str, model: str | None) -> Backend:

@@ -164,7 +164,7 @@ def folder(trained: Trained, tmp_path: Path) -> Path:
     folder.mkdir()
     shutil.copy(trained.checkpoint, folder / "lzh_0.pth")
     loaded = load_checkpoint(trained.checkpoint)
-    loaded.model["model.8.bias"][3] += 0.5
+    loaded.weights["model.8.bias"][3] += 0.5
     (tmp_path / "other").mkdir()
     save_checkpoint(tmp_path / "other" / "lzh_0.pth", loaded)
     return folder

@@ -167,7 +167,7 @@ def assert_same_run(folder: Path, whole: Whole) -> None:
     for name, expected in whole.checkpoints.items():
         found = load_checkpoint(folder / name)
         assert found.spec == expected.spec, name
-        assert deep_equal(found.model, expected.model), name
+        assert deep_equal(found.weights, expected.weights), name
         assert deep_equal({**found.training, "seconds": 0}, {**expected.training, "seconds": 0}), name
 
 
@@ -190,7 +190,7 @@ def test_the_recipe_uses_every_kind_of_state(whole: Whole) -> None:
     training = whole.checkpoints[NAMES[-1]].training
     assert training["step"] == EPOCHS * EPOCH_STEPS
     assert training["weights"]
-    assert not deep_equal(training["weights"], whole.checkpoints[NAMES[-1]].model)
+    assert not deep_equal(training["weights"], whole.checkpoints[NAMES[-1]].weights)
     assert any("momentum_buffer" in str(part) for part in training["optimizer"].values())
 
 
@@ -265,8 +265,8 @@ PROGRAM = Path(sys.executable).with_name("cifarx")
 @pytest.mark.slow
 def test_the_installed_program_killed_and_resumed(program: Program, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    line = [PROGRAM, "train", "--model", "lzh", "--data", program.data, "--recipe", program.recipe]
-    line += ["--device", "cpu", "--out", out, "--resume", "auto"]
+    line = [str(PROGRAM), "train", "--model", "lzh", "--data", str(program.data), "--recipe", str(program.recipe)]
+    line += ["--device", "cpu", "--out", str(out), "--resume", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in (NAMES[0], NAMES[2]):
         with subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment) as process:

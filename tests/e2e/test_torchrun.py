@@ -137,8 +137,8 @@ def test_two_processes_train_the_same_model_as_one(setup: Setup, tmp_path: Path)
 
 
 def require_close(one: Checkpoint, other: Checkpoint) -> None:
-    for name, weight in one.model.items():
-        assert torch.allclose(weight, other.model[name], rtol=0, atol=TOLERANCE), name
+    for name, weight in one.weights.items():
+        assert torch.allclose(weight, other.weights[name], rtol=0, atol=TOLERANCE), name
     record, reference = one.spec.training, other.spec.training
     assert record is not None
     assert reference is not None
@@ -153,7 +153,7 @@ def test_a_model_with_batch_norm(setup: Setup, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("\n") == 1
     checkpoint = load_checkpoint(tmp_path / "run" / "resnet18_0.pth")
-    assert checkpoint.model["bn1.num_batches_tracked"] == 3
+    assert checkpoint.weights["bn1.num_batches_tracked"] == 3
     assert checkpoint.spec.training is not None
     # A single process measures the same accuracy, so the saved model is the evaluated one.
     again = run([str(CIFARX), *line, "--resume", "auto", "--json"])

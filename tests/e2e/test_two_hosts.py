@@ -91,7 +91,8 @@ def start(host: Host, rank: int, line: list[str]) -> "subprocess.Popen[str]":
 def run_on_both(hosts: list[Host], line: list[str]) -> list[tuple[int, str, str]]:
     with ExitStack() as stack:
         jobs = [stack.enter_context(start(host, rank, line)) for rank, host in enumerate(hosts)]
-        stack.callback(lambda: [job.kill() for job in jobs])
+        for job in jobs:
+            stack.callback(job.kill)
         outputs = [job.communicate(timeout=TIMEOUT_S) for job in jobs]
         return [(job.returncode, *texts) for job, texts in zip(jobs, outputs, strict=True)]
 
@@ -115,15 +116,15 @@ def test_two_hosts_train_the_same_model_as_one_process_and_resume(
     assert "with 2 processes" in err
     for name in ("lzh_0.pth", "lzh_1.pth"):
         one, two = (load_checkpoint(tmp_path / folder / name) for folder in ("one", "two"))
-        for weight in one.model:
-            assert torch.allclose(two.model[weight], one.model[weight], rtol=0, atol=TOLERANCE), weight
+        for weight in one.weights:
+            assert torch.allclose(two.weights[weight], one.weights[weight], rtol=0, atol=TOLERANCE), weight
     # Both hosts resume from the first epoch in a shared directory, bit for bit.
     (tmp_path / "again").mkdir()
     shutil.copy2(tmp_path / "two" / "lzh_0.pth", tmp_path / "again")
     results = run_on_both(hosts, train(data, tmp_path / "again", "--epochs", "2", "--resume", "auto"))
     assert [status for status, _, _ in results] == [0, 0], results[0][2]
     again, whole = (load_checkpoint(tmp_path / folder / "lzh_1.pth") for folder in ("again", "two"))
-    assert deep_equal(again.model, whole.model)
+    assert deep_equal(again.weights, whole.weights)
     assert deep_equal({**again.training, "seconds": 0}, {**whole.training, "seconds": 0})
 
 
@@ -134,7 +135,8 @@ def test_hosts_that_do_not_share_a_directory_fail(hosts: list[Host], data: Path,
     lines = [train(data, tmp_path / name, "--epochs", "2", "--resume", "auto") for name in ("first", "second")]
     with ExitStack() as stack:
         jobs = [stack.enter_context(start(host, rank, lines[rank])) for rank, host in enumerate(hosts)]
-        stack.callback(lambda: [job.kill() for job in jobs])
+        for job in jobs:
+            stack.callback(job.kill)
         errors = [job.communicate(timeout=TIMEOUT_S)[1] for job in jobs]
     assert all(job.returncode for job in jobs)
     message = "the processes found checkpoints of different steps (0, 4): use the same --out on all machines"

@@ -50,7 +50,7 @@ def other_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         torch.manual_seed(1)
         other = get_architecture(loaded.spec.model).build(len(loaded.spec.class_names))
     path = tmp_path_factory.mktemp("stale") / checkpoint.name
-    save_checkpoint(path, loaded._replace(model=other.state_dict()))
+    save_checkpoint(path, loaded._replace(weights=other.state_dict()))
     return path
 
 
@@ -85,11 +85,11 @@ def confident_checkpoint(checkpoint: Path, parity_images: Any, tmp_path_factory:
         logits = torch.from_numpy(run_reference(backend, parity_images).logits)
     mean, spread = logits.mean(dim=0), logits.std(dim=0) / 2
     loaded = load_checkpoint(checkpoint)
-    weights = {key: value.clone() for key, value in loaded.model.items()}
+    weights = {key: value.clone() for key, value in loaded.weights.items()}
     weights["model.8.weight"] /= spread[:, None]
     weights["model.8.bias"] = (weights["model.8.bias"] - mean) / spread
     path = tmp_path_factory.mktemp("decided") / "lzh_0.pth"
-    save_checkpoint(path, loaded._replace(model=weights))
+    save_checkpoint(path, loaded._replace(weights=weights))
     write_artifact(path, "onnx", path.with_suffix(".onnx"))
     return path
 

@@ -112,7 +112,7 @@ def test_the_spec_of_an_artifact_agrees_with_its_report(results: list[ExportResu
     assert spec.exporter["format"] == kind
     assert spec.exporter["torch"]
     trained = load_checkpoint(checkpoint)
-    assert spec.weights_sha256 == weights_sha256(trained.model)
+    assert spec.weights_sha256 == weights_sha256(trained.weights)
     added = {"checkpoint_sha256", "weights_sha256", "exporter", "parity", "minimum_onnxruntime"}
     assert msgspec.structs.replace(spec, **dict.fromkeys(added)) == trained.spec
 
@@ -128,7 +128,7 @@ def test_embedding_the_parity_summary_does_not_change_the_outputs(results: list[
     for path in (artifact.path, without_summary):
         with open_backend(path, device="cpu") as backend:
             logits.append(backend.run(inputs))
-    assert np.array_equal(*logits)
+    assert np.array_equal(logits[0], logits[1])
 
 
 def test_exporting_again_writes_the_same_bytes_and_prints_nothing(
@@ -179,7 +179,7 @@ def test_a_passed_parity_check_removes_the_failed_report_and_replaces_the_artifa
 def test_an_artifact_that_never_passed_is_not_written(lone_checkpoint: Path, image_folder: Path) -> None:
     """NaN in both outputs is equal, but does not pass."""
     loaded = load_checkpoint(lone_checkpoint)
-    loaded.model["model.8.bias"][3] = float("nan")
+    loaded.weights["model.8.bias"][3] = float("nan")
     save_checkpoint(lone_checkpoint, loaded)
     failed = export(lone_checkpoint, data=str(image_folder), atol=1e9, rtol=1e9)[0]
     assert not failed.report.summary.passed

@@ -155,8 +155,8 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def require_close(one: Checkpoint, other: Checkpoint) -> None:
     """Assert that weights, loss and accuracy are equal except for the order of summation."""
-    for name, weight in one.model.items():
-        assert torch.allclose(weight, other.model[name], rtol=0, atol=TOLERANCE), name
+    for name, weight in one.weights.items():
+        assert torch.allclose(weight, other.weights[name], rtol=0, atol=TOLERANCE), name
     record, reference = one.spec.training, other.spec.training
     assert record is not None
     assert reference is not None
@@ -346,7 +346,7 @@ def test_batch_norm_trains_with_two_ranks(processes: Processes, uneven: Path, tm
     processes.train(tmp_path / "again", 2, uneven, *more, model="fastnet")
     two, again = (load_checkpoint(tmp_path / name / "run" / "fastnet_0.pth") for name in ("two", "again"))
     assert_same_checkpoint(two, again)
-    assert any("running_mean" in name for name in two.model)
+    assert any("running_mean" in name for name in two.weights)
 
 
 @needs_processes

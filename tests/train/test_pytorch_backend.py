@@ -93,7 +93,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "x.pth", checkpoint._replace(model={"weight": torch.zeros(2)}))
+    save_checkpoint(tmp_path / "x.pth", checkpoint._replace(weights={"weight": torch.zeros(2)}))
     with pytest.raises(ModelFileError, match="the weights do not match the model lzh"):
         PyTorchBackend(tmp_path / "x.pth", CPU)
 

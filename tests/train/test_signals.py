@@ -214,7 +214,8 @@ def test_the_interrupted_checkpoint_records_the_best_epoch(color_folder: Path, w
         run(color_folder, tmp_path, Sender(signal.SIGTERM, step=STEPS + 1), keep=1)
     done = run(color_folder, tmp_path, resume="auto", keep=1)
     last = load_checkpoint(whole / f"lzh_{EPOCHS - 1}.pth")
-    assert deep_equal(load_checkpoint(tmp_path / f"lzh_{EPOCHS - 1}.pth").model, last.model)
+    assert deep_equal(load_checkpoint(tmp_path / f"lzh_{EPOCHS - 1}.pth").weights, last.weights)
+    assert done.best is not None
     assert done.best[1] == last.training["best_accuracy"]
     assert done.best[0].exists()
 

@@ -21,7 +21,8 @@ from cifarx_train.distributed import Distributed
 from cifarx_train.evaluation import Evaluator
 from cifarx_train.models.registry import get_architecture
 from cifarx_train.recipes import RECIPES, load_recipe
-from cifarx_train.train import TrainResult, train
+from cifarx_train.train import train
+from cifarx_train.trainer import TrainResult
 from tests.support.image_datasets import pack_archive, write_image_folder
 
 INPUT = InputSpec(height=32, width=32)
@@ -53,7 +54,7 @@ def run(data: Path, out: Path, **options: Any) -> TrainResult:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(path).model
+    return load_checkpoint(path).weights
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -249,7 +250,7 @@ def test_the_weight_average_is_evaluated_and_saved(color_folder: Path, tmp_path:
         training = record_of(path)
         assert (training.test_loss, training.test_accuracy) == evaluate_checkpoint(path, color_folder)
         loaded = load_checkpoint(path)
-        assert not equal(loaded.model, loaded.training["weights"])
+        assert not equal(loaded.weights, loaded.training["weights"])
 
 
 def test_another_image_size(color_folder: Path, tmp_path: Path) -> None:
@@ -264,13 +265,13 @@ def test_the_small_stem(color_folder: Path, tmp_path: Path) -> None:
     done = run(color_folder, tmp_path, model="resnet18", epochs=1, batch_size=60, stem="small", image_size=16)
     loaded = load_checkpoint(done.checkpoints[0])
     assert (loaded.spec.model, loaded.spec.stem) == ("resnet18", "small")
-    assert loaded.model["conv1.weight"].shape[2:] == (3, 3)
+    assert loaded.weights["conv1.weight"].shape[2:] == (3, 3)
     assert loaded.build()(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
 
 
 def test_data_dependent_initialization(color_folder: Path, tmp_path: Path) -> None:
     done = run(color_folder, tmp_path, model="fastnet", recipe_name="fast", epochs=1, image_size=16, learning_rate=1e-3)
-    filters = load_checkpoint(done.checkpoints[0]).model["whitening.weight"]
+    filters = load_checkpoint(done.checkpoints[0]).weights["whitening.weight"]
     assert not torch.equal(filters, get_architecture("fastnet").build(3).state_dict()["whitening.weight"])
     assert record_of(done.checkpoints[0]).recipe["optimizer"] == "muon"
 

@@ -17,7 +17,8 @@ from cifarx_train.data.loaders.device import DeviceLoader
 from cifarx_train.data.selection import select_dataset
 from cifarx_train.distributed import Distributed
 from cifarx_train.evaluation import Evaluator
-from cifarx_train.train import TrainResult, train
+from cifarx_train.train import train
+from cifarx_train.trainer import TrainResult
 from tests.support.image_datasets import write_image_folder
 
 # The complete run that other runs are compared with: three epochs of four steps.
@@ -71,7 +72,7 @@ def record_of(path: Path) -> TrainingRecord:
 
 
 def equal_weights(one: Path, other: Path) -> bool:
-    first, second = load_checkpoint(one).model, load_checkpoint(other).model
+    first, second = load_checkpoint(one).weights, load_checkpoint(other).weights
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -109,7 +110,7 @@ def test_patience_does_not_stop_a_run_that_improves(color_folder: Path, tmp_path
 
 
 def test_a_resumed_run_without_patience_left_does_not_train(color_folder: Path, tmp_path: Path) -> None:
-    options = {"epochs": 9, "learning_rate": 1e-12, "momentum": 0, "patience": 1}
+    options: dict[str, Any] = {"epochs": 9, "learning_rate": 1e-12, "momentum": 0, "patience": 1}
     first = run(color_folder, tmp_path, **options)
     assert first.epochs == 2
     callback = RecordingCallback()
@@ -223,6 +224,7 @@ def test_keep_leaves_the_latest_and_the_best(color_folder: Path, whole: Path, tm
     assert done.checkpoints == [tmp_path / "lzh_2.pth"]
     accuracies = [record_of(whole / f"lzh_{epoch}.pth").test_accuracy for epoch in range(3)]
     best = accuracies.index(max(accuracies, key=lambda accuracy: accuracy or 0.0))
+    assert done.best is not None
     assert done.best[1] == accuracies[best]
     assert equal_weights(tmp_path / "lzh_best.pth", whole / f"lzh_{best}.pth")
     assert equal_weights(done.best[0], whole / f"lzh_{best}.pth")
@@ -244,7 +246,7 @@ def test_keep_below_one_is_rejected(keep: int, color_folder: Path, tmp_path: Pat
 
 
 def test_the_best_checkpoint_is_known_after_a_resume(color_folder: Path, tmp_path: Path) -> None:
-    options = {"learning_rate": 1e-12, "momentum": 0, "keep": 1}
+    options: dict[str, Any] = {"learning_rate": 1e-12, "momentum": 0, "keep": 1}
     run(color_folder, tmp_path, **options, epochs=2)
     done = run(color_folder, tmp_path, **options, epochs=4, resume="auto")
     assert record_of(tmp_path / "lzh_best.pth").epochs == 1  # no later epoch was better
@@ -313,7 +315,7 @@ def test_a_resumed_run_uses_the_recorded_recipe(color_folder: Path, copied: Path
 
 
 def test_repeated_overrides_are_checked_against_the_recorded_recipe(color_folder: Path, tmp_path: Path) -> None:
-    options = {"momentum": 0.9, "nesterov": True}
+    options: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
     run(color_folder, tmp_path, epochs=1, **options)
     done = train("lzh", data=str(color_folder), out=tmp_path, device="cpu", resume="auto", nesterov=True)
     assert done.epochs == 1

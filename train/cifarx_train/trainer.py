@@ -123,7 +123,7 @@ class Trainer:
     def _resume(self, point: ResumePoint) -> None:
         state = point.checkpoint.training
         try:
-            self._loop.load_state_dict(state, point.checkpoint.model)
+            self._loop.load_state_dict(state, point.checkpoint.weights)
             self._best_epoch, self._best_accuracy = state["best_epoch"], state["best_accuracy"]
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]

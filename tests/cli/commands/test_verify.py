@@ -24,7 +24,7 @@ def test_an_artifact_of_another_model_fails(cli: Cli, trained: Trained, tmp_path
     from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
     loaded = load_checkpoint(trained.checkpoint)
-    loaded.model["model.8.bias"][3] += 0.01
+    loaded.weights["model.8.bias"][3] += 0.01
     save_checkpoint(tmp_path / "other.pth", loaded)
     result = cli("verify", trained.onnx, "--ckpt", tmp_path / "other.pth")
     assert result.status == 1
@@ -54,7 +54,7 @@ def test_finds_the_first_layer_that_differs(cli: Cli, trained: Trained, tmp_path
     from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
     loaded = load_checkpoint(trained.checkpoint)
-    loaded.model["model.4.bias"][3] += 0.1
+    loaded.weights["model.4.bias"][3] += 0.1
     save_checkpoint(tmp_path / "other.pth", loaded)
     result = cli("verify", trained.onnx, tmp_path / "other.pth", "--locate")
     assert result.status == 1

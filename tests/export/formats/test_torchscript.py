@@ -93,7 +93,7 @@ def test_fp16_logits_are_close_to_the_network(loaded: Checkpoint, tmp_path: Path
 def test_fp16_halves_the_file_size(path: Path, loaded: Checkpoint, tmp_path: Path) -> None:
     source = conversion_source(loaded, "fp16")
     convert_to_torchscript(source)[0].save(tmp_path / "half.torchscript.pt", source.spec)
-    weights = sum(value.nbytes for value in loaded.model.values())
+    weights = sum(value.nbytes for value in loaded.weights.values())
     saved = path.stat().st_size - (tmp_path / "half.torchscript.pt").stat().st_size
     assert saved == pytest.approx(weights / 2, rel=0.02)
 
@@ -192,7 +192,7 @@ def test_converting_prints_nothing_and_does_not_modify_the_network(
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.requires_grad for parameter in module.parameters())
     for name, value in module.state_dict().items():
-        assert torch.equal(value, loaded.model[name])
+        assert torch.equal(value, loaded.weights[name])
 
 
 @pytest.mark.parametrize("version", [(3, 14, 0), (3, 15, 1)])

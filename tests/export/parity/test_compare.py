@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from cifarx_export.parity.compare import (
     BATCH_SIZES,
-    ParityData,
     ParityResult,
     Reference,
     check_parity,
     parity_batch_sizes,
     run_reference,
 )
+from cifarx_export.parity.data import ParityData
 from cifarx_export.parity.error_analysis import WorstImage
 from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.backends.registry import open_backend
@@ -92,9 +92,9 @@ LastLayer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 
 
 def with_last_layer(loaded: Checkpoint, change: LastLayer) -> Checkpoint:
-    state = {key: value.clone() for key, value in loaded.model.items()}
+    state = {key: value.clone() for key, value in loaded.weights.items()}
     state["model.8.weight"], state["model.8.bias"] = change(state["model.8.weight"], state["model.8.bias"])
-    return loaded._replace(model=state)
+    return loaded._replace(weights=state)
 
 
 def checkpoint_with(source: Path, change: LastLayer) -> Path:
@@ -213,13 +213,14 @@ def test_the_worst_image_is_the_one_with_the_largest_error(good_onnx: Path, brie
     error = np.abs(actual - brief.logits).max(axis=1)
     assert error[worst.image] == pytest.approx(error.max(), abs=1e-4)
     assert worst.reference == tuple(map(float, brief.logits[worst.image]))
-    np.testing.assert_allclose(worst.artifact, actual[worst.image], atol=1e-4)
+    np.testing.assert_allclose(np.array(worst.artifact, np.float64), actual[worst.image], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", BATCH_SIZES)
 def test_the_worst_image_is_found_at_any_batch_size(size: int, good_onnx: Path, brief: Reference) -> None:
     worst = worst_of(edited(good_onnx, [wrong_at_batch(size)]), brief)
-    np.testing.assert_allclose(np.subtract(worst.artifact, worst.reference), 0.01, atol=1e-4)
+    error = np.array(worst.artifact, np.float64) - np.array(worst.reference, np.float64)
+    np.testing.assert_allclose(error, 0.01, atol=1e-4)
 
 
 # Forgiven flips: class 1 of the reference is class 0 minus a margin, so every image predicted as 0 is almost a 1.
@@ -245,7 +246,7 @@ def tied(
         return weight, bias
 
     path = checkpoint_with(confident_checkpoint, tie)
-    layer = load_checkpoint(path).model
+    layer = load_checkpoint(path).weights
     added = np.array([steps.get(index, 0.0) for index in range(10)], np.float32)
     artifact = edited(
         good_onnx,

@@ -70,7 +70,7 @@ def test_epochs_in_file_names_count_from_0() -> None:
 def test_a_checkpoint_round_trips(checkpoint: Checkpoint, saved: Path) -> None:
     loaded = load_checkpoint(saved)
     assert loaded.spec == checkpoint.spec
-    assert deep_equal(loaded.model, dict(checkpoint.model))
+    assert deep_equal(loaded.weights, dict(checkpoint.weights))
     assert deep_equal(loaded.training, checkpoint.training)
 
 
@@ -86,7 +86,7 @@ def test_pytorch_can_load_it_with_weights_only(saved: Path) -> None:
 def test_build_returns_the_model_in_eval_mode(checkpoint: Checkpoint, saved: Path) -> None:
     module = load_checkpoint(saved).build()
     assert not module.training
-    assert deep_equal(dict(module.state_dict()), dict(checkpoint.model))
+    assert deep_equal(dict(module.state_dict()), dict(checkpoint.weights))
 
 
 def test_the_file_does_not_contain_its_path(saved: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_changed_byte_is_detected_or_has_no_effect(
     except CifarxError:
         return
     assert loaded.spec == checkpoint.spec
-    assert deep_equal(loaded.model, dict(checkpoint.model))
+    assert deep_equal(loaded.weights, dict(checkpoint.weights))
     assert deep_equal(loaded.training, checkpoint.training)
 
 
@@ -304,7 +304,7 @@ def test_code_in_a_checkpoint_is_never_executed(
 ) -> None:
     marker = tmp_path / "marker"
     payload = Payload(marker)
-    content: Any = {"spec": SPEC.to_json(), "model": dict(checkpoint.model), "training": {}}
+    content: Any = {"spec": SPEC.to_json(), "model": dict(checkpoint.weights), "training": {}}
     content = payload if place == "whole" else {**content, place: payload}
     path = tmp_path / "x.pth"
     torch.save(content, path, _use_new_zipfile_serialization=zipped_format)
@@ -384,6 +384,6 @@ def test_a_killed_process_leaves_only_complete_files(saved: Path, checkpoint: Ch
     assert ran.returncode == 0, ran.stderr
     paths = list(tmp_path.glob("lzh_*.pth"))
     assert paths
-    assert all(deep_equal(load_checkpoint(path).model, dict(checkpoint.model)) for path in paths)
+    assert all(deep_equal(load_checkpoint(path).weights, dict(checkpoint.weights)) for path in paths)
     # The partial file of a killed process is hidden, so it cannot be mistaken for a checkpoint.
     assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path not in paths)

@@ -54,7 +54,7 @@ def copy_checkpoints(folder: Path, out: Path, epochs: int) -> Path:
 def assert_same_file(found: Path, expected: Path) -> None:
     one, other = load_checkpoint(found), load_checkpoint(expected)
     assert one.spec == other.spec
-    assert deep_equal(one.model, other.model)
+    assert deep_equal(one.weights, other.weights)
     assert deep_equal({**one.training, "seconds": 0}, {**other.training, "seconds": 0})
 
 
@@ -180,7 +180,7 @@ def test_an_incomplete_training_state_is_rejected(color_folder: Path, plain: Pat
 def test_the_weights_of_another_model_are_rejected(color_folder: Path, plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     save_checkpoint(
-        path, load_checkpoint(plain / "lzh_0.pth")._replace(model=get_architecture("lzh").build(9).state_dict())
+        path, load_checkpoint(plain / "lzh_0.pth")._replace(weights=get_architecture("lzh").build(9).state_dict())
     )
     with pytest.raises(ModelFileError, match=r"other\.pth cannot be resumed from"):
         run(color_folder, tmp_path / "run", resume=str(path))
@@ -214,10 +214,10 @@ def test_another_model_is_rejected(color_folder: Path, plain: Path, tmp_path: Pa
 
 
 def test_another_image_size_is_rejected(color_folder: Path, tmp_path: Path) -> None:
-    once = {"model": "fastnet", "data": str(color_folder), "device": "cpu", "epochs": 1, "out": tmp_path / "run"}
-    train(**once, image_size=16)
+    options: dict[str, Any] = {"data": str(color_folder), "device": "cpu", "epochs": 1, "out": tmp_path / "run"}
+    train("fastnet", **options, image_size=16)
     with pytest.raises(UsageError, match=r"fastnet_0\.pth was trained with image size 16x16, not 20x20"):
-        train(**once, image_size=20, resume="auto")
+        train("fastnet", **options, image_size=20, resume="auto")
 
 
 def test_other_data_is_rejected(plain: Path, tmp_path: Path) -> None:
@@ -229,7 +229,8 @@ def test_other_data_is_rejected(plain: Path, tmp_path: Path) -> None:
 def test_the_same_recipe_by_name_or_by_values_is_the_same_run(
     color_folder: Path, scheduled: Path, tmp_path: Path
 ) -> None:
-    for number, more in enumerate(({"recipe_name": "fast", "ema_decay": 0.9}, {"momentum": 0.9}, {})):
+    overrides: list[dict[str, Any]] = [{"recipe_name": "fast", "ema_decay": 0.9}, {"momentum": 0.9}, {}]
+    for number, more in enumerate(overrides):
         out = copy_checkpoints(scheduled, tmp_path / str(number), 1)
         run(color_folder, out, epochs=2, resume="auto", **more)
         assert_same_file(out / "lzh_1.pth", scheduled / "lzh_1.pth")
@@ -283,7 +284,8 @@ def test_the_time_limit_counts_from_the_start_of_the_run(color_folder: Path, pla
     assert load_checkpoint(path.parent / "lzh_interrupted.pth").training["done"] == 1
     # Without the limit it resumes to the weights of the run that had none.
     run(color_folder, path.parent, resume="auto", max_minutes=600)
-    assert deep_equal(load_checkpoint(path.with_name("lzh_2.pth")).model, load_checkpoint(plain / "lzh_2.pth").model)
+    resumed, expected = load_checkpoint(path.with_name("lzh_2.pth")), load_checkpoint(plain / "lzh_2.pth")
+    assert deep_equal(resumed.weights, expected.weights)
 
 
 # --- TensorBoard

@@ -29,12 +29,12 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         spec: what the model is and how it was trained.
-        model: the state dict of the model, on the CPU.
+        weights: the state dict of the model, on the CPU.
         training: the training state, from which a run resumes bit for bit: optimizer, random generators, step.
     """
 
     spec: ModelSpec
-    model: StateDict
+    weights: StateDict
     training: StateDict
 
     def build(self) -> nn.Module:
@@ -47,7 +47,7 @@ class Checkpoint(NamedTuple):
         architecture = get_architecture(self.spec.model, stem=self.spec.stem)
         module = architecture.build(len(self.spec.class_names), self.spec.input)
         try:
-            module.load_state_dict(self.model)
+            module.load_state_dict(self.weights)
         except (RuntimeError, AttributeError) as error:  # AttributeError for keys that are not strings
             reason = " ".join(str(error).split())
             raise ModelFileError(
@@ -67,7 +67,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    content = {"spec": checkpoint.spec.to_json(), "model": checkpoint.model, "training": checkpoint.training}
+    content = {"spec": checkpoint.spec.to_json(), "model": checkpoint.weights, "training": checkpoint.training}
     buffer = io.BytesIO()  # when the disk is full, PyTorch's own file writer raises an error without the reason
     torch.save(content, buffer)
     with atomic_path(path) as temporary:

@@ -146,7 +146,7 @@ def test_converting_prints_nothing_and_does_not_modify_the_network(
     assert not module.training
     assert torch.equal(torch.get_rng_state(), generator)
     for name, value in module.state_dict().items():
-        assert torch.equal(value, loaded.model[name])
+        assert torch.equal(value, loaded.weights[name])
 
 
 def test_the_opset_is_added_to_the_spec(artifact: OnnxArtifact, loaded: Checkpoint, opset: int | None) -> None:

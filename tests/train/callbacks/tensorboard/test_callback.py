@@ -22,6 +22,7 @@ from cifarx_serve.errors import FallbackWarning
 from cifarx_serve.spec import InputSpec
 from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo, StepReport
 from cifarx_train.callbacks.tensorboard.callback import TensorBoard
+from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation, Mistake
 from cifarx_train.models.registry import get_architecture
@@ -339,7 +340,7 @@ def test_a_run_gives_the_same_weights_without_tensorboard(
     def weights(out: Path) -> dict[str, torch.Tensor]:
         options: dict[str, Any] = {"recipe_name": "fast", "epochs": 2, "batch_size": 16, "device": "cpu"}
         done = train("fastnet", data=str(color_folder), out=out, **options)
-        return dict(cifarx_train.checkpoints.checkpoint.load_checkpoint(done.checkpoints[-1]).model)
+        return dict(load_checkpoint(done.checkpoints[-1]).weights)
 
     with_board = weights(tmp_path / "with")
     assert read_events(tmp_path / "with" / "logs").Tags()["images"]

@@ -3,6 +3,7 @@
 import functools
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_whole_lzh_model_of_the_training_notes(tmp_path: Path, module: str, attr
     assert checkpoint.spec.input == InputSpec(height=32, width=32)
     assert checkpoint.spec.training is None
     assert checkpoint.training == {}
-    assert list(checkpoint.model) == list(get_architecture("lzh").build(10).state_dict())
+    assert list(checkpoint.weights) == list(get_architecture("lzh").build(10).state_dict())
     assert same_outputs(checkpoint, saved)
 
 
@@ -116,8 +117,8 @@ def test_state_dict_with_wrapper_prefixes(tmp_path: Path, name: str, prefix: str
     save(OrderedDict((prefix + key, tensor) for key, tensor in own.items()), tmp_path / "x.pth", zipped)
     checkpoint = load_legacy(tmp_path / "x.pth")
     assert checkpoint.spec.model == name
-    assert checkpoint.model.keys() == own.keys()
-    assert all(torch.equal(checkpoint.model[key], own[key]) for key in own)
+    assert checkpoint.weights.keys() == own.keys()
+    assert all(torch.equal(checkpoint.weights[key], own[key]) for key in own)
 
 
 @pytest.mark.parametrize("prefix", ["model1.", "module1.", "", "net.model."])
@@ -155,21 +156,21 @@ def test_auxiliary_heads_are_ignored(tmp_path: Path) -> None:
     saved = models.googlenet(num_classes=10, aux_logits=True, init_weights=True)
     checkpoint = load_legacy(save(saved.state_dict(), tmp_path / "x.pth"))
     assert checkpoint.spec.model == "googlenet"
-    assert not any(key.startswith("aux") for key in checkpoint.model)
+    assert not any(key.startswith("aux") for key in checkpoint.weights)
 
 
 def test_missing_batchnorm_counters_are_added(tmp_path: Path) -> None:
     own = new_weights("resnet18", 4)
     save({key: value for key, value in own.items() if "num_batches" not in key}, tmp_path / "x.pth")
     checkpoint = load_legacy(tmp_path / "x.pth")
-    assert list(checkpoint.model) == list(own)
+    assert list(checkpoint.weights) == list(own)
     checkpoint.build()
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     own = new_weights()
     save({key: tensor.half() for key, tensor in own.items()}, tmp_path / "x.pth")
-    assert all(tensor.dtype == torch.float32 for tensor in load_legacy(tmp_path / "x.pth").model.values())
+    assert all(tensor.dtype == torch.float32 for tensor in load_legacy(tmp_path / "x.pth").weights.values())
 
 
 @both_formats
@@ -183,7 +184,7 @@ def test_file_saved_on_a_gpu_loads_on_the_cpu(
         save(module if kind == "whole" else module.state_dict(), tmp_path / "x.pth", zipped)
     assert b"cuda:0" in (tmp_path / "x.pth").read_bytes()
     checkpoint = load_legacy(tmp_path / "x.pth")
-    assert {tensor.device.type for tensor in checkpoint.model.values()} == {"cpu"}
+    assert {tensor.device.type for tensor in checkpoint.weights.values()} == {"cpu"}
     assert same_outputs(checkpoint, module)
 
 
@@ -266,7 +267,7 @@ def test_several_matching_architectures_are_an_error(tmp_path: Path, monkeypatch
         ({"state_dict": {}, "model": {}}, "contains no weights of a network"),
         ({"epoch": 3}, "contains no weights of a network"),
         ({**new_weights(), "note": "mine"}, "'note' in .* is not a tensor"),
-        ({**new_weights(), 3: torch.zeros(1)}, "a weight with an invalid name"),
+        (dict[Any, Any](new_weights()) | {3: torch.zeros(1)}, "a weight with an invalid name"),
         ({**new_weights(), "a\x1b[31m\n": torch.zeros(1)}, "a weight with an invalid name"),
         (
             {**new_weights(), "z": torch.zeros(1, dtype=torch.complex64)},
