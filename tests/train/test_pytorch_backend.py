@@ -34,7 +34,7 @@ def random_batch(count: int) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 64])
-def test_answers_as_the_network_itself(path: Path, checkpoint: Checkpoint, count: int) -> None:
+def test_returns_the_logits_of_the_model(path: Path, checkpoint: Checkpoint, count: int) -> None:
     batch = random_batch(count)
     with PyTorchBackend(path, CPU) as backend, torch.no_grad():
         logits = backend.run(batch)
@@ -43,7 +43,7 @@ def test_answers_as_the_network_itself(path: Path, checkpoint: Checkpoint, count
     assert np.array_equal(logits, expected.numpy())
 
 
-def test_leaves_the_batch_as_it_was(path: Path) -> None:
+def test_the_batch_is_unchanged(path: Path) -> None:
     batch = random_batch(2)
     with PyTorchBackend(path, CPU) as backend:
         first = backend.run(batch)
@@ -52,14 +52,14 @@ def test_leaves_the_batch_as_it_was(path: Path) -> None:
     assert np.array_equal(first, second)
 
 
-def test_tells_its_spec_and_what_runs_it(path: Path) -> None:
+def test_has_the_spec_and_the_provider(path: Path) -> None:
     with PyTorchBackend(path, CPU) as backend:
         assert backend.spec == SPEC
         assert backend.provider == "cpu"
     assert PyTorchBackend.read_spec(path) == SPEC
 
 
-def test_is_what_a_checkpoint_opens_with(path: Path) -> None:
+def test_opens_checkpoints_by_default(path: Path) -> None:
     assert read_spec(path) == SPEC
     with open_backend(path, device="cpu") as backend:
         assert backend.name == "pytorch"
@@ -73,33 +73,33 @@ def test_closing_twice_does_nothing(path: Path) -> None:
     backend.close()
 
 
-def test_the_real_checkpoint_of_a_run_opens(trained_checkpoint: Path) -> None:
+def test_opens_the_checkpoint_of_a_training_run(trained_checkpoint: Path) -> None:
     with PyTorchBackend(trained_checkpoint, CPU) as backend:
         assert backend.spec.training is not None
         assert backend.run(random_batch(2)).shape == (2, 3)
 
 
-def test_a_gpu_that_is_not_there_is_an_error(path: Path) -> None:
+def test_an_unavailable_gpu_is_an_error(path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(DeviceError, match=r"cuda:0 was requested, .*--device cpu"):
         PyTorchBackend(path, Device("cuda"))
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "lzh_0.onnx").write_bytes(b"")
     with pytest.raises(UsageError, match=r"pytorch does not open .*\.pth"):
         open_backend(tmp_path / "lzh_0.onnx", "pytorch")
 
 
-def test_weights_of_another_network_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_rejected(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "x.pth", checkpoint._replace(weights={"weight": torch.zeros(2)}))
     with pytest.raises(ModelFileError, match="the weights do not match the model lzh"):
         PyTorchBackend(tmp_path / "x.pth", CPU)
 
 
 @pytest.mark.parametrize("read", [PyTorchBackend.read_spec, lambda path: PyTorchBackend(path, CPU)])
-def test_no_checkpoint_at_all(read: object, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(read: object, tmp_path: Path) -> None:
     assert callable(read)
     with pytest.raises(ModelFileError, match="no such file"):
         read(tmp_path / "lzh_9.pth")
