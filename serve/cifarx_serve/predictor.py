@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, overload
+from typing import Any, Final, Self, TypeVar, overload
 
 import msgspec
 import numpy as np
@@ -23,6 +23,8 @@ _STREAM_BATCH: Final = 64
 
 _EMBEDDED_STREAM_BATCH: Final = 8
 """The batch size for models with embedded preprocessing, whose input images can be large."""
+
+_ImageSource = TypeVar("_ImageSource", bound=ImageSource)
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -86,9 +88,12 @@ class Predictor:
         self, image: list[ImageSource] | tuple[ImageSource, ...], top_k: int = 1, *, logits: bool = False
     ) -> list[Prediction]: ...
 
+    @overload
+    def predict(self, image: list[_ImageSource], top_k: int = 1, *, logits: bool = False) -> list[Prediction]: ...
+
     def predict(
         self,
-        image: "ImageSource | list[ImageSource] | tuple[ImageSource, ...]",
+        image: "ImageSource | list[ImageSource] | list[_ImageSource] | tuple[ImageSource, ...]",
         top_k: int = 1,
         *,
         logits: bool = False,

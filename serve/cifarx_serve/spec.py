@@ -16,6 +16,7 @@ SCHEMA_VERSION = 1
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+ResizeFilter: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +35,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     value_range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 1.0, 1.0)
-    resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    resize: ResizeFilter = "bilinear"
 
 
 class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
