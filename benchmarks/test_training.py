@@ -115,7 +115,7 @@ class _Costs(Callback):
         self.shares: list[float] = []
 
     def on_train_start(self, run: RunInfo) -> None:
-        self._images = run.train_images
+        self._images = run.num_train_images
 
     def on_epoch_end(self, report: EpochReport) -> None:
         self.shares.append(report.checkpoint_s * report.images_per_s / self._images)

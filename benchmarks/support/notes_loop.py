@@ -79,5 +79,5 @@ class OurLoop:
     def train(self, steps: int) -> None:
         last = self._loop.step + steps
         while self._loop.step < last:
-            for _ in self._loop.epochs(Callback(), lambda: self._loop.step >= last):
+            for _ in self._loop.train_epochs(Callback(), lambda: self._loop.step >= last):
                 pass
