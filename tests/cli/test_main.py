@@ -10,10 +10,10 @@ from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 
 
-def cifarx(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def cifarx(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "cifarx", *arguments], capture_output=True, text=True, check=False, **options
+        [sys.executable, "-m", "cifarx", *arguments], capture_output=True, text=True, check=False, env=env
     )
 
 

@@ -27,7 +27,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     wheel = next(folder.glob("cifarx-*.whl"))
     venv.create(folder / "env", with_pip=False)
     target = folder / "env" / "bin" / "python"
-    install = [*pip, "--python", target, "install", "-c", ROOT / "constraints.txt", wheel]
+    install = [*pip, "--python", str(target), "install", "-c", str(ROOT / "constraints.txt"), str(wheel)]
     if subprocess.run(install, check=False).returncode:
         if os.environ.get("CI"):
             pytest.fail("the wheel cannot be installed")

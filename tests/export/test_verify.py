@@ -136,13 +136,14 @@ def test_missing_and_damaged_files_are_named(good_onnx: Path, checkpoint: Path, 
     Path("broken.onnx").write_bytes(good_onnx.read_bytes()[:1000])
     Path("broken.torchscript.pt").write_bytes(b"PK")
     Path("broken.pth").write_bytes(checkpoint.read_bytes()[:1000])
-    for artifact, trained in [
+    cases: list[tuple[str | Path, str | Path]] = [
         ("absent.onnx", checkpoint),
         ("broken.onnx", checkpoint),
         ("broken.torchscript.pt", checkpoint),
         (good_onnx, "absent.pth"),
         (good_onnx, "broken.pth"),
-    ]:
+    ]
+    for artifact, trained in cases:
         wrong = trained if artifact == good_onnx else artifact
         with pytest.raises(ModelFileError, match=str(wrong)):
             verify(artifact, trained, data=str(image_folder))
@@ -264,7 +265,7 @@ def test_unusable_external_specs_are_rejected(
     Path("junk.json").write_text('{"model":')
     Path("text.onnx").write_text("text")
     Path("text.torchscript.pt").write_text("text")
-    for artifact, spec, error, text in [
+    cases: list[tuple[str | Path, str | Path, type[CifarxError], str]] = [
         (good_onnx, spec_file, UsageError, r"both files carry a spec, so spec\.json has no use: leave --spec out"),
         (other, "junk.json", SpecError, r"junk\.json contains a malformed"),
         (other, "absent.json", UsageError, r"cannot read absent\.json"),
@@ -276,7 +277,8 @@ def test_unusable_external_specs_are_rejected(
         ),
         ("text.onnx", spec_file, ModelFileError, r"text\.onnx is not an ONNX"),
         ("text.torchscript.pt", spec_file, ModelFileError, r"text\.torchscript\.pt is not"),
-    ]:
+    ]
+    for artifact, spec, error, text in cases:
         with pytest.raises(error, match=text):
             verify(artifact, checkpoint, spec=spec, data=str(image_folder))
 

@@ -184,7 +184,7 @@ class EmbeddedBackend(ConstantBackend):
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         self.batches.append(batch)
-        return batch.mean((1, 2), np.float32)
+        return np.asarray(batch.mean((1, 2), np.float32))
 
 
 def test_a_model_with_embedded_preprocessing_gets_the_original_pixels() -> None:
@@ -210,7 +210,7 @@ def test_embedded_preprocessing_batches_images_of_equal_size_and_keeps_their_ord
 def test_a_stream_equals_single_predictions_and_yields_errors(predictor: Predictor, tmp_path: Path) -> None:
     """The stream has more images than fit into one batch or are decoded ahead."""
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    colors = [RED, GREEN, BLUE, CYAN.resize((3, 3)), tmp_path / "broken.png"] * 101
+    colors: list[Image.Image | Path] = [RED, GREEN, BLUE, CYAN.resize((3, 3)), tmp_path / "broken.png"] * 101
     answers = list(predictor.predict_stream(iter(colors), top_k=2))
     assert len(answers) == len(colors)
     for image, answer in zip(colors, answers, strict=True):

@@ -78,7 +78,7 @@ def residual_network() -> ResidualNetwork:
         module = ResidualNetwork().eval()
     with torch.no_grad():
         logits = module(torch.from_numpy(normalize(color_blobs(500), SPEC.input)))
-        module.head.bias -= logits.mean(0)
+        module.head.bias.sub_(logits.mean(0))
         assert len((logits - logits.mean(0)).argmax(1).unique()) > 5
     return module
 

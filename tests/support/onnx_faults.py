@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -82,7 +83,7 @@ def tf32(values: Weights) -> Weights:
 # The graph.
 
 
-def node(kind: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+def node(kind: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(kind, inputs.split(), [output], **attributes)
 
 

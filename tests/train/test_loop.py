@@ -450,9 +450,14 @@ def test_a_run_resumes_bit_for_bit(settings: str, stop_at: int) -> None:
 
 
 def test_the_weight_average_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates = []
-    update = ModelEma.update
-    monkeypatch.setattr(ModelEma, "update", lambda self, step: (updates.append(step), update(self, step))[1])
+    updates: list[int] = []
+    original_update = ModelEma.update
+
+    def update(ema: ModelEma, step: int) -> None:
+        updates.append(step)
+        original_update(ema, step)
+
+    monkeypatch.setattr(ModelEma, "update", update)
     loop = make_loop(small_net(), easy_split(20), make_recipe(epochs=2, batch_size=8, ema_decay=0.9))
     list(loop.train_epochs(Callback()))
     assert updates == [1, 2, 3, 4, 5, 6]

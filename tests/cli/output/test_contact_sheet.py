@@ -106,7 +106,7 @@ def test_a_long_heading_stays_within_the_margins() -> None:
 def test_small_images_are_enlarged_by_an_integer_factor() -> None:
     pixels = noise(32, 30, 3)
     enlarged = pixels.repeat(5, 0).repeat(5, 1)
-    assert np.array_equal(make_thumbnail(pixels), enlarged)
+    assert np.array_equal(np.asarray(make_thumbnail(pixels)), enlarged)
     page = drawn(("red.png", plain("red"), predicted()), ("noise.png", pixels, predicted()))
     _, upper, right, _ = where(page, RED)
     across = right + GAP + (THUMBNAIL_SIZE - 150) // 2  # centered in its square

@@ -20,7 +20,7 @@ def network() -> nn.Sequential:
     """Return a network with a convolution, both kinds of normalization and a linear head."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8)
-    norm.running_var.fill_(1e5)  # beyond float16
+    norm.get_buffer("running_var").fill_(1e5)  # beyond float16
     norm.weight.data.fill_(300.0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), norm, nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 5)
@@ -82,7 +82,7 @@ def test_shared_weights_stay_shared() -> None:
 @pytest.mark.parametrize("value", [1e5, -1e6, float("inf"), float("nan")])
 def test_a_weight_that_overflows_float16_is_named(value: float) -> None:
     fp32 = network()
-    fp32[6].weight.data[0, 0] = value
+    fp32.get_parameter("6.weight").data[0, 0] = value
     message = r"^6\.weight has values up to .*, outside the range of float16, 6e-08 to 65504: use --precision fp32"
     with pytest.raises(UsageError, match=message):
         convert_module_to_fp16(fp32)
@@ -90,7 +90,7 @@ def test_a_weight_that_overflows_float16_is_named(value: float) -> None:
 
 def test_a_weight_that_underflows_to_zero_is_refused() -> None:
     fp32 = network()
-    fp32[6].bias.data.fill_(1e-9)
+    fp32.get_parameter("6.bias").data.fill_(1e-9)
     with pytest.raises(UsageError, match=r"6\.bias"):
         convert_module_to_fp16(fp32)
 

@@ -100,7 +100,7 @@ def test_suffixes_of_all_formats() -> None:
 
 def test_file_names_are_unique() -> None:
     names = [
-        FORMATS[name].file_name("lzh_9", precision, embedded)  # type: ignore[arg-type]
+        FORMATS[name].file_name("lzh_9", precision, embedded)
         for name, precision, embedded in product(FORMATS, PRECISIONS, [False, True])
     ]
     assert len(set(names)) == len(names)

@@ -39,6 +39,7 @@ def test_everything_is_inside_the_box(errors: list[float], atol: float | None) -
 def test_bars_are_in_order_and_errors_above_the_tolerance_are_marked() -> None:
     drawn = layout([0, 2e-6, 2e-6, 3e-3], atol=1e-4)
     none, small, large = drawn.bars
+    assert drawn.tolerance is not None
     assert none.x < drawn.left < small.x < drawn.tolerance < large.x
     assert [bar.outside for bar in drawn.bars] == [False, False, True]
     assert none.height == large.height < small.height

@@ -16,7 +16,8 @@ from cifarx_export.parity.tolerances import Tolerance
 
 Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
 
-FP32 = Tolerance(1e-4, 1e-4, 1.0)
+ATOL = 1e-4
+FP32 = Tolerance(ATOL, 1e-4, 1.0)
 SHAPES = st.tuples(st.integers(1, 12), st.integers(2, 5))
 ANY_FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 LOGIT = st.floats(-50, 50, width=32)
@@ -57,11 +58,13 @@ def flat(pair: Pair) -> list[tuple[float, float]]:
 def test_errors_match_plain_loops(pair: Pair, tolerance: Tolerance) -> None:
     errors = [abs(artifact - reference) for reference, artifact in flat(pair)]
     found = compute_errors(*pair, tolerance)
+    atol, rtol = tolerance.atol, tolerance.rtol
+    assert atol is not None
+    assert rtol is not None
     assert found.max_abs == max(errors)
     assert found.mean_abs == pytest.approx(math.fsum(errors) / len(errors), rel=1e-9)
     assert found.outside == sum(
-        abs(artifact - reference) > tolerance.atol + tolerance.rtol * abs(reference)
-        for reference, artifact in flat(pair)
+        abs(artifact - reference) > atol + rtol * abs(reference) for reference, artifact in flat(pair)
     )
     assert found.nonfinite == 0
 
@@ -104,8 +107,9 @@ def test_the_required_tolerance_passes_and_no_smaller_one_does(pair: Pair) -> No
 @given(near_pairs())
 def test_a_pair_passes_exactly_if_the_required_tolerance_is_smaller(pair: Pair) -> None:
     found = compute_errors(*pair, FP32)
-    assume(abs(found.required_tolerance - FP32.atol) > 1e-12)
-    assert (found.outside == 0) == (found.required_tolerance < FP32.atol)
+    assert found.required_tolerance is not None
+    assume(abs(found.required_tolerance - ATOL) > 1e-12)
+    assert (found.outside == 0) == (found.required_tolerance < ATOL)
 
 
 def test_equal_logits_need_no_tolerance() -> None:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cifarx_export.parity.compare import Check
+from cifarx_export.parity.checks import Check
 from cifarx_export.parity.error_analysis import ErrorAnalysis, analyze_errors
 from cifarx_export.parity.report import ParityReport, ParityRow
 from cifarx_serve.errors import OutputError

@@ -71,7 +71,7 @@ def test_many_small_members_that_unpack_to_a_large_size(tmp_path: Path) -> None:
     assert "its compressed members unpack to" in problem(path)
 
 
-def directory_entry(whole: bytes, number: int) -> int:
+def directory_entry(whole: bytes | bytearray, number: int) -> int:
     place = -1
     for _ in range(number + 1):
         place = whole.index(b"PK\x01\x02", place + 1)

@@ -68,6 +68,7 @@ def test_decodes_like_this_process(pool: DecodePool, files: list[str]) -> None:
             assert isinstance(image, ImageError)
             assert (image.problem, image.remedy) == (error.problem, error.remedy)
         else:
+            assert not isinstance(image, ImageError)
             assert np.array_equal(image, expected)
     assert sum(isinstance(image, ImageError) for image in decoded) == 2
 

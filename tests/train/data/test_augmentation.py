@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,11 @@ def test_every_pixel_is_equally_likely_to_be_filled() -> None:
 
 
 def test_the_images_are_not_changed() -> None:
-    for augment in (lambda images: cutout(images, 2, FILL), lambda images: color_jitter(images, 0.5, LUMA_WEIGHTS)):
+    augmentations: list[Callable[[torch.Tensor], object]] = [
+        lambda images: cutout(images, 2, FILL),
+        lambda images: color_jitter(images, 0.5, LUMA_WEIGHTS),
+    ]
+    for augment in augmentations:
         images = random_images(4, 6, 6)
         before = images.clone()
         augment(images)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -45,10 +44,11 @@ def source(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Path
     return folder if request.param == "folder" else pack_archive(folder, tmp_path / "colors.tar.gz")
 
 
-class Reads(NamedTuple):
+class Reads:
     """Counts how often an image is decoded."""
 
-    sources: list[object]
+    def __init__(self) -> None:
+        self.sources: list[object] = []
 
     def __call__(self, source: Path | bytes) -> Image.Image:
         self.sources.append(source)
@@ -63,7 +63,7 @@ class Reads(NamedTuple):
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    reads = Reads([])
+    reads = Reads()
     monkeypatch.setattr("cifarx_train.data.image_folder.read_image", reads)
     return reads
 

@@ -86,8 +86,8 @@ def test_running_statistics_are_averaged_and_counters_copied() -> None:
     module = net()
     ema = ModelEma(module, 0.5)
     with torch.no_grad():
-        module[1].running_mean.fill_(8.0)
-        module[1].num_batches_tracked.fill_(7)
+        module.get_buffer("1.running_mean").fill_(8.0)
+        module.get_buffer("1.num_batches_tracked").fill_(7)
     ema.update(1000)
     average = ema.module.state_dict()
     assert average["1.running_mean"].tolist() == [4.0] * 4
@@ -99,8 +99,8 @@ def test_supports_both_memory_formats(channels_last: bool) -> None:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = net().to(memory_format=memory_format)
     ema = ModelEma(module, 0.5)
-    before = module[0].weight.detach().clone()
+    before = module.get_parameter("0.weight").detach().clone()
     with torch.no_grad():
-        module[0].weight.add_(2.0)
+        module.get_parameter("0.weight").add_(2.0)
     ema.update(1000)
     assert torch.allclose(ema.module.state_dict()["0.weight"], before + 1.0, atol=1e-6)

@@ -18,7 +18,8 @@ def well_conditioned(seed: int, rows: int, columns: int, scale: float) -> torch.
     """A random matrix with singular values between 0.5 and 1 times the scale."""
     u, _, v = torch.linalg.svd(random_matrix(seed, rows, columns), full_matrices=False)
     spread = torch.linspace(0.5, 1.0, min(rows, columns))
-    return scale * (u * spread) @ v
+    matrix: torch.Tensor = scale * (u * spread) @ v
+    return matrix
 
 
 def one_step(weight: torch.Tensor, gradient: torch.Tensor, lr: float, **options: float) -> torch.Tensor:

@@ -89,7 +89,7 @@ def test_only_weights_decay(kind: str) -> None:
 def test_with_muon_biases_and_norms_do_not_decay() -> None:
     module = with_gradients(net(), None)
     with torch.no_grad():
-        module[0].bias.fill_(1.0)
+        module.get_parameter("0.bias").fill_(1.0)
     moved = updates(module, make_recipe(**MUON, weight_decay=0.01))
     assert {name for name, update in moved.items() if update.ndim < 2 and update.any()} == set()
 

@@ -23,11 +23,11 @@ from cifarx_export.formats.registry import OPSETS, ExportOptions
 from cifarx_serve.images.preprocess import normalize, resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.predictor import load
-from cifarx_serve.spec import InputSpec
+from cifarx_serve.spec import InputSpec, ResizeFilter
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from tests.support.conversion import conversion_source
 
-FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
+FILTERS: tuple[ResizeFilter, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_DIFFERENCE = 1
 """Gray levels. No difference has been observed; summation in another order could change the last bit."""
 
@@ -61,7 +61,8 @@ def resizer(spec: InputSpec, opset: int = 18, optimized: bool = True) -> Resizer
 
 def difference(run: Resizer, spec: InputSpec, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Return the difference of each value from that of Pillow, in gray levels."""
-    return np.abs(run(pixels).astype(np.int64) - resize(Image.fromarray(pixels), spec))
+    error: NDArray[np.int64] = np.abs(run(pixels).astype(np.int64) - resize(Image.fromarray(pixels), spec))
+    return error
 
 
 def noise(seed: int, height: int, width: int) -> NDArray[np.uint8]:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from cifarx_serve.backends import cuda_libraries
-from cifarx_serve.backends.onnxruntime import cuda_timer
 from cifarx_serve.backends.onnxruntime.cuda_timer import CudaTimer, open_cuda_timer
 from cifarx_serve.errors import DeviceError
 
@@ -92,9 +91,14 @@ def test_no_timer_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_timer_uses_the_library_that_the_provider_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
+
+    def load(name: str) -> FakeRuntime:
+        loaded.append(name)
+        return FakeRuntime()
+
     monkeypatch.setattr(cuda_libraries, "preload", lambda: None)
     monkeypatch.setattr(cuda_libraries, "cuda_major_version", lambda: "13")
-    monkeypatch.setattr(cuda_timer.ctypes, "CDLL", lambda name: loaded.append(name) or FakeRuntime())
+    monkeypatch.setattr(ctypes, "CDLL", load)
     assert isinstance(open_cuda_timer(0), CudaTimer)
     assert loaded[0] in ("libcudart.so.13", "cudart64_13.dll")
 

@@ -1,6 +1,6 @@
 """These tests run on the CPU, where IO binding works as on a GPU but no CUDA graph is captured, and on a GPU if any."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,11 +132,10 @@ class _CpuBoundSession(BoundSession):
 
 
 @pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the CPU provider as the CUDA provider, so that a backend uses IO binding."""
     monkeypatch.setattr(backend_module, "_CUDA", "CPUExecutionProvider")
     monkeypatch.setattr(io_binding, "BoundSession", _CpuBoundSession)
-    return
 
 
 @pytest.mark.usefixtures("fake_cuda")
@@ -144,8 +143,13 @@ def test_a_backend_uses_io_binding_up_to_the_maximum_batch_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    run = _CpuBoundSession.run
-    monkeypatch.setattr(_CpuBoundSession, "run", lambda bound, batch: used.append(len(batch)) or run(bound, batch))
+    original_run = _CpuBoundSession.run
+
+    def run(bound: _CpuBoundSession, batch: NDArray[Any]) -> NDArray[np.float32]:
+        used.append(len(batch))
+        return original_run(bound, batch)
+
+    monkeypatch.setattr(_CpuBoundSession, "run", run)
     with OnnxRuntimeBackend(write_onnx(tmp_path / "a.onnx"), Device("cpu")) as backend:
         used.clear()
         for count in (1, BoundSession.max_batch_size, BoundSession.max_batch_size + 1):

@@ -89,11 +89,12 @@ def test_every_type_of_tensor_is_accepted(colors: Path) -> None:
         values = np.arange(6).reshape(2, 3)
         for kind in (np.float32, np.float16, np.float64, np.int8, np.uint8, np.int32, np.int64, np.uint64, np.bool_):
             model.graph.initializer.append(numpy_helper.from_array(values.astype(kind), np.dtype(kind).name))
-        for number, kind in enumerate(
+        for number, data_type in enumerate(
             (TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE, TensorProto.INT4, TensorProto.BFLOAT16)
         ):
-            model.graph.initializer.append(helper.make_tensor(f"typed{number}", kind, [2, 3], [1, 2, 3, 4, 5, 6]))
-        model.graph.initializer.append(helper.make_tensor("text", TensorProto.STRING, [2], [b"", b"word"]))
+            model.graph.initializer.append(helper.make_tensor(f"typed{number}", data_type, [2, 3], [1, 2, 3, 4, 5, 6]))
+        words = np.array([b"", b"word"], object)
+        model.graph.initializer.append(helper.make_tensor("text", TensorProto.STRING, [2], words))
         model.graph.initializer.append(helper.make_tensor("scalar", TensorProto.FLOAT, [], [1.0]))
         model.graph.initializer.append(helper.make_tensor("none", TensorProto.FLOAT, [0, 3], []))
 
@@ -280,7 +281,7 @@ def growing(kind: str, elements: int) -> bytes:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     model.metadata_props.add(key=SPEC_KEY, value=SPEC.to_json())
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS works only on Linux")

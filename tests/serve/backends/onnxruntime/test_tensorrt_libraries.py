@@ -90,7 +90,7 @@ def test_a_missing_library_is_reported_with_the_package_of_its_version(machine: 
 def test_preloading_disables_tf32(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(lacks={})
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    monkeypatch.setitem(sys.modules, "tensorrt_libs", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt_libs", SimpleNamespace())
     tensorrt_libraries.preload()
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 

@@ -47,7 +47,7 @@ def test_parses_forms_of_requests(sent: list[tuple[str, bytes]]) -> None:
     files = [("image", (name, data)) for name, data in sent]
     prepared = requests.Request("POST", "http://127.0.0.1/", files=files, data={"comment": "x"}).prepare()
     assert isinstance(prepared.body, bytes)
-    uploads = parse_form(prepared.headers["Content-Type"].encode(), prepared.body, 8)
+    uploads = parse_form(str(prepared.headers["Content-Type"]).encode(), prepared.body, 8)
     assert uploads == [Upload(name, data) for name, data in sent]
 
 

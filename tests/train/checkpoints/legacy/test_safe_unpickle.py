@@ -75,7 +75,7 @@ def _imports(stream: Any, pickles: int) -> Iterator[str]:
         for code, argument, _position in pickletools.genops(stream):
             if code.name in ("GLOBAL", "INST"):
                 names = {"__builtin__": "builtins", "posix": "os", "nt": "os", "commands": "subprocess"}  # Python 2's
-                module, name = argument.split(" ")
+                module, name = str(argument).split(" ")
                 yield f"{names.get(module, module)}.{name}"
             elif code.name == "STACK_GLOBAL":
                 yield ".".join(texts[-2:]).replace("posix.", "os.")

@@ -93,6 +93,7 @@ def test_outputs_are_close_to_fp32(fp32_model: ModelProto) -> None:
 def test_a_layer_that_cannot_be_quantized_stays_in_fp32() -> None:
     """One channel has a huge range, which the next layer scales back, so few levels are left for the others."""
     module = residual_network()
+    assert module.wide.bias is not None
     with torch.no_grad():
         module.wide.weight[0] *= 1000
         module.wide.bias[0] *= 1000
