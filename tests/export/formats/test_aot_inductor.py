@@ -1,6 +1,7 @@
 """AOTInductor packages: their logits, their content, and what compiling leaves behind. All tests share one."""
 
 import getpass
+import importlib
 import os
 import re
 import socket
@@ -78,6 +79,8 @@ def compiled(loaded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Co
     """Compile the network, which takes about a minute. Its output and leftover files are kept for the tests."""
     if reason := reason_to_skip():
         pytest.skip(reason)
+    importlib.import_module("torch._dynamo.package")  # creates an empty cache folder, even if nothing is compiled
+
     folder, temporary = tmp_path_factory.mktemp("aoti"), tmp_path_factory.mktemp("temporary")
     source = conversion_source(loaded)
     with pytest.MonkeyPatch.context() as patch, printing_to(folder / "printed"):
