@@ -24,7 +24,7 @@ class ExportedProgramArtifact(Artifact):
         self._program = program
 
     def save(self, path: Path, spec: ModelSpec) -> None:
-        """Write the archive with the spec among its extra files. The same program and spec give the same bytes."""
+        """Write the archive with the spec among its extra files. The same program and spec produce the same bytes."""
         archive = io.BytesIO()  # given a path, PyTorch would name the root folder of the archive after it
         torch.export.save(self._program, archive, extra_files={SPEC_FILE: spec.to_json()})
         path.write_bytes(archive.getbuffer())

@@ -59,8 +59,8 @@ def convert_module_to_fp16(module: nn.Module) -> nn.Module:
 def exceeds_fp16_range(values: NDArray[Any]) -> bool:
     """Return whether float16 would overflow on a tensor, or round all of it to zero.
 
-    Values below the smallest subnormal are ignored if the tensor also has larger ones, because next to those they
-    contribute next to nothing to a sum.
+    Values below the smallest subnormal are ignored if the tensor also has larger ones, because their
+    contribution to a sum is negligible.
     """
     largest = float(np.abs(values).max(initial=0))
     return not (largest == 0 or FP16_SMALLEST_SUBNORMAL <= largest <= FP16_MAX)

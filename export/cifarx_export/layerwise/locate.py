@@ -1,9 +1,9 @@
 """Locate the first layer of an artifact whose output differs from the reference's.
 
-Both networks are read as a list of layers, the operations that have a weight. Layers are matched by the name and call
-of their weight, and where names do not match by the shape of the weight, in the order of execution. A BatchNorm that
-an optimizer folded into the convolution before it is compared at the output of the convolution. Operations between two
-layers have no weight, so they are compared at the input of the next layer.
+Both networks are read as a list of layers, the operations that have a weight. Layers are matched by the name of their
+weight and the index of the call. Layers whose names do not match are matched by weight shape, in execution order. A
+BatchNorm that an optimizer folded into the convolution before it is compared at the output of the convolution.
+Operations between two layers have no weight, so they are compared at the input of the next layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from cifarx_export.formats.registry import PRECISIONS
 from cifarx_export.layerwise.network import Layer, LayerwiseNetwork, TensorKey
 from cifarx_export.layerwise.onnx import OnnxNetwork
 from cifarx_export.layerwise.torch import TorchNetwork
-from cifarx_serve.backends.registry import backend_for
+from cifarx_serve.backends.registry import backend_for, backend_suffixes
 from cifarx_serve.errors import UsageError
 
 TOLERANCE: Final = 2e-5
@@ -111,7 +111,7 @@ def require_locatable(*paths: Path) -> None:
 
 
 def _is_onnx(path: Path) -> bool:
-    return path.name.endswith(".onnx")
+    return path.name.endswith(backend_suffixes("onnxruntime"))
 
 
 def _is_checkpoint(path: Path) -> bool:

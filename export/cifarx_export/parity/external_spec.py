@@ -9,6 +9,7 @@ import msgspec
 
 from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
+from cifarx_serve.backends.registry import backend_suffixes
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import ModelFileError, SpecError, UsageError, error_message
 from cifarx_serve.spec import ModelSpec
@@ -41,9 +42,9 @@ def embed_spec(path: Path, spec: ModelSpec, folder: Path) -> Path:
         ModelFileError: the file is missing or damaged, or is not a classifier with one input and one output.
     """
     require_file(path)
-    if path.name.endswith(".onnx"):
+    if path.name.endswith(backend_suffixes("onnxruntime")):
         return _embed_in_onnx(path, spec, folder)
-    if path.name.endswith(".torchscript.pt"):
+    if path.name.endswith(backend_suffixes("torchscript")):
         return _embed_in_torchscript(path, spec, folder)
     return path
 
@@ -55,7 +56,7 @@ def _embed_in_onnx(path: Path, spec: ModelSpec, folder: Path) -> Path:
     try:
         model = onnx.load(path)
     except Exception as error:  # the errors of onnx's parsers have no common base class
-        raise ModelFileError(f"{path} is not an ONNX model ({error})", "check the file") from error
+        raise ModelFileError(f"{path} is not an ONNX model ({error})", "give an ONNX file") from error
     if any(entry.key == SPEC_KEY for entry in model.metadata_props):
         return path
     model = _with_standard_names(model, path)
@@ -100,7 +101,7 @@ def _embed_in_torchscript(path: Path, spec: ModelSpec, folder: Path) -> Path:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
-        raise ModelFileError(f"{path} is not a TorchScript file ({error})", "check the file") from error
+        raise ModelFileError(f"{path} is not a TorchScript file ({error})", "give a TorchScript file") from error
     if not names or any(name.endswith(f"/extra/{SPEC_FILE}") for name in names):
         return path
     folder.mkdir()

@@ -47,7 +47,7 @@ class OnnxArtifact(Artifact):
         )
 
     def save(self, path: Path, spec: ModelSpec) -> None:
-        """Write one file. The same model, library versions and spec give the same bytes."""
+        """Write one file. The same model, library versions and spec produce the same bytes."""
         del self._model.metadata_props[:]
         entry = self._model.metadata_props.add()
         entry.key, entry.value = SPEC_KEY, spec.to_json()

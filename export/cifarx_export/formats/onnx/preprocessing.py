@@ -58,7 +58,7 @@ _CONSTANTS: Final = {
 """Constants by name. A graph gets only those that it uses, because ONNX Runtime warns about unused ones."""
 
 # Each computes `{axis}_shares` from `{axis}_distances`, like Pillow's `bilinear_filter`, `bicubic_filter` and
-# `lanczos_filter`.
+# `lanczos_filter`. The names of all values are part of the file: renaming one changes the bytes of an artifact.
 _FILTERS: Final = {
     "bilinear": """
         {axis}_slopes = Sub (one, {axis}_distances)
