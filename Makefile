@@ -52,7 +52,7 @@ check: $(READY) docs
 
 docs: $(READY)
 	@echo "== the documentation: every page, link and anchor"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 coverage: $(READY)
 	@echo "== the fast tests, with branch coverage"

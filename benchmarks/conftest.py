@@ -14,7 +14,7 @@ from benchmarks.support.limits import LimitMissed
 from benchmarks.support.models import Models, exported
 from benchmarks.support.progress_bar import ProgressBar
 from cifarx.bench_report.summary import environment_line
-from cifarx_serve.system.environment import environment
+from cifarx_serve.system.environment import current_environment
 from cifarx_train.train import train
 
 COMPARISON = "test_backends.py"
@@ -54,19 +54,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def rows(pytestconfig: pytest.Config) -> list[tuple[str, ...]]:
-    """Collect the rows of the comparison table."""
+    """Return the list that collects the rows of the comparison table."""
     return pytestconfig.stash[_ROWS]
 
 
 @pytest.fixture(scope="session")
 def tables(pytestconfig: pytest.Config) -> list[Table]:
-    """Collect further tables, printed after the comparison."""
+    """Return the list that collects further tables, printed after the comparison."""
     return pytestconfig.stash[_TABLES]
 
 
 @pytest.fixture(scope="session")
 def notes(pytestconfig: pytest.Config) -> list[str]:
-    """Collect lines to print below the tables."""
+    """Return the list that collects lines to print below the tables."""
     return pytestconfig.stash[_NOTES]
 
 
@@ -109,7 +109,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line("")
     for table in [_table(rows), *tables] if rows else tables:
         terminalreporter.write(_drawn(table))
-    terminalreporter.write_line(environment_line(environment()))
+    terminalreporter.write_line(environment_line(current_environment()))
     for note in notes:
         terminalreporter.write_line(note)
 

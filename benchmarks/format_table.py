@@ -2,7 +2,7 @@
 
     python benchmarks/format_table.py lzh_9.pth resnet18_4.pth --out docs/formats.md
 
-Each artifact is exported and checked like with `cifarx export`; a row holds the results, or the reason for a refusal.
+Each artifact is exported, and checked as by `cifarx export`; a row holds the results, or the reason for a refusal.
 """
 
 import tempfile

@@ -22,7 +22,7 @@ from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.errors import DeviceError
-from cifarx_serve.images.preprocess import scale
+from cifarx_serve.images.preprocess import normalize
 
 ROUNDS = {"lzh": {1: 200, 64: 10}, "resnet34": {1: 20, 64: 3}}
 BATCHES = (1, 64)
@@ -77,7 +77,7 @@ def side(request: pytest.FixtureRequest, device: str, bar: ProgressBar) -> Itera
 @pytest.mark.parametrize("name", BACKENDS)
 def test_latency_and_agreement(benchmark: Any, name: str, side: Side, batch: int, rows: list[tuple[str, ...]]) -> None:
     backend, reference = side.backends[name], side.backends["pytorch"]
-    inputs = scale(side.models.images[:batch], backend.spec.input)
+    inputs = normalize(side.models.images[:batch], backend.spec.input)
     benchmark.group = f"{side.models.network} {backend.provider} batch {batch}"
     benchmark.pedantic(backend.run, args=(inputs,), rounds=ROUNDS[side.models.network][batch], warmup_rounds=3)
 
@@ -105,4 +105,4 @@ def test_latency_and_agreement(benchmark: Any, name: str, side: Side, batch: int
 
 
 def _logits(backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.concatenate([backend.run(scale(part, backend.spec.input)) for part in np.array_split(images, 20)])
+    return np.concatenate([backend.run(normalize(part, backend.spec.input)) for part in np.array_split(images, 20)])

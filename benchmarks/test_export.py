@@ -21,7 +21,7 @@ from cifarx_export.export import export
 from cifarx_export.formats.onnx.converter import DEFAULT_OPSET
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.benchmarking.timing import Runner, measure
-from cifarx_serve.images.preprocess import scale
+from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.spec import ModelSpec
 from cifarx_serve.system.cpus import available_cpus
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -91,7 +91,7 @@ def _bare_export(checkpoint: Path, images: np.ndarray, path: Path) -> None:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
-            batch = scale(images[start : start + BATCH], spec)
+            batch = normalize(images[start : start + BATCH], spec)
             module(torch.from_numpy(batch))
             session.run(None, {"input": batch})
 

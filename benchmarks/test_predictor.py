@@ -6,7 +6,7 @@ import pytest
 from benchmarks.support.limits import require
 from benchmarks.support.models import Models
 from cifarx_serve.benchmarking.timing import Runner, measure
-from cifarx_serve.images.preprocess import scale
+from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.predictor import Predictor, load
 
 TURNS_S = 3.0
@@ -25,7 +25,7 @@ def predictor(models: Models) -> Predictor:
 def test_a_predictor_adds_little(predictor: Predictor, models: Models, batch: int, notes: list[str]) -> None:
     """Compare the 10th percentiles: the overhead is smaller than the noise of a busy machine."""
     pixels = list(models.images[:batch])
-    inputs = scale(np.stack(pixels), predictor.spec.input)
+    inputs = normalize(np.stack(pixels), predictor.spec.input)
     bare_session = predictor._backend._session  # type: ignore[attr-defined]
     bare, ready, whole = measure(
         [

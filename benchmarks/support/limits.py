@@ -2,7 +2,7 @@
 
 
 class LimitMissed(AssertionError):
-    """A measured figure is outside its limit. What is wrong on any machine is a plain assertion instead."""
+    """A measured figure is outside its limit. Conditions that must hold on every machine use `assert`."""
 
 
 def require(holds: bool, missed: str) -> None:

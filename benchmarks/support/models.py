@@ -12,8 +12,8 @@ from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, save_checkpoint
-from cifarx_train.data.selection import select_data, select_data_like
-from cifarx_train.models.registry import network
+from cifarx_train.data.selection import select_dataset, select_dataset_for_model
+from cifarx_train.models.registry import get_architecture
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Models:
         network: name of the network.
         files: model file per backend name.
         images: uint8 (N, height, width, 3), the test split.
-        data: name of the data set.
+        data: name of the dataset.
     """
 
     network: str
@@ -34,12 +34,12 @@ class Models:
 
 
 def exported(checkpoint: Path, folder: Path, data: str = "auto", progress: Progress = silent) -> Models:
-    """Export a checkpoint to TorchScript and ONNX; both must pass the parity check on the data set."""
+    """Export a checkpoint to TorchScript and ONNX; both must pass the parity check on the dataset."""
     results = export(checkpoint, ["torchscript", "onnx"], data=data, out=folder, progress=progress)
     assert all(result.report.summary.passed for result in results)
     torchscript, onnx = (result.path for result in results)
     spec = read_spec(checkpoint)
-    chosen = select_data_like(spec.training.data if spec.training else None, data)
+    chosen = select_dataset_for_model(spec.training.data if spec.training else None, data)
     files = {"pytorch": checkpoint, "torchscript": torchscript, "onnxruntime": onnx}
     return Models(spec.model, files, chosen.load("test", spec.input).images, chosen.name)
 
@@ -47,6 +47,8 @@ def exported(checkpoint: Path, folder: Path, data: str = "auto", progress: Progr
 def untrained(name: str, path: Path) -> Path:
     """Save a checkpoint of a network with its initial weights: training does not change its speed."""
     torch.manual_seed(0)
-    spec = ModelSpec(model=name, class_names=tuple(select_data("builtin").class_names), input=network(name).input)
-    save_checkpoint(path, Checkpoint(spec, network(name).build(len(spec.class_names)).state_dict(), {}))
+    spec = ModelSpec(
+        model=name, class_names=tuple(select_dataset("builtin").class_names), input=get_architecture(name).input
+    )
+    save_checkpoint(path, Checkpoint(spec, get_architecture(name).build(len(spec.class_names)).state_dict(), {}))
     return path

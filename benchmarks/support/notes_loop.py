@@ -1,6 +1,6 @@
 """The loop of the training notes, written from its description, and the loop of cifarx with the same settings.
 
-The notes use a DataLoader with batches of 64 over a data set that converts one image at a time, SGD with a learning
+The notes use a DataLoader with batches of 64 over a dataset that converts one image at a time, SGD with a learning
 rate of 0.01 and no momentum, and log the loss every 100 steps.
 """
 

@@ -38,7 +38,8 @@ class ProgressBar:
         self._console.print()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._console, transient=True, get_time=time.monotonic) as progress:
-            progress.add_task(title, total=1.0, completed=start)
+            task = progress.add_task(title, total=1.0)
+            progress.update(task, completed=start)
             progress.tasks[0].start_time = self._started  # of the session, not of the stage
             yield Stage(progress, title, share / (steps + 1), self._share)
 
