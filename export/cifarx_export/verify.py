@@ -56,7 +56,7 @@ def verify(
         reference: file to compare it with. Give either this or `checkpoint`.
         checkpoint: checkpoint to compare it with; its file may have any name.
         model: name of the network, for a checkpoint that does not state it.
-        data: data set: auto, cifar10, builtin, or the path of a folder or a `.tar.gz` file.
+        data: dataset: auto, cifar10, builtin, or the path of a folder or a `.tar.gz` file.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         device: device of the artifact; the reference runs on the CPU.
         batch_size: another batch size to check, in addition to 1, 3 and 64.
@@ -70,7 +70,7 @@ def verify(
         UsageError, ModelFileError, SpecError, DataError, OutputError: an argument or a file cannot be used.
     """
     if (reference is None) == (checkpoint is None):
-        raise UsageError("verify compares a file with one other", "give either a second file or --ckpt")
+        raise UsageError("verify needs exactly one reference", "give a second file or --ckpt")
     require_html_path(html_report)
     with ExitStack() as stack:
         paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, model)
@@ -135,7 +135,7 @@ def _open(paths: _Paths, device: str, spec: str | Path | None, stack: ExitStack)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         copies = [embed_spec(path, external, folder / str(index)) for index, path in enumerate(files)]
         if copies == list(files):
-            raise UsageError(f"both files carry a spec, so {spec} has no use", "leave --spec out")
+            raise UsageError(f"both files contain a spec, so --spec {spec} would be ignored", "leave --spec out")
         files = (copies[0], copies[1])
     artifact = stack.enter_context(_open_one(files[0], paths.artifact, device, paths.model))
     if not paths.is_checkpoint and backend_for(files[1]) is not PyTorchBackend:

@@ -136,7 +136,7 @@ class Predictor:
             valid = batch.dtype == np.float32 and batch.shape[1:] == shape and len(batch) > 0
         if not valid:
             wanted = "uint8 (N, H, W, 3)" if self._input_shape is None else f"float32 (N, {', '.join(map(str, shape))})"
-            raise UsageError(f"a batch of {batch.dtype} {batch.shape}", f"the model takes {wanted}")
+            raise UsageError(f"the batch is {batch.dtype} {batch.shape}", f"the model takes {wanted}")
         return self._backend.run(batch)
 
     def predict_stream(self, images: Iterable[ImageSource], top_k: int = 1) -> Iterator[Prediction | ImageError]:

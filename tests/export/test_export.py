@@ -264,9 +264,9 @@ REFUSALS = {
         "fp32 needs no calibration: leave --calibration-images out, or add --precision int8",
         {"options": ExportOptions(calibration_images=9)},
     ),
-    "a batch size of zero": Refusal(UsageError, "batch size 0", {"batch_size": 0}),
+    "a batch size of zero": Refusal(UsageError, "batch size 0 is out of range", {"batch_size": 0}),
     "a batch size above the number of images": Refusal(
-        UsageError, "batch size 1011: give 1 to 1010", {"batch_size": 1011}
+        UsageError, "batch size 1011 is out of range: give 1 to 1010", {"batch_size": 1011}
     ),
     "a negative tolerance": Refusal(UsageError, "rtol is -0.1", {"rtol": -0.1}),
     "a tolerance of NaN": Refusal(UsageError, "atol is nan", {"atol": float("nan")}),
@@ -284,12 +284,12 @@ def test_a_refused_export_writes_nothing(name: str, lone_checkpoint: Path, image
 
 
 def test_too_few_images_write_nothing_and_create_no_folder(lone_checkpoint: Path, small_image_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"few has 990 test images: the parity check needs at least 1000"):
+    with pytest.raises(DataError, match=r"few has 990 test images: use a dataset with at least 1000 test images"):
         export(lone_checkpoint, data=str(small_image_folder), out="results")
     assert [path.name for path in Path.cwd().iterdir()] == ["lzh_9.pth"]
 
 
-def test_files_that_are_no_checkpoints_are_refused(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
+def test_files_that_are_not_checkpoints_are_refused(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:
     Path("text.pth").write_text("weights")
     Path("half.pth").write_bytes(checkpoint.read_bytes()[:5000])
     shutil.copy(good_onnx, "onnx.pth")

@@ -1,4 +1,4 @@
-"""Verify: an artifact against a checkpoint or another file, on the training data set and on others."""
+"""Verify: an artifact against a checkpoint or another file, on the training dataset and on others."""
 
 import hashlib
 import json
@@ -89,7 +89,7 @@ def test_a_negative_tolerance_is_rejected(good_onnx: Path, checkpoint: Path, ima
 
 
 def test_too_few_images_are_rejected(good_onnx: Path, checkpoint: Path, small_image_folder: Path) -> None:
-    with pytest.raises(DataError, match="few has 990 test images: the parity check needs at least 1000"):
+    with pytest.raises(DataError, match="few has 990 test images: use a dataset with at least 1000 test images"):
         verify(good_onnx, checkpoint, data=str(small_image_folder))
 
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_given_by_keyword_may_have_any_name(good_onnx: Path, checkp
 
 @pytest.mark.parametrize("reference", [None, "b.onnx"])
 def test_exactly_one_reference_is_required(reference: str | None) -> None:
-    with pytest.raises(UsageError, match="verify compares a file with one other: give either a second file or --ckpt"):
+    with pytest.raises(UsageError, match="verify needs exactly one reference: give a second file or --ckpt"):
         verify("a.onnx", reference, checkpoint=None if reference is None else "c.pth")
 
 
@@ -266,7 +266,12 @@ def test_unusable_external_specs_are_rejected(
     Path("text.onnx").write_text("text")
     Path("text.torchscript.pt").write_text("text")
     cases: list[tuple[str | Path, str | Path, type[CifarxError], str]] = [
-        (good_onnx, spec_file, UsageError, r"both files carry a spec, so spec\.json has no use: leave --spec out"),
+        (
+            good_onnx,
+            spec_file,
+            UsageError,
+            r"both files contain a spec, so --spec spec\.json would be ignored: leave --spec out",
+        ),
         (other, "junk.json", SpecError, r"junk\.json contains a malformed"),
         (other, "absent.json", UsageError, r"cannot read absent\.json"),
         (

@@ -24,7 +24,7 @@ from cifarx_serve.server.settings import LimitOption, Settings, files_by_name, l
 from cifarx_serve.system.cpus import available_cpus
 
 _SECOND_GROUP: Final = "max_body_mb"
-"""The options of limits from this one on come after --watch on the help page, those before it after --workers."""
+"""On the help page, limit options before this one follow --workers; this one and the rest follow --watch."""
 
 
 def _add_limit_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -125,7 +125,7 @@ def _count_workers(value: str, device: str) -> int:
     if value == "auto":
         return 1 if on_gpu else available_cpus()
     if not re.fullmatch("[1-9][0-9]{0,3}", value):
-        raise UsageError(f"--workers {value}", "give a number from 1, or auto")
+        raise UsageError(f"--workers {value!r} is not a number from 1 to 9999", "give the number of processes, or auto")
     return int(value)
 
 

@@ -93,7 +93,7 @@ def run_reference(backend: Backend, data: ParityData, progress: Progress = silen
     """
     if len(data.images) < MIN_IMAGES:
         raise DataError(
-            f"{data.name} has {len(data.images)} test images", f"the parity check needs at least {MIN_IMAGES}"
+            f"{data.name} has {len(data.images)} test images", f"use a dataset with at least {MIN_IMAGES} test images"
         )
     progress(f"reference: running {len(data.images)} images of {data.name} with {backend.name} ({backend.provider})")
     logits = _run(backend, data.images, np.arange(len(data.images)), EVAL_BATCH_SIZE)
@@ -110,7 +110,7 @@ def parity_batch_sizes(extra: int | None, images: int) -> tuple[int, ...]:
     if extra is None:
         return BATCH_SIZES
     if not 1 <= extra <= images:
-        raise UsageError(f"batch size {extra}", f"give 1 to {images}, the number of test images")
+        raise UsageError(f"batch size {extra} is out of range", f"give 1 to {images}, the number of test images")
     return tuple(sorted({*BATCH_SIZES, extra}))
 
 

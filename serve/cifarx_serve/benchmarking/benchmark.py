@@ -115,7 +115,7 @@ def benchmark(
     if not files:
         raise UsageError("no file to measure", "give at least one model file")
     if invalid := [batch for batch in batch_sizes if not 1 <= batch <= len(images)]:
-        raise UsageError(f"batch size {invalid[0]}", f"give 1 to {len(images)}, the number of images")
+        raise UsageError(f"batch size {invalid[0]} is out of range", f"give 1 to {len(images)}, the number of images")
     with tempfile.TemporaryDirectory(prefix="cifarx-bench-") as folder, ExitStack() as stack:
         images_file = Path(folder) / "images.npy"
         np.save(images_file, images)

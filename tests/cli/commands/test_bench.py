@@ -46,7 +46,7 @@ def test_prints_a_table_and_writes_markdown(cli: Cli, trained: Trained, tmp_path
     ("arguments", "words"),
     [
         (["--batch", "1,x"], "cannot parse batch sizes '1,x': give integers separated by commas, such as 1,8,64"),
-        (["--batch", "0"], "batch size 0"),
+        (["--batch", "0"], "batch size 0 is out of range"),
         (["--report", "x.docx"], ".json"),
         (["--pick", "p99<2"], "give p99 in"),
         (["--baseline", "old.json"], "no such baseline"),

@@ -63,7 +63,7 @@ def test_a_failed_parity_check_writes_only_the_report(cli: Cli, checkpoint: Path
         (["--format", "onnx", "--precision", "fp61"], "unknown precision 'fp61'"),
         (["--format", "torchscript", "--precision", "int8"], "torchscript does not support int8: it supports fp32"),
         (["--format", "onnx", "--calibration-images", "9"], "leave --calibration-images out"),
-        (["--format", "onnx", "--batch", "0"], "batch size 0"),
+        (["--format", "onnx", "--batch", "0"], "batch size 0 is out of range"),
         (["--format", "onnx", "--atol", "-1"], "atol"),
         (["--format", "onnx", "--data", "nowhere"], "dataset nowhere does not exist"),
         (["--format", "onnx", "--out", "lzh_0.pth/below"], "cannot write"),

@@ -31,8 +31,8 @@ def one_worker(tmp_path: Path, *arguments: object) -> Iterator[ServerProcess]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--workers", "0"], "--workers 0: give a number from 1, or auto"),
-        (["--workers", "two"], "--workers two"),
+        (["--workers", "0"], "--workers '0' is not a number from 1 to 9999: give the number of processes, or auto"),
+        (["--workers", "two"], "--workers 'two' is not a number"),
         (["--workers", "-1"], "--workers"),
         (["--port", "70000"], "--port"),
         (["--max-batch", "0"], "--max-batch"),

@@ -321,7 +321,7 @@ def test_without_labels_there_is_no_accuracy(good_onnx: Path, brief: Reference) 
 
 def test_the_parity_check_needs_a_thousand_images(confident_checkpoint: Path, parity_images: ParityData) -> None:
     with pytest.raises(
-        DataError, match=f"{parity_images.name} has 999 test images: the parity check needs at least 1000"
+        DataError, match=f"{parity_images.name} has 999 test images: use a dataset with at least 1000 test images"
     ):
         reference_of(confident_checkpoint, parity_images._replace(images=parity_images.images[:999]))
     assert (
@@ -342,7 +342,9 @@ def test_the_batch_sizes_of_a_parity_check(extra: int | None, sizes: tuple[int, 
 
 @pytest.mark.parametrize("extra", [-1, 0, 101])
 def test_an_impossible_batch_size_is_rejected(extra: int) -> None:
-    with pytest.raises(UsageError, match=f"batch size {extra}: give 1 to 100, the number of test images"):
+    with pytest.raises(
+        UsageError, match=f"batch size {extra} is out of range: give 1 to 100, the number of test images"
+    ):
         parity_batch_sizes(extra, 100)
 
 

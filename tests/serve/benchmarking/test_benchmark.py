@@ -99,7 +99,7 @@ def test_two_files_of_the_same_name_are_listed_by_path(tmp_path: Path, images: N
 
 @pytest.mark.parametrize("batch", [0, -1, 6])
 def test_an_invalid_batch_size_is_a_usage_error(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
-    with pytest.raises(UsageError, match=f"batch size {batch}: give 1 to 5"):
+    with pytest.raises(UsageError, match=f"batch size {batch} is out of range: give 1 to 5"):
         benchmark([write_onnx(tmp_path / "a.onnx")], images, "colors", batch_sizes=(1, batch), device="cpu")
 
 

@@ -64,4 +64,5 @@ def _require_cuda(index: int) -> None:
             "use --device cpu, or run `cifarx doctor`",
         )
     if index >= (count := torch.cuda.device_count()):
-        raise DeviceError(f"device cuda:{index} was requested, but there are {count} GPUs", "the first one is cuda:0")
+        remedy = "use cuda:0" if count == 1 else f"use cuda:0 to cuda:{count - 1}"
+        raise DeviceError(f"device cuda:{index} was requested, but there are {count} GPUs", remedy)

@@ -133,7 +133,7 @@ def _query_fields(request: Request) -> dict[str, str]:
     fields = request.query_params()
     if unknown := [name for name in fields if name not in _QUERY_FIELDS]:
         problem = f"unknown query field {unknown[0][:80]!r}"
-        raise RequestError(HTTPStatus.BAD_REQUEST, problem, f"known fields are {', '.join(_QUERY_FIELDS)}")
+        raise RequestError(HTTPStatus.BAD_REQUEST, problem, f"use {' or '.join(_QUERY_FIELDS)}")
     return fields
 
 

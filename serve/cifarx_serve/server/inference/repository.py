@@ -89,7 +89,7 @@ class ModelInstance:
                 raise ModelFailed(f"model {self.model.name} has failed", "try again in a second") from error
             # Not the message of the error: it names the file, which clients should not see.
             problem = f"model {self.model.name} cannot run on {images.dtype} {images.shape}"
-            raise InvalidInput(problem, "send other images") from error
+            raise InvalidInput(problem, "send images of the shape in /v1/models") from error
 
     async def recheck(self) -> None:
         """Run the model on a gray image, which clears `model.failed` if it succeeds."""

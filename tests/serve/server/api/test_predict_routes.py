@@ -208,7 +208,7 @@ def test_max_pixels_limits_all_images_of_a_model_with_embedded_preprocessing(fau
         ("", b"no form", "multipart/form-data; boundary=X", 400, "malformed form"),
         ("", b"", "multipart/form-data", 400, "the form is incomplete"),
         ("", b"{}", "application/json", 415, "the content type 'application/json' is not supported"),
-        ("?topk=1", b"", None, 400, "unknown query field 'topk': known fields are model, top_k"),
+        ("?topk=1", b"", None, 400, "unknown query field 'topk': use model or top_k"),
         ("?top_k=1&top_k=2", b"", None, 400, "a query field occurs twice: send each field once"),
         ("?model=absent", b"", None, 404, "unknown model 'absent'"),
         ("", bytes(2001), None, 413, "the body of 2,001 bytes is over the limit of 2,000 bytes"),
@@ -240,7 +240,7 @@ def test_images_that_the_model_cannot_run_on_are_refused(faulty_model: Path) -> 
     async def test(client: AsgiClient) -> None:
         response = await client.post("/v1/predict", encode_image(Image.new("RGB", (6, 4), POISON)))
         assert response.status == 400
-        assert response.error == "model faulty cannot run on uint8 (1, 4, 6, 3): send other images"
+        assert response.error == "model faulty cannot run on uint8 (1, 4, 6, 3): send images of the shape in /v1/models"
         assert str(faulty_model.parent) not in response.error
 
     run_with_client(test, faulty_model)

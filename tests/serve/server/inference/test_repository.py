@@ -250,7 +250,7 @@ def test_reload_replaces_a_failed_model(tmp_path: Path) -> None:
 
 def test_images_that_the_model_cannot_run_on_are_invalid_input(tmp_path: Path) -> None:
     async def test(repository: ModelRepository) -> None:
-        problem = r"^model a cannot run on uint8 \(1, 4, 6, 3\): send other images$"
+        problem = r"^model a cannot run on uint8 \(1, 4, 6, 3\): send images of the shape in /v1/models$"
         for color in (POISON, BOMB):
             with pytest.raises(InvalidInput, match=problem) as invalid:
                 await best_class(repository.get("a"), color)

@@ -253,7 +253,9 @@ def test_several_matching_architectures_are_an_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(registry, "_architectures", dict(registry._architectures))
     register_model("lzhtwin", InputSpec(height=32, width=32))(lambda classes: get_architecture("lzh").build(classes))
     save(new_weights(), tmp_path / "x.pth")
-    with pytest.raises(UsageError, match=r"match several architectures \(lzh, lzhtwin\): select one with --model"):
+    with pytest.raises(
+        UsageError, match=r"match several architectures \(lzh, lzhtwin\): select the architecture with --model"
+    ):
         load_checkpoint(tmp_path / "x.pth")
     assert load_legacy(tmp_path / "x.pth", "lzhtwin").spec.model == "lzhtwin"
 

@@ -62,7 +62,8 @@ def identify_architecture(shapes: Shapes, path: object, model: str | None = None
     matches = [candidate.match for candidate in candidates if not candidate.mismatches]
     if len(matches) > 1:
         matching = ", ".join(sorted({match.model for match in matches}))
-        raise UsageError(f"the weights in {path} match several architectures ({matching})", "select one with --model")
+        problem = f"the weights in {path} match several architectures ({matching})"
+        raise UsageError(problem, "select the architecture with --model")
     if matches:
         return matches[0]
     closest = min(candidates, key=lambda candidate: candidate.distance, default=None)
