@@ -11,7 +11,7 @@ from matplotlib.transforms import Bbox, BboxBase
 AxisName: TypeAlias = Literal["x", "y"]
 
 _MARKS: Final = {"x": 7, "y": 10}
-"""The most tick marks that fit on an axis."""
+"""The maximum number of tick marks on an axis."""
 
 _LINE: Final = "#5b6470"
 """Color of the line from a label to its point."""
@@ -21,10 +21,10 @@ def log_axis(axes: Axes, name: AxisName, values: Sequence[float], room: float = 
     """Make an axis of seconds logarithmic, from one step of 1, 2, 5, 10 to another, with at least two marks.
 
     Args:
-        axes: The axes of the plot.
-        name: The axis.
-        values: All values that the axis must show.
-        room: The factor by which the axis extends beyond them at either end.
+        axes: the axes of the plot.
+        name: the axis.
+        values: all values that the axis must show.
+        room: the factor by which the axis extends beyond them at either end.
     """
     least, most = min(values) / room, max(values) * room
     exponents = range(floor(log10(least)), ceil(log10(most)) + 1)

@@ -15,10 +15,11 @@ from cifarx_serve.system.environment import Environment
 
 DEFAULT_LIMIT: Final = "10%"
 
+_CREATE_BASELINE: Final = "create one with `cifarx bench FILE... --report baseline.json`"
 _LARGEST_BYTES: Final = 2**26
 
 _MAX_LISTED: Final = 3
-"""The most rows without a counterpart to list by name."""
+"""Maximum number of rows without a counterpart that are listed by name."""
 
 _Key: TypeAlias = tuple[str, str, str, str, int]
 
@@ -42,12 +43,12 @@ class Baseline(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """One row then and now.
+    """The change of one row between two reports.
 
     Attributes:
-        change: The relative change of the median latency: 0.1 is 10 % slower.
-        regressed: Whether the change exceeds the limit.
-        stable: Whether the new measurement was stable.
+        change: the relative change of the median latency: 0.1 is 10 % slower.
+        regressed: whether the change exceeds the limit.
+        stable: whether the new measurement was stable.
     """
 
     file: str
@@ -80,7 +81,7 @@ def parse_limit(text: str) -> float:
     """Parse a percentage such as `10%` or `10` into a fraction, 0.1.
 
     Raises:
-        UsageError: The text is not a number, or the number is negative.
+        UsageError: the text is not a number, or the number is negative.
     """
     try:
         limit = float(text.strip().removesuffix("%")) / 100
@@ -95,11 +96,11 @@ def read_baseline(path: Path) -> Baseline:
     """Read an earlier report.
 
     Raises:
-        UsageError: The file does not exist.
-        ModelFileError: The file is not a report.
+        UsageError: the file does not exist.
+        ModelFileError: the file is not a report.
     """
     if not path.is_file():
-        raise UsageError(f"no such baseline {path}", "make one with `cifarx bench FILE... --report baseline.json`")
+        raise UsageError(f"no such baseline {path}", _CREATE_BASELINE)
     if (size := path.stat().st_size) > _LARGEST_BYTES:
         raise ModelFileError(
             f"baseline {path} has {size:,} bytes, too many for a report", "give a JSON report of `cifarx bench`"
@@ -107,21 +108,19 @@ def read_baseline(path: Path) -> Baseline:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Baseline)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelFileError(
-            f"baseline {path} is not a report ({error})", "make one with `cifarx bench FILE... --report baseline.json`"
-        ) from error
+        raise ModelFileError(f"baseline {path} is not a report ({error})", _CREATE_BASELINE) from error
 
 
 def compare(report: BenchmarkReport, baseline: Baseline, limit: float) -> Comparison:
     """Compare rows of the same file, backend, provider, precision and batch size.
 
     Args:
-        report: The new report.
-        baseline: The earlier report.
-        limit: The largest relative increase of the median latency that passes: 0.1 is 10 %.
+        report: the new report.
+        baseline: the earlier report.
+        limit: the largest relative increase of the median latency that passes: 0.1 is 10 %.
 
     Raises:
-        UsageError: The two have no row in common.
+        UsageError: the two have no row in common.
     """
     before = {_key(row): row for row in baseline.rows}
     now = {_key(row): row for row in report.rows}
@@ -163,7 +162,7 @@ def comparison_remarks(comparison: Comparison) -> list[str]:
     """Return the lines that qualify the changes: another machine, or rows without a counterpart."""
     lines = []
     if not comparison.same_machine:
-        lines.append("the baseline was measured on another machine, so the times are hardly comparable")
+        lines.append("the baseline was measured on another machine, so the times are not comparable")
     if comparison.only_before:
         lines.append(f"only in the baseline: {_list_names(comparison.only_before)}")
     if comparison.only_now:

@@ -19,9 +19,9 @@ class Column(NamedTuple):
     """One column of the table.
 
     Attributes:
-        heading: The text at its top.
-        text: Returns the text of a row, given the first file's row of the same batch size, or None without one.
-        number: Whether the column is aligned to the right.
+        heading: the text at its top.
+        text: returns the text of a row, given the first file's row of the same batch size, or None without one.
+        number: whether the column is aligned to the right.
     """
 
     heading: str
@@ -41,11 +41,11 @@ class FileOverview(NamedTuple):
     """One file's results in the scenarios of MLPerf Inference, and whether they are the best ones.
 
     Attributes:
-        number: The number of the file, from 1.
+        number: the number of the file, from 1.
         row: Any row of the file, for the fields that all of them share.
-        scenarios: The results.
-        best_single, best_offline: Whether no other file is better in that scenario.
-        single_stable, offline_stable: Whether the row of that result was stable.
+        scenarios: the results.
+        best_single, best_offline: whether no other file is better in that scenario.
+        single_stable, offline_stable: whether the row of that result was stable.
     """
 
     number: int
@@ -60,7 +60,7 @@ class FileOverview(NamedTuple):
 def render_html_report(report: BenchmarkReport) -> str:
     """Return the page as text.
 
-    The result depends on nothing but the report, which has at least one row.
+    The result depends only on `report`, which must have at least one row.
     """
     files = file_series(report)
     timed = has_device_times(report)

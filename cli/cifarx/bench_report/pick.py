@@ -61,7 +61,7 @@ def parse_bounds(text: str) -> tuple[Bound, ...]:
     """Parse comma-separated bounds, such as `p99<2ms, accuracy>=57%`.
 
     Raises:
-        UsageError: A bound cannot be parsed, has a wrong unit, or points in the wrong direction.
+        UsageError: a bound cannot be parsed, has a wrong unit, or points in the wrong direction.
     """
     return tuple(_parse_bound(part) for part in text.split(","))
 

@@ -193,7 +193,7 @@ def write_png(report: BenchmarkReport, path: Path) -> None:
 
 @contextmanager
 def _plot_style() -> Iterator[None]:
-    """Use our own settings of matplotlib in place of the user's, and restore those afterwards."""
+    """Apply the report style to matplotlib, and restore the user's settings afterwards."""
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
         yield

@@ -1,4 +1,4 @@
-"""What every form of a benchmark report says: its title, table columns, MLPerf scenarios, remarks and environment."""
+"""The parts that all benchmark report formats share: title, columns, MLPerf scenarios, remarks and environment."""
 
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -25,10 +25,10 @@ class ScenarioResults(NamedTuple):
     """One file's results in the SingleStream and Offline scenarios of MLPerf Inference.
 
     Attributes:
-        file: The file's name.
-        single_stream_us: The 90th-percentile latency at batch size 1, in microseconds; None if that was not measured.
-        offline_images_per_s: The highest throughput at any batch size.
-        offline_batch: The batch size of that throughput.
+        file: the file's name.
+        single_stream_us: the 90th-percentile latency at batch size 1, in microseconds; None if that was not measured.
+        offline_images_per_s: the highest throughput at any batch size.
+        offline_batch: the batch size of that throughput.
     """
 
     file: str

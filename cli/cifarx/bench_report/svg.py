@@ -15,9 +15,9 @@ def svg_element(figure: Figure, name: str, label: str = "") -> str:
     """Return the figure as an SVG element without a fixed size or a style sheet; its ids start with `name`.
 
     Args:
-        figure: The figure to convert.
-        name: The id of the element.
-        label: A description for screen readers; empty if the figure is decoration.
+        figure: the figure to convert.
+        name: the id of the element.
+        label: a description for screen readers; empty if the figure is decoration.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)

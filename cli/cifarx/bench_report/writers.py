@@ -23,9 +23,9 @@ def require_report_path(path: Path) -> None:
     """Check, before any long work, that a report can be written to `path`.
 
     Raises:
-        UsageError: The suffix is none of a report's.
-        OutputError: The folder cannot be written.
-        ModuleNotFoundError: The library that draws the plots is not installed.
+        UsageError: the suffix is not that of a report format.
+        OutputError: the folder cannot be written.
+        ModuleNotFoundError: the library that draws the plots is not installed.
     """
     if path.suffix not in _WRITERS:
         raise UsageError(f"cannot write a report as {path}", f"give a name that ends in {', '.join(_WRITERS)}")
@@ -48,7 +48,7 @@ def write_report(report: BenchmarkReport, path: Path) -> None:
     """Write the report in the format of the path's suffix, atomically.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
         _WRITERS[path.suffix](report, temporary)

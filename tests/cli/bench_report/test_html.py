@@ -167,7 +167,7 @@ def test_the_page_is_self_contained(text: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 9])
 def test_names_are_escaped(count: int) -> None:
-    """Wherever a name is shown; with few files also next to the points of a plot."""
+    """Check every place that shows a name; with few files also the labels of the points of a plot."""
     named = {"backend": HOSTILE, "provider": HOSTILE, "precision": HOSTILE}
     rows = [row(file=f"<b>{number}" if count == 1 else f"{number} {HOSTILE}", **named) for number in range(count)]
     machine = {"cpu": HOSTILE, "gpus": (HOSTILE,), "system": HOSTILE, "python": HOSTILE, "versions": {HOSTILE: HOSTILE}}
