@@ -42,23 +42,35 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_delay_us: Annotated[
         int, Meta(ge=0), Option("How long an idle model waits for more images, in microseconds.")
     ] = 0
-    max_queue: Annotated[int, Meta(ge=1), Option("Maximum number of queued images; beyond it, 503.")] = 256
+    max_queue: Annotated[
+        int, Meta(ge=1), Option("Maximum number of queued images; more are rejected with status 503.")
+    ] = 256
     deadline_s: Annotated[
-        float, Meta(gt=0), Option("Time limit per request, in milliseconds; beyond it, 504.", "deadline_ms", 1000)
+        float,
+        Meta(gt=0),
+        Option("Time limit per request, in milliseconds; slower requests fail with status 504.", "deadline_ms", 1000),
     ] = 10.0
     max_body_bytes: Annotated[
-        int, Meta(ge=1), Option("Maximum size of a request, in MiB; beyond it, 413.", "max_body_mb", 2**-20)
+        int,
+        Meta(ge=1),
+        Option(
+            "Maximum size of a request, in MiB; larger requests are rejected with status 413.", "max_body_mb", 2**-20
+        ),
     ] = 32 * 2**20
     # A model with embedded preprocessing takes images of any size: the limit then holds for all images of a request.
-    max_pixels: Annotated[int, Meta(ge=1), Option("Maximum number of pixels per image; beyond it, 413.")] = 50_000_000
-    max_images: Annotated[int, Meta(ge=1), Option("Maximum number of images per request; beyond it, 413.")] = 64
+    max_pixels: Annotated[
+        int, Meta(ge=1), Option("Maximum number of pixels per image; larger images are rejected with status 413.")
+    ] = 50_000_000
+    max_images: Annotated[
+        int, Meta(ge=1), Option("Maximum number of images per request; more are rejected with status 413.")
+    ] = 64
     max_connections: Annotated[
         int, Meta(ge=1), Option("Maximum number of connections per worker; idle ones are closed to make room.")
     ] = 1024
     header_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
-    """Time limit for receiving the headers of a request; beyond it the connection is closed, with 408 if they began."""
+    """Time limit for receiving the headers of a request. After it, the connection is closed, with 408 if they began."""
     body_timeout_s: Annotated[float, Meta(gt=0)] = 30.0
-    """Time limit for receiving the body of a request; beyond it, 408."""
+    """Time limit for receiving the body of a request. Slower requests are rejected with status 408."""
     keep_alive_s: Annotated[float, Meta(gt=0)] = 75.0
     """How long a connection stays open between two requests."""
 

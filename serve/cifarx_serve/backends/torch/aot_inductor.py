@@ -61,7 +61,7 @@ class AotInductorBackend(TorchBackend):
         target = torch_device(Device("cpu"))
         _require_same_machine(self.spec, path)
         # Unpacked here, because the library would keep its unpacked files until the model is freed, and so leave them
-        # behind if the process is killed, like a server's worker. Loaded code does not need its file any more.
+        # behind if the process is killed, like a server's worker. Loaded code no longer needs its file.
         try:
             with TemporaryDirectory(prefix="cifarx_aoti_") as folder:
                 with zipfile.ZipFile(path) as archive:

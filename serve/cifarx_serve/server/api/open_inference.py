@@ -1,7 +1,7 @@
 """The Open Inference Protocol (KServe's "predict protocol v2") for a classifier, with Triton's binary tensor data.
 
-Converts request bodies to tensors and logits to response bodies; knows no network and no model. A model has one input,
-`input`, and one output, `logits`.
+Converts request bodies to tensors and logits to response bodies. It performs no I/O and runs no model. A model has one
+input, `input`, and one output, `logits`.
 
 Sources: inference_rest.md of kserve/open-inference-protocol; required_api.md of kserve/kserve for tensor data and
 parameters; extension_binary_data.md of triton-inference-server/server.
@@ -36,7 +36,7 @@ from cifarx_serve.server.errors import RequestError
 from cifarx_serve.spec import ModelSpec
 
 _MAX_OTHER_VALUES: Final = 1024
-"""The most JSON values of a request besides the numbers of its tensor."""
+"""The maximum number of JSON values of a request in addition to the numbers of its tensor."""
 
 
 class InferRequest(NamedTuple):
@@ -90,8 +90,8 @@ def parse_infer(
         header_length: the value of the header Inference-Header-Content-Length, the number of bytes of JSON at the
             start of the body; None without the header, when the whole body is JSON.
         spec: the model's spec.
-        max_images: the most images, N.
-        max_pixels: the most pixels of all images together, N * H * W.
+        max_images: the maximum number of images, N.
+        max_pixels: the maximum number of pixels of all images together, N * H * W.
 
     Raises:
         RequestError: there are too many images or pixels (413), or the request is not valid for the protocol or the
@@ -187,7 +187,7 @@ def _check_shape(tensor_input: Input[list[Any]], spec: ModelSpec, max_images: in
 def _decode_tensor(tensor_input: Input[list[Any]], raw: memoryview | None) -> Tensor:
     """Return the tensor of the input's data or, if it has a binary_data_size, of `raw`.
 
-    `raw` is what follows the JSON; None without the header that says so.
+    `raw` is the part of the body after the JSON; None if the request has no Inference-Header-Content-Length.
     """
     size = tensor_input.parameters.binary_data_size
     if (size is UNSET) == (tensor_input.data is UNSET):

@@ -94,7 +94,7 @@ class OpenInferenceRoutes:
                 "GET",
                 "/v2/health/live",
                 self._live,
-                Operation("live", "Check that the server is running", ok_response("It is running", ServerLive)),
+                Operation("live", "Check that the server is running", ok_response("The server is running", ServerLive)),
                 public=True,
             ),
             Route(
@@ -105,8 +105,10 @@ class OpenInferenceRoutes:
                     "ready",
                     "Check that all models can answer requests",
                     {
-                        **ok_response("They can", ServerReady),
-                        HTTPStatus.SERVICE_UNAVAILABLE: Body("They cannot", {JSON_TYPE: ServerReady}),
+                        **ok_response("All models can answer requests", ServerReady),
+                        HTTPStatus.SERVICE_UNAVAILABLE: Body(
+                            "A model cannot answer requests", {JSON_TYPE: ServerReady}
+                        ),
                     },
                 ),
                 public=True,
@@ -138,9 +140,11 @@ class OpenInferenceRoutes:
                     f"model_ready{suffix}",
                     "Check that a model can answer requests",
                     {
-                        **ok_response("It can", ModelReady),
+                        **ok_response("The model can answer requests", ModelReady),
                         **error_responses(MODEL_NOT_FOUND),
-                        HTTPStatus.SERVICE_UNAVAILABLE: Body("It cannot", {JSON_TYPE: _NOT_READY}),
+                        HTTPStatus.SERVICE_UNAVAILABLE: Body(
+                            "The model cannot answer requests", {JSON_TYPE: _NOT_READY}
+                        ),
                     },
                     parameters=parameters,
                 ),

@@ -1,4 +1,4 @@
-"""All routes of the server; here those for health checks, metrics, the API documentation and the web pages."""
+"""Collects all routes, and defines those for health checks, metrics, the API documentation and the web pages."""
 
 import asyncio
 from concurrent.futures import Executor
@@ -70,7 +70,11 @@ class _StatusRoutes:
                 "GET",
                 "/healthz",
                 self._healthz,
-                Operation("healthz", "Check that the process is running", ok_response("It is running", StatusResponse)),
+                Operation(
+                    "healthz",
+                    "Check that the process is running",
+                    ok_response("The process is running", StatusResponse),
+                ),
                 public=True,
             ),
             Route(
@@ -81,8 +85,10 @@ class _StatusRoutes:
                     "readyz",
                     "Check that all models can answer requests",
                     {
-                        **ok_response("They can", StatusResponse),
-                        HTTPStatus.SERVICE_UNAVAILABLE: Body("They cannot", {JSON_TYPE: StatusResponse}),
+                        **ok_response("All models can answer requests", StatusResponse),
+                        HTTPStatus.SERVICE_UNAVAILABLE: Body(
+                            "A model cannot answer requests", {JSON_TYPE: StatusResponse}
+                        ),
                     },
                     description="For load balancers: send no requests while the status is not 200.",
                 ),

@@ -21,7 +21,7 @@ _GRACE_S: Final = 0.5
 """How long a drained connection stays open for a next request that is already on its way."""
 
 _HANDSHAKE_S: Final = 0.2
-"""How long draining waits for TCP handshakes to finish whose client already counts as connected: one round trip."""
+"""How long draining waits for handshakes of clients that already consider themselves connected: one round trip."""
 
 _EVICTABLE_S: Final = 1.0
 """How long a connection must have been idle before it is closed to make room for another one."""

@@ -22,7 +22,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 IS_DISCONNECTED: Final = "cifarx.is_disconnected"
 """The key in the scope's `state` of a function that returns whether the client has closed the connection.
 
-Calling `receive` would tell as well, but takes ten times as long. Other ASGI servers do not set the key.
+Calling `receive` would also detect this, but is ten times slower. Other ASGI servers do not set the key.
 """
 
 # An ID is copied into a response header and into the access log, so only visible ASCII characters are accepted.

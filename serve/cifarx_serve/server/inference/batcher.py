@@ -1,4 +1,4 @@
-"""Dynamic batching: requests that queue up while a model is busy go through it together.
+"""Dynamic batching: requests that arrive while the model is busy are run as one batch.
 
 An idle model runs at once (unless `max_delay_s` makes it wait for more requests), so the batch size follows the load:
 one image when there is only one, up to `max_batch` when enough are queued.
@@ -136,9 +136,9 @@ class Batcher:
 
     Args:
         run: the model.
-        max_batch: the most images of one call; a request with more is split into several calls.
+        max_batch: the maximum number of images per call; a request with more is split into several calls.
         max_delay_s: how long an idle model waits for more images to fill its batch, in seconds.
-        max_queue: the most images in the queue.
+        max_queue: the maximum number of images in the queue.
         on_batch: called in the event loop after each call of the model.
         inline_limit_s: a batch that should take less than this, judging by the time per image of the last one, runs in
             the event loop itself: handing it to the thread and back costs a fifteenth of a small request's time. Use

@@ -39,7 +39,8 @@ class ImageClassifier:
 
     Args:
         executor: a thread pool for decoding large images.
-        max_pixels: the most pixels of one image; of all images of a request together if the model resizes them itself.
+        max_pixels: the maximum number of pixels per image; of all images of a request together if the model resizes
+            them itself.
     """
 
     def __init__(self, executor: Executor, max_pixels: int) -> None:

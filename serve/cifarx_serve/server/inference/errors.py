@@ -16,7 +16,7 @@ class ModelNotReady(InferenceError):
 
 
 class ModelFailed(InferenceError):
-    """The model runs on no input any more."""
+    """The model fails on every input."""
 
 
 class InvalidInput(InferenceError):

@@ -36,7 +36,7 @@ class ServedModel:
     """One version of one model. One thread at a time may call `run`.
 
     Attributes:
-        failed: whether the model runs on no input any more.
+        failed: whether the model fails on every input.
 
     Args:
         name: the name that the model is served under.

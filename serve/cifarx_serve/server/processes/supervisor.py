@@ -188,7 +188,7 @@ class Supervisor:
             self._on_event(f"worker {number} is ready again")
 
     def _send_all_ready(self) -> None:
-        """Tell the workers that a client now gets an answer from whichever of them it reaches."""
+        """Notify the workers that all of them are ready."""
         for process in self._workers.values():
             assert process.stdin is not None
             process.stdin.write(ALL_READY)

@@ -104,7 +104,7 @@ class Worker:
 
 
 def _log_event(event: str) -> None:
-    with suppress(OSError):  # nothing reads standard error any more
+    with suppress(OSError):  # standard error may no longer be read
         print(f"note: worker {os.getpid()} {event}", file=sys.stderr, flush=True)  # noqa: T201
 
 
