@@ -30,7 +30,7 @@ def test_help_lists_on_error_and_hides_its_former_name(cli: Cli, command: str) -
 
 
 def test_either_name_skips_unreadable_images(cli: Cli, trained: Trained) -> None:
-    """An unknown data set is the next thing that is wrong, so both options were accepted."""
+    """An unknown dataset is the next thing that is wrong, so both options were accepted."""
     for option in ("--on-error", "--broken"):
         result = cli("verify", trained.onnx, "--ckpt", trained.checkpoint, option, "skip", "--data", "nowhere")
         assert result.status == 2

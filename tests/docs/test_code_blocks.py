@@ -209,7 +209,7 @@ def test_options_in_the_text_exist(page: Page) -> None:
 
 @each_page
 def test_files_targets_and_extras_exist(page: Page) -> None:
-    """Those of `python`, `pytest`, `make` and `pip` in blocks and in the text."""
+    """Check the arguments of `python`, `pytest`, `make` and `pip` in code blocks and in the text."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for line in [*page.shell_lines(), *page.inline_code()]:

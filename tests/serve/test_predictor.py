@@ -86,7 +86,7 @@ def test_top_k_is_sorted_best_first(predictor: Predictor) -> None:
     assert (prediction.label, prediction.index, prediction.score) == ("green", 1, scores[0])
 
 
-def test_of_equal_logits_the_first_wins_as_in_argmax(predictor: Predictor) -> None:
+def test_ties_select_the_first_class_as_argmax_does(predictor: Predictor) -> None:
     gray, cyan = predictor.predict([GRAY, CYAN], top_k=3)
     assert [candidate.index for candidate in gray.top] == [0, 1, 2]
     assert [candidate.index for candidate in cyan.top] == [1, 2, 0]

@@ -1,4 +1,4 @@
-"""The images of the parity check: the data set the model was trained on, or the one given."""
+"""The images of the parity check: the dataset the model was trained on, or the one given."""
 
 from pathlib import Path
 

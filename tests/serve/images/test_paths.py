@@ -14,7 +14,7 @@ def _tree(tmp_path: Path) -> None:
         path.touch()
 
 
-def test_a_folder_stands_for_its_images_sorted_by_name() -> None:
+def test_a_folder_expands_to_its_images_sorted_by_name() -> None:
     assert list(find_images(["tree"])) == ["tree/a/x.jpeg", "tree/a/deep/y.webp", "tree/b/10.PNG", "tree/b/2.png"]
 
 
@@ -31,7 +31,7 @@ def test_names_keep_their_order() -> None:
         ("tree/[ab]/*.jpeg", ["tree/a/x.jpeg"]),
     ],
 )
-def test_a_pattern_stands_for_the_files_that_match(pattern: str, expected: list[str]) -> None:
+def test_a_pattern_expands_to_the_files_that_match(pattern: str, expected: list[str]) -> None:
     assert list(find_images([pattern])) == expected
     assert list(find_images([str(Path.cwd() / pattern)])) == [str(Path.cwd() / name) for name in expected]
 

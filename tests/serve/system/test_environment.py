@@ -52,9 +52,9 @@ def test_libraries_that_are_not_installed_are_omitted() -> None:
         "import sys; sys.path.append(sys.argv[1])\n"
         "from cifarx_serve.system.versions import library_versions; print(library_versions())"
     )
-    rooms = Path(cifarx_serve.__file__).parents[1]
+    packages = Path(cifarx_serve.__file__).parents[1]
     # Isolated mode without site-packages: nothing is installed in this Python.
-    ran = subprocess.run([sys.executable, "-I", "-S", "-c", code, rooms], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-I", "-S", "-c", code, packages], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "{}"
 
 

@@ -49,7 +49,7 @@ def test_logits_are_those_of_the_predictor(trained: Trained, binary: bool, versi
 
 
 def test_large_json_is_parsed_in_the_threadpool(color_model: Path) -> None:
-    """And a request with more images than one batch is split."""
+    """Send 256 images as JSON, more than one batch, so the request is also split."""
     batch = np.random.default_rng(0).random((64, 3, 4, 6), dtype=np.float32)
     body, _ = triton_request(batch.repeat(4, axis=0), binary=False)
     assert len(body) > 256 * 1024

@@ -60,7 +60,7 @@ def test_it_has_every_route_and_no_other(document: dict[str, Any], routes: list[
     assert operations(document).keys() == is_public(routes).keys()
 
 
-def test_it_says_which_operations_require_an_api_key(document: dict[str, Any], routes: list[Route]) -> None:
+def test_the_document_states_which_operations_require_an_api_key(document: dict[str, Any], routes: list[Route]) -> None:
     documented = operations(document)
     assert {key: "security" not in operation for key, operation in documented.items()} == is_public(routes)
     assert all(("401" in operation["responses"]) == ("security" in operation) for operation in documented.values())

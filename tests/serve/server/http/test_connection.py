@@ -77,13 +77,13 @@ def test_headers_sent_byte_by_byte_have_the_same_timeout(client: Client) -> None
             assert time.monotonic() < started + 20
 
 
-def test_rejects_headers_of_a_second_request_that_do_not_end_with_408(client: Client) -> None:
+def test_incomplete_headers_of_a_second_request_return_408(client: Client) -> None:
     client.send(encode_request("GET", "/healthz") + b"GET /healthz HT")
     assert client.read_response().status == 200
     assert client.read_response().status == 408
 
 
-def test_rejects_a_body_that_does_not_end_with_408(client: Client) -> None:
+def test_an_incomplete_body_returns_408(client: Client) -> None:
     client.send(b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nabc")
     response = client.read_response()
     assert response.status == 408

@@ -229,7 +229,7 @@ def test_restarts_a_worker_until_it_can_start(tmp_path: Path, onnx: Path) -> Non
 
 
 def test_serves_on_when_its_output_is_closed(tmp_path: Path, onnx: Path) -> None:
-    """As after `cifarx serve … 2>&1 | head -1`."""
+    """Close the server's output after one line, as `cifarx serve … 2>&1 | head -1` does."""
     read_fd, write_fd = os.pipe()
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]

@@ -127,7 +127,7 @@ def test_closing_an_iterator_ends_the_workers(mapped: LabeledImages) -> None:
     assert len(list(loader.batches(shuffled(64)))) == 7  # a new iterator starts new workers
 
 
-def test_a_killed_worker_is_an_error_and_is_reloader_in_the_next_epoch(mapped: LabeledImages) -> None:
+def test_a_killed_worker_raises_an_error_and_is_restarted_in_the_next_epoch(mapped: LabeledImages) -> None:
     others = set(workers())
     loader = StreamingLoader(mapped, CPU)
     batches = loader.batches(shuffled(4))
