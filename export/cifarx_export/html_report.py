@@ -10,14 +10,14 @@ BASE_PACKAGE = "cifarx_export"
 def render_page(package: str, template: str, filters: Mapping[str, Callable[..., str]], **context: object) -> str:
     """Render one page as text.
 
-    The names of files, classes and data sets in a report come from anywhere, so all text is escaped, and characters
+    The names of files, classes and datasets in a report come from anywhere, so all text is escaped, and characters
     that neither XML nor UTF-8 can hold are replaced.
 
     Args:
-        package: The package whose `templates` folder holds the template, which extends `report_base.html`.
-        template: The template's file name.
-        filters: Filters of the template by name, in addition to Jinja's own.
-        context: The variables of the template.
+        package: the package whose `templates` folder holds the template, which extends `report_base.html`.
+        template: the template's file name.
+        filters: filters of the template by name, in addition to Jinja's own.
+        context: the variables of the template.
     """
     import jinja2  # part of the `train` extra
 

@@ -20,7 +20,7 @@ Fraction: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to train a model on a data set. Every default is the simplest choice.
+    """How to train a model on a dataset. Every default is the simplest choice.
 
     Attributes:
         name: the name of the recipe, recorded in checkpoints.

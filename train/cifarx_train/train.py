@@ -76,7 +76,7 @@ def train(
         out: the directory for the checkpoints.
         logdir: the directory for TensorBoard. Defaults to `logs` in `out`.
         resume: the path of a checkpoint, or `auto` for the latest readable one in `out`, if any.
-        keep: the number of epochs whose checkpoints are kept, besides the best one. Defaults to all.
+        keep: the number of epochs whose checkpoints are kept, in addition to the best one. Defaults to all.
         callbacks: receive the events of the run.
         overrides: recipe fields that replace those of the recipe.
 

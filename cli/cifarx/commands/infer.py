@@ -110,7 +110,10 @@ def _is_same_file(target: Path, name: str) -> bool:
 
 
 class _ImageSources:
-    """Returns where to read images from: `twice` if they are also drawn, so that the content of pipes is kept."""
+    """Resolve image names to sources.
+
+    If `twice` is set, the content of pipes is kept, so that it can be read again for the contact sheet.
+    """
 
     def __init__(self, *, twice: bool) -> None:
         self._twice = twice
@@ -126,7 +129,7 @@ class _ImageSources:
         return content
 
     def read_again(self, name: str) -> ImageSource:
-        """Return the same as `read` a second and last time."""
+        """Return the source again and discard the kept content."""
         return self._contents.pop(name, name)
 
     def _read_pipe(self, name: str) -> bytes | None:
@@ -140,7 +143,7 @@ class _ImageSources:
 def _predict(
     predictor: Predictor, names: list[str], sources: _ImageSources, top_k: int
 ) -> Iterator[Prediction | ImageError]:
-    """Yield the predictions. A single image is not streamed, which saves the start of the threads."""
+    """Yield the predictions. A single image is not streamed, which avoids starting threads."""
     if len(names) > 1:
         yield from predictor.predict_stream(map(sources.read, names), top_k)
         return

@@ -15,8 +15,8 @@ class ParityData(NamedTuple):
 
     Attributes:
         images: uint8 (N, height, width, 3) at the network's input size.
-        labels: (N,), or None if the classes of the data set are not the model's, so that there is no accuracy.
-        name: name of the data set.
+        labels: (N,), or None if the classes of the dataset are not the model's, so that there is no accuracy.
+        name: name of the dataset.
         fingerprint: SHA-256 of images, labels and class names.
     """
 
@@ -31,11 +31,11 @@ def load_parity_data(spec: ModelSpec, name: str, on_error: OnError = "raise") ->
 
     Args:
         spec: spec of the model to check.
-        name: value of `--data`; `auto` uses the data set the model was trained on, if it can be found.
+        name: value of `--data`; `auto` uses the dataset the model was trained on, if it can be found.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
 
     Raises:
-        DataError: the data set is missing or damaged.
+        DataError: the dataset is missing or damaged.
     """
     dataset = select_dataset_for_model(spec.training.data if spec.training else None, name, on_error)
     split = dataset.load("test", spec.input)
@@ -54,7 +54,7 @@ def load_training_images(spec: ModelSpec, name: str, count: int, on_error: OnErr
         uint8 (count, height, width, 3).
 
     Raises:
-        DataError: the data set is missing or damaged.
+        DataError: the dataset is missing or damaged.
     """
     dataset = select_dataset_for_model(spec.training.data if spec.training else None, name, on_error)
     images = dataset.load("train", spec.input).images

@@ -94,7 +94,7 @@ def require_same_step(point: ResumePoint | None, distributed: Distributed) -> No
 
 
 def require_same(point: ResumePoint, name: str, recorded: object, requested: object) -> None:
-    """Raise UsageError if the run was started with another model, data set or seed."""
+    """Raise UsageError if the run was started with another model, dataset or seed."""
     if recorded != requested:
         raise UsageError(
             f"{point.path} was trained with {name} {recorded}, not {requested}",
