@@ -1,4 +1,7 @@
-"""Fixtures shared by the tests of several rooms: real data where available, and a small trained model with its artifacts."""
+"""Fixtures shared by the tests of several packages.
+
+Real data where available, and a small trained model with its artifacts.
+"""
 
 import os
 import shutil
