@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.support.command_line import Cli, Ran
+from tests.support.command_line import Cli, CommandResult
 from tests.support.trained_model import Trained
 
 _SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -80,14 +80,14 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
     """
     from cifarx.main import main
 
-    def run(*arguments: object) -> Ran:
+    def run(*arguments: object) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["cifarx", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
         status = ended.value.code
         assert isinstance(status, int)
-        return Ran(status, *capfd.readouterr())
+        return CommandResult(status, *capfd.readouterr())
 
     return run
 
