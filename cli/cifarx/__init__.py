@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cifarx_serve.predictor import load
     from cifarx_train.train import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["CifarxError", "benchmark", "export", "load", "read_spec", "train", "verify"]
 

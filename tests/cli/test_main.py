@@ -1,16 +1,18 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import cifarx
 from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 
 
-def cifarx(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_cifarx(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "cifarx", *arguments], capture_output=True, text=True, check=False, env=env
@@ -18,7 +20,7 @@ def cifarx(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Com
 
 
 def test_version_and_help_go_to_standard_output(cli: Cli) -> None:
-    assert cli("--version").out.strip() == "0.1.0"
+    assert cli("--version").out.strip() == cifarx.__version__ == version("cifarx")
     helped = cli("--help")
     assert helped.status == 0
     assert all(name in helped.out for name in ("train", "export", "verify", "infer", "bench", "inspect", "doctor"))
@@ -46,12 +48,15 @@ def test_a_missing_argument_refers_to_the_help_page(cli: Cli) -> None:
 
 def test_the_module_and_the_program_are_the_same() -> None:
     program = Path(sys.executable).with_name("cifarx")
-    assert subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout == "0.1.0\n"
-    assert cifarx("--version").stdout == "0.1.0\n"
+    assert (
+        subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+        == f"{cifarx.__version__}\n"
+    )
+    assert run_cifarx("--version").stdout == f"{cifarx.__version__}\n"
 
 
 def test_the_debug_variable_shows_the_traceback() -> None:
-    result = cifarx("infer", "nope.png", "--model", "nope.onnx", env={**os.environ, "CIFARX_DEBUG": "1"})
+    result = run_cifarx("infer", "nope.png", "--model", "nope.onnx", env={**os.environ, "CIFARX_DEBUG": "1"})
     assert result.returncode != 0
     assert "Traceback" in result.stderr
     assert "ModelFileError" in result.stderr
