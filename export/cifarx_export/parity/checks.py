@@ -151,7 +151,8 @@ def _check_logits(errors: LogitErrors, tolerance: Tolerance) -> list[Check]:
 
 
 def _check_agreement(metrics: ParityMetrics, tolerance: Tolerance) -> Check:
-    forgiven = f", {metrics.forgiven} flips forgiven" if metrics.forgiven else ""
+    flips = "flip" if metrics.forgiven == 1 else "flips"
+    forgiven = f", {metrics.forgiven} {flips} forgiven" if metrics.forgiven else ""
     return Check(
         "agreement",
         metrics.agreement + metrics.forgiven / metrics.images >= tolerance.agreement - _ROUNDING,
