@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from typer.core import TyperGroup
 
 from cifarx.app import app
 
@@ -17,7 +18,7 @@ PROJECT = Path(__file__).parents[1]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages; remove the files of docs/ that are no pages."""
+    """Add the generated pages; remove the files of docs/ that are not pages."""
     files.append(File.generated(config, "cli.md", content=cli_reference()))
     files.append(File.generated(config, "changelog.md", content=(PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")))
     for page in sorted((PROJECT / "benchmarks" / "results").glob("*.md")):
@@ -30,9 +31,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def cli_reference() -> str:
     """Return the reference of every command as Markdown."""
+    assert isinstance(app, TyperGroup)
     context = typer.Context(app, info_name="cifarx")
-    commands = [app.get_command(context, name) for name in app.list_commands(context)]
-    sections = [_section(command) for command in commands if command is not None]
+    sections = [_section(app.get_command(context, name)) for name in app.list_commands(context)]
     return "\n\n".join(["# Command line", app.help or "", *sections]) + "\n"
 
 
