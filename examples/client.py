@@ -101,7 +101,7 @@ def _checked(response: requests.Response) -> requests.Response:
 def load_pixels(images: Sequence[Path], spec: dict[str, Any]) -> NDArray[np.uint8]:
     """Return images as RGB pixels at the input size of a model, uint8 (N, height, width, 3)."""
     size = (spec["input"]["width"], spec["input"]["height"])
-    resample = Image.Resampling[spec["input"]["resize"].upper()]
+    resample = Image.Resampling[spec["input"]["interpolation"].upper()]
     opened = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in images]
     return np.stack([np.asarray(image.resize(size, resample)) for image in opened])
 

@@ -30,7 +30,7 @@ class PeerModel:
         spec = json.loads(self.session.get_modelmeta().custom_metadata_map["cifarx.spec"])
         self._names, taken = spec["class_names"], spec["input"]
         self._size = (taken["width"], taken["height"])
-        self._filter = FILTERS[taken["resize"]]
+        self._filter = FILTERS[taken["interpolation"]]
         self._range = taken["value_range"]
         self._mean, self._std = (np.asarray(taken[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
         self._normalized = bool(self._mean.any() or (self._std != 1).any())

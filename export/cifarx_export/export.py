@@ -44,6 +44,7 @@ from cifarx_serve.system.versions import library_versions
 from cifarx_train.checkpoints.checkpoint import SUFFIX as CHECKPOINT_SUFFIX
 from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint, weights_sha256
 from cifarx_train.data.dataset import OnError
+from cifarx_train.models.options import ModelOptions
 from cifarx_train.pytorch_backend import PyTorchBackend
 
 CPU = Device("cpu")
@@ -115,7 +116,7 @@ def export(
     require_html_path(html_report)
     tolerances = {precision: get_tolerance(precision, atol, rtol) for _, precision in chosen}
     progress(f"reading {path}")
-    loaded = load_checkpoint(path, model)
+    loaded = load_checkpoint(path, ModelOptions(model))
     loaded = loaded._replace(training={})  # free the optimizer state, which can be twice as large as the weights
     images = load_parity_data(loaded.spec, data, on_error)
     batch_sizes = parity_batch_sizes(batch_size, len(images.images))

@@ -26,6 +26,7 @@ from cifarx_serve.errors import CifarxError, DataError, ModelFileError, UsageErr
 from cifarx_serve.progress import Progress, silent
 from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint, weights_sha256
 from cifarx_train.data.dataset import OnError
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.pytorch_backend import PyTorchBackend
 
 
@@ -73,7 +74,7 @@ def verify(
         raise UsageError("verify needs exactly one reference", "give a second file or --ckpt")
     require_html_path(html_report)
     with ExitStack() as stack:
-        paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, model)
+        paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, ModelOptions(model))
         if locate:
             require_locatable(model_file(paths.artifact), model_file(paths.reference))
         opened = _open(paths, device, spec, stack)
@@ -86,7 +87,9 @@ def verify(
         if locate and not result.passed and result.error_analysis:
             progress("looking for the first layer that differs")
             worst = parity_data.images[result.error_analysis.worst[0].image][None]
-            result = msgspec.structs.replace(result, checks=(*result.checks, _layer_check(opened, worst, model)))
+            result = msgspec.structs.replace(
+                result, checks=(*result.checks, _layer_check(opened, worst, paths.options))
+            )
         report = _report(paths, opened, result)
         if html_report is not None:
             write_html_report(Path(html_report), [report], parity_data.images)
@@ -99,7 +102,7 @@ class _Paths(NamedTuple):
     artifact: Path
     reference: Path
     is_checkpoint: bool
-    model: str | None
+    options: ModelOptions
 
 
 class _Opened(NamedTuple):
@@ -137,21 +140,21 @@ def _open(paths: _Paths, device: str, spec: str | Path | None, stack: ExitStack)
         if copies == list(files):
             raise UsageError(f"both files contain a spec, so --spec {spec} would be ignored", "leave --spec out")
         files = (copies[0], copies[1])
-    artifact = stack.enter_context(_open_one(files[0], paths.artifact, device, paths.model))
+    artifact = stack.enter_context(_open_one(files[0], paths.artifact, device, paths.options))
     if not paths.is_checkpoint and backend_for(files[1]) is not PyTorchBackend:
-        reference = stack.enter_context(_open_one(files[1], paths.reference, "cpu", None))
+        reference = stack.enter_context(_open_one(files[1], paths.reference, "cpu", NO_OPTIONS))
         return _Opened(artifact, reference, files, None)
-    loaded = load_checkpoint(files[1], paths.model)
+    loaded = load_checkpoint(files[1], paths.options)
     trained = stack.enter_context(PyTorchBackend.from_checkpoint(loaded, parse_device("cpu")))
     return _Opened(artifact, trained, files, weights_sha256(loaded.weights))
 
 
-def _open_one(path: Path, original: Path, device: str, model: str | None) -> Backend:
+def _open_one(path: Path, original: Path, device: str, options: ModelOptions) -> Backend:
     """Open one file; errors name the user's file where `path` is a copy of it."""
     require_file(path)
     try:
         if backend_for(path) is PyTorchBackend:
-            return PyTorchBackend(path, parse_device(device), model)
+            return PyTorchBackend(path, parse_device(device), options)
         return open_backend(path, device=device)
     except ModelFileError as error:
         raise ModelFileError(error.problem.replace(str(path), str(original)), error.remedy) from error
@@ -194,9 +197,9 @@ def _with_weights_check(result: ParityResult, opened: _Opened) -> ParityResult:
     return msgspec.structs.replace(result, checks=(check, *result.checks), summary=summary)
 
 
-def _layer_check(opened: _Opened, images: NDArray[np.uint8], model: str | None) -> Check:
+def _layer_check(opened: _Opened, images: NDArray[np.uint8], options: ModelOptions) -> Check:
     try:
-        difference = locate_layer(*opened.files, images, model)
+        difference = locate_layer(*opened.files, images, options)
     except CifarxError as error:
         return Check("layer", False, str(error))
     if difference is None:

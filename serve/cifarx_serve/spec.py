@@ -11,31 +11,85 @@ from msgspec import Meta
 
 from cifarx_serve.errors import SpecError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-ResizeFilter: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+PixelValue = Annotated[int, Meta(ge=0, le=255)]
+Color: TypeAlias = Literal["RGB", "BGR", "L"]
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+ResizeMode: TypeAlias = Literal["stretch", "shorter_side", "letterbox"]
+Layout: TypeAlias = Literal["NCHW", "NHWC"]
+Activation: TypeAlias = Literal["softmax", "sigmoid"]
+Assumption: TypeAlias = Literal["architecture", "class_names", "preprocessing", "output"]
 
 
 class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to convert an image to the input of the network.
 
-    The image is converted to RGB, resized to (height, width) with the antialiased `resize` filter of Pillow, scaled
-    from 0..255 to `value_range`, and normalized with `mean` and `std` per channel.
+    The image is converted to `color`, resized and cropped to (height, width), scaled from 0..255 to `value_range`, and
+    normalized with `mean` and `std` per channel.
+
+    Attributes:
+        height, width: the size of the network's input in pixels.
+        channels: 1 for grayscale, 3 for color.
+        layout: the order of the axes of the network's input.
+        color: the order of the channels; "L" for grayscale.
+        value_range: what 0 and 255 are scaled to, before `mean` and `std` are applied.
+        mean, std: one value per channel, in the order of `color`. The default is 0 and 1.
+        resize: "stretch" ignores the aspect ratio; "shorter_side" resizes the shorter side to `resize_to`; "letterbox"
+            fits the whole image into (height, width) and pads the rest with `fill`.
+        resize_to: the size before a center crop to (height, width): the shorter side for "shorter_side", (height,
+            width) for "stretch". The default is the network's input size. Where the crop is larger than the resized
+            image, the image is padded with `fill`.
+        interpolation: the filter that resizes.
+        antialias: whether the filter is widened when an image is made smaller, as Pillow does.
+        fill: the value of padded pixels: one for all channels, or one per channel in the order of `color`.
     """
 
     height: PositiveInt
     width: PositiveInt
-    channels: Literal[3] = 3
-    layout: Literal["NCHW"] = "NCHW"
+    channels: Literal[1, 3] = 3
+    layout: Layout = "NCHW"
     dtype: Literal["float32"] = "float32"
-    color: Literal["RGB"] = msgspec.field(name="colour", default="RGB")  # the key of schema 1
+    color: Color = "RGB"
     value_range: tuple[float, float] = (0.0, 1.0)
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 1.0, 1.0)
-    resize: ResizeFilter = "bilinear"
+    mean: tuple[float, ...] = ()
+    std: tuple[PositiveFloat, ...] = ()
+    resize: ResizeMode = "stretch"
+    # msgspec 0.22 crashes on a union of a constrained int and a tuple of a fixed length.
+    resize_to: PositiveInt | tuple[PositiveInt, ...] | None = None
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = True
+    fill: PixelValue | tuple[PixelValue, ...] = 0
+
+    def __post_init__(self) -> None:
+        """Set the default mean and standard deviation, and check that the fields fit together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if (self.channels == 1) != (self.color == "L"):
+            raise ValueError(f"{self.channels} channels do not match color {self.color}")
+        if not self.mean:
+            msgspec.structs.force_setattr(self, "mean", (0.0,) * self.channels)
+        if not self.std:
+            msgspec.structs.force_setattr(self, "std", (1.0,) * self.channels)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        if isinstance(self.fill, tuple) and len(self.fill) != self.channels:
+            raise ValueError(f"fill has {len(self.fill)} values for {self.channels} channels")
+        if self.resize == "letterbox" and self.resize_to is not None:
+            raise ValueError("resize_to does not apply to resize letterbox")
+        if self.resize == "shorter_side" and isinstance(self.resize_to, tuple):
+            raise ValueError("resize shorter_side takes one number as resize_to")
+        if self.resize == "stretch" and not (
+            self.resize_to is None or (isinstance(self.resize_to, tuple) and len(self.resize_to) == 2)
+        ):
+            raise ValueError("resize stretch takes (height, width) as resize_to")
 
 
 class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,12 +161,51 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The document as a whole. The output of the model is an array of logits, (N, classes).
+class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
+    """What builds the network again.
 
     Attributes:
+        kind: "builtin" and "torchvision" for a name of the registry; "timm", "huggingface" and "entry_point" for a name
+            of theirs; "python" for code of the user; "checkpoint" for a file that contains the whole model; "module"
+            for a module in memory; "onnx" and "torchscript" for an adopted file.
+        name: the name, such as `resnet18`, `FILE.py:CALLABLE` or the name of the file.
+        arguments: the keyword arguments of the callable.
+        sha256: the hash of the user's source code, or of the adopted file.
+        output: the key or the position of the logits, if the network returns a dict, an object, a tuple or a list.
+    """
+
+    kind: Literal[
+        "builtin",
+        "torchvision",
+        "timm",
+        "huggingface",
+        "entry_point",
+        "python",
+        "checkpoint",
+        "module",
+        "onnx",
+        "torchscript",
+    ]
+    name: str
+    arguments: dict[str, Any] = {}
+    sha256: Sha256 | None = None
+    output: str | int | None = None
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The document as a whole. The output of the model is float32, (N, `output_size`).
+
+    Attributes:
+        model: the short name of the network, for file names and people.
         stem: "small" for a torchvision ResNet whose first layers were replaced for small images.
+        source: what builds the network again; None in files of schema 1, whose `model` is a name of the registry.
         class_names: the classes in the order of their labels.
+        output: whether the model returns logits, or probabilities that need no activation.
+        activation: what turns logits into scores: "softmax" for one label per image; "sigmoid" for several labels per
+            image, or for two classes with one logit, which is that of the second class.
+        outputs: 1 for two classes with one logit; None for one value per class.
+        thresholds: the score from which a label applies, one per output of a sigmoid; None for 0.5.
+        assumed: the parts of the spec that neither the file nor the user stated.
         embedded_preprocessing: whether the file itself does the preprocessing that `input` describes. Such a file
             takes RGB pixels, uint8 (N, H, W, 3) of any size, instead of float32 (N, 3, height, width).
         minimum_onnxruntime: the oldest version of ONNX Runtime that runs the file, such as "1.18"; None for other
@@ -126,7 +219,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     stem: Literal["own", "small"] = "own"
     class_names: Annotated[tuple[str, ...], Meta(min_length=2)]
     input: InputSpec
-    output: Literal["logits"] = "logits"
+    output: Literal["logits", "probabilities"] = "logits"
+    activation: Activation = "softmax"
+    outputs: Literal[1] | None = None
+    thresholds: tuple[Probability, ...] | None = None
+    source: ModelSource | None = None
+    assumed: tuple[Assumption, ...] = ()
     precision: Precision = "fp32"
     embedded_preprocessing: bool = False
     minimum_onnxruntime: str | None = None
@@ -135,6 +233,32 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights_sha256: Sha256 | None = None
     exporter: dict[str, str] | None = None
     parity: ParitySummary | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the fields fit together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.outputs == 1 and (self.activation != "sigmoid" or len(self.class_names) != 2):
+            raise ValueError(
+                f"one output needs activation sigmoid and two class names, "
+                f"not {self.activation} and {len(self.class_names)}"
+            )
+        if self.thresholds is not None and self.activation != "sigmoid":
+            raise ValueError("thresholds need activation sigmoid")
+        if self.thresholds is not None and len(self.thresholds) != self.output_size:
+            raise ValueError(f"{len(self.thresholds)} thresholds for {self.output_size} outputs")
+
+    @property
+    def output_size(self) -> int:
+        """The number of values that the model returns per image."""
+        return self.outputs or len(self.class_names)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether any number of labels can apply to an image."""
+        return self.activation == "sigmoid" and self.outputs is None
 
     def to_json(self) -> str:
         """Return the document on one line, with the keys in the order of the fields."""
@@ -158,6 +282,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
                     f"{origin} has spec schema {version}, but this cifarx reads only up to {SCHEMA_VERSION}",
                     "install a newer cifarx",
                 )
+            if version == 1:
+                return _from_schema_1(document)
             return msgspec.json.decode(document, type=ModelSpec)
         # msgspec reports invalid UTF-8 and endless nesting with exceptions of Python itself.
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -171,3 +297,15 @@ class _Versioned(msgspec.Struct):
     """The version alone; it is read first, because a newer schema may change the type of any other field."""
 
     schema_version: PositiveInt
+
+
+def _from_schema_1(document: str | bytes) -> ModelSpec:
+    """Parse a document of schema 1, in which `colour` is the color and `resize` is the interpolation."""
+    fields = msgspec.json.decode(document)
+    input_ = fields.get("input") if isinstance(fields, dict) else None
+    if isinstance(input_, dict):
+        for old, new in (("colour", "color"), ("resize", "interpolation")):
+            if old in input_:
+                input_[new] = input_.pop(old)
+        fields["schema_version"] = SCHEMA_VERSION
+    return msgspec.convert(fields, ModelSpec)

@@ -138,7 +138,7 @@ def test_a_checkpoint_is_read_with_the_new_field_names(old_files: Path, cli: Cli
     shown: dict[str, Any] = cli("inspect", old_files / "lzh_0.pth", "--json").json
     recipe = shown["training"]["recipe"]
     assert (recipe["warmup_fraction"], recipe["ema_decay"], recipe["max_grad_norm"]) == (0.2, 0.9, 1.0)
-    assert shown["input"]["colour"] == "RGB"
+    assert shown["input"]["color"] == "RGB"
 
 
 def test_a_checkpoint_is_exported(old_copy: Path, cli: Cli) -> None:

@@ -211,7 +211,7 @@ FAULTS = {
     "mean of the spec": Fault(onnx_with(input_with(mean=(0.49, 0.48, 0.45))), {"preprocessing", "tolerance"}, VALUES),
     "std of the spec": Fault(onnx_with(input_with(std=(0.25, 0.25, 0.25))), {"preprocessing", "tolerance"}, VALUES),
     "range of the spec": Fault(onnx_with(input_with(value_range=(-1.0, 1.0))), {"preprocessing", "tolerance"}, VALUES),
-    "resize filter of the spec": Fault(onnx_with(input_with(resize="nearest")), {"preprocessing"}),
+    "resize filter of the spec": Fault(onnx_with(input_with(interpolation="nearest")), {"preprocessing"}),
     "image size of the spec": Fault(onnx_with(input_with(height=48, width=48)), {"preprocessing"} | INTERFACE),
     "class names permuted": Fault(onnx_with(spec_with(permuted_classes)), {"class names"}),
     "stated to take pixels": Fault(onnx_with(fields_with(embedded_preprocessing=True)), INTERFACE | RUNS | {"resize"}),
@@ -464,7 +464,7 @@ def test_every_field_of_the_input_spec_is_compared(
     spec: ModelSpec = references["lzh"].spec
     changes = {
         "height": 48, "width": 48, "mean": (0.1, 0.0, 0.0), "std": (1.0, 2.0, 1.0), "value_range": (0.0, 2.0),
-        "resize": "bicubic",
+        "interpolation": "bicubic",
     }  # fmt: skip
     fixed = {"channels", "layout", "dtype", "color"}  # each has only one allowed value
     assert set(changes) | fixed == set(spec.input.__struct_fields__)

@@ -105,7 +105,7 @@ def without_spec(model: onnx.ModelProto) -> None:
 
 
 def with_newer_spec(model: onnx.ModelProto) -> None:
-    model.metadata_props[0].value = model.metadata_props[0].value.replace('"schema_version":1', '"schema_version":2')
+    model.metadata_props[0].value = model.metadata_props[0].value.replace('"schema_version":2', '"schema_version":3')
 
 
 def with_unknown_precision(model: onnx.ModelProto) -> None:
@@ -116,7 +116,7 @@ def with_unknown_precision(model: onnx.ModelProto) -> None:
     ("change", "error", "text"),
     [
         (without_spec, ModelFileError, "contains no model spec"),
-        (with_newer_spec, SpecError, "spec schema 2"),
+        (with_newer_spec, SpecError, "spec schema 3"),
         (with_unknown_precision, SpecError, "malformed model spec"),
     ],
 )

@@ -31,7 +31,7 @@ inputs = st.builds(
     value_range=st.tuples(finite, finite),
     mean=triples,
     std=st.tuples(positive_floats, positive_floats, positive_floats),
-    resize=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
+    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
 )
 data_records = st.builds(
     DataRecord,
@@ -118,7 +118,7 @@ def test_is_json_that_starts_with_the_version() -> None:
     assert fields["schema_version"] == SCHEMA_VERSION
     assert fields["class_names"] == ["cat", "dog"]
     assert fields["input"]["layout"] == "NCHW"
-    assert fields["input"]["colour"] == "RGB"  # the key in schema 1; the attribute is `color`
+    assert fields["input"]["color"] == "RGB"
 
 
 @given(st.data())
@@ -170,6 +170,14 @@ def test_a_newer_schema_is_refused_whatever_its_fields_are(version: int, others:
     assert raised.value.remedy == "install a newer cifarx"
 
 
+def test_schema_1_is_read() -> None:
+    fields = json.loads(FULL.to_json()) | {"schema_version": 1}
+    fields["input"] = {"height": 32, "width": 32, "colour": "RGB", "mean": [0.5, 0, 0], "resize": "lanczos"}
+    spec = ModelSpec.from_json(json.dumps(fields), "x")
+    assert spec.input == InputSpec(height=32, width=32, mean=(0.5, 0.0, 0.0), interpolation="lanczos")
+    assert spec == ModelSpec.from_json(spec.to_json(), "x")
+
+
 @pytest.mark.parametrize("version", [0, -1, True, None, "1", 1.5])
 def test_an_invalid_version_is_refused(version: Any) -> None:
     with pytest.raises(SpecError, match="schema_version"):
@@ -190,14 +198,14 @@ def test_unknown_fields_of_the_same_schema_are_ignored(path: tuple[str, ...]) ->
         (("input", "height"), 0),
         (("input", "width"), 32.5),
         (("input", "channels"), 1),
-        (("input", "layout"), "NHWC"),
+        (("input", "layout"), "CHWN"),
         (("input", "dtype"), "float16"),
-        (("input", "colour"), "BGR"),
+        (("input", "color"), "L"),
         (("input", "value_range"), [0, 1, 2]),
         (("input", "mean"), [0, 0]),
         (("input", "std"), [1, 1, 0]),
-        (("input", "resize"), "box"),
-        (("output",), "probabilities"),
+        (("input", "interpolation"), "box"),
+        (("output",), "classes"),
         (("precision",), "fp64"),
         (("training", "epochs"), -1),
         (("training", "test_accuracy"), 50),

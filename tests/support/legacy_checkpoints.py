@@ -12,6 +12,7 @@ from torch import nn
 
 from cifarx_serve.errors import FallbackWarning
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from cifarx_train.models.options import ModelOptions
 from cifarx_train.models.registry import get_architecture
 
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
@@ -66,7 +67,7 @@ def save(content: Any, path: Path, zipped: bool = True) -> Path:
 def load_legacy(path: Path, model: str | None = None) -> Checkpoint:
     """Load a legacy checkpoint and assert that a warning states the assumptions."""
     with pytest.warns(FallbackWarning, match="the file does not describe its classes and images"):
-        return load_checkpoint(path, model)
+        return load_checkpoint(path, ModelOptions(model))
 
 
 def same_outputs(checkpoint: Checkpoint, module: nn.Module) -> bool:

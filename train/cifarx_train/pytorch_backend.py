@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from cifarx_train.checkpoints.checkpoint import Checkpoint
+    from cifarx_train.models.options import ModelOptions
 
 
 class PyTorchBackend(TorchBackend):
@@ -19,17 +20,18 @@ class PyTorchBackend(TorchBackend):
     Args:
         path: the checkpoint.
         device: the device to run on.
-        model: the name of the model, for files that do not contain it.
+        options: what the user states about the model.
     """
 
     name = "pytorch"
 
-    def __init__(self, path: Path, device: Device, model: str | None = None) -> None:
+    def __init__(self, path: Path, device: Device, options: "ModelOptions | None" = None) -> None:
         from cifarx_serve.backends.torch.device import torch_device
         from cifarx_train.checkpoints.checkpoint import load_checkpoint
+        from cifarx_train.models.options import NO_OPTIONS
 
         target = torch_device(device)  # fails early: loading a checkpoint takes longer
-        self._open(load_checkpoint(path, model), target)
+        self._open(load_checkpoint(path, options or NO_OPTIONS), target)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: "Checkpoint", device: Device) -> Self:

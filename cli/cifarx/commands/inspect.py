@@ -81,7 +81,7 @@ def _input(spec: ModelSpec) -> str:
 
 
 def _preprocessing(spec: InputSpec, embedded: bool) -> str:
-    size = f"resize {spec.resize} to {spec.height}x{spec.width}"
+    size = f"resize {spec.interpolation} to {spec.height}x{spec.width}"
     numbers = f"range {spec.value_range}, mean {spec.mean}, std {spec.std}"
     return f"{size}, {numbers}, {'inside the model' if embedded else 'before the model'}"
 

@@ -19,6 +19,7 @@ from cifarx_export.layerwise.onnx import OnnxNetwork
 from cifarx_export.layerwise.torch import TorchNetwork
 from cifarx_serve.backends.registry import backend_for, backend_suffixes
 from cifarx_serve.errors import UsageError
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 
 TOLERANCE: Final = 2e-5
 """Tolerance of a value in fp32: absolute, as a share of the layer's largest value, plus relative to the value itself.
@@ -71,7 +72,7 @@ class LayerDifference(NamedTuple):
 
 
 def locate(
-    artifact: Path, reference: Path, images: NDArray[np.uint8], model: str | None = None
+    artifact: Path, reference: Path, images: NDArray[np.uint8], options: ModelOptions = NO_OPTIONS
 ) -> LayerDifference | None:
     """Return the layer where an artifact starts to differ from its reference, or None if no common layer differs.
 
@@ -82,14 +83,14 @@ def locate(
         artifact: an ONNX file or a checkpoint.
         reference: an ONNX file or a checkpoint.
         images: uint8 (N, height, width, 3) at the network's input size, preferably the image with the largest error.
-        model: name of the network, for a checkpoint that does not state it.
+        options: what the user states about a checkpoint.
 
     Raises:
         UsageError: the format of a file gives no access to its layers.
         ModelFileError: a file is damaged, does not run on the images, or is over 2 GB.
     """
     require_locatable(artifact, reference)
-    expected, actual = _open(reference, model), _open(artifact, model)
+    expected, actual = _open(reference, options), _open(artifact, options)
     precision = max(expected.spec.precision, actual.spec.precision, key=PRECISIONS.index)
     comparisons = _compare_all(expected, actual, images)
     if precision == "fp32":
@@ -122,8 +123,8 @@ def _is_checkpoint(path: Path) -> bool:
         return True
 
 
-def _open(path: Path, model: str | None) -> LayerwiseNetwork:
-    return OnnxNetwork(path) if _is_onnx(path) else TorchNetwork(path, model)
+def _open(path: Path, options: ModelOptions) -> LayerwiseNetwork:
+    return OnnxNetwork(path) if _is_onnx(path) else TorchNetwork(path, options)
 
 
 class _Pair(NamedTuple):

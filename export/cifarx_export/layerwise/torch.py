@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cifarx_export.layerwise.network import Activations, Layer, LayerwiseNetwork, TensorKey
 from cifarx_serve.images.preprocess import model_input
+from cifarx_train.models.options import ModelOptions
 
 _Hook = Callable[[tuple[str, int, bool], Any, Any], None]
 """Called with a key, the module and the tensor."""
@@ -18,10 +19,10 @@ _Hook = Callable[[tuple[str, int, bool], Any, Any], None]
 class TorchNetwork(LayerwiseNetwork):
     """A checkpoint's network. Intermediate tensors are read by forward hooks."""
 
-    def __init__(self, path: Path, model: str | None) -> None:
+    def __init__(self, path: Path, options: ModelOptions) -> None:
         from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
-        loaded = load_checkpoint(path, model)
+        loaded = load_checkpoint(path, options)
         self.spec = loaded.spec
         self._module = loaded.build()
         self.output = ("", 0, True)

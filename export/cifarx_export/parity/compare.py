@@ -193,7 +193,7 @@ def _check_interface(artifact: Backend) -> list[Check]:
 
 def _describe(spec: InputSpec) -> str:
     return (
-        f"{spec.color} {spec.height}x{spec.width}, {spec.resize}, range {spec.value_range}, "
+        f"{spec.color} {spec.height}x{spec.width}, {spec.interpolation}, range {spec.value_range}, "
         f"mean {spec.mean}, std {spec.std}"
     )
 

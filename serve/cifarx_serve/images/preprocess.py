@@ -26,7 +26,7 @@ def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
     """
     size = (spec.width, spec.height)
     if image.size != size:
-        image = image.resize(size, _FILTERS[spec.resize])
+        image = image.resize(size, _FILTERS[spec.interpolation])
     return np.asarray(image)
 
 

@@ -25,7 +25,9 @@ def embedded(checkpoint: Path, actual: str, stated: str) -> Path:
     source = conversion_source(load_checkpoint(checkpoint), options=ExportOptions(embed_preprocessing=True))
 
     def with_filter(name: str) -> ModelSpec:
-        return msgspec.structs.replace(source.spec, input=msgspec.structs.replace(source.spec.input, resize=name))
+        return msgspec.structs.replace(
+            source.spec, input=msgspec.structs.replace(source.spec.input, interpolation=name)
+        )
 
     artifact = next(convert_to_onnx(replace(source, spec=with_filter(actual))))
     path = Path("embedded.onnx").absolute()

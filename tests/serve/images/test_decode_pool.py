@@ -19,7 +19,7 @@ from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 
-SPEC = InputSpec(height=5, width=7, resize="bicubic")
+SPEC = InputSpec(height=5, width=7, interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")

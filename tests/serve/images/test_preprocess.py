@@ -73,7 +73,7 @@ def torchvision_batch() -> Callable[[list[Image.Image], InputSpec], NDArray[np.f
     from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
     def run(images: list[Image.Image], spec: InputSpec) -> NDArray[np.float32]:
-        steps: list[Any] = [Resize((spec.height, spec.width), InterpolationMode(spec.resize)), ToTensor()]
+        steps: list[Any] = [Resize((spec.height, spec.width), InterpolationMode(spec.interpolation)), ToTensor()]
         if spec.mean != PLAIN.mean or spec.std != PLAIN.std:
             steps.append(Normalize(spec.mean, spec.std))
         batch: NDArray[np.float32] = torch.stack([Compose(steps)(image) for image in images]).numpy()
@@ -107,7 +107,7 @@ def test_equals_torchvision_for_a_thousand_files(torchvision_batch: Reference) -
     for seed in range(1000):
         file = io.BytesIO()
         drawn(drawings[seed % 4], seed, random_size(seed)).save(file, kinds[seed % 6])
-        spec = InputSpec(height=32, width=32, resize=filters[seed % 5 % 4], mean=CIFAR10_MEAN, std=CIFAR10_STD)
+        spec = InputSpec(height=32, width=32, interpolation=filters[seed % 5 % 4], mean=CIFAR10_MEAN, std=CIFAR10_STD)
         with Image.open(file) as opened:
             theirs = torchvision_batch([opened.convert("RGB")], spec)
         if not bitwise_equal(preprocess([read_image(file.getvalue())], model(spec)), theirs):
@@ -117,7 +117,7 @@ def test_equals_torchvision_for_a_thousand_files(torchvision_batch: Reference) -
 
 @pytest.mark.parametrize("filter_name", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_equals_torchvision_with_every_filter(torchvision_batch: Reference, filter_name: Any) -> None:
-    spec = InputSpec(height=24, width=40, resize=filter_name)
+    spec = InputSpec(height=24, width=40, interpolation=filter_name)
     images = [drawn(drawing, 1, size) for drawing in (extremes, photographic) for size in SIZES]
     assert bitwise_equal(preprocess(images, model(spec)), torchvision_batch(images, spec))
 
@@ -155,7 +155,7 @@ def test_height_comes_before_width() -> None:
 
 def test_an_image_of_the_right_size_is_not_resized() -> None:
     image = drawn(noise, 0, (4, 6))
-    assert np.array_equal(resize(image, InputSpec(height=4, width=6, resize="lanczos")), np.asarray(image))
+    assert np.array_equal(resize(image, InputSpec(height=4, width=6, interpolation="lanczos")), np.asarray(image))
 
 
 def test_channels_come_first_in_rgb_order() -> None:

@@ -127,7 +127,11 @@ def test_an_archive_is_identified_by_its_content(folder: Path, tmp_path: Path, c
 
 @pytest.mark.parametrize(
     "spec",
-    [InputSpec(height=32, width=20), InputSpec(height=20, width=32), InputSpec(height=32, width=32, resize="nearest")],
+    [
+        InputSpec(height=32, width=20),
+        InputSpec(height=20, width=32),
+        InputSpec(height=32, width=32, interpolation="nearest"),
+    ],
 )
 def test_another_size_or_interpolation_is_another_entry(
     folder: Path, cache: Path, reads: Reads, spec: InputSpec

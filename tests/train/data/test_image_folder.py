@@ -13,7 +13,7 @@ from PIL import Image
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
-from cifarx_serve.spec import InputSpec, ResizeFilter
+from cifarx_serve.spec import InputSpec, Interpolation
 from cifarx_train.data.dataset import Dataset, Split, fingerprint
 from cifarx_train.data.image_folder import open_image_dataset
 from tests.support.image_datasets import COLORS, color_image, pack_archive, write_image_folder
@@ -158,10 +158,10 @@ def test_image_formats_can_be_mixed(opened: Callable[[Path], Dataset], folder: P
 
 @pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_other_sizes_are_resized_as_for_inference(
-    opened: Callable[[Path], Dataset], tmp_path: Path, resample: ResizeFilter
+    opened: Callable[[Path], Dataset], tmp_path: Path, resample: Interpolation
 ) -> None:
     folder = write_image_folder(tmp_path / "large", train=1, test=1, width=50, height=41)
-    spec = InputSpec(height=24, width=20, resize=resample)
+    spec = InputSpec(height=24, width=20, interpolation=resample)
     images = opened(folder).load("test", spec).images
     assert images.shape == (3, 24, 20, 3)
     for image, name in zip(images, ("blue", "green", "red"), strict=True):

@@ -39,7 +39,7 @@ def test_normalized_inputs_have_mean_zero_and_deviation_one(
 
 
 def test_the_rest_of_the_spec_is_not_changed() -> None:
-    plain = InputSpec(height=4, width=6, resize="lanczos", value_range=(-1.0, 1.0))
+    plain = InputSpec(height=4, width=6, interpolation="lanczos", value_range=(-1.0, 1.0))
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
     spec = fit_normalization(plain, images)
     assert msgspec.structs.replace(spec, mean=plain.mean, std=plain.std) == plain

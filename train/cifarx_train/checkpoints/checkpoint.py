@@ -16,6 +16,7 @@ from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.spec import ModelSpec
 from cifarx_train.checkpoints.legacy.reader import read_legacy_checkpoint
 from cifarx_train.checkpoints.legacy.safe_unpickle import as_plain_dict, safe_load
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.models.registry import get_architecture
 from cifarx_train.recipes import rename_old_fields
 
@@ -75,30 +76,31 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         write_checksum(temporary)
 
 
-def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
+def load_checkpoint(path: Path, options: ModelOptions = NO_OPTIONS) -> Checkpoint:
     """Load a checkpoint, or a legacy `.pth` file of the training notes, onto the CPU.
 
     Args:
         path: the file.
-        model: the name of the model, for files that do not contain it.
+        options: what the user states about the model.
 
     Raises:
         ModelFileError: the file is missing or damaged, or does not contain the weights of a known model.
         SpecError: the spec in the file is malformed or has a newer schema.
-        UsageError: the weights fit several models, or `model` is unknown or not the model in the file.
+        UsageError: the weights fit several models, or the stated model is unknown or not the one in the file.
     """
     require_file(path)
+    model = options.model
     content = safe_load(path, allow_any_class=model is not None)
     fields = as_plain_dict(content) or {}
     if not isinstance(fields.get("spec"), str):
         spec, weights = read_legacy_checkpoint(path, content, model)
-        return Checkpoint(spec, weights, {})
+        return Checkpoint(options.overrides.apply(spec), weights, {})
     spec = _with_current_recipe(ModelSpec.from_json(fields["spec"], str(path)))
     if not isinstance(fields.get("model"), dict) or not isinstance(fields.get("training"), dict):
         raise ModelFileError(f"{path} contains no weights", "use a .pth file written by `cifarx train`")
     if model is not None and model != spec.model:
         raise UsageError(f"{path} is a checkpoint of {spec.model}, not of {model}", "leave out --model")
-    return Checkpoint(spec, fields["model"], fields["training"])
+    return Checkpoint(options.overrides.apply(spec), fields["model"], fields["training"])
 
 
 def _with_current_recipe(spec: ModelSpec) -> ModelSpec:

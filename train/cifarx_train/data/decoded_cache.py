@@ -101,7 +101,7 @@ def cache_key(origin: object, spec: InputSpec) -> str:
         origin: identifies the source files and their contents. Its `repr` must be the same in every process.
         spec: its size and interpolation matter; its value range, mean and std do not.
     """
-    inputs = (_FORMAT, PIL.__version__, spec.height, spec.width, spec.resize, origin)
+    inputs = (_FORMAT, PIL.__version__, spec.height, spec.width, spec.interpolation, origin)
     return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 

@@ -189,7 +189,7 @@ def _float_constant(name: str, values: Sequence[float]) -> str:
 
 def _resize(spec: InputSpec) -> str:
     """Return the nodes from `input` to `resized`, uint8 (batch, 3, height, width)."""
-    return _SIZES + (_nearest() if spec.resize == "nearest" else _resample(spec))
+    return _SIZES + (_nearest() if spec.interpolation == "nearest" else _resample(spec))
 
 
 def _nearest() -> str:
@@ -279,7 +279,7 @@ def _weights(axis: str, spec: InputSpec) -> str:
         {axis}_differences = Add ({axis}_from_centres, half)
         {axis}_stretched = Mul ({axis}_differences, {axis}_inverse)
         {axis}_distances = Abs ({axis}_stretched)
-        {_FILTERS[spec.resize].format(axis=axis)}
+        {_FILTERS[spec.interpolation].format(axis=axis)}
         {axis}_sums = ReduceSum ({axis}_shares, along_rows)
         {axis}_weights = Div ({axis}_shares, {axis}_sums)
         {axis}_long = Mul ({axis}_weights, unit)

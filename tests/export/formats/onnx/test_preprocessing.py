@@ -23,11 +23,11 @@ from cifarx_export.formats.registry import OPSETS, ExportOptions
 from cifarx_serve.images.preprocess import normalize, resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.predictor import load
-from cifarx_serve.spec import InputSpec, ResizeFilter
+from cifarx_serve.spec import InputSpec, Interpolation
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from tests.support.conversion import conversion_source
 
-FILTERS: tuple[ResizeFilter, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
+FILTERS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_DIFFERENCE = 1
 """Gray levels. No difference has been observed; summation in another order could change the last bit."""
 
@@ -91,7 +91,7 @@ side = st.integers(1, 12) | st.integers(1, 90)
 def test_values_differ_from_pillow_by_no_more_than_the_maximum(
     filter_name: Any, source: tuple[int, int], target: tuple[int, int], pattern: Any, seed: int
 ) -> None:
-    spec = InputSpec(height=target[0], width=target[1], resize=filter_name)
+    spec = InputSpec(height=target[0], width=target[1], interpolation=filter_name)
     assert difference(resizer(spec), spec, pattern(seed, *source)).max() <= MAX_DIFFERENCE
 
 
@@ -99,7 +99,7 @@ def test_values_differ_from_pillow_by_no_more_than_the_maximum(
 @pytest.mark.parametrize("filter_name", FILTERS)
 def test_values_match_pillow(filter_name: Any) -> None:
     """When resizing one axis or both, up or down, with either pass first."""
-    spec = InputSpec(height=24, width=40, resize=filter_name)
+    spec = InputSpec(height=24, width=40, interpolation=filter_name)
     sizes = [*itertools.product((1, 11, 24, 47, 300), (2, 40, 41, 131)), (24, 2000), (2000, 40), (700, 500)]
     for pattern, size in itertools.product((noise, extremes), sizes):
         assert not difference(resizer(spec), spec, pattern(0, *size)).any(), size
@@ -107,7 +107,7 @@ def test_values_match_pillow(filter_name: Any) -> None:
 
 @pytest.mark.parametrize("filter_name", FILTERS)
 def test_values_match_any_version_of_pillow_if_width_comes_first(filter_name: Any) -> None:
-    spec = InputSpec(height=24, width=40, resize=filter_name)
+    spec = InputSpec(height=24, width=40, interpolation=filter_name)
     for size in [(24, 41), (24, 500), (60, 80), (200, 300), (3, 5), (10, 400), (24, 40)]:
         assert not difference(resizer(spec), spec, noise(0, *size)).any(), size
 
@@ -115,7 +115,7 @@ def test_values_match_any_version_of_pillow_if_width_comes_first(filter_name: An
 @pytest.mark.parametrize("filter_name", FILTERS)
 def test_a_very_wide_image_is_exact(filter_name: Any) -> None:
     """From 33,026 columns on, white times the low bytes of the weights could exceed 31 bits."""
-    spec = InputSpec(height=1, width=2, resize=filter_name)
+    spec = InputSpec(height=1, width=2, interpolation=filter_name)
     for pixels in (np.full((1, 70_000, 3), 255, np.uint8), extremes(0, 1, 70_000)):
         assert not difference(resizer(spec), spec, pixels).any()
 
@@ -123,13 +123,13 @@ def test_a_very_wide_image_is_exact(filter_name: Any) -> None:
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("optimized", [False, True])
 def test_every_opset_gives_the_same_result(opset: int, optimized: bool) -> None:
-    spec = InputSpec(height=24, width=40, resize="bicubic")
+    spec = InputSpec(height=24, width=40, interpolation="bicubic")
     for size in [(60, 80), (24, 40), (10, 90)]:
         assert not difference(resizer(spec, opset, optimized), spec, extremes(0, *size)).any()
 
 
 def test_an_image_does_not_depend_on_the_rest_of_the_batch() -> None:
-    spec = InputSpec(height=24, width=40, resize="lanczos")
+    spec = InputSpec(height=24, width=40, interpolation="lanczos")
     onnx_session = session(resize_model(spec))
     batch = np.stack([noise(seed, 50, 60) for seed in range(5)])
     together = onnx_session.run(None, {"input": batch})[0]
@@ -196,7 +196,7 @@ def test_the_original_model_is_not_modified() -> None:
 def test_every_constant_is_used() -> None:
     """ONNX Runtime warns about unused ones when it opens a file."""
     for filter_name in FILTERS:
-        graph = resize_model(InputSpec(height=4, width=6, resize=filter_name)).graph
+        graph = resize_model(InputSpec(height=4, width=6, interpolation=filter_name)).graph
         assert {entry.name for entry in graph.initializer} <= set(_inputs_of_nodes(graph)), filter_name
 
 
@@ -251,7 +251,7 @@ def test_values_match_pillow_on_photographs_and_noise(
     filter_name: Any, size: int, dog: Path, cifar10_jpeg: Path
 ) -> None:
     """The results of docs/embedded-preprocessing.md: 741 images without a difference."""
-    spec = InputSpec(height=size, width=size, resize=filter_name)
+    spec = InputSpec(height=size, width=size, interpolation=filter_name)
     sizes = np.exp(np.random.default_rng(0).uniform(0, np.log(2000), (117, 2))).round().astype(int)
     corners = [(1, 1), (1, 2000), (2000, 1)]
     drawn = [pattern(0, *sides) for sides in [*sizes, *corners] for pattern in (noise, extremes)]

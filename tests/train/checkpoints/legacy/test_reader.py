@@ -18,6 +18,7 @@ from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from cifarx_train.checkpoints.legacy.architecture import identify_architecture
 from cifarx_train.checkpoints.legacy.safe_unpickle import ObjectStub, safe_load
 from cifarx_train.data.synthetic.dataset import CLASS_NAMES
+from cifarx_train.models.options import ModelOptions
 from cifarx_train.models.registry import get_architecture, list_models, register_model
 from tests.support.legacy_checkpoints import (
     both_formats,
@@ -228,23 +229,23 @@ def test_mismatches_are_described(tmp_path: Path, changes: dict[str, torch.Tenso
     with pytest.raises(ModelFileError, match=rf"known architecture; the closest is squeezenet1_1 \(.*{message}"):
         load_checkpoint(tmp_path / "x.pth")
     with pytest.raises(ModelFileError, match=rf"x\.pth do not match squeezenet1_1 \(.*{message}"):
-        load_checkpoint(tmp_path / "x.pth", "squeezenet1_1")
+        load_checkpoint(tmp_path / "x.pth", ModelOptions("squeezenet1_1"))
 
 
 def test_wrong_model_name_is_an_error(tmp_path: Path) -> None:
     save(new_weights(), tmp_path / "x.pth")
     with pytest.raises(ModelFileError, match=r"do not match resnet18 \(missing conv1\.weight \(and \d+ more\)"):
-        load_checkpoint(tmp_path / "x.pth", "resnet18")
+        load_checkpoint(tmp_path / "x.pth", ModelOptions("resnet18"))
     with pytest.raises(UsageError, match="unknown model 'lhz': did you mean 'lzh'"):
-        load_checkpoint(tmp_path / "x.pth", "lhz")
+        load_checkpoint(tmp_path / "x.pth", ModelOptions("lhz"))
 
 
 def test_cifarx_checkpoint_names_its_own_architecture(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     save_checkpoint(path, load_legacy(save(new_weights(), tmp_path / "old.pth")))
-    assert load_checkpoint(path, "lzh").spec == load_checkpoint(path).spec
+    assert load_checkpoint(path, ModelOptions("lzh")).spec == load_checkpoint(path).spec
     with pytest.raises(UsageError, match=r"x\.pth is a checkpoint of lzh, not of resnet34: leave out --model"):
-        load_checkpoint(path, "resnet34")
+        load_checkpoint(path, ModelOptions("resnet34"))
 
 
 def test_several_matching_architectures_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from torchvision import models
 from cifarx_serve.errors import CifarxError, ModelFileError
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.checkpoints.legacy.safe_unpickle import ObjectStub, safe_load
+from cifarx_train.models.options import ModelOptions
 from tests.support.legacy_checkpoints import both_formats, new_weights, save
 
 
@@ -139,7 +140,7 @@ def test_a_call_in_a_file_is_reported_and_not_made(tmp_path: Path, name: str, lo
     assert name in imported_names(path)
     for model in (None, "lzh"):
         with pytest.raises(ModelFileError, match=r"x\.pth would run code \(.*\): it was not loaded") as caught:
-            load_checkpoint(path, model)
+            load_checkpoint(path, ModelOptions(model))
         assert name in str(caught.value)
     assert not marker.exists()
 
@@ -147,7 +148,7 @@ def test_a_call_in_a_file_is_reported_and_not_made(tmp_path: Path, name: str, lo
 def assert_refused(path: Path, message: str = r"\.pth") -> None:
     for model in (None, "lzh"):
         with pytest.raises(CifarxError, match=message):
-            load_checkpoint(path, model)
+            load_checkpoint(path, ModelOptions(model))
 
 
 def test_a_builtin_as_a_hook_is_refused(tmp_path: Path) -> None:

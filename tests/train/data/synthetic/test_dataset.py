@@ -52,7 +52,7 @@ def test_loading_twice_returns_the_same_data(splits: dict[Split, LabeledImages])
 
 
 def test_another_size_is_resized_as_for_inference(splits: dict[Split, LabeledImages]) -> None:
-    larger = InputSpec(height=40, width=48, resize="bicubic")
+    larger = InputSpec(height=40, width=48, interpolation="bicubic")
     data = SyntheticDataset().load("test", larger)
     assert data.images.shape == (len(splits["test"]), 40, 48, 3)
     assert np.array_equal(data.labels, splits["test"].labels)
