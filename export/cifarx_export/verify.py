@@ -22,7 +22,7 @@ from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.base import Backend, require_file
 from cifarx_serve.backends.registry import backend_for, model_file, open_backend
 from cifarx_serve.devices import parse_device
-from cifarx_serve.errors import CifarxError, DataError, ModelFileError, UsageError, error_message
+from cifarx_serve.errors import CifarxError, DataError, DeviceMemoryError, ModelFileError, UsageError, error_message
 from cifarx_serve.progress import Progress, silent
 from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint, weights_sha256
 from cifarx_train.data.dataset import OnError
@@ -169,7 +169,7 @@ def _run_reference(opened: _Opened, path: Path, data: ParityData, progress: Prog
     backend = opened.reference
     try:
         reference = run_reference(backend, data, progress)
-    except DataError:
+    except (DataError, DeviceMemoryError):
         raise
     except Exception as error:  # the errors of the runtimes have no common base class
         reason = error_message(error).replace(str(opened.files[1]), str(path))

@@ -1,11 +1,11 @@
-"""The devices that a model can run on, by the names that users write."""
+"""The devices that a model can run on, by the names that users write, and the error for one without memory."""
 
 import re
 from typing import Literal
 
 import msgspec
 
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import DeviceMemoryError, UsageError
 
 _DEVICES = "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps"
 
@@ -39,3 +39,28 @@ def parse_device(name: str) -> Device:
     if match_ := re.fullmatch(r"tensorrt:([0-9]{1,3})", name):
         return Device("tensorrt", int(match_[1]))
     raise UsageError(f"unknown device {name!r}", f"choose from {_DEVICES}")
+
+
+def out_of_memory_error(
+    device: str, batch_size: int | None = None, requested: int | None = None, free: int | None = None
+) -> DeviceMemoryError:
+    """Return the error for an allocation that failed on a device.
+
+    Args:
+        device: the name of the device.
+        batch_size: the number of images in the batch, or None if memory ran out before there was one.
+        requested: the size of the allocation in bytes, if it is known.
+        free: the free memory of the device in bytes, if it is known.
+    """
+    figures = ((requested, "requested"), (free, "free"))
+    sizes = ", ".join(f"{_format_bytes(size)} {name}" for size, name in figures if size is not None)
+    problem = f"{device} is out of memory ({sizes})" if sizes else f"{device} is out of memory"
+    if batch_size is None:
+        return DeviceMemoryError(problem, "end other programs that use its memory, or use another --device")
+    if batch_size == 1:
+        return DeviceMemoryError(f"{problem} with a batch of one image", "use another --device")
+    return DeviceMemoryError(f"{problem} with a batch of {batch_size:,} images", "use a smaller batch size")
+
+
+def _format_bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

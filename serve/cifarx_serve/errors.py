@@ -50,6 +50,10 @@ class DeviceError(CifarxError):
     """Raised when the requested device is not available."""
 
 
+class DeviceMemoryError(CifarxError):
+    """Raised when a device does not have enough free memory."""
+
+
 class OutputError(CifarxError):
     """Raised when a file or directory cannot be written."""
 

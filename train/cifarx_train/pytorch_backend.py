@@ -43,8 +43,12 @@ class PyTorchBackend(TorchBackend):
         return backend
 
     def _open(self, checkpoint: "Checkpoint", device: "torch.device") -> None:
+        from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
+
         self.spec = checkpoint.spec
-        self._init_module(checkpoint.build().to(device), device)
+        with report_out_of_memory(device):
+            module = checkpoint.build().to(device)
+        self._init_module(module, device)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:

@@ -24,7 +24,7 @@ from cifarx_export.parity.metrics import Logits
 from cifarx_export.parity.resize import check_resize
 from cifarx_export.parity.tolerances import Tolerance
 from cifarx_serve.backends.base import Backend, TensorInfo
-from cifarx_serve.errors import DataError, UsageError, error_message
+from cifarx_serve.errors import DataError, DeviceMemoryError, UsageError, error_message
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import InputSpec, ModelSpec, ParitySummary
@@ -220,6 +220,8 @@ def _run_batches(
     name, shape = f"batch {batch_size}", (len(positions), classes)
     try:
         logits = _run(artifact, images, positions, batch_size)
+    except DeviceMemoryError:
+        raise
     except Exception as error:  # the errors of the runtimes have no common base class
         return Check(name, False, f"does not run: {error_message(error)}"), None
     if logits.shape != shape or logits.dtype != np.float32:
@@ -238,6 +240,8 @@ def _run_edge_inputs(reference: Reference, artifact: Backend) -> tuple[Check, Pa
     images = _edge_images(reference.spec.input)
     try:
         logits = np.asarray(artifact.run(model_input(images, artifact.spec)))
+    except DeviceMemoryError:
+        raise
     except Exception as error:  # see _run_batches
         return Check("edge inputs", False, f"does not run: {error_message(error)}"), None
     if logits.shape != reference.edge_logits.shape:

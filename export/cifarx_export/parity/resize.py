@@ -8,7 +8,7 @@ from PIL import Image
 
 from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.base import Backend
-from cifarx_serve.errors import error_message
+from cifarx_serve.errors import DeviceMemoryError, error_message
 from cifarx_serve.images.preprocess import resize
 
 SCALE_FACTORS: Final = (1.5, 3.0)
@@ -37,6 +37,8 @@ def check_resize(artifact: Backend, images: NDArray[np.uint8]) -> list[Check]:
         for start in range(0, len(images), _BATCH_SIZE):
             try:
                 embedded, pillow = _run_both(artifact, images[start : start + _BATCH_SIZE], factor)
+            except DeviceMemoryError:
+                raise
             except Exception as error:  # the errors of the runtimes have no common base class
                 return [Check("resize", False, f"does not run: {error_message(error)}")]
             largest = max(largest, float(np.nan_to_num(np.abs(embedded - pillow), nan=np.inf).max()))

@@ -1,5 +1,6 @@
 """The base class of the backends that run PyTorch: a module on a device, with numpy arrays in and out."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,13 +25,16 @@ class TorchBackend(Backend):
     def _init_module(self, module: Any, device: "torch.device") -> None:
         import torch
 
+        from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
+
         self._torch = torch
+        self._report_out_of_memory = partial(report_out_of_memory, device)
         self._module = module
         self._device = device
         self.provider = str(device)
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        with self._torch.inference_mode():
+        with self._torch.inference_mode(), self._report_out_of_memory(len(batch)):
             logits = self._module(self._torch.from_numpy(batch).to(self._device))
         array: NDArray[np.float32] = logits.cpu().numpy()
         return array
@@ -40,7 +44,7 @@ class TorchBackend(Backend):
         if self._device.type != "cuda":
             return None
         cuda = self._torch.cuda
-        with self._torch.inference_mode(), cuda.device(self._device):
+        with self._torch.inference_mode(), cuda.device(self._device), self._report_out_of_memory(len(batch)):
             images = self._torch.from_numpy(batch).to(self._device)
             start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
             start.record()

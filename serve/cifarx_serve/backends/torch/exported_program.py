@@ -9,7 +9,7 @@ from pathlib import Path
 from cifarx_serve.backends.torch import exported_program_archive
 from cifarx_serve.backends.torch.base import TorchBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import ModelFileError, error_message
+from cifarx_serve.errors import DeviceMemoryError, ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
 
 
@@ -29,15 +29,18 @@ class ExportedProgramBackend(TorchBackend):
         from torch.export.passes import move_to_device_pass
 
         from cifarx_serve.backends.torch.device import torch_device
+        from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
 
         target = torch_device(device)
         try:
-            with _no_logging():
+            with _no_logging(), report_out_of_memory(target):
                 program = torch.export.load(archive)
                 if target.type != "cpu":
                     program = move_to_device_pass(program, target)
                 # Guards are Python source code. Shapes are checked without them.
                 module = program.module(check_guards=False)
+        except DeviceMemoryError:
+            raise
         except Exception as error:  # a damaged graph can raise any exception
             raise ModelFileError(
                 f"{path} is not an exported program ({error_message(error)})", "export it again"

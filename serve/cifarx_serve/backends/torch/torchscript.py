@@ -8,7 +8,7 @@ from typing import Final
 from cifarx_serve.backends.base import parse_spec, require_file
 from cifarx_serve.backends.torch.base import SPEC_FILE, TorchBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import ModelFileError, error_message
+from cifarx_serve.errors import DeviceMemoryError, ModelFileError, error_message
 from cifarx_serve.files.zip_safety import read_member, read_members, require_safe_archive
 from cifarx_serve.spec import ModelSpec
 
@@ -35,14 +35,17 @@ class TorchScriptBackend(TorchBackend):
         import torch
 
         from cifarx_serve.backends.torch.device import torch_device
+        from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
 
         target = torch_device(device)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), report_out_of_memory(target):
                 # TorchScript is deprecated since torch 2.11; the user was warned at the export.
                 warnings.simplefilter("ignore", category=FutureWarning)
                 warnings.simplefilter("ignore", category=DeprecationWarning)
                 module = torch.jit.load(str(path), map_location=target)
+        except DeviceMemoryError:
+            raise
         except Exception as error:  # the exceptions of its C++ code for damaged files have no common base class
             raise ModelFileError(
                 f"{path} is not a TorchScript file ({error_message(error)})", "export it again"

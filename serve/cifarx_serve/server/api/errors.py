@@ -3,7 +3,7 @@
 from http import HTTPStatus
 from typing import Final
 
-from cifarx_serve.errors import CifarxError, ImageError
+from cifarx_serve.errors import CifarxError, DeviceMemoryError, ImageError
 from cifarx_serve.images.reader import TooManyPixels
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.inference.errors import (
@@ -24,6 +24,7 @@ STATUSES: Final[dict[type[CifarxError], HTTPStatus]] = {
     TooManyPixels: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     ModelNotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     ModelFailed: HTTPStatus.SERVICE_UNAVAILABLE,
+    DeviceMemoryError: HTTPStatus.SERVICE_UNAVAILABLE,
     QueueFull: HTTPStatus.SERVICE_UNAVAILABLE,
     BatcherClosed: HTTPStatus.SERVICE_UNAVAILABLE,
     DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,

@@ -2,7 +2,7 @@ from http import HTTPStatus
 
 import pytest
 
-from cifarx_serve.errors import ImageError, ModelFileError
+from cifarx_serve.errors import CifarxError, DeviceMemoryError, ImageError, ModelFileError
 from cifarx_serve.images.reader import TooManyPixels
 from cifarx_serve.server.api.errors import STATUSES, to_http_error
 from cifarx_serve.server.errors import CAUSES, ClientDisconnect, RequestError
@@ -19,12 +19,13 @@ from cifarx_serve.server.inference.errors import InferenceError, RequestCancelle
         (TooManyPixels, 413),
         (errors.ModelNotReady, 503),
         (errors.ModelFailed, 503),
+        (DeviceMemoryError, 503),
         (errors.QueueFull, 503),
         (errors.BatcherClosed, 503),
         (errors.DeadlineExceeded, 504),
     ],
 )
-def test_an_error_of_inference_has_a_status(error: type[InferenceError], status: int) -> None:
+def test_an_error_of_inference_has_a_status(error: type[CifarxError], status: int) -> None:
     converted = to_http_error(error("what is wrong", "how to fix it"))
     assert isinstance(converted, RequestError)
     assert converted.status == HTTPStatus(status)
