@@ -7,13 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.support.command_line import Cli, CommandResult
+from tests.support.simulated_gpu.build import build_libraries, missing_requirement
+from tests.support.simulated_gpu.process import SimulatedGpuProcess
 from tests.support.trained_model import Trained
 
 _SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -103,3 +105,18 @@ def fresh_python() -> Callable[..., str]:
         return ran.stdout.strip()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def simulated_gpu_libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Build CUDA libraries that run without a GPU."""
+    if reason := missing_requirement():
+        pytest.skip(f"the CUDA libraries cannot be simulated: {reason}")
+    return build_libraries(tmp_path_factory.mktemp("simulated-gpu"))
+
+
+@pytest.fixture(scope="module")
+def gpu_process(simulated_gpu_libraries: list[Path]) -> Iterator[SimulatedGpuProcess]:
+    """Start a process with two simulated GPUs, for the functions of one test file."""
+    with SimulatedGpuProcess(simulated_gpu_libraries, devices=2) as process:
+        yield process
