@@ -8,14 +8,28 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from cifarx_serve.backends.base import Backend, require_file
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import ModelFileError, UsageError, unknown_name_error
+from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.spec import ModelSpec
 
 GROUP: Final = "cifarx.backends"
+
+_BACKEND_OF_FORMAT: Final = MappingProxyType(
+    {
+        FileFormat.ONNX: "onnxruntime",
+        FileFormat.TORCHSCRIPT: "torchscript",
+        FileFormat.EXPORTED_PROGRAM: "exported_program",
+        FileFormat.AOT_INDUCTOR: "aot_inductor",
+        FileFormat.TORCH_ZIP: "pytorch",
+        FileFormat.TORCH_PICKLE: "pytorch",
+        FileFormat.SAFETENSORS: "pytorch",
+    }
+)
 
 
 class RegisteredBackend(NamedTuple):
@@ -86,18 +100,36 @@ def backend_suffixes(name: str) -> tuple[str, ...]:
 
 
 def backend_for(path: Path) -> type[Backend]:
-    """Return the backend that opens a file, by its suffix. The longest matching suffix wins.
+    """Return the backend that opens a file.
 
-    Registered backends take precedence over those of other packages.
+    This is the backend of the format that the content of the file has. If the content is not recognized, or the suffix
+    is that of another package's backend, it is the backend with the longest matching suffix. Registered backends take
+    precedence over those of other packages.
 
     Raises:
         UsageError: no backend opens such a file.
     """
+    by_suffix = _backend_by_suffix(path)
+    name = by_suffix
+    if by_suffix is None or by_suffix in _BACKEND_OF_FORMAT.values():
+        name = _backend_by_content(path) or by_suffix
+    if name:
+        return backend_class(name)
+    known = ", ".join(sorted({suffix for suffix, _ in _suffixes(backend_names())}))
+    reason = " (its content is not recognized)" if path.is_file() else ""
+    raise UsageError(f"no backend opens {path}{reason}", f"give a file that ends with {known}")
+
+
+def _backend_by_content(path: Path) -> str | None:
+    detected = detect_format(path)
+    return _BACKEND_OF_FORMAT[detected] if detected else None
+
+
+def _backend_by_suffix(path: Path) -> str | None:
     for names in (_registered.keys, backend_names):  # a registered backend spares the metadata of the packages
         if matching := [pair for pair in _suffixes(names()) if path.name.endswith(pair[0])]:
-            return backend_class(max(matching, key=lambda pair: len(pair[0]))[1])
-    known = ", ".join(sorted({suffix for suffix, _ in _suffixes(backend_names())}))
-    raise UsageError(f"no backend opens {path}", f"give a file that ends with {known}")
+            return max(matching, key=lambda pair: len(pair[0]))[1]
+    return None
 
 
 def _suffixes(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -106,7 +138,7 @@ def _suffixes(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _opens(name: str, path: Path) -> bool:
-    """Return whether a backend opens a file. `x.aoti.pt2` is not a `.pt2` file, because a longer suffix matches."""
+    """Return whether a file has the suffix of a backend. For `x.aoti.pt2` that is the longer one, not `.pt2`."""
     longest = max((len(suffix) for suffix, _ in _suffixes(_registered) if path.name.endswith(suffix)), default=0)
     return any(path.name.endswith(suffix) and len(suffix) >= longest for suffix in backend_suffixes(name))
 
@@ -129,7 +161,7 @@ def open_backend(path: str | Path, backend: str | None = None, device: str = "au
 
     Args:
         path: the model file.
-        backend: the name of the backend, or None to select it by the file's suffix.
+        backend: the name of the backend, or None to select it as `backend_for` does.
         device: the name of the device, as for `parse_device`.
 
     Raises:
@@ -143,7 +175,7 @@ def open_backend(path: str | Path, backend: str | None = None, device: str = "au
         return backend_for(path)(path, parsed)
     selected = backend_class(backend)
     require_file(path)
-    if not _opens(backend, path):
+    if not _opens(backend, path) and _backend_by_content(path) != backend:
         suffixes = ", ".join(backend_suffixes(backend))
         raise UsageError(f"backend {backend} does not open {path}", f"give a file that ends with {suffixes}")
     return selected(path, parsed)

@@ -18,7 +18,7 @@ from cifarx_serve.backends.registry import (
 )
 from cifarx_serve.backends.torch.torchscript import TorchScriptBackend
 from cifarx_serve.errors import ModelFileError, UsageError
-from tests.support.color_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx, write_torchscript
 
 # A backend of another package. It always predicts the class in the first byte of its file.
 TINY_BACKEND = """
@@ -129,6 +129,12 @@ def test_an_unknown_suffix(file: str) -> None:
     assert all(suffix in raised.value.remedy for suffix in (".onnx", ".torchscript.pt", ".pth"))
 
 
+def test_the_suffix_of_a_third_party_backend_is_not_ours(third_party: Callable[[str, str], str]) -> None:
+    write_onnx(Path("model.tiny"))
+    code = "from pathlib import Path\nprint(registry.backend_for(Path('model.tiny')).name)\n"
+    assert third_party("tiny = tiny_package:TinyBackend", code) == "tiny"
+
+
 def test_a_third_party_backend_is_found_and_runs(third_party: Callable[[str, str], str]) -> None:
     Path("model.tiny").write_bytes(b"\x01")
     code = (
@@ -188,6 +194,50 @@ def test_open_by_suffix_and_by_name(tmp_path: Path) -> None:
                 assert isinstance(opened, OnnxRuntimeBackend)
                 assert opened.spec == SPEC
     assert read_spec(path) == read_spec(str(path)) == SPEC
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", "", ".pth", ".pt2"])
+def test_files_are_opened_by_their_content(tmp_path: Path, suffix: str) -> None:
+    onnx = write_onnx(tmp_path / "a.onnx").rename(tmp_path / f"a{suffix}")
+    script = write_torchscript(tmp_path / "b.torchscript.pt").rename(tmp_path / f"b{suffix}")
+    assert backend_for(onnx) is OnnxRuntimeBackend
+    assert backend_for(script) is TorchScriptBackend
+    assert read_spec(onnx) == read_spec(script) == SPEC
+    for path, backend in ((onnx, "onnxruntime"), (script, "torchscript")):
+        with open_backend(path, device="cpu") as opened:
+            assert opened.name == backend
+        with open_backend(path, backend, "cpu") as opened:
+            assert opened.spec == SPEC
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".pth.tar", ".safetensors", ".onnx"])
+def test_checkpoints_are_recognized_by_their_content(tmp_path: Path, suffix: str) -> None:
+    import safetensors.torch
+    import torch
+
+    path = tmp_path / f"x{suffix}"
+    for write in (
+        lambda: torch.save({}, path),
+        lambda: torch.save({}, path, _use_new_zipfile_serialization=False),
+        lambda: safetensors.torch.save_file({"a": torch.zeros(2)}, path),
+    ):
+        write()
+        assert backend_for(path) is backend_class("pytorch")
+
+
+def test_content_is_recognized_without_pytorch(tmp_path: Path, fresh_python: Callable[..., str]) -> None:
+    path = write_torchscript(tmp_path / "a.torchscript.pt").rename(tmp_path / "a.bin")
+    code = (
+        "import sys; from pathlib import Path; from cifarx_serve.backends.registry import backend_for, read_spec\n"
+        "print(backend_for(Path(sys.argv[1])).name, read_spec(sys.argv[1]).model, 'torch' in sys.modules)"
+    )
+    assert fresh_python(code, path) == "torchscript colors False"
+
+
+def test_content_that_is_not_recognized(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"a picture")
+    with pytest.raises(UsageError, match=r"no backend opens .*x\.bin \(its content is not recognized\)"):
+        open_backend(tmp_path / "x.bin")
 
 
 def test_a_model_repository_with_one_model_is_opened_as_this_model(tmp_path: Path) -> None:

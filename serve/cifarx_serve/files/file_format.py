@@ -1,0 +1,93 @@
+"""Recognize the format of a model file by its content, because names such as `.pt` and `.bin` say little about it.
+
+Only the first bytes and, for a zip archive, its directory are read.
+"""
+
+import re
+from collections.abc import Iterable
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final
+
+_HEAD: Final = 64
+"""The number of bytes that identify every format but the zip archives."""
+
+_ZIP_START: Final = b"PK\x03\x04"
+_PICKLE_START: Final = b"\x80"
+# The number that PyTorch wrote first before 1.6, as a little-endian integer: 0x1950a86a20f9469cfc6c.
+_TORCH_MAGIC: Final = bytes.fromhex("6cfc9c46f9206aa85019")
+# The length of the JSON header is limited by the library that reads the format.
+_MAX_SAFETENSORS_HEADER: Final = 100_000_000
+_SAFETENSORS_LENGTH: Final = 8
+# The first field of an ONNX model is `ir_version`, a small number. One of these follows: producer_name,
+# producer_version, domain, model_version, doc_string, graph, opset_import or metadata_props.
+_ONNX_START: Final = re.compile(rb"\x08[\x01-\x7f][\x12\x1a\x22\x28\x32\x3a\x42\x72]")
+
+
+class FileFormat(Enum):
+    """A format of model files."""
+
+    ONNX = auto()
+    TORCHSCRIPT = auto()
+    EXPORTED_PROGRAM = auto()
+    AOT_INDUCTOR = auto()
+    TORCH_ZIP = auto()
+    """A file of `torch.save`."""
+    TORCH_PICKLE = auto()
+    """A file of `torch.save` before PyTorch 1.6."""
+    SAFETENSORS = auto()
+
+
+CHECKPOINT_FORMATS: Final = frozenset({FileFormat.TORCH_ZIP, FileFormat.TORCH_PICKLE, FileFormat.SAFETENSORS})
+"""The formats that contain weights, and are read by `cifarx_train`."""
+
+
+def detect_format(path: Path) -> FileFormat | None:
+    """Return the format of a file, or None if it is unknown, damaged, a directory or missing."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        if head.startswith(_ZIP_START):
+            return _archive_format(path)
+        return _head_format(head, path.stat().st_size)
+    except OSError:
+        return None
+
+
+def _head_format(head: bytes, size: int) -> FileFormat | None:
+    if head.startswith(_PICKLE_START) and _TORCH_MAGIC in head:
+        return FileFormat.TORCH_PICKLE
+    length = int.from_bytes(head[:_SAFETENSORS_LENGTH], "little")
+    fits = length <= min(_MAX_SAFETENSORS_HEADER, size - _SAFETENSORS_LENGTH)
+    if fits and head[_SAFETENSORS_LENGTH : _SAFETENSORS_LENGTH + 1] == b"{":
+        return FileFormat.SAFETENSORS
+    return FileFormat.ONNX if _ONNX_START.match(head) else None
+
+
+def _archive_format(path: Path) -> FileFormat | None:
+    """Return the format of a zip archive, from the names of its members."""
+    import zipfile  # imported here because ONNX files do not need it
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _member_format(archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeError):
+        return FileFormat.TORCH_ZIP if b"/data.pkl" in _first_bytes(path) else None
+
+
+def _member_format(names: Iterable[str]) -> FileFormat | None:
+    # Every member is in one directory, whose name is that of the file when it was written.
+    members = {name.partition("/")[2] for name in names}
+    if any(name.startswith("data/aotinductor/") for name in members):
+        return FileFormat.AOT_INDUCTOR
+    if "archive_format" in members or any(name.startswith("models/") for name in members):
+        return FileFormat.EXPORTED_PROGRAM
+    if "constants.pkl" in members:
+        return FileFormat.TORCHSCRIPT
+    return FileFormat.TORCH_ZIP if "data.pkl" in members else None
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the bytes in which a truncated archive of PyTorch names its first member."""
+    with path.open("rb") as file:
+        return file.read(1024)
