@@ -1,22 +1,26 @@
 """Model architectures: how to build a network for a number of classes and an image size."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from cifarx_serve.errors import UsageError
-from cifarx_serve.spec import InputSpec
+from cifarx_serve.spec import InputSpec, ModelSource
+from cifarx_train.models.outputs import outputs_error, require_outputs
 
 Stem: TypeAlias = Literal["own", "small"]
 Builder: TypeAlias = Callable[[int], nn.Module]
 SizedBuilder: TypeAlias = Callable[[int, InputSpec], nn.Module]
+WeightsLoader: TypeAlias = Callable[[], dict[str, Any]]
 Initialize: TypeAlias = Callable[[nn.Module, Tensor], None]
 
 RESNET_PREFIXES = ("resnet", "resnext", "wide_resnet")
 """The prefixes of the names of torchvision's ResNets, for which a small stem is available."""
 
+_REGISTRY_KINDS = ("builtin", "torchvision")
+_TRIAL_OUTPUTS = (7, 11)  # no layer of a network has these sizes for another reason
 _SIZE_STEP = 32  # suggested sizes are multiples of this, because most networks halve the image five times
 
 
@@ -24,36 +28,70 @@ class Architecture(NamedTuple):
     """A network that can be built for any number of classes.
 
     Attributes:
-        name: the name of the architecture.
+        name: the short name of the architecture, which is part of file names.
         stem: "own", or "small" for a torchvision ResNet whose first layers keep the size of the images.
-        input: the default input.
-        builder: returns the module for a number of classes and an input. Use `build`, which also checks the size.
+        input: the default input, or the one that the source of the network states.
+        builder: returns the module for a number of outputs and an input. Use `build`, which also checks the size.
+        source: what builds the network again.
         initialize: called once before training with the module, which it changes in place, and the first training
             images as network inputs, float32 (N, 3, H, W), at most 5,000. None if there is nothing to initialize.
+        class_names: the classes that the source states, in the order of their labels.
+        states_input: whether `input` is what the source states, instead of a default.
+        num_outputs: the number of outputs, if the builder cannot change it.
+        weights: returns the weights that come with the source, if there are any.
     """
 
     name: str
     stem: Stem
     input: InputSpec
     builder: SizedBuilder
+    source: ModelSource
     initialize: Initialize | None = None
+    class_names: tuple[str, ...] | None = None
+    states_input: bool = False
+    num_outputs: int | None = None
+    weights: WeightsLoader | None = None
 
-    def build(self, classes: int, input: InputSpec | None = None) -> nn.Module:  # noqa: A002 - the name of the field
-        """Return a new module in training mode, which maps (N, 3, height, width) to logits (N, classes).
+    def build(self, outputs: int, input: InputSpec | None = None) -> nn.Module:  # noqa: A002 - the name of the field
+        """Return a new module in training mode, which maps (N, 3, height, width) to one tensor (N, outputs).
 
         Args:
-            classes: the number of classes.
+            outputs: the number of outputs: one per class, or 1 for two classes.
             input: the input of the module. The default is the architecture's own.
 
         Raises:
-            UsageError: the network does not support images of that size.
+            UsageError: the network does not support images of that size, or returns something else.
         """
         requested = input or self.input
-        module = self.builder(classes, requested)
+        if self.num_outputs is not None and self.num_outputs != outputs:
+            raise outputs_error(self.source, self.num_outputs, outputs)
+        module = self.builder(outputs, requested)
+        if self.source.kind not in _REGISTRY_KINDS:
+            return require_outputs(module, outputs, requested, self.source)
         # Tests check the default sizes. Any other size must not fail later, during training.
         if (requested.height, requested.width) != (self.input.height, self.input.width):
             self._check_size(module, requested)
         return module
+
+    def find_num_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Return the number of outputs with which the module has tensors of these shapes.
+
+        This compares the state dicts of two modules to find a dimension that depends on the number.
+
+        Args:
+            shapes: the shapes in a state dict, by key.
+
+        Returns:
+            None if the shapes do not tell, because no tensor that depends on the number has its key in `shapes`.
+        """
+        if self.num_outputs is not None:
+            return self.num_outputs
+        few, more = (_shapes(self.builder(outputs, self.input)) for outputs in _TRIAL_OUTPUTS)
+        for key, shape in few.items():
+            for axis, size in enumerate(shape):
+                if (size, more[key][axis]) == _TRIAL_OUTPUTS and len(shapes.get(key, ())) == len(shape):
+                    return shapes[key][axis]
+        return None
 
     def _check_size(self, module: nn.Module, requested: InputSpec) -> None:
         if _supports_size(module, requested.height, requested.width):
@@ -65,6 +103,10 @@ class Architecture(NamedTuple):
             f"{self.name} takes {format_size(self.input)} images, not {format_size(requested)}",
             "leave out --image-size" if smallest is None else f"use --image-size {smallest}, or leave it out",
         )
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
 
 
 def no_small_stem_error(name: str) -> UsageError:

@@ -44,6 +44,8 @@ class SpecOverrides(NamedTuple):
         document: dict[str, Any] = msgspec.to_builtins(spec)
         given = dict(self.fields)
         input_ = given.pop("input", {})
+        if isinstance(source := given.pop("source", None), dict) and document["source"] is not None:
+            document["source"] |= source
         document |= given
         document["input"] = {**({} if self.whole_input else document["input"]), **input_}
         stated = {name for name, keys in _STATED_BY.items() if keys & given.keys()}
@@ -71,6 +73,13 @@ class ModelOptions(NamedTuple):
     arguments: Mapping[str, Any] = _NOTHING
     weights_key: str | None = None
     overrides: SpecOverrides = SpecOverrides()
+
+    @property
+    def output(self) -> str | int | None:
+        """The key or the position of the logits among the outputs of the network, if the user states it."""
+        source = self.overrides.fields.get("source")
+        output = source.get("output") if isinstance(source, Mapping) else None
+        return output if isinstance(output, str | int) else None
 
 
 NO_OPTIONS = ModelOptions()

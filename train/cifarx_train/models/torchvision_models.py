@@ -3,14 +3,16 @@
 This module imports torchvision, which takes seconds, so the registry imports it only when it is needed.
 """
 
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torchvision
 from torch import nn
 
-from cifarx_serve.errors import UsageError
-from cifarx_serve.spec import InputSpec
+from cifarx_serve.errors import UsageError, error_message
+from cifarx_serve.spec import InputSpec, ModelSource
 from cifarx_train.models.architecture import RESNET_PREFIXES, Architecture, Stem, format_size, no_small_stem_error
 
 _SMALL_SIDE = 32  # the size of CIFAR-10's images, which is the default for every network that supports it
@@ -30,24 +32,45 @@ def list_classifiers() -> tuple[str, ...]:
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
-def classifier_architecture(name: str, stem: Stem) -> Architecture:
+def classifier_architecture(name: str, stem: Stem, arguments: Mapping[str, Any] = MappingProxyType({})) -> Architecture:
     """Return the architecture of a classifier, one of `list_classifiers()`.
 
+    Args:
+        name: the name of the classifier.
+        stem: "small" to replace the first layers of a ResNet with ones for small images.
+        arguments: keyword arguments of torchvision's builder, such as `transform_input` of GoogLeNet.
+
     Raises:
-        UsageError: a small stem was requested for a network that is not a ResNet.
+        UsageError: a small stem was requested for a network that is not a ResNet. Building the network raises it for
+            arguments that the network does not take.
     """
     if stem == "small" and not name.startswith(RESNET_PREFIXES):
         raise no_small_stem_error(name)
 
     def build(classes: int, size: InputSpec) -> nn.Module:
-        options = {**_WITHOUT_AUXILIARY_HEADS.get(name, {}), **_size_options(name, size)}
-        module: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+        options = {**_WITHOUT_AUXILIARY_HEADS.get(name, {}), **_size_options(name, size), "num_classes": classes}
+        module = _get_model(name, options, arguments)
         if stem == "small":
             _replace_stem(module)
         return module
 
     side = published_image_size(name) if name.startswith(_AT_PUBLISHED_SIZE) else _SMALL_SIDE
-    return Architecture(name, stem, InputSpec(height=side, width=side), build)
+    source = ModelSource(kind="torchvision", name=name, arguments=dict(arguments))
+    size = InputSpec(height=side, width=side)
+    return Architecture(name, stem, size, build, source, num_outputs=arguments.get("num_classes"))
+
+
+def _get_model(name: str, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        module: nn.Module = torchvision.models.get_model(name, weights=None, **{**options, **arguments})
+    except (TypeError, ValueError) as error:
+        if not arguments:
+            raise
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise UsageError(
+            f"torchvision's {name} does not take {given} ({error_message(error)})", "correct --model-arg"
+        ) from error
+    return module
 
 
 def published_image_size(name: str) -> int:
