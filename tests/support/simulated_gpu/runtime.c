@@ -25,7 +25,8 @@
     X(kernels) X(captured_kernels) X(copies_to_device) X(copies_to_host) X(copies_on_device) X(captured_copies)        \
     X(pageable_copies) X(blocking_copies) X(stream_synchronizations) X(event_synchronizations)                         \
     X(device_synchronizations) X(queries) X(allocations) X(allocated_bytes) X(host_allocations) X(streams_created)     \
-    X(handles_created) X(handles_destroyed) X(captures) X(invalidated_captures) X(graph_launches)
+    X(handles_created) X(handles_destroyed) X(captures) X(invalidated_captures) X(graph_launches)                 \
+    X(reused_sources)
 
 typedef enum {
 #define COUNTER_ID(name) COUNT_##name,
@@ -240,6 +241,7 @@ const char *cudaGetErrorName(cudaError_t error) {
 // ---- Streams, and the captures that they are part of
 
 typedef struct {
+    unsigned long long capture_id;
     long nodes;
 } Graph;
 
@@ -380,8 +382,10 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCaptureMo
     Stream *stream = stream_of(handle);
     if (is_legacy(stream)) return done(cudaErrorStreamCaptureUnsupported);
     if (find_capture(stream->capture_id)) return done(cudaErrorIllegalState);
+    Graph *graph = calloc(1, sizeof *graph);
+    graph->capture_id = ++last_id;
     Capture *capture = calloc(1, sizeof *capture);
-    *capture = (Capture){++last_id, mode, pthread_self(), stream, calloc(1, sizeof(Graph)), 0, captures};
+    *capture = (Capture){graph->capture_id, mode, pthread_self(), stream, graph, 0, captures};
     captures = capture;
     stream->capture_id = capture->id;
     COUNT(captures);
@@ -528,6 +532,17 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start_handle, 
 
 // ---- Graphs
 
+// Every replay of a graph copies again from the host memory that its captured copies name. A program that copies
+// something else from there has overwritten what the graph needs.
+typedef struct Source {
+    const char *start;
+    size_t size;
+    unsigned long long capture_id;
+    struct Source *next;
+} Source;
+
+static Source *captured_sources;
+
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph, unsigned long long flags) {
     begin();
     *executable = (cudaGraphExec_t)graph;
@@ -551,7 +566,22 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t 
 
 // The executable graph is the graph itself, which lives until the process ends.
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return cudaSuccess; }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return cudaSuccess; }
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+    begin();
+    Source **link = &captured_sources;
+    while (*link) {
+        Source *source = *link;
+        if (source->capture_id == ((Graph *)executable)->capture_id) {
+            *link = source->next;
+            free(source);
+        } else {
+            link = &source->next;
+        }
+    }
+    return done(cudaSuccess);
+}
+
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count, unsigned flags) {
     return cudaSuccess;
 }
@@ -709,6 +739,21 @@ cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaM
     return done(error);
 }
 
+static void check_source(const void *source, size_t size, unsigned long long capture_id) {
+    const char *start = source;
+    if (on_device(source)) return;
+    for (const Source *other = captured_sources; other; other = other->next) {
+        if (other->capture_id == capture_id || start + size <= other->start || other->start + other->size <= start)
+            continue;
+        COUNT(reused_sources);
+        return;
+    }
+    if (!capture_id) return;
+    Source *captured = malloc(sizeof *captured);
+    *captured = (Source){start, size, capture_id, captured_sources};
+    captured_sources = captured;
+}
+
 cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind,
                             cudaStream_t handle) {
     begin();
@@ -716,7 +761,9 @@ cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum 
     cudaError_t error = enqueue(stream, "cudaMemcpyAsync");
     if (error) return done(error);
     count_copy(target, source);
-    if (find_capture(stream->capture_id)) {
+    const Capture *capture = find_capture(stream->capture_id);
+    check_source(source, size, capture ? capture->id : 0);
+    if (capture) {
         COUNT(captured_copies);
         return done(cudaSuccess);
     }

@@ -1,12 +1,10 @@
 """Measure time on a CUDA device with events of the CUDA runtime library. This module imports no PyTorch."""
 
 import ctypes
-import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from cifarx_serve.backends import cuda_libraries
-from cifarx_serve.errors import DeviceError
+from cifarx_serve.backends.onnxruntime.cuda_runtime import call, load_cuda_runtime
 
 _NON_BLOCKING: Final = 1
 """`cudaStreamNonBlocking`: the stream does not synchronize with the legacy default stream."""
@@ -58,11 +56,8 @@ class CudaTimer:
             self._call("cudaEventDestroy", event)
         self._call("cudaStreamDestroy", ctypes.c_void_p(self.stream))
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        if status := getattr(self._runtime, name)(*arguments):
-            describe = self._runtime.cudaGetErrorString
-            describe.restype = ctypes.c_char_p
-            raise DeviceError(f"{name} failed ({describe(status).decode()})", "run `cifarx doctor`")
+    def _call(self, function: str, *arguments: Any) -> None:
+        call(self._runtime, function, *arguments)
 
 
 def open_cuda_timer(index: int) -> CudaTimer | None:
@@ -71,10 +66,5 @@ def open_cuda_timer(index: int) -> CudaTimer | None:
     Raises:
         DeviceError: the device is not available.
     """
-    cuda_libraries.preload()
-    major = cuda_libraries.cuda_major_version()
-    try:
-        runtime = ctypes.CDLL(f"cudart64_{major}.dll" if sys.platform == "win32" else f"libcudart.so.{major}")
-    except OSError:
-        return None
-    return CudaTimer(runtime, index)
+    runtime = load_cuda_runtime()
+    return CudaTimer(runtime, index) if runtime else None

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from cifarx_serve.backends import cuda_libraries
 from cifarx_serve.backends.cuda_libraries import has_driver
 from cifarx_serve.backends.onnxruntime import backend as backend_module
-from cifarx_serve.backends.onnxruntime import tensorrt_libraries
+from cifarx_serve.backends.onnxruntime import gpu_session, tensorrt_libraries
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY, OnnxRuntimeBackend, provider_error
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
@@ -128,6 +128,9 @@ class _FakeSession:
     def get_providers(self) -> list[str]:
         return [*(self._reported or self.requested), "CPUExecutionProvider"]
 
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return []
+
     def run(self, names: list[str], inputs: dict[str, Any], options: Any = None) -> Any:
         self.batches.append(len(inputs["input"]))
         return self._session.run(names, inputs, options)
@@ -144,13 +147,13 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[_FakeSession
         sessions: list[_FakeSession] = []
 
         def session(path: Path, providers: list[tuple[str, dict[str, str]]], config: dict[str, str]) -> _FakeSession:
-            assert config == {"session.disable_cpu_ep_fallback": "1"}
+            assert config["session.record_ep_graph_assignment_info"] == "1"
             if reason:
                 raise ModelFileError(reason, "export it again")
             sessions.append(_FakeSession(path, dict(providers), reported))
             return sessions[-1]
 
-        monkeypatch.setattr(backend_module, "_create_session", session)
+        monkeypatch.setattr(gpu_session, "create_session", session)
         monkeypatch.setattr(cuda_libraries, "has_driver", lambda: True)
         monkeypatch.setattr(tensorrt_libraries, "preload", lambda: None)
         monkeypatch.setattr(tensorrt_libraries, "version", lambda: 101601)

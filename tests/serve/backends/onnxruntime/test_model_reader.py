@@ -295,11 +295,12 @@ def test_growing_constants_take_no_memory_when_opened_and_raise_when_run(
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
         "import numpy as np, onnxruntime; from cifarx_serve.backends.registry import open_backend\n"
-        "from cifarx_serve.errors import ModelFileError\n"
+        "from cifarx_serve.errors import DeviceMemoryError, ModelFileError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "backend = open_backend(sys.argv[1], device='cpu')\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024 < 40)\n"
         "try: backend.run(np.ones((1, 3, 4, 6), np.float32))\n"
+        "except DeviceMemoryError as error: print('cpu is out of memory' in error.problem)\n"
         "except ModelFileError as error: print('cannot run on' in error.problem)"
     )
     assert fresh_python(code, path).split() == ["True", "True"]
