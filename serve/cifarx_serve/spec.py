@@ -30,7 +30,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to convert an image to the input of the network.
 
     The image is converted to `color`, resized and cropped to (height, width), scaled from 0..255 to `value_range`, and
-    normalized with `mean` and `std` per channel.
+    normalized with `mean` and `std` per channel. `cifarx_serve.images.preprocess` states every rounding.
 
     Attributes:
         height, width: the size of the network's input in pixels.
@@ -45,7 +45,8 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
             width) for "stretch". The default is the network's input size. Where the crop is larger than the resized
             image, the image is padded with `fill`.
         interpolation: the filter that resizes.
-        antialias: whether the filter is widened when an image is made smaller, as Pillow does.
+        antialias: whether the filter is widened when an image is made smaller, as Pillow does. Without it, images are
+            resized as PyTorch's `interpolate` and torchvision resize tensors, which have no Lanczos filter.
         fill: the value of padded pixels: one for all channels, or one per channel in the order of `color`.
     """
 
@@ -69,10 +70,10 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Set the default mean and standard deviation, and check that the fields fit together.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they do not. The message starts with the name of a field.
         """
         if (self.channels == 1) != (self.color == "L"):
-            raise ValueError(f"{self.channels} channels do not match color {self.color}")
+            raise ValueError(f"channels is {self.channels}, which does not match color {self.color}")
         if not self.mean:
             msgspec.structs.force_setattr(self, "mean", (0.0,) * self.channels)
         if not self.std:
@@ -82,14 +83,27 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
         if isinstance(self.fill, tuple) and len(self.fill) != self.channels:
             raise ValueError(f"fill has {len(self.fill)} values for {self.channels} channels")
-        if self.resize == "letterbox" and self.resize_to is not None:
-            raise ValueError("resize_to does not apply to resize letterbox")
-        if self.resize == "shorter_side" and isinstance(self.resize_to, tuple):
-            raise ValueError("resize shorter_side takes one number as resize_to")
-        if self.resize == "stretch" and not (
-            self.resize_to is None or (isinstance(self.resize_to, tuple) and len(self.resize_to) == 2)
-        ):
-            raise ValueError("resize stretch takes (height, width) as resize_to")
+        if self.interpolation == "lanczos" and not self.antialias:
+            raise ValueError("antialias is false, which interpolation lanczos does not support")
+        if problem := self._resize_to_problem():
+            raise ValueError(f"resize_to is {self.resize_to}, but resize {self.resize} {problem}")
+
+    def _resize_to_problem(self) -> str | None:
+        if self.resize == "letterbox":
+            return None if self.resize_to is None else "takes none"
+        if self.resize == "shorter_side":
+            if self.resize_to is None and self.height != self.width:
+                return f"needs a number, because {self.height}x{self.width} is not square"
+            return "takes one number" if isinstance(self.resize_to, tuple) else None
+        is_size = isinstance(self.resize_to, tuple) and len(self.resize_to) == 2
+        return None if self.resize_to is None or is_size else "takes (height, width)"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one image as the network takes it, in the order of `layout`."""
+        if self.layout == "NHWC":
+            return self.height, self.width, self.channels
+        return self.channels, self.height, self.width
 
 
 class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,7 +150,7 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
 
     Errors are absolute differences between logits, or None if the artifact returned no finite logits. `atol` and `rtol`
     are None for a precision without a tolerance. The accuracies are None if the images have other classes than the
-    model.
+    model. `agreement_bound` is the lower bound of the agreement with 95% confidence, None in files of earlier versions.
     """
 
     passed: bool
@@ -156,6 +170,7 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     provider: str
     data: str
     data_fingerprint: str
+    agreement_bound: float | None = None
 
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
@@ -207,7 +222,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         thresholds: the score from which a label applies, one per output of a sigmoid; None for 0.5.
         assumed: the parts of the spec that neither the file nor the user stated.
         embedded_preprocessing: whether the file itself does the preprocessing that `input` describes. Such a file
-            takes RGB pixels, uint8 (N, H, W, 3) of any size, instead of float32 (N, 3, height, width).
+            takes RGB or grayscale pixels, uint8 (N, H, W, channels) of any size, instead of float32 (N, *input.shape).
         minimum_onnxruntime: the oldest version of ONNX Runtime that runs the file, such as "1.18"; None for other
             formats.
         weights_sha256: the hash of the weights that the file was made from; see
@@ -238,17 +253,17 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Check that the fields fit together.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they do not. The message starts with the name of a field.
         """
         if self.outputs == 1 and (self.activation != "sigmoid" or len(self.class_names) != 2):
             raise ValueError(
-                f"one output needs activation sigmoid and two class names, "
+                f"outputs is 1, which needs activation sigmoid and 2 class names, "
                 f"not {self.activation} and {len(self.class_names)}"
             )
         if self.thresholds is not None and self.activation != "sigmoid":
-            raise ValueError("thresholds need activation sigmoid")
+            raise ValueError(f"thresholds need activation sigmoid, not {self.activation}")
         if self.thresholds is not None and len(self.thresholds) != self.output_size:
-            raise ValueError(f"{len(self.thresholds)} thresholds for {self.output_size} outputs")
+            raise ValueError(f"thresholds has {len(self.thresholds)} values for {self.output_size} outputs")
 
     @property
     def output_size(self) -> int:
