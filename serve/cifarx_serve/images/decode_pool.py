@@ -34,7 +34,7 @@ class DecodePool:
     The workers start once enough files have been requested. The pool never blocks: see `decode`.
 
     Args:
-        spec: the size of the decoded images, and the filter that resizes them.
+        spec: the size of the decoded images, and how they are resized.
         workers: the number of workers, limited to 16. There are none if it is less than two.
     """
 
@@ -50,8 +50,8 @@ class DecodePool:
         """Decode a batch of files in one of the workers.
 
         Returns:
-            One entry per file in the given order, uint8 (height, width, 3) or an error; or None if no worker is idle
-            or a source is not a path. The caller must then decode the batch itself.
+            One entry per file in the given order, uint8 (height, width, channels) or an error; or None if no worker is
+            idle or a source is not a path. The caller must then decode the batch itself.
         """
         if not all(isinstance(source, str | os.PathLike) for source in sources):
             return None
@@ -95,6 +95,6 @@ def _decode_in_worker(worker: WorkerProcess, sources: Sequence[ImageSource], spe
     paths = [os.fsencode(source) for source in sources]  # type: ignore[arg-type]
     worker.send(msgspec.json.encode(paths))
     problems = msgspec.json.decode(worker.readline(), type=Problems)
-    shape = (problems.count(None), spec.height, spec.width, 3)
+    shape = (problems.count(None), spec.height, spec.width, spec.channels)
     pixels = iter(np.frombuffer(worker.read(int(np.prod(shape))), np.uint8).reshape(shape))
     return [next(pixels) if problem is None else ImageError(*problem) for problem in problems]

@@ -2,7 +2,7 @@
 
 The first request is an `InputSpec`, and the reply to it is an empty list. Every other request is a list of paths. Its
 reply is one line with an entry per image, which is null or the two parts of an `ImageError`, followed by the pixels of
-the images that were decoded, uint8 (N, height, width, 3).
+the images that were decoded, uint8 (N, height, width, channels).
 """
 
 import os

@@ -1,4 +1,19 @@
-"""Converts RGB images to the input of a network. Training, export and serving all use these functions."""
+"""Converts images to the input of a network. Training, export and serving all use these functions.
+
+The pixels of an image are uint8 (height, width, channels): RGB, or grayscale for a network with one channel. `resize`
+makes pixels of the network's size, and `normalize` makes the network's input from them. Sizes and positions are those
+of the libraries that people train with:
+
+- `shorter_side` equals torchvision's `Resize(resize_to)` and `CenterCrop((height, width))` on a Pillow image: the
+  longer side is `int(resize_to * longer / shorter)`.
+- `stretch` equals torchvision's `Resize((height, width))`. With `resize_to`, it equals `Resize(resize_to)` and
+  `CenterCrop((height, width))`, the crop mode "squash" of timm.
+- `letterbox` scales by `r = min(height / H, width / W)` to `round(r * H)` by `round(r * W)` pixels, as `LetterBox` of
+  Ultralytics does, and pads the rest with `fill`.
+
+A crop starts at `round((size - crop) / 2)`, where halves are rounded to even, and a padding of `n` pixels has `n // 2`
+of them above or on the left. That is `CenterCrop`, and also `round(n / 2 - 0.1)` of `LetterBox`.
+"""
 
 from typing import Any, Final
 
@@ -17,52 +32,162 @@ _FILTERS: Final = {
 
 
 def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
-    """Resize an RGB image to the input size of the network.
+    """Resize an RGB image to the input size of the network, and crop or pad it as the spec says.
 
-    The aspect ratio is not kept, as with torchvision's `Resize((height, width))` on a Pillow image.
+    With `antialias`, the pixels equal those of torchvision on a Pillow image bit for bit. Without it, they equal those
+    of torchvision's `resize(..., antialias=False)` on a float tensor, rounded: exactly for nearest, and up to one level
+    in about one of a thousand values for bilinear and bicubic, because sums are ordered differently. On some CPUs,
+    torchvision's v2 resizes uint8 tensors in fixed point, which differs more: by one level in a tenth of the values for
+    bilinear, and by its own bicubic filter.
 
     Returns:
-        uint8 of shape (height, width, 3).
+        uint8 of shape (height, width, channels): RGB, or grayscale as of Pillow's mode L.
     """
+    if spec.color == "L":
+        image = image.convert("L")
+    size = resized_size(*image.size, spec)
+    if spec.antialias:
+        pixels = np.asarray(image if image.size == size else image.resize(size, _FILTERS[spec.interpolation]))
+    else:
+        from cifarx_serve.images.interpolate import interpolate
+
+        pixels = interpolate(np.asarray(image), size, spec.interpolation)
+    if spec.color == "L":
+        pixels = pixels[..., None]
+    return pixels if size == (spec.width, spec.height) else _crop_or_pad(pixels, spec)
+
+
+def resized_size(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
+    """Return the width and height to which an image is resized, before it is cropped or padded."""
+    if spec.resize == "stretch":
+        target = spec.resize_to or (spec.height, spec.width)
+        assert isinstance(target, tuple), "the spec allows no number here"
+        return target[1], target[0]
+    if spec.resize == "letterbox":
+        scale = min(spec.height / height, spec.width / width)
+        return max(1, round(scale * width)), max(1, round(scale * height))
+    shorter = spec.resize_to or spec.height
+    assert isinstance(shorter, int), "the spec allows no size here"
+    longer = int(shorter * max(width, height) / min(width, height))
+    return (shorter, longer) if width <= height else (longer, shorter)
+
+
+def is_resized(width: int, height: int, spec: InputSpec) -> bool:
+    """Return whether `resize` changes the pixels of an image of this size, apart from the conversion to grayscale."""
     size = (spec.width, spec.height)
-    if image.size != size:
-        image = image.resize(size, _FILTERS[spec.interpolation])
-    return np.asarray(image)
+    return (width, height) != size or resized_size(width, height, spec) != size
+
+
+def _crop_or_pad(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
+    """Crop and pad pixels to (height, width) around their center."""
+    (rows, target_rows), (columns, target_columns) = (
+        _centered(size, target) for size, target in zip(pixels.shape[:2], (spec.height, spec.width), strict=True)
+    )
+    result = np.empty((spec.height, spec.width, spec.channels), np.uint8)
+    result[:] = rgb_fill(spec)
+    result[target_rows, target_columns] = pixels[rows, columns]
+    return result
+
+
+def _centered(size: int, target: int) -> tuple[slice, slice]:
+    """Return the part of an axis of length `size` that is kept, and where in the axis of length `target` it goes."""
+    if size >= target:
+        start = round((size - target) / 2)
+        return slice(start, start + target), slice(None)
+    start = (target - size) // 2
+    return slice(None), slice(start, start + size)
+
+
+def rgb_fill(spec: InputSpec) -> NDArray[np.uint8]:
+    """Return the value of padded pixels, uint8 (channels,), in the order of the pixels, which are never BGR."""
+    fill = np.broadcast_to(np.array(spec.fill, np.uint8), spec.channels)
+    return fill[::-1] if spec.color == "BGR" else fill
+
+
+def undo_crop(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
+    """Return images that `resize` converts to these pixels without any interpolation: it only crops them again.
+
+    They are for files with embedded preprocessing, which always resize and crop. The pixels themselves are returned if
+    the spec crops nothing. If the crop is larger than the resized image in both directions, the rows at the top and the
+    bottom are lost, because the crop pads them.
+
+    Args:
+        pixels: uint8 of shape (N, height, width, channels), at the input size of the network.
+        spec: how the images are resized.
+
+    Returns:
+        uint8 of shape (N, H, W, channels).
+    """
+    if spec.resize == "letterbox" or spec.resize_to is None:
+        return pixels
+    if isinstance(spec.resize_to, tuple):
+        height, width = spec.resize_to
+    elif min(spec.height, spec.width) <= spec.resize_to:
+        height, width = max(spec.height, spec.resize_to), max(spec.width, spec.resize_to)
+    else:
+        height, width = spec.resize_to, spec.width
+    (target_rows, rows), (target_columns, columns) = _centered(height, spec.height), _centered(width, spec.width)
+    images = np.empty((len(pixels), height, width, spec.channels), np.uint8)
+    images[:] = rgb_fill(spec)
+    images[:, target_rows, target_columns] = pixels[:, rows, columns]
+    return images
 
 
 def normalize(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
-    """Scale pixels to the value range of the spec, normalize them, and move the channels first.
+    """Scale pixels to the value range of the spec, normalize them, and order channels and axes as the network does.
 
     With a range of 0 to 1, mean 0 and standard deviation 1, the result equals that of torchvision's `ToTensor` bit for
     bit.
 
     Args:
-        pixels: uint8 of shape (N, H, W, 3).
-        spec: the value range, mean and standard deviation.
+        pixels: uint8 of shape (N, H, W, channels), RGB or grayscale.
+        spec: the color, layout, value range, mean and standard deviation.
 
     Returns:
-        float32 of shape (N, 3, H, W).
+        float32 of shape (N, channels, H, W), or (N, H, W, channels) for the layout NHWC.
     """
-    batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    if spec.color == "BGR":
+        pixels = pixels[..., ::-1]
+    channels_first = spec.layout == "NCHW"
+    batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if channels_first else pixels).astype(np.float32)
     batch /= np.float32(255)
     low, high = spec.value_range
     if (low, high) != (0.0, 1.0):
         batch *= np.float32(high - low)
         batch += np.float32(low)
     if any(spec.mean) or any(std != 1.0 for std in spec.std):
-        batch -= np.asarray(spec.mean, np.float32).reshape(1, 3, 1, 1)
-        batch /= np.asarray(spec.std, np.float32).reshape(1, 3, 1, 1)
+        shape = (1, -1, 1, 1) if channels_first else (-1,)
+        batch -= np.asarray(spec.mean, np.float32).reshape(shape)
+        batch /= np.asarray(spec.std, np.float32).reshape(shape)
     return batch
 
 
+def model_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.uint8]:
+    """Return the pixels that `pixels_to_input` takes for an RGB image.
+
+    Returns:
+        uint8 of shape (height, width, channels): those of the whole image for a model with embedded preprocessing, or
+        else those that `resize` returns.
+    """
+    if not spec.embedded_preprocessing:
+        return resize(image, spec.input)
+    return np.asarray(image.convert("L"))[..., None] if spec.input.color == "L" else np.asarray(image)
+
+
+def pixels_to_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
+    """Return the batch that a model's backend takes for pixels of `model_pixels`, uint8 (N, H, W, channels)."""
+    return pixels if spec.embedded_preprocessing else normalize(pixels, spec.input)
+
+
 def model_input(pixels: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
-    """Return the batch that a model's backend takes for RGB pixels.
+    """Return the batch that a model's backend takes for pixels at the input size of the network.
 
     Args:
-        pixels: uint8 of shape (N, H, W, 3), at the input size of the network.
+        pixels: uint8 of shape (N, height, width, channels), RGB or grayscale.
         spec: the model's spec.
 
     Returns:
-        The pixels themselves for a model with embedded preprocessing, or else float32 of shape (N, 3, H, W).
+        float32 of the shape (N, *spec.input.shape); or, for a model with embedded preprocessing, images that it
+        converts to exactly these pixels: uint8 (N, H, W, channels).
     """
-    return pixels if spec.embedded_preprocessing else normalize(pixels, spec.input)
+    return undo_crop(pixels, spec.input) if spec.embedded_preprocessing else normalize(pixels, spec.input)

@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_serve.images.preprocess import model_input, normalize, resize
+from cifarx_serve.images.preprocess import is_resized, model_input, model_pixels, normalize, resize, undo_crop
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec, ModelSpec
 
@@ -66,15 +67,42 @@ def random_size(seed: int) -> tuple[int, int]:
     return round(height), round(width)
 
 
+def torchvision_steps(spec: InputSpec) -> list[Any]:
+    """Return the transforms of torchvision that people train with, from a Pillow image to pixels."""
+    from torchvision.transforms import CenterCrop, Grayscale, InterpolationMode, Resize
+
+    size, mode = (spec.height, spec.width), InterpolationMode(spec.interpolation)
+    steps: list[Any] = [Grayscale()] if spec.color == "L" else []
+    if spec.resize == "letterbox":
+        return [*steps, lambda image: letterbox(image, spec)]
+    default = spec.height if spec.resize == "shorter_side" else size
+    return [*steps, Resize(spec.resize_to or default, mode), CenterCrop(size)]
+
+
+def letterbox(image: Image.Image, spec: InputSpec) -> Image.Image:
+    """Fit an image into the input size with the roundings of Ultralytics."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as transforms
+
+    ratio = min(spec.height / image.height, spec.width / image.width)
+    height, width = (max(1, round(side * ratio)) for side in (image.height, image.width))
+    resized = transforms.resize(image, [height, width], InterpolationMode(spec.interpolation))
+    half_width, half_height = (spec.width - width) / 2, (spec.height - height) / 2
+    left, right = round(half_width - 0.1), round(half_width + 0.1)
+    top, bottom = round(half_height - 0.1), round(half_height + 0.1)
+    padded: Image.Image = transforms.pad(resized, [left, top, right, bottom], fill=spec.fill)
+    return padded
+
+
 @pytest.fixture(scope="module")
 def torchvision_batch() -> Callable[[list[Image.Image], InputSpec], NDArray[np.float32]]:
     """Return a function that applies the transforms of torchvision."""
     import torch
-    from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
+    from torchvision.transforms import Compose, Normalize, ToTensor
 
     def run(images: list[Image.Image], spec: InputSpec) -> NDArray[np.float32]:
-        steps: list[Any] = [Resize((spec.height, spec.width), InterpolationMode(spec.interpolation)), ToTensor()]
-        if spec.mean != PLAIN.mean or spec.std != PLAIN.std:
+        steps = [*torchvision_steps(spec), ToTensor()]
+        if any(spec.mean) or any(std != 1 for std in spec.std):
             steps.append(Normalize(spec.mean, spec.std))
         batch: NDArray[np.float32] = torch.stack([Compose(steps)(image) for image in images]).numpy()
         return batch
@@ -135,9 +163,108 @@ def test_equals_torchvision_when_normalized(
 
 
 def test_equals_torchvision_on_a_photograph(torchvision_batch: Reference, dog: Path) -> None:
-    with Image.open(dog) as photograph:
-        expected = torchvision_batch([photograph.convert("RGB")], PLAIN)
-    assert bitwise_equal(preprocess([read_image(dog)], model(PLAIN)), expected)
+    for spec in (PLAIN, InputSpec(height=224, width=224, resize="shorter_side", resize_to=256)):
+        with Image.open(dog) as photograph:
+            expected = torchvision_batch([photograph.convert("RGB")], spec)
+        assert bitwise_equal(preprocess([read_image(dog)], model(spec)), expected)
+
+
+CROPS = {
+    "shorter side": InputSpec(height=28, width=28, resize="shorter_side", resize_to=32),
+    "shorter side alone": InputSpec(height=30, width=30, resize="shorter_side"),
+    "odd margins": InputSpec(height=25, width=24, resize="shorter_side", resize_to=32),
+    "a crop wider than the shorter side": InputSpec(height=24, width=48, resize="shorter_side", resize_to=31),
+    "a crop larger than the image": InputSpec(height=45, width=50, resize="shorter_side", resize_to=32),
+    "stretch and crop": InputSpec(height=28, width=21, resize_to=(33, 32)),
+    "stretch and pad": InputSpec(height=28, width=41, resize_to=(33, 32)),
+    "letterbox": InputSpec(height=32, width=32, resize="letterbox", fill=114),
+    "letterbox that is not square": InputSpec(height=31, width=44, resize="letterbox", fill=(124, 116, 104)),
+    "grayscale": InputSpec(height=28, width=28, channels=1, color="L", resize="shorter_side", resize_to=32),
+    "grayscale letterbox": InputSpec(height=28, width=40, channels=1, color="L", resize="letterbox", fill=114),
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_equals_torchvision_with_crops_and_padding(torchvision_batch: Reference, name: str) -> None:
+    spec = CROPS[name]
+    for seed, size in enumerate(SIZES + [random_size(seed) for seed in range(30)]):
+        images = [drawn((photographic, noise)[seed % 2], seed, size)]
+        assert bitwise_equal(preprocess(images, model(spec)), torchvision_batch(images, spec)), f"{seed}, {size}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec",
+    [
+        InputSpec(height=224, width=224, resize="shorter_side", resize_to=256),
+        InputSpec(height=224, width=224, resize="shorter_side", resize_to=235, interpolation="bicubic"),
+        InputSpec(height=240, width=240, resize_to=(256, 256), interpolation="bicubic"),
+        InputSpec(height=160, width=224, resize="letterbox", fill=114),
+        InputSpec(height=224, width=224, channels=1, color="L", resize="shorter_side", resize_to=256),
+    ],
+    ids=lambda spec: f"{spec.color} {spec.resize} {spec.resize_to}",
+)
+def test_equals_torchvision_for_a_thousand_images(torchvision_batch: Reference, spec: InputSpec) -> None:
+    drawings = (noise, gradient, extremes, photographic)
+    differing = []
+    for seed in range(1000):
+        images = [drawn(drawings[seed % 4], seed, random_size(seed))]
+        if not bitwise_equal(preprocess(images, model(spec)), torchvision_batch(images, spec)):
+            differing.append(seed)
+    assert differing == []
+
+
+def test_padded_pixels_have_the_fill_value_in_the_order_of_the_color() -> None:
+    fill = (10, 20, 30)
+    white = Image.new("RGB", (40, 20), "white")
+    for color, expected in (("RGB", (10, 20, 30)), ("BGR", (30, 20, 10))):
+        spec = InputSpec(height=40, width=40, resize="letterbox", color=color, fill=fill)  # type: ignore[arg-type]
+        pixels = resize(white, spec)
+        assert (pixels[:10] == expected).all()
+        assert (pixels[30:] == expected).all()
+        assert (pixels[10:30] == 255).all()
+        # The network gets the fill value of each channel in its own order.
+        assert (normalize(pixels[None], spec)[0, :, 0, 0] * 255).round().tolist() == list(fill)
+
+
+# A resized value and the sum of its weighted neighbors differ only where the sum is close to a half.
+MAX_DIFFERING = {"nearest": 0.0, "bilinear": 0.01, "bicubic": 0.01}
+
+
+@pytest.mark.parametrize("filter_name", MAX_DIFFERING)
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_equals_the_tensors_of_torchvision_without_antialiasing(filter_name: Any, count: int) -> None:
+    """The bound is one level, in at most one of a hundred values."""
+    import torch
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as transforms
+
+    spec = InputSpec(height=28, width=37, interpolation=filter_name, antialias=False)
+    different: Any = 0
+    values = 0
+    for seed in range(count):
+        image = drawn((photographic, noise, extremes)[seed % 3], seed, (SIZES + [random_size(seed)] * count)[seed])
+        tensor = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)
+        resized = transforms.resize(tensor, [28, 37], InterpolationMode(filter_name), antialias=False)
+        expected = resized.round().clamp(0, 255).permute(1, 2, 0).numpy()
+        difference = np.abs(resize(image, spec) - expected)
+        assert difference.max() <= (0 if filter_name == "nearest" else 1), f"seed {seed}"
+        different, values = different + np.count_nonzero(difference), values + difference.size
+    assert different <= MAX_DIFFERING[filter_name] * values
+
+
+def test_crops_after_resizing_without_antialiasing() -> None:
+    image = drawn(photographic, 0, (90, 70))
+    whole = resize(image, InputSpec(height=41, width=32, antialias=False))
+    spec = InputSpec(height=28, width=28, resize="shorter_side", resize_to=32, antialias=False)
+    assert np.array_equal(resize(image, spec), whole[6:34, 2:30])
+
+
+def test_grayscale_without_antialiasing() -> None:
+    image = drawn(photographic, 0, (90, 70))
+    spec = InputSpec(height=28, width=28, channels=1, color="L", antialias=False)
+    gray = resize(image.convert("L").convert("RGB"), InputSpec(height=28, width=28, antialias=False))
+    assert np.array_equal(resize(image, spec), gray[..., :1])
 
 
 def test_every_pixel_value_equals_torchvision(torchvision_batch: Reference) -> None:
@@ -153,9 +280,85 @@ def test_height_comes_before_width() -> None:
     assert preprocess([Image.new("RGB", (40, 30))] * 3, model(spec)).shape == (3, 3, 2, 5)
 
 
-def test_an_image_of_the_right_size_is_not_resized() -> None:
+@pytest.mark.parametrize("fields", [{}, {"antialias": False}, {"resize": "letterbox"}])
+def test_an_image_of_the_right_size_is_not_resized(fields: dict[str, Any]) -> None:
     image = drawn(noise, 0, (4, 6))
-    assert np.array_equal(resize(image, InputSpec(height=4, width=6, interpolation="lanczos")), np.asarray(image))
+    spec = InputSpec(height=4, width=6, interpolation="bicubic", **fields)
+    assert np.array_equal(resize(image, spec), np.asarray(image))
+    assert not is_resized(6, 4, spec)
+
+
+positions = st.integers(1, 70)
+channel_levels = st.integers(0, 255)
+
+
+@st.composite
+def resizes(draw: st.DrawFn) -> InputSpec:
+    """Draw any way to resize."""
+    color: Any = draw(st.sampled_from(["RGB", "BGR", "L"]))
+    height, width = draw(positions), draw(positions)
+    mode: Any = draw(st.sampled_from(["stretch", "shorter_side", "letterbox"]))
+    resize_to: Any = {
+        "stretch": st.none() | st.tuples(positions, positions),
+        "shorter_side": positions if height != width else st.none() | positions,
+        "letterbox": st.none(),
+    }[mode]
+    interpolation: Any = draw(st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]))
+    channels: Any = 1 if color == "L" else 3
+    return InputSpec(
+        height=height,
+        width=width,
+        channels=channels,
+        color=color,
+        resize=mode,
+        resize_to=draw(resize_to),
+        interpolation=interpolation,
+        antialias=interpolation == "lanczos" or draw(st.booleans()),
+        fill=draw(st.tuples(*[channel_levels] * channels) | channel_levels),
+    )
+
+
+sizes = st.tuples(positions, positions) | st.tuples(st.just(1), st.integers(1, 600))
+either_way = sizes.flatmap(lambda size: st.sampled_from([size, size[::-1]]))
+
+
+@given(spec=resizes(), size=either_way, seed=st.integers(0, 99))
+def test_every_image_gets_the_shape_of_the_input(spec: InputSpec, size: tuple[int, int], seed: int) -> None:
+    image = drawn(noise, seed, size)
+    pixels = resize(image, spec)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (spec.height, spec.width, spec.channels)
+    if not is_resized(image.width, image.height, spec):
+        unchanged = np.asarray(image if spec.channels == 3 else image.convert("L"))
+        assert np.array_equal(pixels.reshape(unchanged.shape), unchanged)
+
+
+@given(spec=resizes(), size=either_way, level=channel_levels)
+def test_an_image_of_one_color_stays_so(spec: InputSpec, size: tuple[int, int], level: int) -> None:
+    constant = Image.new("RGB", size, (level,) * 3)
+    same_fill = msgspec.structs.replace(spec, fill=level)
+    assert (resize(constant, same_fill) == level).all()
+
+
+@settings(max_examples=300)
+@given(spec=resizes(), size=either_way, seed=st.integers(0, 99))
+def test_undo_crop_returns_images_that_are_resized_to_the_same_pixels(
+    spec: InputSpec, size: tuple[int, int], seed: int
+) -> None:
+    pixels = resize(drawn(noise, seed, size), spec)
+    [image] = undo_crop(pixels[None], spec)
+    again = resize(Image.fromarray(image[..., 0] if spec.channels == 1 else image).convert("RGB"), spec)
+    if isinstance(spec.resize_to, int) and spec.resize_to < min(spec.height, spec.width):
+        # The rows that the crop pads are lost.
+        assert (again == pixels).all(axis=(1, 2)).sum() >= spec.resize_to
+    else:
+        assert np.array_equal(again, pixels)
+
+
+def test_undo_crop_changes_nothing_where_nothing_is_cropped() -> None:
+    pixels = np.zeros((2, 4, 6, 3), np.uint8)
+    assert undo_crop(pixels, InputSpec(height=4, width=6)) is pixels
+    assert undo_crop(pixels, InputSpec(height=4, width=6, resize="letterbox")) is pixels
 
 
 def test_channels_come_first_in_rgb_order() -> None:
@@ -165,6 +368,50 @@ def test_channels_come_first_in_rgb_order() -> None:
     assert batch.shape == (1, 3, 2, 3)
     assert batch[0, :, 1, 2].tolist() == [1, np.float32(0.2), 0]
     assert np.count_nonzero(batch) == 2
+
+
+def test_the_channels_of_a_bgr_network_are_reversed() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
+    spec = InputSpec(height=4, width=6, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    reversed_spec = InputSpec(height=4, width=6, color="BGR", mean=CIFAR10_MEAN[::-1], std=CIFAR10_STD[::-1])
+    assert bitwise_equal(normalize(pixels, reversed_spec), np.ascontiguousarray(normalize(pixels, spec)[:, ::-1]))
+
+
+@pytest.mark.parametrize("color", ["RGB", "BGR", "L"])
+def test_the_channels_of_an_nhwc_network_come_last(color: Any) -> None:
+    channels: Any = 1 if color == "L" else 3
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 6, channels), np.uint8)
+    first = InputSpec(
+        height=4, width=6, channels=channels, color=color, mean=CIFAR10_MEAN[:channels], std=CIFAR10_STD[:channels]
+    )
+    last = msgspec.structs.replace(first, layout="NHWC")
+    batch = normalize(pixels, last)
+    assert batch.flags.c_contiguous
+    assert batch.shape[1:] == last.shape
+    assert bitwise_equal(batch, np.ascontiguousarray(normalize(pixels, first).transpose(0, 2, 3, 1)))
+
+
+def test_grayscale_has_one_channel() -> None:
+    image = Image.new("RGB", (6, 4), (200, 100, 50))
+    spec = InputSpec(height=4, width=6, channels=1, color="L", mean=(0.5,), std=(0.25,))
+    batch = preprocess([image], model(spec))
+    assert batch.shape == (1, 1, 4, 6)
+    luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
+    assert (batch == (np.float32(luma) / np.float32(255) - np.float32(0.5)) / np.float32(0.25)).all()
+
+
+@pytest.mark.parametrize("color", ["RGB", "BGR", "L"])
+def test_a_model_with_embedded_preprocessing_gets_whole_images(color: Any) -> None:
+    channels: Any = 1 if color == "L" else 3
+    spec = InputSpec(
+        height=4, width=4, channels=channels, color=color, resize="shorter_side", resize_to=5, layout="NHWC"
+    )
+    embedded = msgspec.structs.replace(model(spec), embedded_preprocessing=True)
+    image = drawn(noise, 0, (9, 7))
+    expected = np.asarray(image if channels == 3 else image.convert("L")).reshape(9, 7, channels)
+    assert np.array_equal(model_pixels(image, embedded), expected)
+    # It resizes and crops pixels of its input size too, so these are extended first.
+    assert model_input(resize(image, spec)[None], embedded).shape == (1, 5, 5, channels)
 
 
 pixel_batches = arrays.arrays(np.uint8, st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4), st.just(3)))
