@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.backends.base import Backend
+from cifarx_serve.backends.base import Backend, require_interface, run_checked
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.errors import ImageError, UsageError
-from cifarx_serve.images.preprocess import model_input, resize
+from cifarx_serve.images.preprocess import is_resized, model_pixels, pixels_to_input
 from cifarx_serve.images.reader import ImageSource, read_image
+from cifarx_serve.scores import class_scores, predicted_classes, reach_thresholds
 from cifarx_serve.spec import ModelSpec
 from cifarx_serve.system.cpus import available_cpus
 
@@ -28,7 +29,7 @@ _ImageSource = TypeVar("_ImageSource", bound=ImageSource)
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One class and its softmax score, from 0 to 1."""
+    """One class and its score, from 0 to 1."""
 
     label: str
     index: int
@@ -41,9 +42,11 @@ class Prediction(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         label: the name of the best class.
         index: the index of the best class.
-        score: the softmax score of the best class, from 0 to 1.
-        top: the `top_k` best classes, best first.
-        logits: the logit of each class, if they were requested.
+        score: the score of the best class, from 0 to 1: of a softmax, or of a sigmoid for a model with several labels.
+        top: the `top_k` best classes, best first. Of two classes with one output, the predicted one is first.
+        logits: the logits of the model, if they were requested.
+        labels: the labels that apply, best first: those whose score reaches their threshold. It can be empty. None for
+            a model with one label per image.
     """
 
     label: str
@@ -51,6 +54,7 @@ class Prediction(msgspec.Struct, frozen=True, omit_defaults=True):
     score: float
     top: tuple[Candidate, ...]
     logits: tuple[float, ...] | None = None
+    labels: tuple[Candidate, ...] | None = None
 
 
 class Predictor:
@@ -62,8 +66,10 @@ class Predictor:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._single_threaded: Backend | None = None
+        self._embedded = backend.spec.embedded_preprocessing
         spec = backend.spec.input
-        self._input_shape = None if backend.spec.embedded_preprocessing else (spec.height, spec.width, 3)
+        needs_resize = self._embedded or is_resized(spec.width, spec.height, spec)
+        self._pixel_shape = None if needs_resize else (spec.height, spec.width, spec.channels)
 
     @property
     def spec(self) -> ModelSpec:
@@ -101,8 +107,8 @@ class Predictor:
         """Classify one image, or a list of images as one batch.
 
         Args:
-            image: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 3) or
-                (H, W, 4); or a list or tuple of these.
+            image: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 1),
+                (H, W, 3) or (H, W, 4); or a list or tuple of these.
             top_k: the number of classes to return, from 1 to the number of classes.
             logits: whether to return the logits too.
 
@@ -111,33 +117,37 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be read.
-            UsageError: `top_k` is out of range.
+            UsageError: `top_k` is out of range, or logits are requested from a model that returns probabilities.
         """
         self._require_top_k(top_k)
+        if logits and self.spec.output != "logits":
+            raise UsageError("logits were requested, but the model returns probabilities", "use `run` for its output")
         if isinstance(image, list | tuple):
             return self._classify([self._pixels(source) for source in image], self._backend, top_k, logits)
         return self._classify([self._pixels(image)], self._backend, top_k, logits)[0]
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the logits, float32 (N, classes), of a batch that is already preprocessed.
+        """Return the output of the model for a batch that is already preprocessed.
 
         Args:
-            batch: float32 (N, 3, height, width), scaled and normalized according to the spec; or uint8 (N, H, W, 3) for
-                a model with embedded preprocessing.
+            batch: float32 (N, *spec.input.shape), scaled and normalized according to the spec; or uint8
+                (N, H, W, channels) for a model with embedded preprocessing.
+
+        Returns:
+            Logits or probabilities as the spec says, float32 (N, spec.output_size).
 
         Raises:
             UsageError: the batch has a wrong shape or dtype.
         """
-        spec = self.spec.input
-        if self._input_shape is None:
-            valid = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[3] == 3 and batch.size > 0
+        shape, channels = self.spec.input.shape, self.spec.input.channels
+        if self._embedded:
+            valid = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[3] == channels and batch.size > 0
         else:
-            shape = (spec.channels, spec.height, spec.width)
             valid = batch.dtype == np.float32 and batch.shape[1:] == shape and len(batch) > 0
         if not valid:
-            wanted = "uint8 (N, H, W, 3)" if self._input_shape is None else f"float32 (N, {', '.join(map(str, shape))})"
+            wanted = f"uint8 (N, H, W, {channels})" if self._embedded else f"float32 (N, {', '.join(map(str, shape))})"
             raise UsageError(f"the batch is {batch.dtype} {batch.shape}", f"the model takes {wanted}")
-        return self._backend.run(batch)
+        return run_checked(self._backend, batch)
 
     def predict_stream(self, images: Iterable[ImageSource], top_k: int = 1) -> Iterator[Prediction | ImageError]:
         """Classify a stream of any length in bounded memory. Images are decoded ahead in threads and processes.
@@ -164,8 +174,8 @@ class Predictor:
         if self._single_threaded is None:
             self._single_threaded = self._backend.single_threaded()
         backend, threads = self._single_threaded, available_cpus()
-        batch_size = _STREAM_BATCH if self._input_shape else _EMBEDDED_STREAM_BATCH
-        with closing(DecodePool(self.spec.input, threads if self._input_shape else 0)) as pool:
+        batch_size = _EMBEDDED_STREAM_BATCH if self._embedded else _STREAM_BATCH
+        with closing(DecodePool(self.spec.input, 0 if self._embedded else threads)) as pool:
 
             def classify(sources: list[ImageSource]) -> list[Prediction | ImageError]:
                 decoded = pool.decode(sources) or [self._pixels_or_error(source) for source in sources]
@@ -182,11 +192,10 @@ class Predictor:
             return error
 
     def _pixels(self, image: ImageSource) -> NDArray[np.uint8]:
-        """Return RGB pixels (H, W, 3), resized to the input size unless the preprocessing is embedded."""
-        if isinstance(image, np.ndarray) and image.shape == self._input_shape and image.dtype == np.uint8:
+        """Return the pixels of an image as `model_pixels` does."""
+        if isinstance(image, np.ndarray) and image.shape == self._pixel_shape and image.dtype == np.uint8:
             return image  # there is nothing to decode or resize
-        decoded = read_image(image)
-        return np.asarray(decoded) if self.spec.embedded_preprocessing else resize(decoded, self.spec.input)
+        return model_pixels(read_image(image), self.spec)
 
     def _require_top_k(self, top_k: int) -> None:
         classes = len(self.spec.class_names)
@@ -199,25 +208,25 @@ class Predictor:
         """Classify images that `_pixels` returned."""
         if not images:
             return []
-        logits = self._logits(images, backend)
-        predictions = top_predictions(logits, self.spec.class_names, top_k)
+        outputs = self._outputs(images, backend)
+        predictions = top_predictions(outputs, self.spec, top_k)
         if not with_logits:
             return predictions
-        rows = zip(predictions, logits.tolist(), strict=True)
+        rows = zip(predictions, outputs.tolist(), strict=True)
         return [msgspec.structs.replace(prediction, logits=tuple(row)) for prediction, row in rows]
 
-    def _logits(self, images: Sequence[NDArray[np.uint8]], backend: Backend) -> NDArray[np.float32]:
-        """Return the logits (N, classes); images of equal size are run as one batch."""
+    def _outputs(self, images: Sequence[NDArray[np.uint8]], backend: Backend) -> NDArray[np.float32]:
+        """Return the outputs (N, output_size); images of equal size are run as one batch."""
         if len(images) == 1:
-            return backend.run(model_input(images[0][None], self.spec))
+            return run_checked(backend, pixels_to_input(images[0][None], self.spec))
         positions: dict[tuple[int, ...], list[int]] = {}
         for position, image in enumerate(images):
             positions.setdefault(image.shape, []).append(position)
-        logits = np.empty((len(images), len(self.spec.class_names)), np.float32)
+        outputs = np.empty((len(images), self.spec.output_size), np.float32)
         for indices in positions.values():
             batch = np.stack([images[index] for index in indices])
-            logits[indices] = backend.run(model_input(batch, self.spec))
-        return logits
+            outputs[indices] = run_checked(backend, pixels_to_input(batch, self.spec))
+        return outputs
 
     def close(self) -> None:
         """Release the model."""
@@ -247,16 +256,36 @@ def load(path: str | Path, backend: str | None = None, device: str = "auto") -> 
         ModelFileError: the file does not exist or cannot be run.
         DeviceError: the device is not available.
     """
-    return Predictor(open_backend(path, backend, device))
+    opened = open_backend(path, backend, device)
+    try:
+        require_interface(opened, str(path))
+    except BaseException:
+        opened.close()
+        raise
+    return Predictor(opened)
 
 
-def top_predictions(logits: NDArray[np.float32], class_names: Sequence[str], top_k: int) -> list[Prediction]:
-    """Return one prediction with the `top_k` best classes for each row of logits, (N, classes)."""
-    # Sort by the logits, because softmax can round different ones to equal scores. A stable sort puts the first of
-    # several equal logits first, as argmax does.
-    best = (-logits).argsort(axis=1, kind="stable")[:, :top_k]
-    scores = softmax(logits)[np.arange(len(logits))[:, None], best].tolist()
-    return [_prediction(*row, class_names) for row in zip(best.tolist(), scores, strict=True)]
+def top_predictions(outputs: NDArray[np.float32], spec: ModelSpec, top_k: int) -> list[Prediction]:
+    """Return one prediction with the `top_k` best classes for each row of outputs, (N, output_size)."""
+    ranking = _rank(outputs, spec)
+    scores = class_scores(outputs, spec)
+    if spec.multi_label:
+        applicable = reach_thresholds(scores, spec).tolist()
+        rows = zip(ranking.tolist(), scores.tolist(), applicable, strict=True)
+        return [_multi_label_prediction(*row, spec.class_names, top_k) for row in rows]
+    best = ranking[:, :top_k]
+    best_scores = scores[np.arange(len(scores))[:, None], best].tolist()
+    return [_prediction(*row, spec.class_names) for row in zip(best.tolist(), best_scores, strict=True)]
+
+
+def _rank(outputs: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.int64]:
+    """Return the classes of each image, best first, int64 (N, classes)."""
+    if spec.outputs == 1:
+        predicted = predicted_classes(outputs, spec)
+        return np.stack([predicted, 1 - predicted], axis=1)
+    # Sort by the outputs, because different ones can have equal scores. A stable sort puts the first of several equal
+    # outputs first, as argmax does.
+    return (-outputs).argsort(axis=1, kind="stable")
 
 
 def _prediction(best: list[int], scores: list[float], names: Sequence[str]) -> Prediction:
@@ -264,9 +293,10 @@ def _prediction(best: list[int], scores: list[float], names: Sequence[str]) -> P
     return Prediction(top[0].label, top[0].index, top[0].score, top)
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return softmax scores along the last axis, in double precision and without overflow for large logits."""
-    highest = np.maximum.reduce(logits, axis=-1, keepdims=True)
-    exponentials: NDArray[np.float64] = np.exp(np.subtract(logits, highest, dtype=np.float64))
-    exponentials /= np.add.reduce(exponentials, axis=-1, keepdims=True)
-    return exponentials
+def _multi_label_prediction(
+    ranking: list[int], scores: list[float], applicable: list[bool], names: Sequence[str], top_k: int
+) -> Prediction:
+    candidates = [Candidate(names[index], index, scores[index]) for index in ranking]
+    labels = tuple([candidate for candidate in candidates if applicable[candidate.index]])
+    best = candidates[0]
+    return Prediction(best.label, best.index, best.score, tuple(candidates[:top_k]), labels=labels)

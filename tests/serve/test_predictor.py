@@ -7,19 +7,19 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
 
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ImageError, ModelFileError, UsageError
-from cifarx_serve.predictor import Predictor, load, softmax
-from cifarx_serve.spec import ModelSpec
+from cifarx_serve.predictor import Predictor, load
+from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import SPEC, write_onnx
+from tests.support.spec_model import BGR, GRAYSCALE, RGB, make_spec, write_model
 from tests.support.trained_model import Trained
 
 RED, GREEN, BLUE, CYAN, GRAY = (
@@ -174,6 +174,171 @@ def test_images_of_different_sizes_keep_their_order(predictor: Predictor) -> Non
     assert [prediction.label for prediction in predictor.predict(images)] == ["blue", "red", "green", "blue"]
 
 
+def open_model(tmp_path: Path, spec: ModelSpec) -> Predictor:
+    return load(write_model(tmp_path / "means.onnx", spec), device="cpu")
+
+
+@pytest.mark.parametrize("color", [RGB, BGR])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_the_network_gets_its_own_order_of_channels_and_axes(tmp_path: Path, color: InputSpec, layout: Any) -> None:
+    spec = make_spec(msgspec.structs.replace(color, layout=layout))
+    expected = [10, 0, -10] if spec.input.color == "RGB" else [0, -10, 10]
+    assert open_model(tmp_path, spec).predict(RED, logits=True).logits == pytest.approx(expected)
+
+
+def test_a_grayscale_network_gets_the_luma(tmp_path: Path) -> None:
+    predictor = open_model(tmp_path, make_spec(GRAYSCALE))
+    luma = np.asarray(GREEN.convert("L"))[0, 0] / 255
+    assert predictor.predict(GREEN, logits=True).logits == pytest.approx([10 * luma, 0, -10 * luma])
+
+
+def test_a_grayscale_network_takes_arrays_of_each_shape(tmp_path: Path) -> None:
+    predictor = open_model(tmp_path, make_spec(GRAYSCALE))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 1), dtype=np.uint8)
+    sources: list[Any] = [pixels, pixels[..., 0], np.repeat(pixels, 3, axis=2), Image.fromarray(pixels[..., 0])]
+    predictions = predictor.predict(sources, logits=True)
+    assert predictions == [predictions[0]] * 4
+    assert predictions[0].logits == pytest.approx([pixels.mean() / 25.5, 0, -pixels.mean() / 25.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("input_spec", [RGB, GRAYSCALE])
+def test_embedded_preprocessing_takes_whole_images_of_the_right_channels(tmp_path: Path, input_spec: InputSpec) -> None:
+    predictor = open_model(tmp_path, make_spec(input_spec, embedded_preprocessing=True))
+    plain = open_model(tmp_path, make_spec(input_spec))
+    expected = plain.predict(GREEN, logits=True).logits
+    assert predictor.predict(GREEN, logits=True).logits == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_array_of_the_input_size_is_cropped_like_any_image(tmp_path: Path) -> None:
+    cropped = InputSpec(height=4, width=4, resize="shorter_side", resize_to=8)
+    predictor = open_model(tmp_path, make_spec(cropped))
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[1:3, 1:3] = (255, 0, 0)
+    logits = predictor.predict(pixels, logits=True).logits
+    assert logits == predictor.predict(Image.fromarray(pixels), logits=True).logits
+    assert logits is not None
+    assert logits[0] > 5  # the crop is the red center, enlarged
+
+
+def test_a_long_stream_of_grayscale_files_equals_single_predictions(tmp_path: Path) -> None:
+    letterbox = msgspec.structs.replace(GRAYSCALE, resize="letterbox", fill=114)
+    predictor = open_model(tmp_path, make_spec(letterbox))
+    paths = []
+    for number, image in enumerate((RED, GREEN, BLUE, CYAN)):
+        paths.append(tmp_path / f"{number}.png")
+        image.save(paths[-1])
+    expected = [predictor.predict(path, top_k=3) for path in paths]
+    assert list(predictor.predict_stream(paths * 300, top_k=3)) == expected * 300
+
+
+def test_a_model_that_returns_probabilities_needs_no_activation(tmp_path: Path) -> None:
+    predictor = open_model(tmp_path, make_spec(output="probabilities"))
+    [prediction] = predictor.predict([RED], top_k=3)
+    logits = np.array([10, 0, -10])
+    scores = np.exp(logits) / np.exp(logits).sum()
+    assert [candidate.score for candidate in prediction.top] == pytest.approx(scores.tolist(), abs=1e-6)
+    assert prediction.labels is None
+    with pytest.raises(UsageError, match="the model returns probabilities"):
+        predictor.predict(RED, logits=True)
+
+
+@pytest.mark.parametrize("output", ["logits", "probabilities"])
+def test_several_labels_apply_to_an_image(tmp_path: Path, output: str) -> None:
+    spec = make_spec(output=output, activation="sigmoid", thresholds=(0.5, 0.5, 0.0))
+    prediction = open_model(tmp_path, spec).predict(RED, top_k=2)
+    scores = 1 / (1 + np.exp([-10, 0, 10]))
+    assert prediction.labels is not None
+    assert [candidate.label for candidate in prediction.labels] == ["red", "green", "blue"]
+    assert [candidate.score for candidate in prediction.labels] == pytest.approx(scores.tolist(), abs=1e-6)
+    assert [candidate.label for candidate in prediction.top] == ["red", "green"]
+    assert (prediction.label, prediction.index, prediction.score) == ("red", 0, prediction.top[0].score)
+
+
+def test_no_label_may_apply_to_an_image(tmp_path: Path) -> None:
+    predictor = open_model(tmp_path, make_spec(activation="sigmoid", thresholds=(1, 0.9, 0.6)))
+    prediction = predictor.predict(GRAY)
+    assert (prediction.label, prediction.labels) == ("red", ())
+    assert prediction.score == pytest.approx(0.5)
+    assert msgspec.json.decode(msgspec.json.encode(prediction))["labels"] == []
+    assert b"labels" not in msgspec.json.encode(open_model(tmp_path, make_spec()).predict(CYAN))
+
+
+@pytest.mark.parametrize(("threshold", "label"), [(None, "no"), (0.2, "yes"), (0.3, "no")])
+def test_one_output_decides_between_two_classes(tmp_path: Path, threshold: float | None, label: str) -> None:
+    spec = make_spec(
+        class_names=("no", "yes"),
+        activation="sigmoid",
+        outputs=1,
+        thresholds=None if threshold is None else (threshold,),
+    )
+    image = Image.new("RGB", (6, 4), (100, 125, 0))  # the logit is -25 / 25.5
+    prediction = open_model(tmp_path, spec).predict(image, top_k=2, logits=True)
+    score = 1 / (1 + np.exp(25 / 25.5))
+    assert prediction.label == label
+    assert prediction.top[0].label == label
+    assert {found.label: found.score for found in prediction.top} == pytest.approx({"yes": score, "no": 1 - score})
+    assert prediction.logits == pytest.approx([-25 / 25.5])
+    assert prediction.labels is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted", "valid"),
+    [
+        (make_spec(GRAYSCALE), r"float32 \(N, 1, 4, 6\)", np.zeros((2, 1, 4, 6), np.float32)),
+        (
+            make_spec(msgspec.structs.replace(RGB, layout="NHWC")),
+            r"float32 \(N, 4, 6, 3\)",
+            np.zeros((2, 4, 6, 3), np.float32),
+        ),
+        (
+            make_spec(GRAYSCALE, embedded_preprocessing=True),
+            r"uint8 \(N, H, W, 1\)",
+            np.zeros((2, 9, 7, 1), np.uint8),
+        ),
+        (
+            make_spec(class_names=("no", "yes"), activation="sigmoid", outputs=1),
+            r"float32 \(N, 3, 4, 6\)",
+            np.zeros((2, 3, 4, 6), np.float32),
+        ),
+    ],
+    ids=["grayscale", "NHWC", "embedded grayscale", "one output"],
+)
+def test_run_takes_batches_as_the_spec_says(tmp_path: Path, spec: ModelSpec, wanted: str, valid: NDArray[Any]) -> None:
+    predictor = open_model(tmp_path, spec)
+    assert predictor.run(valid).shape == (2, spec.output_size)
+    for wrong in (valid.transpose(0, 3, 1, 2), valid[0], valid[:0], valid.astype(np.float64)):
+        with pytest.raises(UsageError, match=f"the model takes {wanted}"):
+            predictor.run(wrong)
+
+
+@pytest.mark.parametrize(
+    ("stated", "real", "problem"),
+    [
+        (make_spec(GRAYSCALE), make_spec(), r"input float32 \(batch, 3, 4, 6\) .* \(batch, 1, 4, 6\)"),
+        (make_spec(msgspec.structs.replace(RGB, layout="NHWC")), make_spec(), r"describes .* \(batch, 4, 6, 3\)"),
+        (make_spec(embedded_preprocessing=True), make_spec(), "describes input uint8"),
+        (make_spec(output="probabilities"), make_spec(), r"and logits float32 .* describes .* and probabilities"),
+        (make_spec(class_names=("a", "b")), make_spec(), r"logits float32 \(batch, 3\).* logits float32 \(batch, 2\)"),
+    ],
+    ids=["channels", "layout", "dtype", "name of the output", "number of outputs"],
+)
+def test_a_file_whose_spec_describes_other_tensors_is_refused(
+    tmp_path: Path, stated: ModelSpec, real: ModelSpec, problem: str
+) -> None:
+    path = write_model(tmp_path / "means.onnx", real, document=stated.to_json())
+    with pytest.raises(ModelFileError, match=rf"means\.onnx has .*{problem}"):
+        load(path, device="cpu")
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_an_output_of_another_size_than_the_spec_is_refused(constant: ConstantBackend, outputs: int) -> None:
+    """A format may not describe its tensors."""
+    constant.logits = [0.0] * outputs
+    for images in ([RED], [RED, GREEN]):
+        with pytest.raises(ModelFileError, match=rf"the model returns logits of shape \({len(images)}, {outputs}\)"):
+            Predictor(constant).predict(images)
+
+
 class EmbeddedBackend(ConstantBackend):
     """A backend with embedded preprocessing; its logits are the mean color of the pixels."""
 
@@ -317,33 +482,3 @@ def test_an_onnx_model_needs_no_pytorch(trained: Trained, tmp_path: Path, fresh_
     )
     with load(trained.onnx, device="cpu") as predictor:
         assert fresh_python(code, trained.onnx, path) == predictor.predict(pixels).label
-
-
-finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
-logit_batches = arrays.arrays(
-    np.float32, st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=st.floats(-50, 50, width=32) | finite
-)
-
-
-@given(logit_batches)
-@example(np.array([[3e38, -3e38, 0]], np.float32))
-@example(np.zeros((2, 10), np.float32))
-def test_scores_sum_to_one(logits: NDArray[np.float32]) -> None:
-    scores = softmax(logits)
-    assert scores.shape == logits.shape
-    assert scores.dtype == np.float64
-    assert ((scores >= 0) & (scores <= 1)).all()
-    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-12)
-
-
-@given(logit_batches)
-def test_a_larger_logit_never_has_a_smaller_score(logits: NDArray[np.float32]) -> None:
-    for row, scores in zip(logits, softmax(logits), strict=True):
-        assert (np.diff(scores[np.argsort(row, kind="stable")]) >= 0).all()
-        assert scores[np.argmax(row)] == scores.max()
-
-
-@given(arrays.arrays(np.float32, (2, 5), elements=st.floats(-20, 20, width=32)))
-def test_softmax_computes_the_formula(logits: NDArray[np.float32]) -> None:
-    exponentials = np.exp(logits.astype(np.float64))
-    np.testing.assert_allclose(softmax(logits), exponentials / exponentials.sum(axis=1, keepdims=True), rtol=1e-12)

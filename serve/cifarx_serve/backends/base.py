@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import ModelFileError
+from cifarx_serve.errors import CifarxError, ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
 
 
@@ -66,7 +66,11 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the logits, float32 (N, classes), for a batch that `preprocess.model_input` returned."""
+        """Run a batch that `preprocess.model_input` returned.
+
+        Returns:
+            Logits or probabilities as the spec says, float32 (N, spec.output_size).
+        """
 
     def device_time(self, batch: NDArray[Any]) -> float | None:  # noqa: ARG002  unused where there is no such device
         """Return the time that the device takes for a batch, in microseconds, measured between two events on it.
@@ -113,6 +117,79 @@ def require_file(path: Path) -> None:
     if not path.exists():
         command = "train" if path.suffix == ".pth" else "export"
         raise ModelFileError(f"no such file {path}", f"check the path, or create the file with `cifarx {command}`")
+
+
+def require_interface(backend: Backend, name: str) -> None:
+    """Check that the tensors of a model are those that its spec describes, if the file describes them.
+
+    Args:
+        backend: the open model.
+        name: the file, for error messages.
+
+    Raises:
+        ModelFileError: a name, dtype or shape differs. An axis of variable size differs from none.
+    """
+    found = backend.tensor_infos()
+    if not found:
+        return
+    expected = _expected_tensors(backend.spec)
+    if len(found) != len(expected) or not all(map(_matches, found, expected)):
+        raise ModelFileError(
+            f"{name} has {_describe(found)}, but its spec describes {_describe(expected)}", "export it again"
+        )
+
+
+def _expected_tensors(spec: ModelSpec) -> tuple[TensorInfo, TensorInfo]:
+    pixels = ("batch", "height", "width", spec.input.channels)
+    image = TensorInfo("input", "float32", ("batch", *spec.input.shape))
+    return (
+        TensorInfo("input", "uint8", pixels) if spec.embedded_preprocessing else image,
+        TensorInfo(spec.output, "float32", ("batch", spec.output_size)),
+    )
+
+
+def _matches(found: TensorInfo, expected: TensorInfo) -> bool:
+    return (
+        found[:2] == expected[:2]
+        and len(found.shape) == len(expected.shape)
+        and all(
+            size == wanted for size, wanted in zip(found.shape, expected.shape, strict=True) if _are_fixed(size, wanted)
+        )
+    )
+
+
+def _are_fixed(*sizes: object) -> bool:
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _describe(tensors: tuple[TensorInfo, ...]) -> str:
+    return " and ".join(f"{info.name} {info.dtype} ({', '.join(map(str, info.shape))})" for info in tensors)
+
+
+def run_checked(backend: Backend, batch: NDArray[Any], name: str = "the model") -> NDArray[np.float32]:
+    """Run a batch, and check that the output has the shape that the spec describes.
+
+    Args:
+        backend: the open model.
+        batch: as for `Backend.run`.
+        name: the file, for error messages.
+
+    Raises:
+        ModelFileError: the model cannot run on the batch, or its output has another shape.
+    """
+    spec = backend.spec
+    try:
+        outputs = backend.run(batch)
+    except CifarxError:
+        raise
+    except Exception as error:  # the exceptions of the runtimes have no common base class
+        problem = f"{name} cannot run on {batch.dtype} {batch.shape} ({error_message(error)})"
+        raise ModelFileError(problem, "export it again") from error
+    expected = (len(batch), spec.output_size)
+    if outputs.shape != expected:
+        problem = f"{name} returns {spec.output} of shape {outputs.shape} for a batch of {len(batch)}, not {expected}"
+        raise ModelFileError(problem, "export it again")
+    return outputs
 
 
 def parse_spec(document: bytes | None, path: Path) -> ModelSpec:

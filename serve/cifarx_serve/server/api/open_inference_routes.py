@@ -176,7 +176,7 @@ class OpenInferenceRoutes:
         with self._instance(request) as instance:
             infer = await self._parse(request, instance, deadline)
             result = await instance.infer(infer.tensor, deadline, request.is_disconnected)
-        body, header_length = infer_response(infer, instance.model.name, instance.model.version, result.logits)
+        body, header_length = infer_response(infer, instance.model.name, instance.model.version, result.values)
         if header_length is None:
             return Response(body, content_type=JSON)
         headers = ((_HEADER_LENGTH, str(header_length).encode()),)

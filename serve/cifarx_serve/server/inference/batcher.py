@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from cifarx_serve.predictor import Prediction, top_predictions
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.errors import BatcherClosed, QueueFull, RequestCancelled
+from cifarx_serve.spec import ModelSpec
 
 RunModel: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
-"""Maps a batch of images to its logits; called by one thread at a time."""
+"""Maps a batch of images to the output of the model; called by one thread at a time."""
 
 _MAX_SHARED_TOP_K: Final = 10
 """Up to this `top_k`, the predictions of a whole batch are computed once and shared by its requests."""
@@ -39,17 +40,17 @@ class BatchOutput:
     """The output of one call of the model, shared by all requests of the batch.
 
     Args:
-        logits: float32 (N, classes).
+        values: logits or probabilities as the spec of the model says, float32 (N, output_size).
     """
 
-    def __init__(self, logits: NDArray[np.float32]) -> None:
-        self.logits = logits
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        self.values = values
         self._predictions: dict[int, list[Prediction]] = {}
 
-    def top_predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
+    def top_predictions(self, spec: ModelSpec, top_k: int) -> list[Prediction]:
         """Return the predictions of all N images, cached per `top_k`: ten images cost about as much as one."""
         if top_k not in self._predictions:
-            self._predictions[top_k] = top_predictions(self.logits, class_names, top_k)
+            self._predictions[top_k] = top_predictions(self.values, spec, top_k)
         return self._predictions[top_k]
 
 
@@ -69,15 +70,15 @@ class InferenceResult(NamedTuple):
     compute_s: float
 
     @property
-    def logits(self) -> NDArray[np.float32]:
-        """The logits of the request's images, float32 (N, classes)."""
-        return self.output.logits[self.rows]
+    def values(self) -> NDArray[np.float32]:
+        """The output of the model for the request's images, float32 (N, output_size)."""
+        return self.output.values[self.rows]
 
-    def top_predictions(self, class_names: Sequence[str], top_k: int) -> list[Prediction]:
+    def top_predictions(self, spec: ModelSpec, top_k: int) -> list[Prediction]:
         """Return one prediction per image of the request, with its `top_k` best classes."""
         if top_k > _MAX_SHARED_TOP_K:  # otherwise each request could make the server rank the whole batch again
-            return top_predictions(self.logits, class_names, top_k)
-        return self.output.top_predictions(class_names, top_k)[self.rows]
+            return top_predictions(self.values, spec, top_k)
+        return self.output.top_predictions(spec, top_k)[self.rows]
 
 
 class BatchEvent(NamedTuple):
@@ -286,7 +287,7 @@ class Batcher:
         """Run a batch in one call; if that fails, one call per request, so that no request can fail another."""
         try:
             images = batch[0].images if len(batch) == 1 else np.concatenate([request.images for request in batch])
-            output = BatchOutput(self._logits(images))
+            output = BatchOutput(self._run_split(images))
         except Exception as error:
             if len(batch) == 1:
                 return [error]
@@ -299,7 +300,8 @@ class Batcher:
             start = end
         return outcomes
 
-    def _logits(self, images: NDArray[Any]) -> NDArray[np.float32]:
+    def _run_split(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Run the images in calls of at most `max_batch`."""
         size = self._max_batch
         if len(images) <= size:
             return self._run(images)

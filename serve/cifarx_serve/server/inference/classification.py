@@ -76,10 +76,10 @@ class ImageClassifier:
         batches = _batches(decoded)
         pending = [instance.infer(batch, deadline, is_disconnected) for _, batch in batches]
         results = [await pending[0]] if len(pending) == 1 else await asyncio.gather(*pending)
-        class_names = instance.model.spec.class_names
+        spec = instance.model.spec
         predictions: list[Any] = list(decoded)  # the pixels of each image are replaced by its prediction
         for (indices, _), result in zip(batches, results, strict=True):
-            for index, prediction in zip(indices, result.top_predictions(class_names, top_k), strict=True):
+            for index, prediction in zip(indices, result.top_predictions(spec, top_k), strict=True):
                 predictions[index] = prediction
         return Classification(
             predictions,
@@ -102,12 +102,12 @@ class ImageClassifier:
                 decoded.append(error)
             else:
                 decoded.append(pixels)
-                pixels_left -= pixels.size // 3 if spec.embedded_preprocessing else 0
+                pixels_left -= pixels.size // spec.input.channels if spec.embedded_preprocessing else 0
         return decoded
 
 
 def _batches(decoded: Sequence[_Decoded]) -> list[tuple[list[int], NDArray[np.uint8]]]:
-    """Stack the readable images of each shape; return every batch, (N, H, W, 3), with the indices of its images.
+    """Stack the readable images of each shape; return every batch, (N, H, W, channels), with the indices of its images.
 
     Raises:
         ImageError: there is no readable image; the error is that of the first one.

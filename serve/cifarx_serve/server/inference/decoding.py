@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_serve.images.preprocess import resize
+from cifarx_serve.images.preprocess import model_pixels
 from cifarx_serve.images.reader import open_image, read_image
 from cifarx_serve.server.inference.deadline import Deadline, run_in_threadpool
 from cifarx_serve.spec import ModelSpec
@@ -27,7 +27,7 @@ async def decode_image(
     """Decode an image file; a large one in the thread pool.
 
     Returns:
-        RGB pixels, uint8 (H, W, 3), resized to the model's input unless the model does its own preprocessing.
+        Pixels, uint8 (H, W, channels), resized to the model's input unless the model does its own preprocessing.
 
     Raises:
         ImageError: the data is not a readable image.
@@ -47,5 +47,4 @@ def _open_and_decode(data: bytes, max_pixels: int, spec: ModelSpec) -> NDArray[n
 
 
 def _decode(image: Image.Image, spec: ModelSpec) -> NDArray[np.uint8]:
-    rgb = read_image(image)
-    return np.asarray(rgb) if spec.embedded_preprocessing else resize(rgb, spec.input)
+    return model_pixels(read_image(image), spec)

@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.backends.base import Backend
+from cifarx_serve.backends.base import Backend, require_interface, run_checked
 from cifarx_serve.backends.registry import model_file, open_backend
 from cifarx_serve.errors import CifarxError, ModelFileError, error_message
 from cifarx_serve.files.checksum import ChecksumState, read_checksum
-from cifarx_serve.images.preprocess import model_input
+from cifarx_serve.images.preprocess import model_input, pixels_to_input
 from cifarx_serve.spec import ModelSpec
 
 _VERSION_DIGITS: Final = 12
@@ -46,7 +46,7 @@ class ServedModel:
         max_batch: the largest batch it will be run with.
 
     Raises:
-        ModelFileError: the file is missing or damaged, or the model does not return valid logits.
+        ModelFileError: the file is missing or damaged, or the model does not return valid outputs.
         DeviceError: the device is not available.
     """
 
@@ -62,6 +62,7 @@ class ServedModel:
         self._max_batch = max_batch
         self.failed = False
         try:
+            require_interface(self._backend, self._file)
             self.warm_up()
         except BaseException:
             self.close()
@@ -96,43 +97,40 @@ class ServedModel:
         )
 
     def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the logits of a batch, float32 (N, classes).
+        """Return the output of the model for a batch, float32 (N, output_size).
 
         Args:
-            images: RGB pixels, uint8 (N, H, W, 3), of the model's input size unless it resizes them itself; or the
-                preprocessed input of the network, float32 (N, 3, height, width).
+            images: pixels, uint8 (N, H, W, channels), of the model's input size unless it resizes them itself; or the
+                preprocessed input of the network, float32 (N, *spec.input.shape).
 
         Raises:
             CifarxError: the model cannot run on them. `failed` is then set if it cannot run on anything else either.
         """
         try:
             if images.dtype == np.uint8:
-                images = model_input(images, self.spec)
-            logits = self._logits(images)
+                images = pixels_to_input(images, self.spec)
+            outputs = self._run_backend(images)
         except CifarxError:
             self._check_health()
             raise
         self.failed = False
-        return logits
+        return outputs
 
     def gray_images(self, count: int = 1) -> NDArray[np.uint8]:
-        """Return gray images that a working model can run on: RGB pixels, uint8 (count, height, width, 3)."""
-        return np.full((count, self.spec.input.height, self.spec.input.width, 3), 127, np.uint8)
+        """Return gray images that a working model can run on: pixels, uint8 (count, height, width, channels)."""
+        size = self.spec.input
+        return np.full((count, size.height, size.width, size.channels), 127, np.uint8)
 
     def warm_up(self) -> None:
-        """Run batches of the sizes to come, and check that the logits have the right shape and are finite.
+        """Run batches of the sizes to come, and check that the outputs are finite and have the shape of the spec.
 
         Raises:
             ModelFileError: they do not, or are not.
         """
         for size in _warm_up_sizes(self._max_batch):
-            logits = self._logits(model_input(self.gray_images(size), self.spec))
-            expected = (size, len(self.spec.class_names))
-            if logits.shape != expected:
-                problem = f"{self._file} returns logits of shape {logits.shape} for a batch of {size}, not {expected}"
-                raise ModelFileError(problem, "export it again")
-            if not np.isfinite(logits).all():
-                problem = f"{self._file} returns logits that are not finite for a batch of {size}"
+            outputs = self._run_backend(model_input(self.gray_images(size), self.spec))
+            if not np.isfinite(outputs).all():
+                problem = f"{self._file} returns {self.spec.output} that are not finite for a batch of {size}"
                 raise ModelFileError(problem, "export it again")
 
     def close(self) -> None:
@@ -142,19 +140,12 @@ class ServedModel:
     def _check_health(self) -> None:
         """After a failure, find out whether the images were the cause or the model fails on everything."""
         try:
-            self._logits(model_input(self.gray_images(), self.spec))
+            self._run_backend(model_input(self.gray_images(), self.spec))
         except CifarxError:
             self.failed = True
 
-    def _logits(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Run the backend; raise any error of it as ModelFileError."""
-        try:
-            return self._backend.run(batch)
-        except CifarxError:
-            raise
-        except Exception as error:  # the errors of the libraries, such as a lost device, have no common base class
-            problem = f"{self._file} cannot run on {batch.dtype} {batch.shape} ({error_message(error)})"
-            raise ModelFileError(problem, "export it again") from error
+    def _run_backend(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        return run_checked(self._backend, batch, self._file)
 
 
 def _warm_up_sizes(largest: int) -> list[int]:

@@ -15,6 +15,7 @@ from cifarx_serve.predictor import top_predictions
 from cifarx_serve.server.inference.batcher import Batcher, BatchEvent, BatchOutput, InferenceResult
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.errors import BatcherClosed, DeadlineExceeded, QueueFull, RequestCancelled
+from tests.support.spec_model import make_spec
 
 BAD = 666
 
@@ -84,7 +85,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def numbers(result: InferenceResult) -> list[int]:
-    return [int(number) for number in result.logits[:, 0]]
+    return [int(number) for number in result.values[:, 0]]
 
 
 def run_with_queue(test: Callable[[Queue], Awaitable[None]], **options: Any) -> Queue:
@@ -117,13 +118,14 @@ def test_one_request_is_one_call() -> None:
     assert queue.model.batches == [[7, 8]]
 
 
-@given(st.integers(1, 12), st.integers(0, 3))
-def test_a_request_gets_the_predictions_of_its_own_images(top_k: int, start: int) -> None:
-    logits, names = np.random.default_rng(0).standard_normal((4, 12), np.float32), [f"class {n}" for n in range(12)]
+@given(st.integers(1, 12), st.integers(0, 3), st.sampled_from(["softmax", "sigmoid"]))
+def test_a_request_gets_the_predictions_of_its_own_images(top_k: int, start: int, activation: str) -> None:
+    logits = np.random.default_rng(0).standard_normal((4, 12), np.float32)
+    spec = make_spec(class_names=tuple(f"class {n}" for n in range(12)), activation=activation)
     result = InferenceResult(BatchOutput(logits), slice(start, 4), 0.0, 0.0)
-    np.testing.assert_array_equal(result.logits, logits[start:])
+    np.testing.assert_array_equal(result.values, logits[start:])
     for _ in range(2):
-        assert result.top_predictions(names, top_k) == top_predictions(logits[start:], names, top_k)
+        assert result.top_predictions(spec, top_k) == top_predictions(logits[start:], spec, top_k)
 
 
 def test_an_idle_model_runs_at_once() -> None:

@@ -49,7 +49,7 @@ def run_with_repository(
 
 async def best_class(instance: ModelInstance, color: tuple[int, int, int] = (255, 0, 0)) -> int:
     result = await instance.infer(image(color), Deadline(time.perf_counter(), 10.0), lambda: False)
-    return int(result.logits[0].argmax())
+    return int(result.values[0].argmax())
 
 
 def test_models_are_loaded_in_order_and_found_by_name(tmp_path: Path) -> None:
