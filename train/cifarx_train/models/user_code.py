@@ -1,7 +1,7 @@
 """Import the user's own code, which only a reference given by the user can name.
 
-A reference is `FILE.py:CALLABLE` or `package.module:CALLABLE`, where CALLABLE is a class, a function or an object, or an
-attribute of one, such as `nets.Small`.
+A reference is `FILE.py:CALLABLE` or `package.module:CALLABLE`, where CALLABLE is a class, a function or an object, also
+one inside of another, such as `nets.Small`.
 """
 
 import hashlib
