@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from cifarx_serve.errors import SpecError
-from cifarx_serve.spec import Assumption, ModelSpec
+from cifarx_serve.spec import Assumption, InputSpec, ModelSpec
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -20,18 +20,24 @@ _STATED_BY: Mapping[Assumption, frozenset[str]] = MappingProxyType(
     }
 )
 
+_STATED_PREPROCESSING = frozenset({"height", "width", "mean", "std"})
+"""The fields of the input that have to be stated so that the preprocessing as a whole is not assumed."""
+
 
 class SpecOverrides(NamedTuple):
     """Fields of the spec that the user states. They replace what the file states and what is assumed.
 
     Attributes:
-        fields: a part of a spec document, with the keys of `ModelSpec`; `input` is a part of an `InputSpec` document.
+        fields: a part of a spec document, with the keys of `ModelSpec`; `input` is a part of an `InputSpec` document. A
+            `mean` or `std` of one value is for all channels.
         whole_input: whether the fields of `input` describe the preprocessing completely, so that the other fields have
             their default instead of the file's value, and the preprocessing is no longer assumed.
+        origins: who states each of the fields, for messages, such as `--classes`.
     """
 
     fields: Mapping[str, Any] = _NOTHING
     whole_input: bool = False
+    origins: Mapping[str, str] = _NOTHING
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """Return the spec with the fields replaced.
@@ -47,15 +53,57 @@ class SpecOverrides(NamedTuple):
         if isinstance(source := given.pop("source", None), dict) and document["source"] is not None:
             document["source"] |= source
         document |= given
-        document["input"] = {**({} if self.whole_input else document["input"]), **input_}
+        document["input"] = _merge_input({} if self.whole_input else document["input"], input_)
         stated = {name for name, keys in _STATED_BY.items() if keys & given.keys()}
-        if self.whole_input:
+        if self.whole_input or input_.keys() >= _STATED_PREPROCESSING:
             stated.add("preprocessing")
         document["assumed"] = [name for name in spec.assumed if name not in stated]
         try:
             return msgspec.convert(document, ModelSpec)
         except msgspec.ValidationError as error:
             raise SpecError(f"the stated spec is not valid ({error})", "correct that field") from error
+
+    def apply_to_input(self, size: InputSpec) -> InputSpec:
+        """Return an input with the fields of `input` replaced.
+
+        Raises:
+            SpecError: see `apply`.
+        """
+        document = _merge_input({} if self.whole_input else msgspec.to_builtins(size), self.fields.get("input", {}))
+        try:
+            return msgspec.convert(document, InputSpec)
+        except msgspec.ValidationError as error:
+            raise SpecError(f"the stated input is not valid ({error})", "correct that field") from error
+
+
+def _merge_input(document: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an input document with fields replaced, and the fields that depend on them adapted."""
+    merged = {**document, **given}
+    if "color" in given and "channels" not in given:
+        merged["channels"] = 1 if given["color"] == "L" else 3
+    channels = merged.get("channels", 3)
+    for name in ("mean", "std", "fill"):
+        values = merged.get(name)
+        if name in given:
+            if isinstance(values, list | tuple) and len(values) == 1:
+                merged[name] = list(values) * channels
+        elif isinstance(values, list | tuple) and len(values) != channels:
+            del merged[name]  # values for other channels
+    if given.keys() & {"height", "width"} and not given.keys() & {"resize", "resize_to"}:
+        merged["resize_to"] = _scale_resize_to(document, merged)
+    return merged
+
+
+def _scale_resize_to(document: Mapping[str, Any], merged: Mapping[str, Any]) -> Any:
+    """Return `resize_to` for another size of the crop: in the same proportion."""
+    resize_to = document.get("resize_to")
+    if isinstance(resize_to, int):
+        old, new = (min(fields["height"], fields["width"]) for fields in (document, merged))
+        return round(resize_to * new / old)
+    if isinstance(resize_to, list | tuple):
+        sides = zip(resize_to, ("height", "width"), strict=True)
+        return [round(size * merged[side] / document[side]) for size, side in sides]
+    return resize_to
 
 
 class ModelOptions(NamedTuple):

@@ -1,0 +1,97 @@
+"""Read a spec, or a part of one, that the user wrote as TOML or JSON."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cifarx_serve.errors import UsageError, error_message, unknown_name_error
+from cifarx_serve.spec import SCHEMA_VERSION, InputSpec, ModelSource, ModelSpec
+from cifarx_train.models.options import SpecOverrides
+
+_OLD_INPUT_FIELDS: Final = {"colour": "color"}  # of schema 1, in which `resize` was the interpolation
+_SETTABLE: Final = frozenset({"class_names", "input", "output", "activation", "outputs", "thresholds", "source"})
+"""The fields that the user states. The others describe one file."""
+
+
+def read_spec_file(path: Path) -> SpecOverrides:
+    """Return the fields of a spec document that state what a network takes and gives.
+
+    The document can be one that `cifarx inspect --json` printed, of any schema, or a part of one. Fields that describe
+    a particular file, such as checksums, are not used. An `input` that states the size describes the preprocessing
+    completely.
+
+    Raises:
+        UsageError: the file cannot be read, or has an unknown field.
+    """
+    document = _upgrade(read_document(path), path)
+    _require_known(document, ModelSpec, path)
+    fields = {name: value for name, value in document.items() if name in _SETTABLE and value is not None}
+    input_ = fields.get("input", {})
+    _require_known(input_, InputSpec, path)
+    if "source" in fields:
+        _require_known(fields["source"], ModelSource, path)
+        fields["source"] = {"output": fields["source"].get("output")}
+    origins = dict.fromkeys(fields, f"--spec {path}")
+    return SpecOverrides(fields, {"height", "width"} <= input_.keys(), origins)
+
+
+def read_input_file(path: Path) -> Mapping[str, Any]:
+    """Return the fields of an `InputSpec`, from a document of these fields or from a spec document.
+
+    Raises:
+        UsageError: the file cannot be read, or has an unknown field.
+    """
+    document = read_document(path)
+    if "input" in document:
+        return read_spec_file(path).fields["input"]  # type: ignore[no-any-return]
+    _require_known(document, InputSpec, path)
+    return document
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON or TOML file.
+
+    Raises:
+        UsageError: the file cannot be read, or is neither.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"cannot read {path} ({error_message(error)})", "give a TOML or JSON file") from error
+    try:
+        document = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is neither JSON nor TOML ({error_message(error)})",
+            "write it like `cifarx inspect FILE --spec-template` does",
+        ) from error
+    assert isinstance(document, dict), "an object and a TOML document are dicts"
+    return document
+
+
+def _upgrade(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a document of an older schema with the current names of its fields."""
+    version = document.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise UsageError(
+            f"{path} has spec schema {version}, but this cifarx reads only up to {SCHEMA_VERSION}",
+            "install a newer cifarx",
+        )
+    input_ = document.get("input")
+    if version > 1 or not isinstance(input_, dict):
+        return document
+    upgraded = {_OLD_INPUT_FIELDS.get(name, name): value for name, value in input_.items()}
+    if "resize" in upgraded:
+        upgraded["interpolation"] = upgraded.pop("resize")
+    return {**document, "input": upgraded}
+
+
+def _require_known(fields: object, kind: Any, path: Path) -> None:
+    known = kind.__struct_fields__
+    if not isinstance(fields, dict):
+        raise UsageError(f"{path} has {fields!r} instead of a table", "write a table of fields")
+    for name in fields:
+        if name not in known:
+            raise unknown_name_error(f"field in {path}", name, known)
