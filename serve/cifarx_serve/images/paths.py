@@ -8,7 +8,7 @@ from typing import Final
 
 from cifarx_serve.errors import UsageError
 
-SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The suffixes of the files that are taken from a folder. A file named directly can have any suffix."""
 
 STANDARD_INPUT: Final = "-"

@@ -11,14 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cifarx_serve.errors import ImageError, error_message
+from cifarx_serve.errors import CifarxError, ImageError, error_message
+from cifarx_serve.files.regular_file import open_file_or_pipe
+from cifarx_serve.images.image_format import (
+    FILE_FORMATS,
+    FORMATS,
+    HEAD_BYTES,
+    NOT_AN_IMAGE,
+    extra_formats,
+    reader,
+    require_accepted,
+)
+from cifarx_serve.images.inner_sizes import TooManyPixels, require_few_scans, require_pixels, require_small_structure
 
 MAX_PIXELS: Final = 100_000_000
 """Larger images are refused before they are decoded. As RGB, an image of this size takes 300 MB."""
 
+MAX_BYTES: Final = 1 << 30
+"""Larger files are refused. An image of `MAX_PIXELS` takes 300 MB in the largest of the common formats."""
+
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 
-# The EXIF tag of the camera orientation, and the operation that corrects each of its values (Exif 2.3, section 4.6.4).
+# The EXIF tag of the camera's orientation, and the operation that corrects each of its values.
 _ORIENTATION: Final = 0x0112
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -30,30 +44,29 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Keys of `Image.info` that can contain an orientation. Most images have none, which saves 3 ms in the TIFF reader.
-_EXIF_IN_INFO: Final = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP"})
-_EXIF_KEYS: Final = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+# Formats whose metadata are in `Image.info`, and the keys that can contain an orientation. Most images have none.
+_METADATA_IN_INFO: Final = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP"})
+_METADATA_KEYS: Final = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
 # Formats whose 16-bit grayscale images Pillow opens in the 32-bit mode I (PNG until Pillow 10.3).
 _16_BIT_AS_MODE_I: Final = ("PPM", "PNG")
 
-
-class TooManyPixels(ImageError):
-    """Raised for an image with more pixels than the limit."""
+# Formats that are read into memory first: their structure is checked in all of the file, which is compressed.
+_READ_AT_ONCE: Final = frozenset({"JPEG", "PNG", "WEBP", "GIF"})
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open an image file and read only its header. Pass the result to `read_image` to decode it.
 
     Args:
-        data: the content of the file.
+        data: the content of the file, in one of the formats `image_format.FORMATS`.
         max_pixels: the largest number of pixels to accept.
 
     Raises:
-        ImageError: the file is not an image.
-        TooManyPixels: the image has more pixels than `max_pixels`.
+        ImageError: the file is not an image, its format is not accepted, or it has too many parts.
+        TooManyPixels: the image has more pixels than `max_pixels`, or contains parts that have.
     """
-    return _open(io.BytesIO(data), f"{len(data)} bytes", max_pixels, _format(data))
+    return _open(io.BytesIO(data), f"{len(data)} bytes", max_pixels, FORMATS)
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -63,12 +76,13 @@ def read_image(source: ImageSource) -> Image.Image:
     to 8 bits, and only the first frame of an animation is used.
 
     Args:
-        source: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 3) or
-            (H, W, 4).
+        source: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4).
 
     Raises:
-        ImageError: the file does not exist or cannot be read, is not an image, or is truncated; the image is too large
-            or empty; or the array has a wrong shape or dtype.
+        ImageError: the file does not exist or cannot be read, is not an image, or is truncated; its format is not
+            accepted; the image or a part of it is too large or empty; or the array has a wrong shape or dtype.
+        UsageError: as for `image_format.extra_formats`.
     """
     if isinstance(source, Image.Image):
         with _ImageErrors("the image"):  # the pixels of an opened image are read only now
@@ -76,10 +90,10 @@ def read_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), f"{len(source)} bytes", _format(source))
+        return _decode(io.BytesIO(source), f"{len(source)} bytes")
     path = Path(source)
     try:
-        with path.open("rb") as file:
+        with open_file_or_pipe(path) as file:
             return _decode(file, str(path))
     except IsADirectoryError as error:
         raise ImageError(f"{path} is a folder", "give an image file") from error
@@ -105,9 +119,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # some decoders of Pillow apply the orientation themselves and then remove it
-    if image.format in _EXIF_IN_INFO and not _EXIF_KEYS & image.info.keys():
-        return image
-    operation = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    if image.format in _METADATA_IN_INFO:
+        if not _METADATA_KEYS & image.info.keys():
+            return image
+        from cifarx_serve.images.orientation import stored_orientation  # few images need it
+
+        orientation = stored_orientation(image.info)
+    else:
+        orientation = image.getexif().get(_ORIENTATION)
+    operation = None if orientation is None else _UPRIGHT.get(orientation)
     if operation is None:
         return image
     # `ImageOps.exif_transpose` would also rewrite the EXIF data, which fails if they are damaged.
@@ -116,26 +136,36 @@ def _upright(image: Image.Image) -> Image.Image:
     return upright
 
 
-def _decode(file: IO[bytes], name: str, formats: tuple[str] | None = None) -> Image.Image:
+def _decode(file: IO[bytes], name: str) -> Image.Image:
     with _ImageErrors(name):
-        return to_rgb(_open(file, name, MAX_PIXELS, formats))
+        return to_rgb(_open(file, name, MAX_PIXELS, FILE_FORMATS))
 
 
-def _open(file: IO[bytes], name: str, max_pixels: int, formats: tuple[str] | None) -> Image.Image:
+def _open(file: IO[bytes], name: str, max_pixels: int, accepted: tuple[str, ...]) -> Image.Image:
     with _ImageErrors(name):
-        image = Image.open(file, formats=formats)
-        if image.format == "EPS":  # Pillow would run it with Ghostscript
-            raise ImageError(f"{name} is EPS, which is a program", "save it as PNG first")
-        if image.width * image.height > max_pixels:
-            raise _too_large(f"{image.width}x{image.height} pixels", name, max_pixels)
+        head = file.read(HEAD_BYTES)
+        image_format = require_accepted(head, name, accepted)
+        if not isinstance(file, io.BytesIO) and (image_format in _READ_AT_ONCE or not file.seekable()):
+            file = _read(file, head, name)
+        file.seek(0)
+        if image_format not in accepted:
+            image: Image.Image = Image.open(file, formats=extra_formats())
+            require_pixels(*image.size, name, max_pixels)
+            return image
+        require_small_structure(image_format, file, name, max_pixels)
+        file.seek(0)
+        image = reader(image_format)(file)
+        require_pixels(*image.size, name, max_pixels)
+        if isinstance(file, io.BytesIO) and image_format == "JPEG":
+            require_few_scans(image, file, name)
         return image
 
 
-def _format(data: bytes) -> tuple[str] | None:
-    """Return the format of a PNG or JPEG file, so that Pillow does not try the readers of all other formats first."""
-    if data.startswith(b"\x89PNG"):
-        return ("PNG",)
-    return ("JPEG",) if data.startswith(b"\xff\xd8\xff") else None
+def _read(file: IO[bytes], head: bytes, name: str) -> io.BytesIO:
+    content = head + file.read(MAX_BYTES - len(head) + 1)
+    if len(content) > MAX_BYTES:
+        raise ImageError(f"{name} has more than {MAX_BYTES:,} bytes", "resize the image first")
+    return io.BytesIO(content)
 
 
 class _SuppressPillowWarnings:
@@ -182,26 +212,24 @@ class _ImageErrors:
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         suppress_pillow_warnings.__exit__()
-        if isinstance(error, Exception) and not isinstance(error, ImageError):
+        if isinstance(error, Exception) and not isinstance(error, CifarxError):
             raise _image_error(error, self._name) from error
 
 
 def _image_error(error: Exception, name: str) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
-        return _too_large("a decompression bomb", name, MAX_PIXELS)
-    if isinstance(error, UnidentifiedImageError):
-        return ImageError(f"{name} is not an image", "give a JPEG, PNG, WebP, BMP, TIFF or GIF file")
+        return TooManyPixels(f"{name} is a decompression bomb ({error_message(error)})", "resize the image first")
+    if isinstance(error, UnidentifiedImageError | SyntaxError):  # a SyntaxError is how a reader rejects a file
+        return ImageError(f"{name} is not an image", NOT_AN_IMAGE)
     return ImageError(f"{name} is truncated or damaged ({error_message(error)})", "save or copy the image again")
 
 
-def _too_large(what: str, name: str, limit: int) -> TooManyPixels:
-    return TooManyPixels(f"{name} is {what}, over the limit of {limit:,} pixels", "resize the image first")
-
-
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
         raise ImageError(
             f"cannot take an array of shape {array.shape} and dtype {array.dtype} as an image",
-            "give uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
+            "give uint8 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)",
         )
+    if array.shape[2:] == (1,):
+        array = array[..., 0]
     return Image.fromarray(np.ascontiguousarray(array))

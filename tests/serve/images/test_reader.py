@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifarx_serve.errors import ImageError
+from cifarx_serve.images.image_format import FORMATS_VARIABLE
 from cifarx_serve.images.reader import MAX_PIXELS, read_image
 
 ORIENTATION = 0x0112
@@ -311,7 +312,8 @@ def test_damaged_metadata_does_not_hide_the_orientation() -> None:
     assert np.array_equal(decoded(damaged), np.rot90(decoded(encoded(PICTURE, "JPEG")), -1))
 
 
-def test_an_exception_that_only_one_decoder_raises() -> None:
+def test_an_exception_that_only_one_decoder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORMATS_VARIABLE, "DDS")
     damaged = bytearray(encoded(PICTURE, "DDS"))
     damaged[80:84] = struct.pack("<I", 1)
     with pytest.raises(NotImplementedError), Image.open(io.BytesIO(damaged)) as opened:
@@ -384,6 +386,10 @@ def test_arrays_can_be_noncontiguous() -> None:
     assert np.array_equal(decoded(PIXELS[..., 1].T), np.stack([PIXELS[..., 1].T] * 3, axis=2))
 
 
+def test_grayscale_arrays_can_have_an_axis_of_channels() -> None:
+    assert np.array_equal(decoded(PIXELS[..., 1:2]), decoded(PIXELS[..., 1]))
+
+
 @pytest.mark.parametrize(
     "array",
     [
@@ -392,7 +398,6 @@ def test_arrays_can_be_noncontiguous() -> None:
         PIXELS > 7,
         PIXELS[None],
         PIXELS[0, 0],
-        PIXELS[..., :1],
         PIXELS[..., :2],
         np.zeros((3, 4, 5), np.uint8),
         np.zeros((), np.uint8),

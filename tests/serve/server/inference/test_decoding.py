@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifarx_serve.errors import ImageError
+from cifarx_serve.images.inner_sizes import TooManyPixels
 from cifarx_serve.images.preprocess import resize
-from cifarx_serve.images.reader import TooManyPixels, read_image
+from cifarx_serve.images.reader import read_image
 from cifarx_serve.server.inference import decoding
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.decoding import decode_image
