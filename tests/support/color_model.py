@@ -47,18 +47,25 @@ def write_onnx(
     return path
 
 
-def write_torchscript(path: Path, document: str | None = SPEC.to_json()) -> Path:
-    """Write the model as a TorchScript file; `document` is the spec to embed."""
+def write_torchscript(path: Path, document: str | None = SPEC.to_json(), channels_last: bool = False) -> Path:
+    """Write the model as a TorchScript file.
+
+    Args:
+        path: the file.
+        document: the spec to embed; None for no spec.
+        channels_last: whether the input is NHWC.
+    """
     import warnings
 
     import torch
 
     class Colors(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return 10 * images.mean((2, 3))
+            return 10 * images.mean((1, 2) if channels_last else (2, 3))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch has deprecated the format
-        module = torch.jit.trace(Colors().eval(), torch.zeros(2, 3, 4, 6))
+        shape = (2, 4, 6, 3) if channels_last else (2, 3, 4, 6)
+        module = torch.jit.trace(Colors().eval(), torch.zeros(shape))
         torch.jit.save(module, str(path), _extra_files={} if document is None else {SPEC_FILE: document})
     return path

@@ -73,6 +73,7 @@ class GpuSession:
 
     def __init__(self, path: Path, device: Device, spec: ModelSpec) -> None:
         self._path = path
+        self._spec = spec
         self.device = device
         self._thread = ThreadPoolExecutor(1, "onnxruntime")
         self._session: Any = None
@@ -88,7 +89,7 @@ class GpuSession:
             raise
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the logits, float32 (N, classes). The library's exceptions have no common base class."""
+        """Return the output, float32 (N, output_size). The library's exceptions have no common base class."""
         return self._call(self._run, batch)
 
     def get_providers(self) -> list[str]:
@@ -136,8 +137,8 @@ class GpuSession:
             return np.concatenate([self._run(batch[start : start + limit]) for start in range(0, len(batch), limit)])
         if self._bound is not None and len(batch) <= self._bound.max_batch_size:
             return self._bound.run(batch)
-        logits: NDArray[np.float32] = self._session.run(["logits"], {"input": batch}, run_options())[0]
-        return logits
+        outputs: NDArray[np.float32] = self._session.run([self._spec.output], {"input": batch}, run_options())[0]
+        return outputs
 
     def _bind(self, spec: ModelSpec) -> str | None:
         """Use IO binding and CUDA graphs, or return the reason why they do not work."""
@@ -148,9 +149,9 @@ class GpuSession:
             return f"they need ONNX Runtime {needed}, and {onnxruntime.__version__} is installed"
         if self._session.get_provider_options()[_CUDA]["enable_cuda_graph"] != "1":
             return "ONNX Runtime does not support them for this model"
-        image = spec.input
-        shape = (image.channels, image.height, image.width)
-        bound = BoundSession(self._session, "cuda", self.device.index, shape, len(spec.class_names))
+        if spec.embedded_preprocessing:
+            return "its images can have any size"
+        bound = BoundSession(self._session, "cuda", self.device.index, spec)
         try:
             problem = bound.find_mismatch()
         except Exception as error:  # the library's exceptions have no common base class
@@ -250,7 +251,7 @@ def _engine_shapes(spec: ModelSpec | None) -> dict[str, str]:
     """
     if spec is None or spec.precision == "int8" or spec.embedded_preprocessing:
         return {}
-    image = f"{spec.input.channels}x{spec.input.height}x{spec.input.width}"
+    image = "x".join(map(str, spec.input.shape))
     return {
         f"trt_profile_{name}_shapes": f"input:{batch_size}x{image}"
         for name, batch_size in zip(("min", "opt", "max"), _ENGINE_BATCH_SIZES, strict=True)

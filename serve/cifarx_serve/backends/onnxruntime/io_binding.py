@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarx_serve.spec import ModelSpec
+
 if TYPE_CHECKING:
     from cifarx_serve.backends.onnxruntime.cuda_timer import CudaTimer
 
@@ -28,12 +30,11 @@ class BoundSession:
     """A session with IO binding. Batches are padded to the next power of two. Threads run one at a time.
 
     Args:
-        session: an `onnxruntime.InferenceSession` with the input `input` and the output `logits`, created with
+        session: an `onnxruntime.InferenceSession` of a file without embedded preprocessing, created with
             `enable_cuda_graph` on a GPU.
         device: "cuda", or "cpu", where no graphs are captured.
         index: the index of the device.
-        shape: the shape of one image, (3, height, width).
-        classes: the number of classes.
+        spec: the model spec in the file: the shape of an image, and the name and the size of the output.
 
     Attributes:
         max_batch_size: the largest batch for `run`. The launches and allocations of larger batches cost little in
@@ -42,16 +43,15 @@ class BoundSession:
 
     max_batch_size: Final = 64
 
-    def __init__(self, session: Any, device: str, index: int, shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, session: Any, device: str, index: int, spec: ModelSpec) -> None:
         self._session = session
         self._device = (device, index)
-        self._shape = shape
-        self._classes = classes
+        self._spec = spec
         self._bindings: dict[int, _BatchBinding] = {}
         self._lock = threading.Lock()
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits, float32 (N, classes), of a batch, float32 (N, 3, height, width), N <= `max_batch_size`."""
+        """Return the output, float32 (N, output_size), of a batch, float32 (N, *shape), N <= `max_batch_size`."""
         with self._lock:
             return self._binding_for(len(batch)).run(batch)
 
@@ -59,22 +59,21 @@ class BoundSession:
         """Return the time on the device, in microseconds, of a run whose input is already there.
 
         Args:
-            batch: float32 (N, 3, height, width) of any N. Above `max_batch_size` no graph is used.
+            batch: float32 (N, *shape) of any N. Above `max_batch_size` no graph is used.
             timer: the timer of the stream that the session runs on.
         """
         with self._lock:
             return self._binding_for(len(batch)).device_time(batch, timer)
 
     def with_session(self, session: Any) -> "BoundSession":
-        """Return a bound session with the same shapes for another session on the same file."""
-        return BoundSession(session, *self._device, self._shape, self._classes)
+        """Return a bound session for another session on the same file."""
+        return BoundSession(session, *self._device, self._spec)
 
     def _binding_for(self, count: int) -> "_BatchBinding":
         size = 1 << (count - 1).bit_length() if count <= self.max_batch_size else count
         if size not in self._bindings:
             graph_id = str(size) if count <= self.max_batch_size else _NO_GRAPH
-            input_shape, output_shape = (size, *self._shape), (size, self._classes)
-            self._bindings[size] = _BatchBinding(self._session, self._device, input_shape, output_shape, graph_id)
+            self._bindings[size] = _BatchBinding(self._session, self._device, self._spec, size, graph_id)
         return self._bindings[size]
 
     def find_mismatch(self) -> str | None:
@@ -84,8 +83,8 @@ class BoundSession:
         """
         random = np.random.default_rng(0)
         for _ in range(2):
-            batch = random.random((2, *self._shape), np.float32)
-            expected = self._session.run(["logits"], {"input": batch}, run_options())[0]
+            batch = random.random((2, *self._spec.input.shape), np.float32)
+            expected = self._session.run([self._spec.output], {"input": batch}, run_options())[0]
             found = self.run(batch)
             if not np.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
                 return f"max |Δ| {np.abs(found - expected).max():.1e} between a replayed run and a plain one"
@@ -99,19 +98,20 @@ class _BatchBinding:
         self,
         session: Any,
         device: tuple[str, int],
-        input_shape: tuple[int, ...],
-        output_shape: tuple[int, ...],
+        spec: ModelSpec,
+        batch_size: int,
         graph_id: str,
     ) -> None:
         import onnxruntime
 
+        input_shape, output_shape = (batch_size, *spec.input.shape), (batch_size, spec.output_size)
         self._session = session
         self._host = np.zeros(input_shape, np.float32)
         self._input = onnxruntime.OrtValue.ortvalue_from_shape_and_type(input_shape, np.float32, *device)
         self._output = onnxruntime.OrtValue.ortvalue_from_shape_and_type(output_shape, np.float32, *device)
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input("input", self._input)
-        self._binding.bind_ortvalue_output("logits", self._output)
+        self._binding.bind_ortvalue_output(spec.output, self._output)
         self._options = run_options(graph_id)
         self._graph_id = graph_id
 
@@ -120,8 +120,8 @@ class _BatchBinding:
         self._host[: len(batch)] = batch
         self._input.update_inplace(self._host)
         self._session.run_with_iobinding(self._binding, self._options)
-        logits: NDArray[np.float32] = self._output.numpy()[: len(batch)].copy()
-        return logits
+        outputs: NDArray[np.float32] = self._output.numpy()[: len(batch)].copy()
+        return outputs
 
     def device_time(self, batch: NDArray[np.float32], timer: "CudaTimer") -> float:
         """Return the time of a run in microseconds, after a first run that copies the input and captures the graph."""

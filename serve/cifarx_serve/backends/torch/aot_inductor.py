@@ -94,8 +94,8 @@ class AotInductorBackend(TorchBackend):
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         with self._torch.inference_mode(), self._report_out_of_memory(len(batch)):
             # The compiled code assumes the strides of a contiguous batch without checking them.
-            (logits,) = self._module.run([self._torch.from_numpy(np.ascontiguousarray(batch))])
-        array: NDArray[np.float32] = logits.numpy()
+            (outputs,) = self._module.run([self._torch.from_numpy(np.ascontiguousarray(batch))])
+        array: NDArray[np.float32] = outputs.numpy()
         return array
 
 

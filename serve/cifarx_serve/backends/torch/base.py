@@ -35,8 +35,8 @@ class TorchBackend(Backend):
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         with self._torch.inference_mode(), self._report_out_of_memory(len(batch)):
-            logits = self._module(self._torch.from_numpy(batch).to(self._device))
-        array: NDArray[np.float32] = logits.cpu().numpy()
+            outputs = self._module(self._torch.from_numpy(batch).to(self._device))
+        array: NDArray[np.float32] = outputs.cpu().numpy()
         return array
 
     def device_time(self, batch: NDArray[Any]) -> float | None:

@@ -23,6 +23,7 @@ from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecEr
 from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.spec import ModelSpec
 from tests.support.color_model import SPEC, write_onnx
+from tests.support.spec_model import GRAYSCALE, make_spec, write_model
 from tests.support.trained_model import Trained
 
 CPU, CUDA, MPS, AUTO, TENSORRT = (Device(kind) for kind in ("cpu", "cuda", "mps", "auto", "tensorrt"))
@@ -176,6 +177,14 @@ def test_tensorrt_comes_first_and_cuda_second(colors: Path, tensorrt: Callable[.
     shapes = [first[f"trt_profile_{name}_shapes"] for name in ("min", "opt", "max")]
     assert shapes == ["input:1x3x4x6", "input:8x3x4x6", "input:64x3x4x6"]
     assert "enable_cuda_graph" not in second
+
+
+def test_tensorrt_gets_the_shapes_of_the_spec(tmp_path: Path, tensorrt: Callable[..., list[_FakeSession]]) -> None:
+    grayscale = make_spec(msgspec.structs.replace(GRAYSCALE, layout="NHWC"))
+    sessions = tensorrt()
+    OnnxRuntimeBackend(write_model(tmp_path / "means.onnx", grayscale), TENSORRT).close()
+    options = sessions[0].requested["TensorrtExecutionProvider"]
+    assert options["trt_profile_opt_shapes"] == "input:8x4x6x1"
 
 
 def test_tensorrt_caches_the_engine_of_a_file(
@@ -368,7 +377,7 @@ def test_a_spec_that_is_not_utf_8(tmp_path: Path, colors: Path) -> None:
         assert "malformed model spec" in error.problem
 
 
-@pytest.mark.parametrize("document", ["", "{}", SPEC.to_json()[:-5], SPEC.to_json().replace(":1,", ":2,", 1)])
+@pytest.mark.parametrize("document", ["", "{}", SPEC.to_json()[:-5], SPEC.to_json().replace(":2,", ":3,", 1)])
 def test_a_spec_that_cannot_be_read(tmp_path: Path, document: str) -> None:
     path = write_onnx(tmp_path / "x.onnx", document)
     for error in (opening_error(path), reading_error(path)):

@@ -22,6 +22,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, DeviceMemoryError, FallbackWarning
 from cifarx_serve.predictor import load
 from cifarx_serve.server.inference.model import ServedModel
+from cifarx_serve.spec import ModelSpec
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.simulated_gpu.counters import changes, counters
 from tests.support.simulated_gpu.process import SimulatedGpuProcess
@@ -61,8 +62,8 @@ class _FakeCudaSession:
 class _CpuBoundSession(BoundSession):
     """Uses the memory of the CPU on any device."""
 
-    def __init__(self, session: Any, device: str, index: int, shape: tuple[int, int, int], classes: int) -> None:
-        super().__init__(session, "cpu", 0, shape, classes)
+    def __init__(self, session: Any, device: str, index: int, spec: ModelSpec) -> None:
+        super().__init__(session, "cpu", 0, spec)
         assert (device, index) in (("cuda", 0), ("cpu", 0))  # the latter for a second session
 
 

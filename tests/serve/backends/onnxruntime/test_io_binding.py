@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cifarx_serve.backends.onnxruntime.io_binding import BoundSession, TimedSession
+from cifarx_serve.spec import ModelSpec
 from tests.support.color_model import SPEC, write_onnx
+from tests.support.spec_model import GRAYSCALE, RGB, make_spec, write_model
 
-SHAPE = (3, SPEC.input.height, SPEC.input.width)
+SHAPE = SPEC.input.shape
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def bound(session: Any) -> BoundSession:
-    return BoundSession(session, "cpu", 0, SHAPE, len(SPEC.class_names))
+    return BoundSession(session, "cpu", 0, SPEC)
 
 
 def _batch(count: int, seed: int = 0) -> NDArray[np.float32]:
@@ -36,10 +40,29 @@ def _batch(count: int, seed: int = 0) -> NDArray[np.float32]:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, BoundSession.max_batch_size), min_size=1, max_size=6))
 def test_any_sequence_of_batches_gives_the_logits_of_plain_runs(session: Any, counts: list[int]) -> None:
-    bound = BoundSession(session, "cpu", 0, SHAPE, len(SPEC.class_names))
+    bound = BoundSession(session, "cpu", 0, SPEC)
     for seed, count in enumerate(counts):
         batch = _batch(count, seed)
         assert np.array_equal(bound.run(batch), session.run(["logits"], {"input": batch})[0])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        make_spec(GRAYSCALE),
+        make_spec(msgspec.structs.replace(RGB, layout="NHWC"), output="probabilities"),
+        make_spec(class_names=("no", "yes"), activation="sigmoid", outputs=1),
+    ],
+    ids=["grayscale", "NHWC, probabilities", "one output"],
+)
+def test_the_shapes_and_names_are_those_of_the_spec(tmp_path: Path, spec: ModelSpec) -> None:
+    session = onnxruntime.InferenceSession(write_model(tmp_path / "a.onnx", spec), providers=["CPUExecutionProvider"])
+    bound = BoundSession(session, "cpu", 0, spec)
+    assert bound.find_mismatch() is None
+    batch = np.random.default_rng(0).random((3, *spec.input.shape), np.float32)
+    found = bound.run(batch)
+    assert found.shape == (3, spec.output_size)
+    assert np.array_equal(found, session.run([spec.output], {"input": batch})[0])
 
 
 def test_memory_is_allocated_once_per_power_of_two(bound: BoundSession) -> None:

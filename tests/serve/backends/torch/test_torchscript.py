@@ -2,11 +2,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 from cifarx_serve.backends.torch.base import SPEC_FILE
@@ -15,6 +17,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, ModelFileError, SpecError
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.images.preprocess import normalize
+from cifarx_serve.predictor import load
 from cifarx_serve.spec import ModelSpec
 from tests.support.color_model import SPEC, write_torchscript
 from tests.support.trained_model import Trained
@@ -35,6 +38,26 @@ def test_logits(made_once: Path) -> None:
         logits = backend.run(batch)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, np.array([[0, 5, 0], [0, 0, 10 / 24]]), rtol=1e-6)
+
+
+def test_a_network_that_takes_nhwc_gets_nhwc(tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(SPEC, input=msgspec.structs.replace(SPEC.input, layout="NHWC"))
+    path = write_torchscript(tmp_path / "a.torchscript.pt", spec.to_json(), channels_last=True)
+    with load(path, device="cpu") as predictor:
+        assert predictor.predict(Image.new("RGB", (6, 4), "lime"), logits=True).logits == pytest.approx((0, 10, 0))
+
+
+def test_a_spec_that_the_network_does_not_fit_is_refused_when_it_runs(tmp_path: Path) -> None:
+    """A TorchScript file does not describe its tensors."""
+    layout = msgspec.structs.replace(SPEC, input=msgspec.structs.replace(SPEC.input, layout="NHWC"))
+    classes = msgspec.structs.replace(SPEC, class_names=("a", "b"))
+    for spec, problem in (
+        (layout, r"the model returns logits of shape \(1, 4\) for a batch of 1, not \(1, 3\)"),
+        (classes, r"the model returns logits of shape \(1, 3\) for a batch of 1, not \(1, 2\)"),
+    ):
+        path = write_torchscript(tmp_path / "a.torchscript.pt", spec.to_json())
+        with load(path, device="cpu") as predictor, pytest.raises(ModelFileError, match=problem):
+            predictor.predict(Image.new("RGB", (6, 4)))
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_backend(trained: Trained) -> None:
@@ -228,7 +251,7 @@ def test_a_model_of_another_exporter(tmp_path: Path) -> None:
         assert error.problem == f"{path} contains no model spec"
 
 
-@pytest.mark.parametrize("document", ["{}", SPEC.to_json()[:-5], SPEC.to_json().replace(":1,", ":2,", 1)])
+@pytest.mark.parametrize("document", ["{}", SPEC.to_json()[:-5], SPEC.to_json().replace(":2,", ":3,", 1)])
 def test_a_spec_that_cannot_be_read(tmp_path: Path, document: str) -> None:
     path = write_torchscript(tmp_path / "x.torchscript.pt", document)
     for error in (refused(path), unreadable(path)):
