@@ -38,7 +38,7 @@ def convert_to_exported_program(source: ConversionSource) -> list[ExportedProgra
     """
     module = source.build_module()
     if source.spec.precision == "fp16":
-        module = convert_module_to_fp16(module)
+        module = convert_module_to_fp16(module, source.spec.input.layout)
     with warnings.catch_warnings(), torch.no_grad():
         # The parity check covers what the exporter warns about.
         warnings.simplefilter("ignore")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifarx_serve.errors import UsageError
+from cifarx_serve.spec import Layout
 
 FP16_MAX: Final = 65504.0
 """The largest finite float16 (IEEE 754 binary16)."""
@@ -26,19 +27,29 @@ FP16_SMALLEST_SUBNORMAL: Final = 2.0**-24
 
 
 class HalfPrecision(nn.Module):
-    """Runs a float16 network: takes float32 images (N, 3, height, width), returns float32 logits (N, classes)."""
+    """Runs a float16 network on float32 images, and returns its outputs in float32.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: the network.
+        layout: the order of the axes of the images.
+    """
+
+    def __init__(self, network: nn.Module, layout: Layout = "NCHW") -> None:
         super().__init__()
         self.network = network
+        self._memory_format = torch.channels_last if layout == "NCHW" else torch.contiguous_format
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images.to(torch.float16, memory_format=torch.channels_last))
-        return logits.float()
+        outputs: Tensor = self.network(images.to(torch.float16, memory_format=self._memory_format))
+        return outputs.float()
 
 
-def convert_module_to_fp16(module: nn.Module) -> nn.Module:
+def convert_module_to_fp16(module: nn.Module, layout: Layout = "NCHW") -> nn.Module:
     """Return a float16 copy of a float32 network in eval mode, on the same device. `module` is not modified.
+
+    Args:
+        module: the network.
+        layout: the order of the axes of its input.
 
     Raises:
         UsageError: a parameter or buffer is outside the range of float16.
@@ -53,7 +64,7 @@ def convert_module_to_fp16(module: nn.Module) -> nn.Module:
             )
     for _, tensor in _fp16_tensors(network):
         tensor.data = tensor.data.half()
-    return HalfPrecision(network).eval()
+    return HalfPrecision(network, layout).eval()
 
 
 def exceeds_fp16_range(values: NDArray[Any]) -> bool:

@@ -59,7 +59,7 @@ class ConversionSource:
         spec: spec of the model, with the precision to convert to.
         options: options of the user.
         load_training_images: returns the requested number of images, spread evenly over the training split: uint8,
-            (N, height, width, 3).
+            (N, height, width, channels).
         progress: called with a line of text at each step.
     """
 
@@ -73,13 +73,11 @@ class ConversionSource:
     def example_input(self) -> "Tensor":
         """Return a batch to trace the network with: two random images, because exporters specialize on a batch of one.
 
-        Float32, (2, channels, height, width), the same at every call.
+        Float32, (2, *input.shape), the same at every call.
         """
         import torch  # imported here because the command line's help must not import PyTorch
 
-        size = self.spec.input
-        generator = torch.Generator().manual_seed(0)
-        return torch.rand(2, size.channels, size.height, size.width, generator=generator)
+        return torch.rand(2, *self.spec.input.shape, generator=torch.Generator().manual_seed(0))
 
     def compute_once(self, function: "Callable[[ConversionSource], T]") -> T:
         """Return `function(self)`. The first call computes it; the formats that share this source reuse the result."""

@@ -57,8 +57,9 @@ class OnnxArtifact(Artifact):
 def convert_to_onnx(source: ConversionSource) -> Iterator[OnnxArtifact]:
     """Convert the network. Yields one artifact, or for int8 one per candidate of `QuantizationSearch`.
 
-    The input `input` is float32, (batch, 3, height, width). The output `logits` is float32, (batch, classes). With
-    embedded preprocessing the input is uint8, (batch, height, width, 3), of any height and width.
+    The input `input` is float32, (batch, *input.shape). The output is float32, (batch, output_size), and is called
+    `logits` or `probabilities`, as the spec says. With embedded preprocessing the input is uint8, (batch, height,
+    width, channels), of any height and width.
 
     Raises:
         UsageError, DataError: int8 cannot be calibrated. See `QuantizationSearch`.
@@ -97,7 +98,7 @@ def _export_fp32(source: ConversionSource) -> ModelProto:
             external_data=False,
             dynamic_shapes=({0: "batch"},),
             input_names=["input"],
-            output_names=["logits"],
+            output_names=[source.spec.output],
             opset_version=_opset(source),
             verify=False,  # it would only log a difference; the parity check covers this
         )

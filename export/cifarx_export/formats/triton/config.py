@@ -42,7 +42,7 @@ def triton_config(spec: ModelSpec, name: str) -> str:
     """
     largest = max(spec.parity.batch_sizes) if spec.parity else EVAL_BATCH_SIZE
     preferred = [*(size for size in PREFERRED_BATCH_SIZES if size < largest), largest]
-    data_type, dims = ("TYPE_FP32", [spec.input.channels, spec.input.height, spec.input.width])
+    data_type, dims = ("TYPE_FP32", list(spec.input.shape))
     if spec.embedded_preprocessing:
         data_type, dims = ("TYPE_UINT8", [-1, -1, spec.input.channels])
     return f"""\
@@ -54,9 +54,9 @@ max_batch_size: {largest}
 input [ {{ name: "input" data_type: {data_type} dims: {dims} }} ]
 output [
   {{
-    name: "logits"
+    name: "{spec.output}"
     data_type: TYPE_FP32
-    dims: [{len(spec.class_names)}]
+    dims: [{spec.output_size}]
     label_filename: "{LABELS_FILE}"
   }}
 ]
@@ -75,8 +75,12 @@ parameters {{
 
 
 def labels(spec: ModelSpec) -> str:
-    """Return the class names in label order, one per line. Triton cannot represent a line break in a name."""
-    return "".join(" ".join(name.splitlines()) + "\n" for name in spec.class_names)
+    """Return the name of each output, one per line. Triton cannot represent a line break in a name.
+
+    These are the class names in label order. The only output for two classes has the name of the second class, whose
+    score it is.
+    """
+    return "".join(" ".join(name.splitlines()) + "\n" for name in spec.class_names[-spec.output_size :])
 
 
 def quote(text: str) -> str:

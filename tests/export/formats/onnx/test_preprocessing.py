@@ -18,7 +18,7 @@ from PIL import Image
 
 from cifarx_export.export import export
 from cifarx_export.formats.onnx.converter import convert_to_onnx
-from cifarx_export.formats.onnx.preprocessing import embed_preprocessing, resize_model
+from cifarx_export.formats.onnx.preprocessing import MIN_OPSET, embed_preprocessing, resize_model
 from cifarx_export.formats.registry import OPSETS, ExportOptions
 from cifarx_serve.images.preprocess import normalize, resize
 from cifarx_serve.images.reader import read_image
@@ -30,6 +30,8 @@ from tests.support.conversion import conversion_source
 FILTERS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_DIFFERENCE = 1
 """Gray levels. No difference has been observed; summation in another order could change the last bit."""
+
+OPSETS_WITH_PREPROCESSING = [opset for opset in OPSETS if opset >= MIN_OPSET]
 
 needs_pillow_13 = pytest.mark.skipif(
     int(PIL.__version__.partition(".")[0]) < 13, reason="before Pillow 13 the horizontal pass came first"
@@ -60,18 +62,19 @@ def resizer(spec: InputSpec, opset: int = 18, optimized: bool = True) -> Resizer
 
 
 def difference(run: Resizer, spec: InputSpec, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return the difference of each value from that of Pillow, in gray levels."""
-    error: NDArray[np.int64] = np.abs(run(pixels).astype(np.int64) - resize(Image.fromarray(pixels), spec))
+    """Return the difference of each value from that of `resize`, in gray levels."""
+    image = Image.fromarray(pixels if spec.channels == 3 else pixels[..., 0])
+    error: NDArray[np.int64] = np.abs(run(pixels).astype(np.int64) - resize(image, spec))
     return error
 
 
-def noise(seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+def noise(seed: int, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
 
 
-def extremes(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+def extremes(seed: int, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
     """Return black and white noise, on which filters with negative weights overshoot."""
-    return np.random.default_rng(seed).integers(0, 2, (height, width, 3)).astype(np.uint8) * np.uint8(255)
+    return np.random.default_rng(seed).integers(0, 2, (height, width, channels)).astype(np.uint8) * np.uint8(255)
 
 
 side = st.integers(1, 12) | st.integers(1, 90)
@@ -120,7 +123,47 @@ def test_a_very_wide_image_is_exact(filter_name: Any) -> None:
         assert not difference(resizer(spec), spec, pixels).any()
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+MODES: dict[str, dict[str, Any]] = {
+    "stretch and crop": {"resize_to": (30, 50)},
+    "stretch, crop and pad": {"resize_to": (20, 60), "fill": (1, 2, 3)},
+    "letterbox": {"resize": "letterbox", "fill": 114},
+    "letterbox with a color": {"resize": "letterbox", "fill": (9, 8, 7), "color": "BGR"},
+    "shorter side": {"resize": "shorter_side", "resize_to": 44},
+    "shorter side, padded": {"resize": "shorter_side", "resize_to": 28, "fill": 7},
+    "grayscale": {"resize": "shorter_side", "resize_to": 44, "channels": 1, "color": "L"},
+    "grayscale letterbox": {"resize": "letterbox", "fill": 200, "channels": 1, "color": "L"},
+}
+FILTERS_WITH_ANTIALIAS = [(name, antialias) for name in FILTERS for antialias in (True, False)][:-1]  # not Lanczos
+
+
+@needs_pillow_13
+@pytest.mark.parametrize(("filter_name", "antialias"), FILTERS_WITH_ANTIALIAS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_matches_the_preprocessing(mode: str, filter_name: Any, antialias: bool) -> None:
+    """With sizes that are larger, smaller, extremely tall and wide, and those to which images are resized."""
+    spec = InputSpec(height=24, width=40, interpolation=filter_name, antialias=antialias, **MODES[mode])
+    sizes = [(24, 40), (30, 50), (44, 44), (28, 28), (60, 81), (61, 83), (7, 300), (300, 7), (1, 1), (23, 41), (2, 3)]
+    for pattern, size in itertools.product((noise, extremes), sizes):
+        assert not difference(resizer(spec), spec, pattern(0, *size, spec.channels)).any(), size
+
+
+@needs_pillow_13
+@settings(max_examples=100, deadline=None)
+@given(
+    mode=st.sampled_from(sorted(MODES)),
+    filter_name=st.sampled_from(FILTERS_WITH_ANTIALIAS),
+    source=st.tuples(side, side),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_size_matches_the_preprocessing_in_every_mode(
+    mode: str, filter_name: tuple[Any, bool], source: tuple[int, int], seed: int
+) -> None:
+    interpolation, antialias = filter_name
+    spec = InputSpec(height=24, width=40, interpolation=interpolation, antialias=antialias, **MODES[mode])
+    assert difference(resizer(spec), spec, noise(seed, *source, spec.channels)).max() <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("opset", OPSETS_WITH_PREPROCESSING)
 @pytest.mark.parametrize("optimized", [False, True])
 def test_every_opset_gives_the_same_result(opset: int, optimized: bool) -> None:
     spec = InputSpec(height=24, width=40, interpolation="bicubic")
@@ -143,9 +186,10 @@ spread = st.floats(0.0625, 16, width=32)
 
 def identity_model(spec: InputSpec, opset: int = 18) -> onnx.ModelProto:
     """Return a network that returns its input, with names that the preprocessing also uses."""
+    shape = ", ".join(map(str, spec.shape))
     text = f"""
         <ir_version: 10, opset_import: ["" : {opset}]>
-        network (float[batch, 3, {spec.height}, {spec.width}] input) => (float[batch, values] logits)
+        network (float[batch, {shape}] input) => (float[batch, values] logits)
         <float mean = {{0}}, int64[2] half = {{0, -1}}>
         {{
             result = Add (input, mean)
@@ -176,12 +220,36 @@ def test_an_image_of_the_right_size_is_normalized_exactly(
     assert np.array_equal(seen, normalize(pixels, spec).reshape(1, -1))  # all bits, except for the sign of a zero
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", OPSETS_WITH_PREPROCESSING)
 def test_a_resized_image_is_normalized_exactly(opset: int) -> None:
     spec = InputSpec(height=16, width=32, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))
     pixels = noise(0, 40, 50)
     seen = session(embed_preprocessing(identity_model(spec, opset), spec)).run(["logits"], {"input": pixels[None]})[0]
     assert seen.tobytes() == normalize(resize(Image.fromarray(pixels), spec)[None], spec).tobytes()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    ("color", "mean", "std"),
+    [
+        ("RGB", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("BGR", (0.406, 0.456, 0.485), (0.225, 0.224, 0.229)),
+        ("L", (0.1307,), (0.3081,)),
+        ("BGR", (), ()),
+    ],
+)
+def test_every_color_and_layout_is_normalized_exactly(layout: Any, color: Any, mean: Any, std: Any) -> None:
+    channels: Any = 1 if color == "L" else 3
+    spec = InputSpec(
+        height=6, width=8, channels=channels, color=color, layout=layout, mean=mean, std=std, value_range=(0, 255),
+        resize="letterbox", fill=114,
+    )  # fmt: skip
+    pixels = noise(0, 40, 50, channels)
+    model = embed_preprocessing(identity_model(spec), spec)
+    onnx.checker.check_model(model, full_check=True)
+    seen = session(model).run(["logits"], {"input": pixels[None]})[0]
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+    assert seen.tobytes() == normalize(resize(image, spec)[None], spec).tobytes()
 
 
 def test_the_original_model_is_not_modified() -> None:
@@ -195,9 +263,10 @@ def test_the_original_model_is_not_modified() -> None:
 
 def test_every_constant_is_used() -> None:
     """ONNX Runtime warns about unused ones when it opens a file."""
-    for filter_name in FILTERS:
-        graph = resize_model(InputSpec(height=4, width=6, interpolation=filter_name)).graph
-        assert {entry.name for entry in graph.initializer} <= set(_inputs_of_nodes(graph)), filter_name
+    for (filter_name, antialias), mode in itertools.product(FILTERS_WITH_ANTIALIAS, ({}, *MODES.values())):
+        spec = InputSpec(height=24, width=40, interpolation=filter_name, antialias=antialias, **mode)
+        graph = resize_model(spec).graph
+        assert {entry.name for entry in graph.initializer} <= set(_inputs_of_nodes(graph)), (filter_name, mode)
 
 
 def _inputs_of_nodes(graph: onnx.GraphProto) -> list[str]:

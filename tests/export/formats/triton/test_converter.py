@@ -18,7 +18,7 @@ from cifarx_export.formats.triton.converter import TritonArtifact, convert_to_tr
 from cifarx_export.formats.triton.kserve import MAX_NAME_LENGTH, kserve_manifest, kubernetes_name
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 from cifarx_serve.devices import Device
-from cifarx_serve.spec import ModelSpec
+from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from tests.support.conversion import conversion_source
 from tests.support.parity_summary import SUMMARY
@@ -248,14 +248,32 @@ def test_any_spec_survives_the_configuration(names: list[str], model: str) -> No
     assert list(config.output[0].dims) == [len(names)]
 
 
+def test_the_layout_and_the_color_determine_the_input() -> None:
+    grayscale = msgspec.structs.replace(
+        spec_of(["a", "b"]), input=InputSpec(height=28, width=20, channels=1, color="L", layout="NHWC")
+    )
+    assert list(parse(triton_config(grayscale, "x")).input[0].dims) == [28, 20, 1]
+    embedded = msgspec.structs.replace(grayscale, embedded_preprocessing=True)
+    assert list(parse(triton_config(embedded, "x")).input[0].dims) == [-1, -1, 1]
+
+
+def test_the_output_is_named_as_in_the_spec() -> None:
+    spec = msgspec.structs.replace(spec_of(["a", "b"]), output="probabilities")
+    assert parse(triton_config(spec, "x")).output[0].name == "probabilities"
+
+
+def test_one_logit_has_the_name_of_the_second_class() -> None:
+    spec = msgspec.structs.replace(spec_of(["no", "yes"]), activation="sigmoid", outputs=1)
+    assert list(parse(triton_config(spec, "x")).output[0].dims) == [1]
+    assert labels(spec) == "yes\n"
+
+
 @given(st.text(st.characters(codec="utf-8")))
 def test_any_text_can_be_quoted(text: str) -> None:
     assert parse(f"name: {quote(text)}").name == text
 
 
 def spec_of(names: list[str], model: str = "lzh") -> ModelSpec:
-    from cifarx_serve.spec import InputSpec
-
     return ModelSpec(model=model, class_names=tuple(names), input=InputSpec(height=32, width=32))
 
 

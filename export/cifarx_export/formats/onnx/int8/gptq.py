@@ -42,7 +42,7 @@ def quantize_weights(
     Args:
         model: the fp32 model.
         quantized: the same model with every layer quantized, which holds the scales.
-        inputs: preprocessed calibration images, (N, 3, height, width).
+        inputs: preprocessed calibration images, (N, *input.shape).
     """
     initializers = {tensor.name: tensor for tensor in quantized.graph.initializer}
     scales = {

@@ -30,11 +30,9 @@ def open_session(model: ModelProto) -> Any:
 
 
 def run_in_batches(session: Any, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the logits, (N, classes), of inputs (N, 3, height, width)."""
+    """Return the only output, (N, output_size), for inputs (N, *input.shape)."""
     starts = range(0, len(inputs), _BATCH_SIZE)
-    return np.concatenate(
-        [session.run(["logits"], {"input": inputs[start : start + _BATCH_SIZE]})[0] for start in starts]
-    )
+    return np.concatenate([session.run(None, {"input": inputs[start : start + _BATCH_SIZE]})[0] for start in starts])
 
 
 def iterate_activations(

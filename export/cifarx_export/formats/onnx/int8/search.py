@@ -20,6 +20,7 @@ from cifarx_export.formats.onnx.int8.layers import Layer, find_layers, macs_per_
 from cifarx_export.formats.registry import ConversionSource
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.images.preprocess import normalize
+from cifarx_serve.scores import applicable_labels
 
 CALIBRATION_IMAGES: Final = 512
 
@@ -49,8 +50,8 @@ class Score(NamedTuple):
     """The quality of a quantized model. Scores are ordered by agreement first, then by error.
 
     Attributes:
-        agreement: fraction of the images with the same argmax as in fp32.
-        negative_error: minus the mean squared error of the logits, relative to their mean square.
+        agreement: fraction of the images with the same prediction as in fp32: the class, or the set of labels.
+        negative_error: minus the mean squared error of the outputs, relative to their mean square.
     """
 
     agreement: float
@@ -68,7 +69,7 @@ class QuantizationSearch:
     Calibration and GPTQ run once, in the constructor. Scores are kept, so no choice is evaluated twice.
 
     Args:
-        model: an fp32 model from `input`, float32 (batch, 3, height, width), to `logits`. It is not modified.
+        model: an fp32 model from `input`, float32 (batch, *input.shape), to its only output. It is not modified.
         source: provides the training images, and how many of them to calibrate on.
 
     Raises:
@@ -80,6 +81,7 @@ class QuantizationSearch:
     def __init__(self, model: ModelProto, source: ConversionSource) -> None:
         _check_request(model, source)
         self._progress = source.progress
+        self._spec = source.spec
         self._model = prepare_for_quantization(model)
         self._macs = macs_per_image(self._model)
         self._total_macs = sum(self._macs.values())
@@ -166,9 +168,10 @@ class QuantizationSearch:
     def _compute_score(self, choice: MixedPrecision, images: int) -> Score:
         """Compare with the fp32 model on this number of held-out images, evenly spread."""
         rows = np.linspace(0, len(self._inputs) - 1, images).round().astype(np.int64)
-        logits, expected = run_in_batches(open_session(self.build(choice)), self._inputs[rows]), self._expected[rows]
-        error = np.square(logits.astype(np.float64) - expected).mean() / max(np.square(expected).mean(), 1e-12)
-        agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
+        outputs, expected = run_in_batches(open_session(self.build(choice)), self._inputs[rows]), self._expected[rows]
+        error = np.square(outputs.astype(np.float64) - expected).mean() / max(np.square(expected).mean(), 1e-12)
+        same = applicable_labels(outputs, self._spec) == applicable_labels(expected, self._spec)
+        agreement = float(same.all(axis=1).mean())
         return Score(agreement, -float(np.nan_to_num(error, nan=np.inf)))
 
     def _rank_by_sensitivity(self, method: str, layers: Sequence[Layer]) -> list[Layer]:
