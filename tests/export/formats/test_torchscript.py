@@ -106,6 +106,29 @@ def test_the_weights_are_frozen(path: Path) -> None:
     assert module.state_dict() == {}
 
 
+class Patches(torch.nn.Module):
+    """Divides images into patches, as a vision transformer does, and returns ten of their pixels."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        n, _, height, width = images.shape
+        patches = images[:, 0].reshape(n, height // 4, 4, width // 4, 4).transpose(2, 3)
+        return patches.reshape(n, (height // 4) * (width // 4) * 16)[:, :10]
+
+
+@needs_torchscript
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_shapes_are_computed_without_tensor_constants(loaded: Checkpoint, tmp_path: Path, size: int) -> None:
+    """On a GPU, these would be on the GPU, and the host would wait for it."""
+    [artifact] = convert_to_torchscript(conversion_source(loaded, module=Patches()))
+    artifact.save(tmp_path / "patches.pt", loaded.spec)
+    module = load(tmp_path / "patches.pt")
+    constants = [node for node in module.graph.findAllNodes("prim::Constant") if node.hasAttribute("value")]
+    assert [node for node in constants if node.kindOf("value") == "t"] == []
+    assert module.graph.findAllNodes("aten::floor_divide")
+    images = torch.rand(size, 3, 32, 32)
+    assert torch.equal(module(images), Patches()(images))
+
+
 @needs_torchscript
 def test_convolutions_do_not_allow_tf32(good_torchscript: Path) -> None:
     """Tracing writes the setting of the process into every convolution, where a GPU would use it."""

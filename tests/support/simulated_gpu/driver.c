@@ -53,6 +53,31 @@ CUresult cuCtxSetCurrent(CUcontext current) { return CUDA_SUCCESS; }
 
 CUresult cuCtxGetDevice(CUdevice *device) { return (CUresult)cudaGetDevice(device); }
 
+// PyTorch compiles some kernels when it runs a model.
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    *module = (CUmodule)&context;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+    *function = (CUfunction)module;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int block_size,
+                                                     size_t shared_memory) {
+    return (CUresult)cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, NULL, block_size, shared_memory);
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                        unsigned block_y, unsigned block_z, unsigned shared_memory, CUstream stream, void **arguments,
+                        void **extra) {
+    dim3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
+    return (CUresult)cudaLaunchKernel(NULL, grid, block, arguments, shared_memory, stream);
+}
+
 CUresult cuGetErrorString(CUresult error, const char **text) {
     *text = cudaGetErrorString((cudaError_t)error);
     return CUDA_SUCCESS;

@@ -1,0 +1,69 @@
+"""Each format that supports CUDA runs there, on a simulated GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cifarx_export.formats.registry import FORMATS
+from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.spec import Precision
+from tests.support.conversion import write_artifact
+from tests.support.int8_networks import residual_network
+from tests.support.simulated_gpu.counters import changes, counters
+from tests.support.simulated_gpu.process import SimulatedGpuProcess
+
+_FORMATS: Final = [
+    (name, precision)
+    for name, row in FORMATS.items()
+    for precision in row.precisions
+    if "cuda" in row.devices and (row.directory_suffix is None or precision == "fp32")
+]
+"""The formats and precisions to test. A directory holds the file of another format."""
+
+
+def _run_on_second_gpu(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what the model changed on the first GPU, and what a repeated run changed on the second one."""
+    before = counters(0)
+    batch = np.zeros((4, 3, 32, 32), np.float32)
+    with open_backend(path, device="cuda:1") as backend:
+        for _ in range(4):  # TorchScript compiles in the first runs
+            assert backend.run(batch).shape == (4, 10)
+        repeated = counters(1)
+        backend.run(batch)
+        return changes(before, 0), changes(repeated, 1)
+
+
+def _vision_transformer() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network: nn.Module = VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10)
+        return network.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [residual_network, _vision_transformer])
+@pytest.mark.parametrize(("name", "precision"), _FORMATS)
+def test_a_run_waits_only_for_its_copies_and_uses_only_its_gpu(
+    checkpoint: Path,
+    tmp_path: Path,
+    gpu_process: SimulatedGpuProcess,
+    build: Callable[[], nn.Module],
+    name: str,
+    precision: Precision,
+) -> None:
+    path = tmp_path / FORMATS[name].file_name("model", precision)
+    write_artifact(checkpoint, name, path, lambda _: build(), precision)
+    first, second = gpu_process.call(_run_on_second_gpu, path)
+    assert not first
+    assert second["copies_to_device"] == second["copies_to_host"] == 1
+    assert second.get("stream_synchronizations", 0) <= 2
+    waits = {"device_synchronizations", "event_synchronizations", "queries"}
+    setup = {"allocations", "host_allocations", "captures", "handles_created", "streams_created"}
+    assert not (waits | setup) & set(second)
