@@ -1,5 +1,6 @@
 """Saving and loading checkpoints. Files are written atomically and loaded without running any code in them."""
 
+import copy
 import hashlib
 import io
 from pathlib import Path
@@ -65,15 +66,32 @@ def checkpoint_path(directory: Path, model: str, epoch: int) -> Path:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint as a dict of tensors and plain types, readable with `torch.load(weights_only=True)`.
 
+    The tensors are copied to the CPU, so that machines without the training device can load the file.
+
     Raises:
         OutputError: the file cannot be written.
     """
     content = {"spec": checkpoint.spec.to_json(), "model": checkpoint.weights, "training": checkpoint.training}
     buffer = io.BytesIO()  # when the disk is full, PyTorch's own file writer raises an error without the reason
-    torch.save(content, buffer)
+    torch.save(_copy_to_cpu(content), buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
         write_checksum(temporary)
+
+
+def _copy_to_cpu(value: Any) -> Any:
+    """Copy the tensors in nested dicts and lists to the CPU. Tensors that are there already are not copied."""
+    match value:
+        case torch.Tensor():
+            return value.cpu()
+        case dict():
+            copied = copy.copy(value)  # a state dict has attributes
+            copied.update({key: _copy_to_cpu(item) for key, item in value.items()})
+            return copied
+        case list():
+            return [_copy_to_cpu(item) for item in value]
+        case _:
+            return value
 
 
 def load_checkpoint(path: Path, options: ModelOptions = NO_OPTIONS) -> Checkpoint:
