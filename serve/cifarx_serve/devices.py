@@ -42,7 +42,11 @@ def parse_device(name: str) -> Device:
 
 
 def out_of_memory_error(
-    device: str, batch_size: int | None = None, requested: int | None = None, free: int | None = None
+    device: str,
+    batch_size: int | None = None,
+    requested: int | None = None,
+    free: int | None = None,
+    option: str = "batch size",
 ) -> DeviceMemoryError:
     """Return the error for an allocation that failed on a device.
 
@@ -51,6 +55,7 @@ def out_of_memory_error(
         batch_size: the number of images in the batch, or None if memory ran out before there was one.
         requested: the size of the allocation in bytes, if it is known.
         free: the free memory of the device in bytes, if it is known.
+        option: what sets the batch size.
     """
     figures = ((requested, "requested"), (free, "free"))
     sizes = ", ".join(f"{_format_bytes(size)} {name}" for size, name in figures if size is not None)
@@ -59,7 +64,7 @@ def out_of_memory_error(
         return DeviceMemoryError(problem, "end other programs that use its memory, or use another --device")
     if batch_size == 1:
         return DeviceMemoryError(f"{problem} with a batch of one image", "use another --device")
-    return DeviceMemoryError(f"{problem} with a batch of {batch_size:,} images", "use a smaller batch size")
+    return DeviceMemoryError(f"{problem} with a batch of {batch_size:,} images", f"use a smaller {option}")
 
 
 def _format_bytes(size: int) -> str:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.loaders.device import DeviceLoader, InputTransform
-from cifarx_train.data.loaders.streaming import StreamingLoader
+from cifarx_train.data.loaders.base import Loader
+from cifarx_train.data.loaders.device import InputTransform
 from cifarx_train.distributed import Distributed
 
 # Pixels per batch: large enough to keep any device busy, small enough for the activations of large images. It affects
@@ -63,7 +63,7 @@ class Evaluator:
 
     def __init__(
         self,
-        images: DeviceLoader | StreamingLoader,
+        images: Loader,
         spec: InputSpec,
         num_classes: int,
         device: torch.device,
@@ -71,7 +71,6 @@ class Evaluator:
     ) -> None:
         self._images = images
         self._num_classes = num_classes
-        self._device = device
         self._distributed = distributed
         self._indices = torch.arange(len(images))[distributed.rank :: distributed.world_size]
         self._batches = self._indices.split(max(1, _BATCH_PIXELS // (spec.height * spec.width)))
@@ -81,18 +80,18 @@ class Evaluator:
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Set the model to eval mode and evaluate it in fp32 on every image of the split."""
         model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        confusion = torch.zeros(self._num_classes * self._num_classes, dtype=torch.int64, device=self._device)
-        mistake_scores, predictions = [], []
+        losses, cells, mistake_scores, predictions = [], [], [], []
         for images, labels in self._images.batches(self._batches):
             logits = model(self._transform(images))
-            loss += functional.cross_entropy(logits, labels, reduction="sum")
+            losses.append(functional.cross_entropy(logits, labels, reduction="sum"))
             predicted = logits.argmax(1)  # not of the softmax, which may round two logits to the same probability
             confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
-            confusion += torch.bincount(labels * self._num_classes + predicted, minlength=len(confusion))
+            cells.append(labels * self._num_classes + predicted)
             mistake_scores.append(torch.where(predicted == labels, 0.0, confidence))
             predictions.append(predicted)
+        loss = torch.stack(losses).cpu().double().sum()  # on the CPU, because MPS has no float64
         self._distributed.all_reduce(loss)
+        confusion = torch.bincount(torch.cat(cells), minlength=self._num_classes**2)
         matrix = self._distributed.all_reduce(confusion).view(self._num_classes, self._num_classes).cpu().numpy()
         return Evaluation(
             loss=loss.item() / len(self._images),

@@ -13,10 +13,10 @@ from cifarx_serve.errors import CheckFailed
 from cifarx_serve.spec import InputSpec
 from cifarx_train.callbacks.base import LOG_EVERY_N_STEPS, Callback, StepReport
 from cifarx_train.checkpoints.rng_state import get_rng_states, set_rng_states
-from cifarx_train.cuda_graph import GraphedStep
+from cifarx_train.cuda_graph import GraphedStep, can_capture
 from cifarx_train.data.augmentation import Augmentation
-from cifarx_train.data.loaders.device import DeviceLoader, InputTransform
-from cifarx_train.data.loaders.streaming import StreamingLoader
+from cifarx_train.data.loaders.base import Loader
+from cifarx_train.data.loaders.device import InputTransform
 from cifarx_train.distributed import Distributed
 from cifarx_train.models.layers.batchnorm import raise_batchnorm_momentum
 from cifarx_train.models.layers.full_window_conv import convert_full_window_convs
@@ -73,7 +73,7 @@ class TrainingLoop:
     def __init__(
         self,
         module: nn.Module,
-        images: DeviceLoader | StreamingLoader,
+        images: Loader,
         spec: InputSpec,
         recipe: Recipe,
         *,
@@ -92,23 +92,23 @@ class TrainingLoop:
         self.elapsed_s = 0.0
         self.last_checkpoint = ""
         self._images, self._recipe, self._distributed, self._device = images, recipe, distributed, device
-        self.steps_per_epoch = len(split_into_batches(torch.empty(len(images)), recipe.batch_size))
+        batches = split_into_batches(torch.empty(len(images)), recipe.batch_size)
+        self.steps_per_epoch = len(batches)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         raise_batchnorm_momentum(module, self.total_steps)
         self._augment = Augmentation(recipe, spec, device)
-        self._transform = InputTransform(spec, device, channels_last=recipe.channels_last or on_cpu)
-        self._optimizers = Optimizers(module, recipe)
+        self._transform = InputTransform(spec, device, channels_last=on_cpu or bool(recipe.channels_last))
+        captured = can_capture(device, recipe, distributed)
+        self._optimizers = Optimizers(module, recipe, capturable=captured)
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._ema = ModelEma(module, recipe.ema_decay) if recipe.ema_decay is not None else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         replica = distributed.data_parallel(module)
         self._forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(replica) if recipe.compile else replica
+        self._grad_norm_in_step = captured or recipe.max_grad_norm is not None
         self._train_step: Callable[..., torch.Tensor] = self._eager_step
-        # The gradient scaler of fp16 synchronizes with the host, which a CUDA graph cannot do.
-        use_cuda_graph = device.type == "cuda" and distributed.world_size == 1 and recipe.precision != "fp16"
-        self._grad_norm_in_step = use_cuda_graph or recipe.max_grad_norm is not None
-        if use_cuda_graph:
-            self._train_step = GraphedStep(self._eager_step, device)
+        if captured:
+            self._train_step = GraphedStep(self._eager_step, device, len(batches[0]))
         self._shuffle_generator = torch.Generator().manual_seed(seed)
         self._shuffle_state = self._shuffle_generator.get_state()
 
@@ -152,14 +152,14 @@ class TrainingLoop:
         """Train on batches of image indices. Return the loss of the last step and whether `should_stop` ended it."""
         logged_at = time.perf_counter()
         metrics, stopped = torch.zeros(2), False
-        batches = self._images.batches([self._distributed.shard(batch) for batch in order])
-        for batch, (images, labels) in zip(order, batches, strict=True):
+        shards = [self._distributed.shard(batch) for batch in order]
+        for batch, shard, inputs in zip(order, shards, self._images.inputs(shards), strict=True):
             factor = lr_factor(self._recipe, self.step, self.total_steps)
             self._optimizers.set_lr(factor)
             if self._distributed.world_size == 1:
-                metrics = self._train_step(images, labels)
+                metrics = self._train_step(*inputs)
             else:
-                metrics = self._train_step(images, labels, self._loss_weight(len(labels), len(batch)))
+                metrics = self._eager_step(*inputs, loss_weight=self._loss_weight(len(shard), len(batch)))
             self.step += 1
             self.epoch_step += 1
             if self._ema:
@@ -180,12 +180,11 @@ class TrainingLoop:
         """Return the factor that turns DDP's mean over ranks into the mean over all images of the batch."""
         return local_size * self._distributed.world_size / self._distributed.total_images(batch_size)
 
-    def _eager_step(self, images: torch.Tensor, labels: torch.Tensor, loss_weight: float = 1.0) -> torch.Tensor:
+    def _eager_step(self, *inputs: torch.Tensor, loss_weight: float = 1.0) -> torch.Tensor:
         """Train on one batch.
 
         Args:
-            images: uint8 (N, height, width, 3), on the device.
-            labels: int64 (N,), on the device.
+            inputs: the batch, as the loader's `inputs` yields it.
             loss_weight: see `_loss_weight`.
 
         Returns:
@@ -193,10 +192,12 @@ class TrainingLoop:
         """
         recipe = self._recipe
         self._optimizers.zero_grad()
-        inputs = self._transform(self._augment(images))
+        images, labels = self._images.batch(*inputs)
+        network_input = self._transform(self._augment(images))
         dtype, enabled = _AUTOCAST_DTYPES[recipe.precision], recipe.precision != "fp32"
         with torch.autocast(self._device.type, dtype, enabled=enabled):
-            loss = functional.cross_entropy(self._forward(inputs), labels, label_smoothing=recipe.label_smoothing)
+            logits = self._forward(network_input)
+            loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         if self._distributed.world_size > 1:
             loss = loss * loss_weight
         self._scaler.scale(loss).backward()

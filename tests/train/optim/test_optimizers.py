@@ -197,6 +197,53 @@ def test_loading_a_state_keeps_the_learning_rates_of_the_recipe() -> None:
     assert [float(group["lr"]) for optimizer in second.optimizers for group in optimizer.param_groups] == [0.25, 0.25]
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(("saved_on_gpu", "loaded_on_gpu"), [(True, False), (False, True), (True, True)])
+def test_the_state_of_another_device_is_loaded(kind: str, saved_on_gpu: bool, loaded_on_gpu: bool) -> None:
+    recipe = make_recipe(**KINDS[kind])
+
+    def module_like(on_gpu: bool) -> nn.Module:
+        return net().to(memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
+
+    def run(module: nn.Module, optimizers: Optimizers, numbers: range) -> None:
+        for number in numbers:
+            with_gradients(module, number)
+            for parameter in module.parameters():
+                assert parameter.grad is not None
+                # As autograd does, in the memory format of the parameter.
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            optimizers.set_lr(0.5)
+            step(optimizers)
+
+    first, whole = module_like(saved_on_gpu), net()
+    saved, expected = Optimizers(first, recipe, capturable=saved_on_gpu), Optimizers(whole, recipe)
+    run(first, saved, range(3))
+    run(whole, expected, range(6))
+    second = module_like(loaded_on_gpu)
+    second.load_state_dict(first.state_dict())
+    loaded = Optimizers(second, recipe, capturable=loaded_on_gpu)
+    rates = [group["lr"] for optimizer in loaded.optimizers for group in optimizer.param_groups]
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    groups = [group for optimizer in loaded.optimizers for group in optimizer.param_groups]
+    assert all(group["lr"] is rate for group, rate in zip(groups, rates, strict=True))
+    assert all(isinstance(group["lr"], torch.Tensor) == loaded_on_gpu for group in groups)
+    assert {group["capturable"] for group in groups if "capturable" in group} <= {loaded_on_gpu}
+    run(second, loaded, range(3, 6))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_captured_step_reads_the_learning_rates_from_one_tensor() -> None:
+    optimizers = Optimizers(net(), make_recipe(**MUON), capturable=True)
+    groups = [group for optimizer in optimizers.optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    assert len({rate.untyped_storage().data_ptr() for rate in rates}) == 1
+    for factor in (0.5, 0.5, 0.125):
+        optimizers.set_lr(factor)
+        assert [float(rate) for rate in rates] == pytest.approx([factor * peak for peak in (0.25, 0.6, 0.05)])
+    assert all(group["lr"] is rate for group, rate in zip(groups, rates, strict=True))
+
+
 def test_the_state_of_another_optimizer_is_rejected() -> None:
     state = Optimizers(net(), make_recipe()).state_dict()
     with pytest.raises((KeyError, ValueError)):

@@ -26,12 +26,14 @@ class ModelEma:
         averages, values = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
         floats = [name for name, value in values.items() if value.is_floating_point()]
         self._averages, self._values = [averages[name] for name in floats], [values[name] for name in floats]
-        self._counters = [(averages[name], values[name]) for name in values if name not in floats]
+        counters = [name for name in values if name not in floats]
+        self._average_counters = [averages[name] for name in counters]
+        self._counters = [values[name] for name in counters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the averages after step number `step`, counted from 1. Does not synchronize with the device."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._values, 1.0 - decay)
-        for average, value in self._counters:
-            average.copy_(value)
+        if self._counters:
+            torch._foreach_copy_(self._average_counters, self._counters)

@@ -43,6 +43,11 @@ def lr_factor(recipe: Recipe, step: int, total_steps: int) -> float:
 class Optimizers:
     """All optimizers of a run. One factor scales the learning rate of every parameter group.
 
+    Args:
+        module: the model, on the device.
+        recipe: provides the optimizer, its settings and the peaks of the learning rates.
+        capturable: whether a CUDA graph may capture `step`. It then reads the learning rates from device memory.
+
     Attributes:
         optimizers: PyTorch's optimizers, or Muon and SGD.
 
@@ -50,21 +55,29 @@ class Optimizers:
         UsageError: the recipe uses Muon and the model has no weights that Muon could train.
     """
 
-    def __init__(self, module: nn.Module, recipe: Recipe) -> None:
-        self.optimizers: Sequence[Optimizer] = _create_optimizers(module, recipe)
-        for group in self._param_groups():
-            group["peak"] = float(group["lr"])
-            device = group["params"][0].device
-            if device.type == "cuda":  # a captured CUDA graph reads the learning rate from device memory
-                group["lr"] = torch.tensor(group["peak"], device=device)
+    def __init__(self, module: nn.Module, recipe: Recipe, *, capturable: bool = False) -> None:
+        self.optimizers: Sequence[Optimizer] = _create_optimizers(module, recipe, capturable)
+        self._groups: ParamGroups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._peaks = [float(group["lr"]) for group in self._groups]
+        self._factor = 1.0
+        self._rates: torch.Tensor | None = None
+        if capturable:
+            device = self._groups[0]["params"][0].device
+            self._device_peaks = torch.tensor(self._peaks, device=device)
+            self._rates = self._device_peaks.clone()
+            for group, rate in zip(self._groups, self._rates.unbind(), strict=True):
+                group["lr"] = rate
 
     def set_lr(self, factor: float) -> None:
         """Set the learning rate of every parameter group to `factor` times its peak."""
-        for group in self._param_groups():
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(group["peak"] * factor)
-            else:
-                group["lr"] = group["peak"] * factor
+        if factor == self._factor:
+            return
+        self._factor = factor
+        if self._rates is not None:
+            torch.mul(self._device_peaks, factor, out=self._rates)
+            return
+        for group, peak in zip(self._groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
 
     def zero_grad(self) -> None:
         """Reset the gradients of all parameters."""
@@ -76,40 +89,56 @@ class Optimizers:
         return {str(index): optimizer.state_dict() for index, optimizer in enumerate(self.optimizers)}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned. The learning rates stay those of the recipe.
+        """Load what `state_dict` returned, possibly on another device.
+
+        The options of the parameter groups stay those of this run: the recipe determines the hyperparameters, and the
+        device determines how a step is computed.
 
         Raises:
             KeyError, ValueError: the state belongs to other optimizers.
         """
-        rates = [(group["lr"], group["peak"]) for group in self._param_groups()]
         for index, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict(states[str(index)])
-        for group, (rate, peak) in zip(self._param_groups(), rates, strict=True):
-            group["lr"], group["peak"] = rate, peak
+            saved = states[str(index)]
+            options = [{**group} for group in optimizer.param_groups]
+            groups = [
+                {**own, "params": group["params"]} for own, group in zip(options, saved["param_groups"], strict=True)
+            ]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            _match_memory_formats(optimizer)
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                group.update(own)  # with the tensor that `set_lr` writes to, instead of a copy
+        self._groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def _param_groups(self) -> ParamGroups:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+def _match_memory_formats(optimizer: Optimizer) -> None:
+    """Give the state of every parameter the memory format of the parameter.
+
+    A run on a GPU may use another format than one on a CPU. Fused optimizers do not support different formats: on a CPU
+    they would combine values of different weights.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _create_optimizers(module: nn.Module, recipe: Recipe) -> list[Optimizer]:
+def _create_optimizers(module: nn.Module, recipe: Recipe, capturable: bool) -> list[Optimizer]:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     sgd = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
     match recipe.optimizer:
         case "sgd":
             return [sgd(_decay_groups(trainable, recipe), lr=recipe.learning_rate)]
         case "adamw":
-            on_gpu = trainable[0].device.type == "cuda"  # where the step may be captured in a CUDA graph
-            return [AdamW(_decay_groups(trainable, recipe), lr=recipe.learning_rate, fused=True, capturable=on_gpu)]
+            groups = _decay_groups(trainable, recipe)
+            return [AdamW(groups, lr=recipe.learning_rate, fused=True, capturable=capturable)]
     matrices = [parameter for parameter in trainable if parameter.ndim > 1 and parameter[0].numel() > 1]
     if len(matrices) < 2:
         raise UsageError("muon needs weights to train before the last layer", "use --set optimizer=sgd")
     hidden, head = matrices[:-1], matrices[-1]  # the last matrix turns features into logits
     others = [parameter for parameter in trainable if not any(parameter is matrix for matrix in matrices)]
-    groups: ParamGroups = [
-        {"params": [head], "lr": recipe.head_lr, "weight_decay": recipe.weight_decay},
-        {"params": others, "lr": recipe.bias_lr, "weight_decay": 0.0},
-    ]
-    sgd_groups = [group for group in groups if group["params"]]
+    sgd_groups: ParamGroups = [{"params": [head], "lr": recipe.head_lr, "weight_decay": recipe.weight_decay}]
+    if others:
+        sgd_groups.append({"params": others, "lr": recipe.bias_lr, "weight_decay": 0.0})
     return [Muon(hidden, recipe.learning_rate, recipe.momentum, recipe.nesterov), sgd(sgd_groups)]
 
 

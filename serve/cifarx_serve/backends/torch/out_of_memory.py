@@ -17,12 +17,15 @@ _UNITS: Final = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @contextmanager
-def report_out_of_memory(device: torch.device, batch_size: int | None = None) -> Iterator[None]:
+def report_out_of_memory(
+    device: torch.device, batch_size: int | None = None, option: str = "batch size"
+) -> Iterator[None]:
     """Raise a `DeviceMemoryError` for an out-of-memory error within the block.
 
     Args:
         device: the device that the block uses.
         batch_size: the number of images in the batch, or None if the block does not run a batch.
+        option: what sets the batch size, for the remedy.
     """
     try:
         yield
@@ -31,7 +34,7 @@ def report_out_of_memory(device: torch.device, batch_size: int | None = None) ->
         if not isinstance(error, torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(message):
             raise
         sizes = _parse_size(_REQUESTED, message), _parse_size(_FREE, message)
-        raise out_of_memory_error(str(device), batch_size, *sizes) from error
+        raise out_of_memory_error(str(device), batch_size, *sizes, option) from error
 
 
 def _parse_size(pattern: re.Pattern[str], message: str) -> int | None:

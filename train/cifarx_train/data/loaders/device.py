@@ -7,9 +7,10 @@ import torch
 
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import LabeledImages
+from cifarx_train.data.loaders.base import Loader
 
 
-class DeviceLoader:
+class DeviceLoader(Loader):
     """Loads batches from a split that is copied to the device as uint8: 184 MB for all of CIFAR-10.
 
     Args:
@@ -24,29 +25,23 @@ class DeviceLoader:
             self.images = torch.from_numpy(data.images).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def inputs(self, order: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor]]:
+        """Yield the indices of each batch, int64 (n,), on the device."""
+        for indices in self._upload(order):
+            yield (indices,)
 
-    def batches(self, order: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the images, uint8 (n, height, width, 3), and labels, int64 (n,), of each batch on the device.
-
-        Args:
-            order: the indices of the images of each batch, int64 (n,).
-        """
-        if not order:
-            return
-        indices = torch.cat(list(order)).to(self.labels.device)  # one copy for all batches, so that no step waits
-        for batch in indices.split([len(batch) for batch in order]):
-            yield self.images[batch], self.labels[batch]
+    def batch(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (indices,) = inputs
+        return self.images[indices], self.labels[indices]
 
 
 class InputTransform:
-    """Converts images, uint8 (N, H, W, 3), to the network's input, float32 (N, 3, H, W), on the device.
+    """Converts images, uint8 (N, H, W, channels), to the network's input, float32 (N, *spec.shape), on the device.
 
     The result is bit-for-bit that of `cifarx_serve.images.preprocess.normalize`, in either memory format.
 
     Args:
-        spec: provides the value range, mean and std.
+        spec: provides the order of the channels and the axes, the value range, mean and std.
         device: the device of the images.
         channels_last: whether to return the input in channels-last memory format.
     """
@@ -55,12 +50,20 @@ class InputTransform:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._levels = torch.full((), 255.0, device=device)  # CUDA would multiply by the reciprocal of a Python number
         self._low, self._high = spec.value_range
+        self._reverses_channels = spec.color == "BGR"
+        self._channels_first = spec.layout == "NCHW"
         self._normalize = any(spec.mean) or any(std != 1.0 for std in spec.std)
-        self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
+        shape = (-1, 1, 1) if self._channels_first else (-1,)
+        self._mean = torch.tensor(spec.mean, device=device).view(shape)
+        self._std = torch.tensor(spec.std, device=device).view(shape)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        batch = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format)
+        if self._reverses_channels:
+            images = images.flip(-1)
+        if self._channels_first:
+            batch = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format)
+        else:
+            batch = images.to(torch.float32)
         batch.div_(self._levels)
         if (self._low, self._high) != (0.0, 1.0):
             batch.mul_(self._high - self._low).add_(self._low)

@@ -1,16 +1,16 @@
 """Select a loader by the memory that is free on the training device."""
 
 import warnings
-from typing import Final, TypeAlias
+from typing import Final
 
 import torch
 
 from cifarx_serve.errors import FallbackWarning
 from cifarx_train.data.dataset import LabeledImages
+from cifarx_train.data.loaders.base import Loader
 from cifarx_train.data.loaders.device import DeviceLoader
 from cifarx_train.data.loaders.streaming import StreamingLoader
-
-Loader: TypeAlias = DeviceLoader | StreamingLoader
+from cifarx_train.device_memory import free_device_memory
 
 _MAX_FRACTION: Final = 0.5  # of the free memory; the rest is for the network, its gradients and activations
 
@@ -31,13 +31,3 @@ def select_loader(data: LabeledImages, device: torch.device) -> Loader:
         stacklevel=2,
     )
     return StreamingLoader(data, device)
-
-
-def free_device_memory(device: torch.device) -> int | None:
-    """Return the number of bytes that can be allocated on a device, or None for a CPU."""
-    match device.type:
-        case "cuda":
-            return torch.cuda.mem_get_info(device)[0]
-        case "mps":
-            return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return None

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -18,6 +19,7 @@ from cifarx_serve.errors import DataError
 from cifarx_serve.system.cpus import available_cpus
 from cifarx_serve.system.prefetch import prefetch
 from cifarx_train.data.dataset import LabeledImages
+from cifarx_train.data.loaders.base import Loader
 from cifarx_train.data.loaders.streaming_worker import run_worker
 
 _Connection: TypeAlias = "Connection[bytes, bytes]"
@@ -25,7 +27,7 @@ _Connection: TypeAlias = "Connection[bytes, bytes]"
 _MAX_WORKERS: Final = 8  # workers only copy decoded images, so a few are faster than any device can train
 
 
-class StreamingLoader:
+class StreamingLoader(Loader):
     """Streams batches to the device through pinned memory. Workers gather them ahead, in order.
 
     Memory-mapped images are read by processes, so that waiting for the disk does not block the training process. Images
@@ -46,34 +48,30 @@ class StreamingLoader:
         self._data = data
         self._idle: _Workers | None = None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, order: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the images, uint8 (n, height, width, 3), and labels, int64 (n,), of each batch on the device.
-
-        Args:
-            order: the indices of the images of each batch, int64 (n,), on the CPU.
+    def inputs(self, order: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the images of each batch, uint8 (n, height, width, 3), on the host, and their indices on the device.
 
         Raises:
             DataError: a worker process exited or could not read the images.
         """
-        device = self.labels.device
         workers, self._idle = self._idle or self._start_workers(), None  # a concurrent iterator starts its own
         try:
-            for indices, images in zip(order, workers.gather(order), strict=True):
-                yield images.to(device, non_blocking=True), self.labels[indices.to(device, non_blocking=True)]
+            yield from zip(workers.gather(order), self._upload(order), strict=True)
         except BaseException:
             workers.close()
             raise
         self._idle = workers
 
+    def batch(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, indices = inputs
+        return images.to(self.labels.device, non_blocking=True), self.labels[indices]
+
     def _start_workers(self) -> "_Workers":
         count = min(available_cpus(), _MAX_WORKERS)
-        pinned = self.labels.device.type == "cuda"  # copies from pageable memory would block the host
+        device = self.labels.device
         if self._data.file:
-            return _ProcessWorkers(count, self._data.file, self._data.images.shape[1:], pinned)
-        return _ThreadWorkers(count, self._data.images, pinned)
+            return _ProcessWorkers(count, self._data.file, self._data.images.shape[1:], device)
+        return _ThreadWorkers(count, self._data.images, device)
 
 
 class _Workers(ABC):
@@ -87,9 +85,11 @@ class _Workers(ABC):
 
 
 class _ThreadWorkers(_Workers):
-    def __init__(self, count: int, images: NDArray[np.uint8], pinned: bool) -> None:
-        self._count, self._images, self._pinned = count, images, pinned
-        self._pool = ThreadPoolExecutor(count)
+    def __init__(self, count: int, images: NDArray[np.uint8], device: torch.device) -> None:
+        self._count, self._images, self._pinned = count, images, _pins_memory(device)
+        # Pinned memory belongs to the current device, which is the first GPU in a new thread.
+        select_device = partial(torch.cuda.set_device, device) if self._pinned else None
+        self._pool = ThreadPoolExecutor(count, initializer=select_device)
 
     def gather(self, order: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield from prefetch(self._pool, self._take, order, max_pending=self._count)
@@ -105,8 +105,8 @@ class _ThreadWorkers(_Workers):
 class _ProcessWorkers(_Workers):
     """Worker processes, each with its own pipe. Each holds one gathered batch until it is received."""
 
-    def __init__(self, count: int, file: Path, image_shape: tuple[int, ...], pinned: bool) -> None:
-        self._file, self._image_shape, self._pinned = file, image_shape, pinned
+    def __init__(self, count: int, file: Path, image_shape: tuple[int, ...], device: torch.device) -> None:
+        self._file, self._image_shape, self._pinned = file, image_shape, _pins_memory(device)
         self._connections: list[_Connection] = []
         self._processes: list[SpawnProcess] = []
         self._finalizer = finalize(self, _end_processes, self._connections, self._processes)
@@ -148,6 +148,10 @@ class _ProcessWorkers(_Workers):
 
     def close(self) -> None:
         self._finalizer()
+
+
+def _pins_memory(device: torch.device) -> bool:
+    return device.type == "cuda"  # copies from pageable memory would block the host
 
 
 def _end_processes(connections: list[_Connection], processes: list[SpawnProcess]) -> None:
