@@ -275,6 +275,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Whether any number of labels can apply to an image."""
         return self.activation == "sigmoid" and self.outputs is None
 
+    @property
+    def assumption(self) -> str | None:
+        """A sentence that names the parts of the spec that nobody stated, or None. It starts with ASSUMED."""
+        if not self.assumed:
+            return None
+        parts = ", ".join(name.replace("_", " ") for name in self.assumed)
+        return f"ASSUMED {parts}: stated neither by the file, nor by the source of the network, nor by the user"
+
     def to_json(self) -> str:
         """Return the document on one line, with the keys in the order of the fields."""
         return msgspec.json.encode(self).decode()

@@ -1,7 +1,7 @@
 """The Open Inference Protocol (KServe's "predict protocol v2") for a classifier, with Triton's binary tensor data.
 
-Converts request bodies to tensors and logits to response bodies. It performs no I/O and runs no model. A model has one
-input, `input`, and one output, `logits`.
+Converts request bodies to tensors and outputs to response bodies. It performs no I/O and runs no model. A model has one
+input, `input`, and one output, `logits` or `probabilities`.
 
 Sources: inference_rest.md of kserve/open-inference-protocol; required_api.md of kserve/kserve for tensor data and
 parameters; extension_binary_data.md of triton-inference-server/server.
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from cifarx_serve.server.api.open_inference_schemas import (
     INPUT,
-    OUTPUT,
     AnyRequest,
     Fp32,
     InferenceResponse,
     Input,
     ModelMetadata,
+    ModelParameters,
     ResponseOutput,
     ResponseParameters,
     ServerMetadata,
@@ -44,9 +44,9 @@ class InferRequest(NamedTuple):
 
     Attributes:
         id: the client's ID of the request, if it sent one.
-        tensor: the preprocessed input of the network, finite float32 (N, 3, height, width); or RGB pixels, uint8
-            (N, H, W, 3). It can be a read-only view of the body.
-        binary_output: whether to return the logits as binary data after the JSON.
+        tensor: the preprocessed input of the network, finite float32 (N, *spec.input.shape); or pixels, uint8
+            (N, H, W, channels). It can be a read-only view of the body.
+        binary_output: whether to return the output as binary data after the JSON.
     """
 
     id: str | None
@@ -73,8 +73,9 @@ def model_metadata(name: str, versions: Sequence[str], platform: str, spec: Mode
     datatype, shape = next(iter(_input_shapes(spec).items()))
     sizes = tuple([size if isinstance(size, int) else -1 for size in shape])
     inputs = (TensorMetadata(INPUT, datatype, sizes),)
-    outputs = (TensorMetadata(OUTPUT, "FP32", (-1, len(spec.class_names))),)
-    return ModelMetadata(name, tuple(versions), platform, inputs, outputs)
+    outputs = (TensorMetadata(spec.output, "FP32", (-1, spec.output_size)),)
+    parameters = ModelParameters(spec.assumption) if spec.assumption else UNSET
+    return ModelMetadata(name, tuple(versions), platform, inputs, outputs, parameters)
 
 
 def parse_infer(
@@ -108,7 +109,7 @@ def parse_infer(
     request = _decode(content[:length], spec)
     tensor_input = _only_input(request.inputs)
     _check_shape(tensor_input, spec, max_images, max_pixels)
-    binary_output = _wants_binary_output(request)
+    binary_output = _wants_binary_output(request, spec.output)
     tensor = _decode_tensor(tensor_input, None if header_length is None else content[length:])
     return InferRequest(None if request.id is UNSET else request.id, tensor, binary_output)
 
@@ -117,7 +118,7 @@ def _limit_values(document: memoryview, spec: ModelSpec, max_images: int, max_pi
     """Limit the memory and the time of decoding JSON: two values have a comma between them, so count the commas."""
     size = spec.input
     pixels = max_pixels if spec.embedded_preprocessing else min(max_pixels, max_images * size.height * size.width)
-    max_values = 3 * pixels + _MAX_OTHER_VALUES
+    max_values = size.channels * pixels + _MAX_OTHER_VALUES
     if len(document) <= max_values:
         return
     commas = int(np.count_nonzero(np.frombuffer(document, np.uint8) == ord(",")))
@@ -154,10 +155,10 @@ def _check_names(kind: str, names: list[str], known: str) -> None:
 
 def _input_shapes(spec: ModelSpec) -> dict[str, tuple[int | str, ...]]:
     """Return the shape for each data type that is accepted, the model's own first; a letter stands for any size."""
+    size = spec.input
     if spec.embedded_preprocessing:
-        return {"UINT8": ("N", "H", "W", 3)}
-    height, width = spec.input.height, spec.input.width
-    return {"FP32": ("N", 3, height, width), "UINT8": ("N", height, width, 3)}
+        return {"UINT8": ("N", "H", "W", size.channels)}
+    return {"FP32": ("N", *size.shape), "UINT8": ("N", size.height, size.width, size.channels)}
 
 
 def _accepted(spec: ModelSpec) -> str:
@@ -179,7 +180,7 @@ def _check_shape(tensor_input: Input[list[Any]], spec: ModelSpec, max_images: in
         raise _bad_request(problem, f"the model takes {_accepted(spec)}, without empty dimensions")
     if shape[0] > max_images:
         raise _too_large(f"{shape[0]} images in one request", f"send at most {max_images}")
-    height, width = shape[2:] if datatype == "FP32" else shape[1:3]
+    height, width = (spec.input.height, spec.input.width) if datatype == "FP32" else shape[1:3]
     if (pixels := shape[0] * height * width) > max_pixels:
         raise _too_large(f"{shape[0]} images of {width} x {height} have {pixels} pixels", f"send at most {max_pixels}")
 
@@ -209,15 +210,15 @@ def _decode_tensor(tensor_input: Input[list[Any]], raw: memoryview | None) -> Te
     return from_binary(raw, _datatype(tensor_input), tensor_input.shape)
 
 
-def _wants_binary_output(request: AnyRequest) -> bool:
+def _wants_binary_output(request: AnyRequest, name: str) -> bool:
     """Return whether to send binary data. The parameter of the output takes precedence over that of the request."""
-    _check_names("output", [output.name for output in request.outputs], OUTPUT)
+    _check_names("output", [output.name for output in request.outputs], name)
     for output in request.outputs:
         parameters = output.parameters
         for extension in ("classification", "shared_memory_region"):
             if getattr(parameters, extension) is not UNSET:
                 raise _bad_request(
-                    f"output {OUTPUT!r} has the parameter {extension}, which is not supported", "leave it out"
+                    f"output {name!r} has the parameter {extension}, which is not supported", "leave it out"
                 )
         if parameters.binary_data is not UNSET:
             return parameters.binary_data
@@ -225,20 +226,21 @@ def _wants_binary_output(request: AnyRequest) -> bool:
 
 
 def infer_response(
-    request: InferRequest, model_name: str, model_version: str, logits: NDArray[np.float32]
+    request: InferRequest, model_name: str, model_version: str, output_name: str, values: NDArray[np.float32]
 ) -> tuple[bytes, int | None]:
     """Return the body of a response, and the value of its Inference-Header-Content-Length; None if all of it is JSON.
 
-    JSON has no NaN and no infinity: such a logit becomes `null`, which tritonclient reads as NaN. Binary data keeps
+    JSON has no NaN and no infinity: such a number becomes `null`, which tritonclient reads as NaN. Binary data keeps
     every bit.
 
     Args:
         request: the request.
         model_name: the model's name in the URL.
         model_version: the version of the model that ran.
-        logits: (N, classes).
+        output_name: the name of the model's output.
+        values: the output, (N, output_size).
     """
-    output = ResponseOutput(OUTPUT, "FP32", logits.shape)
+    output = ResponseOutput(output_name, "FP32", values.shape)
     response = InferenceResponse(
         model_name=model_name,
         model_version=model_version,
@@ -246,9 +248,9 @@ def infer_response(
         outputs=[output],
     )
     if not request.binary_output:
-        output.data = logits.ravel().tolist()
+        output.data = values.ravel().tolist()
         return msgspec.json.encode(response), None
-    raw = logits.astype("<f4", copy=False).tobytes()
+    raw = values.astype("<f4", copy=False).tobytes()
     output.parameters = ResponseParameters(len(raw))
     header = msgspec.json.encode(response)
     return header + raw, len(header)

@@ -176,7 +176,8 @@ class OpenInferenceRoutes:
         with self._instance(request) as instance:
             infer = await self._parse(request, instance, deadline)
             result = await instance.infer(infer.tensor, deadline, request.is_disconnected)
-        body, header_length = infer_response(infer, instance.model.name, instance.model.version, result.values)
+        model = instance.model
+        body, header_length = infer_response(infer, model.name, model.version, model.spec.output, result.values)
         if header_length is None:
             return Response(body, content_type=JSON)
         headers = ((_HEADER_LENGTH, str(header_length).encode()),)
@@ -202,10 +203,10 @@ def _ready_status(ready: bool) -> HTTPStatus:
 def _infer_operation(suffix: str, parameters: tuple[Parameter, ...]) -> Operation:
     return Operation(
         f"infer{suffix}",
-        "Run a model on a batch and return its logits",
+        "Run a model on a batch and return its logits or probabilities",
         {
             HTTPStatus.OK: Body(
-                "The logits, as JSON or as binary data",
+                "The output, as JSON or as binary data",
                 {JSON_TYPE: InferenceResponse, BINARY_TYPE: _JSON_AND_BINARY},
             ),
             **error_responses(_TENSOR_ERRORS, MODEL_NOT_FOUND, BODY_ERRORS),

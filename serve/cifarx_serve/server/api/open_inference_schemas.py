@@ -11,14 +11,15 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 INPUT: Final = "input"
-OUTPUT: Final = "logits"
+OUTPUTS: Final = ("logits", "probabilities")
+"""The output of a model has one of these names, as its spec says."""
 
 Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Byte: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 
 # `extra_json_schema` is documentation: these rules are checked after decoding, with clearer error messages.
 InputName: TypeAlias = Annotated[str, Meta(extra_json_schema={"const": INPUT})]
-OutputName: TypeAlias = Annotated[str, Meta(extra_json_schema={"const": OUTPUT})]
+OutputName: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": OUTPUTS})]
 Shape: TypeAlias = Annotated[list[Size], Meta(extra_json_schema={"minItems": 4, "maxItems": 4})]
 
 Number = TypeVar("Number")
@@ -53,11 +54,11 @@ class Uint8(Input[Data], Generic[Data], tag="UINT8"):
 
 
 class Fp32Input(Fp32[Flat[float]]):
-    """The preprocessed input of the network, of shape [N, 3, height, width]."""
+    """The preprocessed input of the network, of the shape in the metadata of the model: [N, 3, height, width], …"""
 
 
 class Uint8Input(Uint8[Flat[Byte]]):
-    """RGB pixels, of shape [N, height, width, 3], which the server preprocesses."""
+    """Pixels that the server preprocesses: RGB, [N, height, width, 3], or grayscale, [N, height, width, 1]."""
 
 
 class OutputParameters(msgspec.Struct, frozen=True):
@@ -101,7 +102,7 @@ class ResponseParameters(msgspec.Struct):
 
 
 class ResponseOutput(msgspec.Struct):
-    """The logits, `response_output` in the protocol. A logit that is not finite is null."""
+    """Logits or probabilities, `response_output` in the protocol. A number that is not finite is null."""
 
     name: OutputName
     datatype: Literal["FP32"]
@@ -135,6 +136,12 @@ class TensorMetadata(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
 
 
+class ModelParameters(msgspec.Struct, frozen=True):
+    """What `assumption` says about the model was neither stated by its file nor by its user; it starts with ASSUMED."""
+
+    assumption: str
+
+
 class ModelMetadata(msgspec.Struct, frozen=True):
     """The tensors of a model. `platform` is its format and runtime, such as `onnx_onnxruntime`."""
 
@@ -143,6 +150,7 @@ class ModelMetadata(msgspec.Struct, frozen=True):
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
+    parameters: ModelParameters | UnsetType = UNSET
 
 
 class ServerLive(msgspec.Struct, frozen=True):

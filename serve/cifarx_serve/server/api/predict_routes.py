@@ -126,7 +126,9 @@ def _predict_response(
 def _image_prediction(upload: Upload, prediction: Prediction | ImageError) -> ImagePrediction:
     if isinstance(prediction, ImageError):
         return ImagePrediction(upload.filename, error=str(prediction))
-    return ImagePrediction(upload.filename, prediction.label, prediction.index, prediction.score, prediction.top)
+    return ImagePrediction(
+        upload.filename, prediction.label, prediction.index, prediction.score, prediction.top, prediction.labels
+    )
 
 
 def _query_fields(request: Request) -> dict[str, str]:

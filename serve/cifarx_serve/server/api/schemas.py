@@ -7,13 +7,17 @@ from cifarx_serve.server.inference.model import ModelInfo
 
 
 class ImagePrediction(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The prediction for one image: its label and the best classes. If the image cannot be read, `error` says why."""
+    """The prediction for one image: its label and the best classes. If the image cannot be read, `error` says why.
+
+    For a model with several labels per image, `labels` are those that apply, best first; other models have no `labels`.
+    """
 
     image: str | None
     label: str | None = None
     index: int | None = None
     score: float | None = None
     top: tuple[Candidate, ...] = ()
+    labels: tuple[Candidate, ...] | None = None
     error: str | None = None
 
 
@@ -42,6 +46,6 @@ class ModelsResponse(msgspec.Struct, frozen=True):
 
 
 class StatusResponse(msgspec.Struct, frozen=True):
-    """The status of the process, `alive`; or that of its models: `starting`, `ready`, `draining` or `failed`."""
+    """The status of the process: `alive`, or `starting`, `ready`, `overloaded`, `draining` or `failed`."""
 
     status: str

@@ -20,7 +20,10 @@ _VERSION_DIGITS: Final = 12
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """A served model. `version` is the start of the file's SHA-256; `provider` is what runs the model."""
+    """A served model. `version` is the start of the file's SHA-256; `provider` is what runs the model.
+
+    `assumption` says, after the word ASSUMED, what was stated neither by the file nor by the user; null if all was.
+    """
 
     name: str
     version: str
@@ -30,6 +33,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     ready: bool
     loaded_at: str
     spec: ModelSpec
+    assumption: str | None
 
 
 class ServedModel:
@@ -94,6 +98,7 @@ class ServedModel:
             not self.failed,
             self._loaded_at,
             self.spec,
+            self.spec.assumption,
         )
 
     def run(self, images: NDArray[Any]) -> NDArray[np.float32]:

@@ -22,8 +22,13 @@ from cifarx_serve.server.api.open_inference import (
 )
 from cifarx_serve.server.errors import RequestError
 from tests.support.color_model import SPEC
+from tests.support.spec_model import GRAYSCALE, RGB, make_spec
 
 EMBEDDED = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
+NHWC = make_spec(msgspec.structs.replace(RGB, layout="NHWC"))
+GRAY = make_spec(GRAYSCALE)
+EMBEDDED_GRAY = make_spec(GRAYSCALE, embedded_preprocessing=True)
+BINARY = make_spec(class_names=("no", "yes"), output="probabilities", activation="sigmoid", outputs=1)
 MAX_IMAGES, MAX_PIXELS = 4, 2000
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -88,7 +93,8 @@ def test_a_request_in_json() -> None:
 
 def test_a_response_in_json() -> None:
     parsed = InferRequest("42", ZEROS, binary_output=False)
-    body, header_length = infer_response(parsed, "lzh_9", "3f2a", np.array([[1.0, 1.5], [2.0, -0.25]], np.float32))
+    values = np.array([[1.0, 1.5], [2.0, -0.25]], np.float32)
+    body, header_length = infer_response(parsed, "lzh_9", "3f2a", "logits", values)
     assert header_length is None
     assert body == (
         b'{"model_name":"lzh_9","model_version":"3f2a","id":"42","outputs":['
@@ -98,7 +104,7 @@ def test_a_response_in_json() -> None:
 
 def test_a_binary_response() -> None:
     parsed = InferRequest(None, ZEROS, binary_output=True)
-    body, header_length = infer_response(parsed, "lzh_9", "3f2a", np.array([[1.0, 1.5]], np.float32))
+    body, header_length = infer_response(parsed, "lzh_9", "3f2a", "logits", np.array([[1.0, 1.5]], np.float32))
     header = (
         b'{"model_name":"lzh_9","model_version":"3f2a","outputs":['
         b'{"name":"logits","datatype":"FP32","shape":[1,2],"parameters":{"binary_data_size":8}}]}'
@@ -108,7 +114,7 @@ def test_a_binary_response() -> None:
 
 def test_logits_that_are_not_finite_are_null_in_json() -> None:
     values = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
-    body, _ = infer_response(InferRequest(None, ZEROS, binary_output=False), "m", "1", values)
+    body, _ = infer_response(InferRequest(None, ZEROS, binary_output=False), "m", "1", "logits", values)
     assert json.loads(body)["outputs"][0]["data"] == [None, None, None, 1.0]
     read = InferenceServerClient.parse_response_body(body).as_numpy("logits")
     assert np.isnan(read[0, :3]).all()
@@ -128,6 +134,9 @@ def test_server_metadata() -> None:
     [
         (SPEC, {"name": "input", "datatype": "FP32", "shape": [-1, 3, 4, 6]}),
         (EMBEDDED, {"name": "input", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}),
+        (NHWC, {"name": "input", "datatype": "FP32", "shape": [-1, 4, 6, 3]}),
+        (GRAY, {"name": "input", "datatype": "FP32", "shape": [-1, 1, 4, 6]}),
+        (EMBEDDED_GRAY, {"name": "input", "datatype": "UINT8", "shape": [-1, -1, -1, 1]}),
     ],
 )
 def test_model_metadata(spec: Any, input_metadata: dict[str, Any]) -> None:
@@ -139,6 +148,59 @@ def test_model_metadata(spec: Any, input_metadata: dict[str, Any]) -> None:
         "inputs": [input_metadata],
         "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 3]}],
     }
+
+
+def test_the_metadata_name_the_output_and_what_was_assumed() -> None:
+    metadata = json.loads(msgspec.json.encode(model_metadata("m", ["1"], "onnx_onnxruntime", BINARY)))
+    assert metadata["outputs"] == [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 1]}]
+    assert "parameters" not in metadata
+    assumed = msgspec.structs.replace(BINARY, assumed=("class_names", "preprocessing"))
+    metadata = json.loads(msgspec.json.encode(model_metadata("m", ["1"], "onnx_onnxruntime", assumed)))
+    assert metadata["parameters"]["assumption"].startswith("ASSUMED class names, preprocessing: ")
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "pixel_shape"),
+    [
+        (NHWC, (2, 4, 6, 3), (2, 4, 6, 3)),
+        (GRAY, (2, 1, 4, 6), (2, 4, 6, 1)),
+        (EMBEDDED_GRAY, None, (2, 9, 7, 1)),
+    ],
+    ids=["NHWC", "grayscale", "embedded grayscale"],
+)
+def test_the_shapes_are_those_of_the_spec(
+    spec: Any, shape: tuple[int, ...] | None, pixel_shape: tuple[int, ...]
+) -> None:
+    random = np.random.default_rng(0)
+    accepted: list[NDArray[Any]] = [random.integers(0, 256, pixel_shape, np.uint8)]
+    if shape:
+        accepted.append(random.random(shape, np.float32))
+    for tensor in accepted:
+        assert is_identical(parse(request(tensor_input(tensor)), spec=spec).tensor, tensor)
+        body, length = binary_request(tensor)
+        assert is_identical(parse(body, length, spec).tensor, tensor)
+        wrong = np.ascontiguousarray(tensor[:, :, :, [0, 0]])
+        with pytest.raises(RequestError) as raised:
+            parse(request(tensor_input(wrong)), spec=spec)
+        assert raised.value.status == HTTPStatus.BAD_REQUEST
+        assert ", 1]" in raised.value.remedy or ", 3]" in raised.value.remedy
+
+
+def test_the_limit_of_pixels_counts_images_of_every_layout() -> None:
+    for spec, shape in ((NHWC, (3, 4, 6, 3)), (GRAY, (3, 1, 4, 6))):
+        body = request(tensor_input(np.zeros(shape, np.float32)))
+        assert parse_infer(body, None, spec, MAX_IMAGES, max_pixels=72).tensor.shape == shape
+        with pytest.raises(RequestError, match="3 images of 6 x 4 have 72 pixels"):
+            parse_infer(body, None, spec, MAX_IMAGES, max_pixels=71)
+
+
+def test_the_output_has_the_name_of_the_spec() -> None:
+    parsed = parse(request(tensor_input(ZEROS), outputs=[{"name": "probabilities"}]), spec=BINARY)
+    body, _ = infer_response(parsed, "m", "1", "probabilities", np.array([[0.25]], np.float32))
+    output = {"name": "probabilities", "datatype": "FP32", "shape": [1, 1], "data": [0.25]}
+    assert json.loads(body)["outputs"] == [output]
+    with pytest.raises(RequestError, match="unknown output 'logits': the model has one output, 'probabilities'"):
+        parse(request(tensor_input(ZEROS), outputs=[{"name": "logits"}]), spec=BINARY)
 
 
 # Tensors keep every bit in every encoding
@@ -224,7 +286,7 @@ def test_requests_of_tritonclient(tensor: NDArray[Any], binary: bool, binary_out
 
 @given(logits, st.booleans(), st.none() | ids)
 def test_responses_to_tritonclient(values: NDArray[np.float32], binary: bool, name: str | None) -> None:
-    body, header_length = infer_response(InferRequest(name, ZEROS, binary), "lzh_9", "3f2a", values)
+    body, header_length = infer_response(InferRequest(name, ZEROS, binary), "lzh_9", "3f2a", "logits", values)
     read = InferenceServerClient.parse_response_body(body, header_length=header_length)
     header = read.get_response()
     assert (header["model_name"], header["model_version"], header.get("id")) == ("lzh_9", "3f2a", name)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from schemathesis.core.result import Ok
 from cifarx_serve.server.api.openapi import openapi_document
 from cifarx_serve.server.api.routes import create_routes
 from cifarx_serve.server.asgi import Route
+from cifarx_serve.server.inference.deadline import ThreadPool
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
 from tests.support.asgi_client import encode_image, open_client
 from tests.support.color_model import write_onnx
+from tests.support.spec_model import make_spec, write_model
 
 PAGES = {"/", "/docs", "/openapi.json"}
 
@@ -28,8 +31,8 @@ PAGES = {"/", "/docs", "/openapi.json"}
 @pytest.fixture(scope="module")
 def routes() -> list[Route]:
     metrics = Metrics()
-    with ThreadPoolExecutor(1) as executor:
-        return create_routes(ModelRepository(Settings(files={}), metrics), metrics, executor)
+    with closing(DecoderPool(1, 1)) as decoders, closing(ThreadPool(1, "parse")) as threads:
+        return create_routes(ModelRepository(Settings(files={}), metrics), metrics, decoders, threads)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,27 @@ def test_responses_match_their_schemas(document: dict[str, Any], tmp_path: Path)
                 Draft202012Validator({**schema, "components": document["components"]}).validate(response.json)
             served = await client.get("/openapi.json")
             assert served.json == document
+
+    asyncio.run(run())
+
+
+def test_responses_of_a_model_with_several_labels_match_their_schemas(document: dict[str, Any], tmp_path: Path) -> None:
+    spec = make_spec(activation="sigmoid", output="probabilities", assumed=("output",))
+    infer = {"inputs": [{"name": "input", "shape": [1, 4, 6, 3], "datatype": "UINT8", "data": [0] * 72}]}
+    requests = [
+        ("POST", "/v1/predict", "/v1/predict", encode_image(Image.new("RGB", (9, 5)))),
+        ("GET", "/v1/models", "/v1/models", b""),
+        ("GET", "/v2/models/{model}", "/v2/models/m", b""),
+        ("POST", "/v2/models/{model}/infer", "/v2/models/m/infer", json.dumps(infer).encode()),
+    ]
+
+    async def run() -> None:
+        async with open_client({"m": write_model(tmp_path / "m.onnx", spec)}) as client:
+            for method, path, target, body in requests:
+                response = await client.request(method, target, body)
+                described = operations(document)[method, path]["responses"]["200"]
+                schema = described["content"]["application/json"]["schema"]
+                Draft202012Validator({**schema, "components": document["components"]}).validate(response.json)
 
     asyncio.run(run())
 

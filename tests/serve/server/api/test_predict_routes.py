@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 from urllib3.filepost import encode_multipart_formdata
 
+from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.predictor import load
 from cifarx_serve.spec import ModelSpec
 from tests.support.asgi_client import AsgiClient, Response, encode_image, run_with_client
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.faulty_backend import POISON, write_faulty_model
+from tests.support.spec_model import BGR, GRAYSCALE, RGB, make_spec, write_model
 from tests.support.trained_model import Trained
 
 RED, GREEN, BLUE = (Image.new("RGB", (9, 5), color) for color in ("red", "lime", "blue"))
@@ -104,6 +106,73 @@ def test_predictions_of_an_exported_model_with_embedded_preprocessing(trained: T
             assert is_same(prediction, expected_prediction(made.path, data, 5))
 
     run_with_client(test, made.path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        make_spec(GRAYSCALE),
+        make_spec(msgspec.structs.replace(BGR, layout="NHWC"), output="probabilities"),
+        make_spec(GRAYSCALE, embedded_preprocessing=True),
+        make_spec(activation="sigmoid"),
+        make_spec(class_names=("no", "yes"), activation="sigmoid", outputs=1, thresholds=(0.4,)),
+        make_spec(msgspec.structs.replace(RGB, resize="letterbox", fill=114)),
+    ],
+    ids=["grayscale", "BGR, NHWC, probabilities", "embedded grayscale", "labels", "one output", "letterbox"],
+)
+def test_models_of_every_kind_are_served(tmp_path: Path, spec: ModelSpec) -> None:
+    """The predictions are those of the predictor, for images of several sizes in one request."""
+    path = write_model(tmp_path / "means.onnx", spec)
+    files = [(f"{number}.png", encode_image(image)) for number, image in enumerate([RED, noise(), GREEN, noise(7, 3)])]
+
+    async def test(client: AsgiClient) -> None:
+        response = (await post_form(client, files, "/v1/predict?top_k=2")).json
+        for prediction, (name, data) in zip(response["predictions"], files, strict=True):
+            expected = expected_prediction(path, data, 2)
+            assert prediction["image"] == name
+            assert is_same(prediction, expected)
+            assert ("labels" in prediction) == spec.multi_label
+            if spec.multi_label:
+                labels = [entry["label"] for entry in prediction["labels"]]
+                assert labels == [entry["label"] for entry in expected["labels"]]
+        model = (await client.get("/v2/models/means")).json
+        assert model["outputs"] == [{"name": spec.output, "datatype": "FP32", "shape": [-1, spec.output_size]}]
+        size, channels = spec.input, spec.input.channels
+        pixels = np.random.default_rng(0).integers(0, 256, (1, size.height, size.width, channels), np.uint8)
+        tensor = {"name": "input", "datatype": "UINT8", "shape": pixels.shape, "data": pixels.ravel().tolist()}
+        body = json.dumps({"inputs": [tensor]}).encode()
+        [output] = (await client.post("/v2/models/means/infer", body)).json["outputs"]
+        with load(path, device="cpu") as predictor:
+            expected_output = predictor.run(model_input(pixels, spec))
+        assert (output["name"], output["data"]) == (spec.output, pytest.approx(expected_output[0].tolist(), abs=1e-5))
+
+    run_with_client(test, path)
+
+
+def test_no_label_may_apply(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "means.onnx", make_spec(activation="sigmoid", thresholds=(1, 1, 1)))
+
+    async def test(client: AsgiClient) -> None:
+        [prediction] = (await client.post("/v1/predict", encode_image(noise()))).json["predictions"]
+        assert prediction["labels"] == []
+        assert len(prediction["top"]) == 3
+
+    run_with_client(test, path)
+
+
+@pytest.mark.parametrize("assumed", [(), ("architecture", "class_names")])
+def test_the_list_of_models_marks_what_was_assumed(tmp_path: Path, assumed: tuple[str, ...]) -> None:
+    path = write_model(tmp_path / "means.onnx", make_spec(assumed=assumed))
+
+    async def test(client: AsgiClient) -> None:
+        [model] = (await client.get("/v1/models")).json["models"]
+        assert model["spec"]["assumed"] == list(assumed)
+        if assumed:
+            assert model["assumption"].startswith("ASSUMED architecture, class names: ")
+        else:
+            assert model["assumption"] is None
+
+    run_with_client(test, path)
 
 
 def test_the_response_has_the_model_and_the_timing(color_model: Path) -> None:
