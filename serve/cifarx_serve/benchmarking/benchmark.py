@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.benchmarking.process import BenchmarkProcess
 from cifarx_serve.benchmarking.timing import Latency, measure_interleaved
+from cifarx_serve.benchmarking.worker import Predictions
 from cifarx_serve.errors import UsageError
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.environment import Environment, current_environment
@@ -28,8 +29,9 @@ class BenchmarkRow(msgspec.Struct, frozen=True):
         images_per_s: the throughput: images divided by the total time of all counted calls.
         stable: whether `spread` is at most 10 %.
         spread: the relative difference between the medians of the last three windows.
-        agreement: the fraction of images for which the file and the first file predict the same class.
-        accuracy: the fraction of images whose label is predicted; None without labels.
+        agreement: the fraction of images for which the file and the first file predict the same class, or the same set
+            of labels.
+        accuracy: the fraction of images whose label is the best class; None without labels.
         load_ms: the time to open the file in a new process, including the import of its library.
         first_call_ms: the time of the first call, with one image.
         size_bytes: the size of the file.
@@ -66,12 +68,14 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
     Attributes:
         data: the name of the data that agreement and accuracy were measured on.
         images: the number of images in it.
+        multi_label: whether several labels can apply to an image, so that the agreement is that of all labels.
     """
 
     environment: Environment
     data: str
     images: int
     rows: tuple[BenchmarkRow, ...]
+    multi_label: bool = False
 
 
 class _File(NamedTuple):
@@ -98,7 +102,7 @@ def benchmark(
 
     Args:
         files: model files of any backend with the same input size. Agreement is measured against the first one.
-        images: uint8 (N, height, width, 3), at the input size of the models.
+        images: uint8 (N, height, width, channels), at the input size of the models.
         data_name: the name of the images, for the report.
         batch_sizes: the batch sizes to measure.
         device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps, for all files.
@@ -127,7 +131,8 @@ def benchmark(
             for batch, batch_latencies in latencies.items()
             for file, latency in zip(compared, batch_latencies, strict=True)
         ]
-        return BenchmarkReport(current_environment(), data_name, len(images), tuple(rows))
+        multi_label = any(process.opened.multi_label for process in processes)
+        return BenchmarkReport(current_environment(), data_name, len(images), tuple(rows), multi_label)
 
 
 def _open(path: Path, device: str, images_file: Path, progress: Progress) -> BenchmarkProcess:
@@ -147,15 +152,16 @@ def _compare(
 ) -> list[_File]:
     names = [process.path.name for process in processes]
     files: list[_File] = []
-    expected: NDArray[np.int64] | None = None
+    expected: Predictions | None = None
     for process in processes:
         progress(f"classifying all images with {process.path}")
         peak = process.peak_memory()  # before all images are in memory, which are not part of the model
-        predicted = process.predict_labels()
+        predicted = process.predict()
         expected = predicted if expected is None else expected
-        accuracy = None if labels is None else float((predicted == labels).mean())
+        accuracy = None if labels is None else float((np.array(predicted.classes) == labels).mean())
+        agreement = float(np.mean([one == other for one, other in zip(predicted.labels, expected.labels, strict=True)]))
         name = process.path.name if names.count(process.path.name) == 1 else str(process.path)
-        files.append(_File(name, process, float((predicted == expected).mean()), accuracy, peak))
+        files.append(_File(name, process, agreement, accuracy, peak))
     return files
 
 

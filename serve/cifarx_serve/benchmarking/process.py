@@ -16,7 +16,8 @@ from cifarx_serve.benchmarking.worker import (
     OpenedModel,
     OpenModel,
     PeakMemory,
-    PredictLabels,
+    Predict,
+    Predictions,
     Reply,
     Request,
     WarmUp,
@@ -37,7 +38,7 @@ class BenchmarkProcess:
     Args:
         path: the model file.
         device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
-        images_file: a `.npy` file with images, uint8 (N, height, width, 3), at the input size of the model.
+        images_file: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
 
     Attributes:
         opened: what runs the file, and how long opening it took.
@@ -76,9 +77,9 @@ class BenchmarkProcess:
         """Return the peak memory of the process in bytes."""
         return self._request(PeakMemory(), int)
 
-    def predict_labels(self) -> NDArray[np.int64]:
-        """Return the argmax of the logits of every image, int64 (N,)."""
-        return np.array(self._request(PredictLabels(), list[int]), np.int64)
+    def predict(self) -> Predictions:
+        """Return what the model predicts for every image."""
+        return self._request(Predict(), Predictions)
 
     def close(self) -> None:
         """End the process. Calling it twice is safe."""

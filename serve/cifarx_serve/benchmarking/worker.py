@@ -13,11 +13,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.backends.base import Backend
+from cifarx_serve.backends.base import Backend, require_interface, run_checked
 from cifarx_serve.backends.registry import RegisteredBackend, model_file, open_backend, register_backend
 from cifarx_serve.benchmarking.timing import WINDOW_S, WINDOW_WARMUP_CALLS, measure_window, warm_up
 from cifarx_serve.errors import CifarxError, FallbackWarning, UsageError
 from cifarx_serve.images.preprocess import model_input
+from cifarx_serve.scores import applicable_labels, predicted_classes
 from cifarx_serve.system.memory import peak_process_memory
 from cifarx_serve.system.worker_process import init_worker
 
@@ -29,7 +30,7 @@ class OpenModel(msgspec.Struct, frozen=True, tag=True):
     """Request to open a model file on a device. The reply is an `OpenedModel`.
 
     Attributes:
-        images: a `.npy` file with images, uint8 (N, height, width, 3), at the input size of the model.
+        images: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
         registered: the backends that the parent process has registered.
     """
 
@@ -59,17 +60,18 @@ class PeakMemory(msgspec.Struct, frozen=True, tag=True):
     """Request for the peak memory of the process. The reply is in bytes."""
 
 
-class PredictLabels(msgspec.Struct, frozen=True, tag=True):
-    """Request to classify all images. The reply is the list of their predicted labels."""
+class Predict(msgspec.Struct, frozen=True, tag=True):
+    """Request to classify all images. The reply is `Predictions`."""
 
 
-Request: TypeAlias = OpenModel | WarmUp | MeasureWindow | MeasureDeviceTimes | PeakMemory | PredictLabels
+Request: TypeAlias = OpenModel | WarmUp | MeasureWindow | MeasureDeviceTimes | PeakMemory | Predict
 
 
 class OpenedModel(msgspec.Struct, frozen=True):
     """What runs a model file, and how long opening it took.
 
     Attributes:
+        multi_label: whether several labels can apply to an image.
         load_ms: the time to open the file, including the import of its library.
         first_call_ms: the time of the first call, with one image.
         size_bytes: the size of the file.
@@ -79,10 +81,23 @@ class OpenedModel(msgspec.Struct, frozen=True):
     backend: str
     provider: str
     precision: str
+    multi_label: bool
     load_ms: float
     first_call_ms: float
     size_bytes: int
     warnings: tuple[str, ...]
+
+
+class Predictions(msgspec.Struct, frozen=True):
+    """What a model predicts for each image.
+
+    Attributes:
+        classes: the best class.
+        labels: all labels that apply, in increasing order; for a model with one label per image, the best class alone.
+    """
+
+    classes: list[int]
+    labels: list[list[int]]
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -107,14 +122,16 @@ class _Model:
             self._backend = open_backend(request.path, device=request.device)
             load_ms = (time.perf_counter() - started) * 1e3
         self._require_size(request.path)
+        require_interface(self._backend, request.path)
         self._inputs = self._batch(1)
         started = time.perf_counter()
-        self._backend.run(self._inputs)
+        run_checked(self._backend, self._inputs, request.path)
         first_call_ms = (time.perf_counter() - started) * 1e3
         self.opened = OpenedModel(
             self._backend.name,
             self._backend.provider,
             self._backend.spec.precision,
+            self._backend.spec.multi_label,
             load_ms,
             first_call_ms,
             model_file(Path(request.path)).stat().st_size,
@@ -133,8 +150,8 @@ class _Model:
                 return measure_device_times(self._backend, self._batch(batch))
             case PeakMemory():
                 return peak_process_memory()
-            case PredictLabels():
-                return predict_labels(self._backend, self._images).tolist()
+            case Predict():
+                return predict(self._backend, self._images)
             case OpenModel():
                 return self.opened
 
@@ -145,19 +162,26 @@ class _Model:
         return model_input(np.array(self._images[:size]), self._backend.spec)
 
     def _require_size(self, path: str) -> None:
-        expected, (height, width) = self._backend.spec.input, self._images.shape[1:3]
-        if (expected.height, expected.width) != (height, width):
+        taken, found = self._backend.spec.input, self._images.shape[1:]
+        if (taken.height, taken.width, taken.channels) != found:
+            size, other = _describe_size(taken.height, taken.width, taken.channels), _describe_size(*found)
             raise UsageError(
-                f"{path} takes images of {expected.height}x{expected.width}, but the first file {height}x{width}",
-                "compare models with the same input size",
+                f"{path} takes {size}, but the first file {other}", "compare models with the same input size"
             )
 
 
-def predict_labels(backend: Backend, images: NDArray[np.uint8], batch_size: int = _PREDICT_BATCH) -> NDArray[np.int64]:
-    """Return the argmax of the logits of each image, int64 (N,)."""
-    starts = range(0, len(images), batch_size)
-    batches = (model_input(images[start : start + batch_size], backend.spec) for start in starts)
-    return np.concatenate([backend.run(batch).argmax(1) for batch in batches])
+def _describe_size(height: int, width: int, channels: int) -> str:
+    return f"{'grayscale ' if channels == 1 else ''}images of {height}x{width}"
+
+
+def predict(backend: Backend, images: NDArray[np.uint8], batch_size: int = _PREDICT_BATCH) -> Predictions:
+    """Return the predictions for images, uint8 (N, height, width, channels)."""
+    spec, starts = backend.spec, range(0, len(images), batch_size)
+    outputs = np.concatenate(
+        [run_checked(backend, model_input(images[start : start + batch_size], spec)) for start in starts]
+    )
+    applicable = applicable_labels(outputs, spec)
+    return Predictions(predicted_classes(outputs, spec).tolist(), [np.flatnonzero(row).tolist() for row in applicable])
 
 
 def measure_device_times(backend: Backend, inputs: NDArray[Any]) -> list[float]:

@@ -11,6 +11,7 @@ from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.environment import current_environment
 from tests.support.color_model import SPEC, write_onnx, write_torchscript
+from tests.support.spec_model import GRAYSCALE, make_spec, write_model
 
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
 
@@ -83,6 +84,31 @@ def test_agreement_is_measured_against_the_first_file(tmp_path: Path, images: ND
     assert [row.agreement for row in report.rows] == [1, 0.2, 1]
 
 
+def test_the_agreement_of_a_model_with_several_labels_is_that_of_all_labels(
+    tmp_path: Path, images: NDArray[np.uint8]
+) -> None:
+    """Both files have the same best classes, but the second one applies fewer labels."""
+    files = [
+        write_model(tmp_path / "all.onnx", make_spec(activation="sigmoid")),
+        write_model(tmp_path / "few.onnx", make_spec(activation="sigmoid", thresholds=(0.5, 0.5, 0.6))),
+    ]
+    report = benchmark(
+        files, images, "colors", batch_sizes=(2,), device="cpu", seconds=0.1, labels=np.array([0, 1, 2, 0, 1])
+    )
+    assert report.multi_label
+    assert [row.agreement for row in report.rows] == [1, 0.8]
+    assert [row.accuracy for row in report.rows] == [0.8, 0.8]
+
+
+def test_grayscale_images_are_measured(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    files = [write_model(tmp_path / "a.onnx", make_spec(GRAYSCALE))]
+    report = benchmark(files, images[..., :1], "grays", batch_sizes=(2,), device="cpu", seconds=0.1)
+    assert [row.agreement for row in report.rows] == [1]
+    assert not report.multi_label
+    with pytest.raises(UsageError, match=r"a\.onnx takes grayscale images of 4x6, but the first file images of 4x6"):
+        benchmark(files, images, "colors", batch_sizes=(2,), device="cpu")
+
+
 def test_accuracy_is_measured_against_the_labels(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     files = [write_onnx(tmp_path / "right.onnx"), write_onnx(tmp_path / "wrong.onnx", order=(1, 0, 2))]
     labels = np.array([0, 1, 2, 2, 2])
@@ -113,7 +139,7 @@ def test_models_of_different_input_sizes_are_a_usage_error(tmp_path: Path, image
     files = [write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b.onnx", other.to_json())]
     with pytest.raises(UsageError) as raised:
         benchmark(files, images, "colors", device="cpu", batch_sizes=(1,))
-    assert raised.value.problem == f"{files[1]} takes images of 6x4, but the first file 4x6"
+    assert raised.value.problem == f"{files[1]} takes images of 6x4, but the first file images of 4x6"
 
 
 def test_a_missing_file_is_a_model_file_error(tmp_path: Path, images: NDArray[np.uint8]) -> None:

@@ -33,7 +33,7 @@ def test_the_process_ends_when_it_is_closed(tmp_path: Path, images: Path) -> Non
     with closing(BenchmarkProcess(write_onnx(tmp_path / "a.onnx"), "cpu", images)) as process:
         [child] = [child for child in _children() if child not in before]
         assert process.opened.provider == "CPUExecutionProvider"
-        assert len(process.predict_labels()) == len(IMAGES)
+        assert len(process.predict().classes) == len(IMAGES)
     assert not child.is_running()
     process.close()
 

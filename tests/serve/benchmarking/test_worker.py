@@ -10,11 +10,15 @@ import pytest
 from numpy.typing import NDArray
 
 from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.benchmarking.worker import OpenModel, PeakMemory, Reply, Request, measure_device_times, predict_labels
+from cifarx_serve.benchmarking.worker import OpenModel, PeakMemory, Reply, Request, measure_device_times, predict
+from cifarx_serve.spec import InputSpec, ModelSpec
 from tests.support.color_model import write_onnx
+from tests.support.spec_model import make_spec, write_model
 
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
 LABELS = [0, 1, 2, 0, 1]
+CROPPED = InputSpec(height=4, width=4, resize="shorter_side", resize_to=6)
+CROPPED_GRAYSCALE = InputSpec(height=4, width=4, channels=1, color="L", resize="shorter_side", resize_to=6)
 
 
 @pytest.fixture
@@ -24,9 +28,39 @@ def images() -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
-def test_predicts_the_labels_of_all_images(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
+def test_predicts_the_classes_of_all_images(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
     with open_backend(write_onnx(tmp_path / "a.onnx"), device="cpu") as backend:
-        assert predict_labels(backend, images, batch).tolist() == LABELS
+        predictions = predict(backend, images, batch)
+    assert predictions.classes == LABELS
+    assert predictions.labels == [[label] for label in LABELS]
+
+
+def test_predicts_all_labels_that_apply(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    spec = make_spec(activation="sigmoid")
+    with open_backend(write_model(tmp_path / "a.onnx", spec), device="cpu") as backend:
+        predictions = predict(backend, images)
+    assert predictions.classes == [0, 1, 2, 0, 2]
+    assert predictions.labels == [[0, 1], [1, 2], [0, 2], [0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize("spec", [make_spec(CROPPED), make_spec(CROPPED_GRAYSCALE)], ids=["color", "grayscale"])
+def test_embedded_preprocessing_gets_the_same_pixels(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that crops gets images that are larger than the input of the network."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, spec.input.channels), np.uint8)
+    embedded = msgspec.structs.replace(spec, embedded_preprocessing=True)
+    with open_backend(write_model(tmp_path / "a.onnx", embedded), device="cpu") as backend:
+        shapes: list[tuple[int, ...]] = []
+        run = backend.run
+
+        def record(batch: NDArray[Any]) -> NDArray[np.float32]:
+            shapes.append(batch.shape)
+            return run(batch)
+
+        monkeypatch.setattr(backend, "run", record)
+        assert len(predict(backend, pixels).classes) == 5
+    assert shapes == [(5, 6, 6, spec.input.channels)]
 
 
 class TimedBackend:
