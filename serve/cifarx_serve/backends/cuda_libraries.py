@@ -3,14 +3,26 @@
 import contextlib
 import ctypes
 import io
+import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Final
 
 from cifarx_serve.errors import DeviceError
 
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_INSTALL = 'pip install "cifarx[cuda]"'
+
+# The packages for CUDA 13; those for CUDA 12 have the suffix "-cu12".
+_PACKAGES: Final = {
+    "cublas": "nvidia-cublas",
+    "cublasLt": "nvidia-cublas",
+    "cudart": "nvidia-cuda-runtime",
+    "cudnn": "nvidia-cudnn",
+    "cufft": "nvidia-cufft",
+    "curand": "nvidia-curand",
+    "nvrtc": "nvidia-cuda-nvrtc",
+}
 
 
 @cache
@@ -43,7 +55,17 @@ def availability_error() -> DeviceError | None:
         )
     preload()
     problem = provider_load_error("shared") or provider_load_error("cuda")
-    return DeviceError(f"ONNX Runtime cannot use CUDA ({problem})", _INSTALL) if problem else None
+    return DeviceError(f"ONNX Runtime cannot use CUDA ({problem})", _install_command(problem)) if problem else None
+
+
+def _install_command(problem: str) -> str:
+    """Return the command that installs what the loader did not find: the package of a library, or all of them."""
+    library = re.match(r"lib(\w+)\.so", problem)
+    if library is None or (package := _PACKAGES.get(library[1])) is None:
+        return 'pip install "cifarx[cuda]"'
+    major = cuda_major_version()
+    suffix = f"-cu{major}" if major == "12" or package == "nvidia-cudnn" else ""
+    return f'pip install {package}{suffix}, or all CUDA libraries: pip install "cifarx[cuda]"'
 
 
 def provider_load_error(name: str) -> str | None:

@@ -70,14 +70,30 @@ def test_no_driver(machine: Machine) -> None:
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
     reason="the installed ONNX Runtime is a CPU build",
 )
-def test_a_library_that_does_not_load_is_reported(machine: Machine) -> None:
-    reason = "libcurand.so.10: cannot open shared object file: No such file or directory"
+@pytest.mark.parametrize(
+    ("library", "cuda", "command"),
+    [
+        ("libcurand.so.10", "13", 'pip install nvidia-curand, or all CUDA libraries: pip install "cifarx[cuda]"'),
+        (
+            "libcublasLt.so.12",
+            "12",
+            'pip install nvidia-cublas-cu12, or all CUDA libraries: pip install "cifarx[cuda]"',
+        ),
+        ("libcudnn.so.9", "13", 'pip install nvidia-cudnn-cu13, or all CUDA libraries: pip install "cifarx[cuda]"'),
+        ("libother.so.1", "13", 'pip install "cifarx[cuda]"'),
+    ],
+)
+def test_a_library_that_does_not_load_is_reported_with_its_package(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, library: str, cuda: str, command: str
+) -> None:
+    reason = f"{library}: cannot open shared object file: No such file or directory"
     machine(lacks={"providers_cuda": reason})
+    monkeypatch.setattr(cuda_libraries, "cuda_major_version", lambda: cuda)
     assert cuda_libraries.has_driver()
     error = cuda_libraries.availability_error()
     assert isinstance(error, DeviceError)
     assert reason in error.problem
-    assert error.remedy == 'pip install "cifarx[cuda]"'
+    assert error.remedy == command
     assert "\n" not in str(error)
 
 
