@@ -210,7 +210,7 @@ def test_options_in_the_text_exist(page: Page) -> None:
 @each_page
 def test_files_targets_and_extras_exist(page: Page) -> None:
     """Check the arguments of `python`, `pytest`, `make` and `pip` in code blocks and in the text."""
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z0-9.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for line in [*page.shell_lines(), *page.inline_code()]:
         if not line.startswith(("make ", "pip ", "pytest ", "python ")):
@@ -220,8 +220,8 @@ def test_files_targets_and_extras_exist(page: Page) -> None:
                 case "make":
                     unknown = [word for word in words if "=" not in word and word not in targets]
                 case "pip":
-                    named = [name for word in words for name in re.findall(r"\[(.*)\]", word)]
-                    unknown = [name for name in named if name not in extras]
+                    named = [names for word in words for names in re.findall(r"\[(.*)\]", word)]
+                    unknown = [name for names in named for name in names.split(",") if name not in extras]
                 case _:
                     paths = [word for word in words if re.match("(benchmarks|examples|tests|docs)/", word)]
                     unknown = [path for path in paths if not (ROOT / path).exists()]
