@@ -54,8 +54,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "crop": draw(pixels),
         "cutout": draw(pixels),
         "jitter": draw(fractions),
-        "precision": draw(st.sampled_from(["fp32", "bf16", "fp16"])),
-        "channels_last": draw(st.booleans()),
+        "precision": draw(st.sampled_from(["auto", "fp32", "bf16", "fp16"])),
+        "channels_last": draw(st.none() | st.booleans()),
         "compile": draw(st.booleans()),
         "patience": draw(st.none() | positive_ints),
         "max_minutes": draw(st.none() | positive_floats),
@@ -319,6 +319,23 @@ def test_any_text_is_a_recipe_or_raises_usage_error(tmp_path_factory: pytest.Tem
     path = write_toml(tmp_path_factory.mktemp("any"), content)
     with pytest.raises(UsageError):  # three fields have no default
         load_recipe(path)
+
+
+# --- fields that are left to the device
+
+
+def test_only_fields_that_are_left_to_the_device_are_completed() -> None:
+    left = load_recipe("fast", "fastnet")
+    assert (left.precision, left.channels_last) == ("auto", None)
+    completed = left.complete(precision="bf16", channels_last=True)
+    assert completed.diff(left) == {"precision": ("bf16", "auto"), "channels_last": (True, None)}
+    assert completed.complete(precision="fp32", channels_last=False) == completed
+    assert left.complete() == left
+
+
+def test_the_device_decides_about_precision_only_where_a_recipe_says_so() -> None:
+    assert load_recipe("notes").precision == load_recipe("fast").precision == "fp32"
+    assert load_recipe("notes", overrides={"precision": "auto"}).precision == "auto"
 
 
 # --- field names of earlier versions

@@ -1,20 +1,25 @@
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from cifarx_serve.errors import CheckFailed, CifarxError, DataError, OutputError
+from cifarx_serve.errors import CheckFailed, CifarxError, DataError, DeviceMemoryError, FallbackWarning, OutputError
 from cifarx_serve.spec import DataRecord, InputSpec, TrainingRecord
 from cifarx_serve.system.versions import library_versions
 from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.data.dataset import fingerprint
+from cifarx_train.data.loaders import selection
 from cifarx_train.data.loaders.device import DeviceLoader
 from cifarx_train.data.selection import select_dataset
 from cifarx_train.distributed import Distributed
@@ -24,6 +29,8 @@ from cifarx_train.recipes import RECIPES, load_recipe
 from cifarx_train.train import train
 from cifarx_train.trainer import TrainResult
 from tests.support.image_datasets import pack_archive, write_image_folder
+from tests.support.simulated_gpu.counters import changes, counters
+from tests.support.simulated_gpu.process import SimulatedGpuProcess
 
 INPUT = InputSpec(height=32, width=32)
 
@@ -134,7 +141,7 @@ def test_every_checkpoint_describes_its_training(color_folder: Path, finished: F
             train_fingerprint=fingerprint(splits["train"], data.class_names),
             test_fingerprint=fingerprint(splits["test"], data.class_names),
         )
-        values = {"epochs": 3, "batch_size": 16, "learning_rate": 0.05}
+        values = {"epochs": 3, "batch_size": 16, "learning_rate": 0.05, "channels_last": False}
         assert training.recipe == msgspec.to_builtins(load_recipe("notes", overrides=values))
         assert (training.epochs, training.seed, training.device) == (epoch + 1, 5, "cpu")
         assert training.versions == library_versions()
@@ -222,13 +229,13 @@ def test_overrides_are_recorded(color_folder: Path, tmp_path: Path) -> None:
     }
     done = run(color_folder, tmp_path, epochs=1, **settings)
     expected = load_recipe("notes", overrides={"epochs": 1, "batch_size": 16, "learning_rate": 0.05, **settings})
-    assert record_of(done.checkpoints[0]).recipe == msgspec.to_builtins(expected)
+    assert record_of(done.checkpoints[0]).recipe == msgspec.to_builtins(expected.complete(channels_last=False))
 
 
 def test_a_recipe_from_a_file_is_used_and_recorded(color_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('base = "fast"\nepochs = 1\nbatch_size = 20\nschedule = "cosine"\n')
     done = train("lzh", data=str(color_folder), out=tmp_path, device="cpu", recipe_name=str(tmp_path / "mine.toml"))
-    changes = {"name": "mine", "epochs": 1, "batch_size": 20, "schedule": "cosine"}
+    changes = {"name": "mine", "epochs": 1, "batch_size": 20, "schedule": "cosine", "channels_last": False}
     assert record_of(done.checkpoints[0]).recipe == {**msgspec.to_builtins(RECIPES["fast"]), **changes}
 
 
@@ -430,3 +437,119 @@ def test_unavailable_cuda_is_an_error(color_folder: Path, tmp_path: Path) -> Non
     with pytest.raises(CifarxError, match="cuda:0 was requested"):
         run(color_folder, tmp_path / "run", device="cuda")
     assert list_files(tmp_path) == []
+
+
+# --- a simulated GPU
+
+SPLIT = {"epochs": 1, "batch_size": 16, "learning_rate": 0.05}
+"""60 images: three full batches that warm up, and an odd one. Two epochs replay a captured step."""
+
+RECIPES_BY_OPTIMIZER: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9, "max_grad_norm": 1.0, "ema_decay": 0.9, "precision": "bf16", "channels_last": True},
+    "adamw": {"optimizer": "adamw", "precision": "bf16", "channels_last": True},
+    "muon": {"optimizer": "muon", "bias_lr": 0.05, "head_lr": 0.1, "momentum": 0.6, "channels_last": True},
+}
+
+
+def run_on_gpu(
+    data: Path, out: Path, *, stream: bool = False, **options: Any
+) -> tuple[list[dict[str, int]], list[str]]:
+    """Train, and return what happened on each of two GPUs, and the warnings. Runs in the process with the GPUs."""
+    before = [counters(device) for device in range(2)]
+    fraction = 0.0 if stream else 0.5
+    with warnings.catch_warnings(record=True) as caught, patch.object(selection, "_MAX_FRACTION", fraction):
+        warnings.simplefilter("always", FallbackWarning)
+        run(data, out, **{"device": "cuda", **options})
+    return [changes(before[device], device) for device in range(2)], [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_gpu_leaves_the_first_one_alone(
+    stream: bool, color_folder: Path, tmp_path: Path, gpu_process: SimulatedGpuProcess
+) -> None:
+    (first, second), notes = gpu_process.call(run_on_gpu, color_folder, tmp_path, device="cuda:1", stream=stream)
+    assert first == {}
+    assert second["graph_launches"] == 3
+    assert second["captures"] == 1
+    assert second.get("invalidated_captures", 0) == 0
+    assert ["they are streamed" in note for note in notes] == [True, True] * stream
+
+
+def test_the_device_decides_about_precision_and_memory_format(
+    color_folder: Path, tmp_path: Path, gpu_process: SimulatedGpuProcess
+) -> None:
+    decided = {}
+    for device, precision in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "fp32")):
+        out = tmp_path / f"{device}-{precision}"
+        gpu_process.call(run_on_gpu, color_folder, out, epochs=1, device=device, precision=precision)
+        recipe = record_of(out / "lzh_0.pth").recipe
+        decided[device, precision] = recipe["precision"], recipe["channels_last"]
+    assert decided == {
+        ("cpu", "auto"): ("fp32", False),
+        ("cuda", "auto"): ("bf16", True),
+        ("cuda", "fp32"): ("fp32", False),
+    }
+
+
+@pytest.mark.parametrize("kind", list(RECIPES_BY_OPTIMIZER))
+def test_a_run_moves_between_a_gpu_and_a_cpu(
+    kind: str, color_folder: Path, tmp_path: Path, gpu_process: SimulatedGpuProcess
+) -> None:
+    options = {**SPLIT, **RECIPES_BY_OPTIMIZER[kind]}
+    gpu_process.call(run_on_gpu, color_folder, tmp_path, **options)
+    assert torch.load(tmp_path / "lzh_0.pth", weights_only=True)["training"]["step"] == 4  # needs no GPU
+    options |= {"resume": "auto"}
+    assert run(color_folder, tmp_path, **{**options, "epochs": 2}).epochs == 2
+    (gpu, _), notes = gpu_process.call(run_on_gpu, color_folder, tmp_path, **{**options, "epochs": 4})
+    assert gpu["graph_launches"] == 3  # of the six full batches, the first three warm up
+    assert notes == []
+    assert record_of(tmp_path / "lzh_3.pth").device == "cuda:0"
+
+
+def fill_the_gpu(data: Path, out: Path) -> str:
+    """Train with little memory, and return the error. Runs in the process with the GPUs."""
+    torch.cuda.set_per_process_memory_fraction(0.0005)  # 40 MiB
+    try:
+        with pytest.raises(DeviceMemoryError) as caught:
+            run(data, out, model="resnet18", batch_size=48, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return str(caught.value)
+
+
+def test_out_of_memory_names_the_sizes_and_the_batch_size(
+    color_folder: Path, tmp_path: Path, gpu_process: SimulatedGpuProcess
+) -> None:
+    message = gpu_process.call(fill_the_gpu, color_folder, tmp_path)
+    assert re.fullmatch(
+        r"cuda:0 is out of memory \([\d.]+ MiB requested, [\d.]+ GiB free\) with a batch of 48 images: "
+        r"use a smaller --batch-size",
+        message,
+    )
+
+
+class Float64Recorder(TorchDispatchMode):
+    """Records the operators with a float64 result on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        output = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.found += [str(func) for tensor in tensors if tensor.dtype == torch.float64 and tensor.is_cuda]
+        return output
+
+
+def find_float64(data: Path, out: Path) -> list[str]:
+    """Train, and return the operators with a float64 result. Runs in the process with the GPUs."""
+    recorder = Float64Recorder()
+    with recorder:
+        run(data, out, recipe_name="fast", ema_decay=0.9, device="cuda")
+    return recorder.found
+
+
+def test_nothing_on_the_device_is_float64(color_folder: Path, tmp_path: Path, gpu_process: SimulatedGpuProcess) -> None:
+    assert gpu_process.call(find_float64, color_folder, tmp_path) == []  # Apple's GPUs do not support it

@@ -46,9 +46,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         crop: the largest random shift of an image, in pixels. The border is filled by reflection.
         cutout: the side of a random square that is blanked, in pixels.
         jitter: the largest relative change of brightness, contrast and saturation.
-        precision: the precision of the forward and backward passes. Weights and optimizer state stay in fp32.
-        channels_last: whether weights and activations use the channels-last memory format on a GPU, which is fastest
-            for half precision. On a CPU, activations always use it and weights never do.
+        precision: the precision of the forward and backward passes. Weights and optimizer state stay in fp32. `auto` is
+            bf16 on a GPU that computes it in hardware, and fp32 elsewhere.
+        channels_last: whether weights and activations use the channels-last memory format on a GPU. Not set, they use
+            it for bf16 and fp16: tensor cores compute in this format, and convolutions in fp32 are slower with it. On a
+            CPU, activations always use it and weights never do.
         compile: whether to compile the model with `torch.compile`.
         patience: stop after this number of epochs without an improvement in test accuracy.
         max_minutes: stop after this number of minutes of training.
@@ -74,8 +76,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     crop: Pixels = 0
     cutout: Pixels = 0
     jitter: Fraction = 0.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool | None = None
     compile: bool = False
     patience: PositiveInt | None = None
     max_minutes: PositiveFloat | None = None
@@ -94,6 +96,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Return the fields in which two recipes differ, each with the value here and the value in `other`."""
         pairs = {field: (getattr(self, field), getattr(other, field)) for field in self.__struct_fields__}
         return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+
+    def complete(self, *, precision: str | None = None, channels_last: bool | None = None) -> "Recipe":
+        """Return the recipe with values for the fields that it leaves to the device. Other fields do not change."""
+        values: dict[str, Any] = {}
+        if self.precision == "auto" and precision is not None:
+            values["precision"] = precision
+        if self.channels_last is None and channels_last is not None:
+            values["channels_last"] = channels_last
+        return msgspec.structs.replace(self, **values)
 
     def to_toml(self) -> str:
         """Return a TOML document that `--recipe FILE` reads back. Fields that are not set appear as comments."""
@@ -124,7 +135,6 @@ RECIPES: Final = {
         normalize=True,
         flip=True,
         crop=2,
-        channels_last=True,
     ),
 }
 
@@ -149,7 +159,7 @@ MODEL_RECIPES: Final = {
         normalize=True,
         flip=True,
         crop=2,
-        channels_last=True,
+        precision="auto",
     ),
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cifarx_serve.backends.torch.device import torch_device
+from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import require_writable
@@ -87,6 +88,7 @@ def train(
         UsageError, DataError, DeviceError, OutputError, ModelFileError: an argument is invalid. These errors are raised
             before training starts.
         CheckFailed: the loss is not finite.
+        DeviceMemoryError: the device has too little memory for the model and the batch size.
         Interrupted: SIGINT or SIGTERM was received; the training state is saved.
     """
     if keep is not None and keep < 1:
@@ -104,6 +106,7 @@ def train(
         else:
             recipe = load_recipe(recipe_name or "notes", model, overrides)
         target = _select_device(device, distributed)
+        recipe = _complete_recipe(recipe, target)
         with _output_directories(out, logs):
             dataset = (
                 select_dataset_for_model(point.record.data, data, on_error) if point else select_dataset(data, on_error)
@@ -114,13 +117,14 @@ def train(
             if point:
                 _require_same_run(point, architecture, requested_input, splits.record, seed)
         num_classes = len(dataset.class_names)
-        module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target)
         plan = TrainingPlan(architecture, spec, recipe, dataset.class_names, splits.record, seed, target, distributed)
-        evaluator = Evaluator(select_loader(splits.test, target), spec, num_classes, target, distributed)
-        train_images = select_loader(splits.train, target)
-        loop = TrainingLoop(module, train_images, spec, recipe, device=target, seed=seed, distributed=distributed)
         callback = CallbackList([TensorBoard(logs), *callbacks] if distributed.is_main_process else [])
-        return Trainer(plan, loop, evaluator, directory, callback).fit(splits.test, point)
+        with report_out_of_memory(target, recipe.batch_size, "--batch-size"):
+            module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target)
+            evaluator = Evaluator(select_loader(splits.test, target), spec, num_classes, target, distributed)
+            train_images = select_loader(splits.train, target)
+            loop = TrainingLoop(module, train_images, spec, recipe, device=target, seed=seed, distributed=distributed)
+            return Trainer(plan, loop, evaluator, directory, callback).fit(splits.test, point)
 
     with init_distributed() as distributed:
         return run(distributed)  # a function, so that the DDP model is freed before the process group is destroyed
@@ -149,6 +153,14 @@ def _select_device(name: str, distributed: Distributed) -> torch.device:
     if distributed.local_world_size > 1:
         torch.set_num_threads(max(1, available_cpus() // distributed.local_world_size))
     return device
+
+
+def _complete_recipe(recipe: Recipe, device: torch.device) -> Recipe:
+    """Return the recipe with values for the fields that it leaves to the device."""
+    on_gpu = device.type == "cuda"
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    recipe = recipe.complete(precision="bf16" if has_bf16 else "fp32")
+    return recipe.complete(channels_last=on_gpu and recipe.precision != "fp32")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def command(
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: from the recipe]")] = None,
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
+        Literal["auto", "fp32", "bf16", "fp16"] | None,
         typer.Option(help="Precision of the forward and backward passes. [default: from the recipe]"),
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,

@@ -79,6 +79,7 @@ def _describe(run: RunInfo) -> str:
     processes = f" with {run.world_size} processes" if run.world_size > 1 else ""
     resumed = f", resuming from {run.resumed_from} at step {run.first_step:,}" if run.resumed_from else ""
     return (
-        f"{run.model}, {parameters:,} parameters, recipe {run.recipe.name}, on {run.device}{processes}: {run.data}, "
+        f"{run.model}, {parameters:,} parameters, recipe {run.recipe.name}, "
+        f"{run.recipe.precision} on {run.device}{processes}: {run.data}, "
         f"{run.num_train_images:,} training and {len(run.test_set):,} test images, {run.total_steps:,} steps{resumed}"
     )

@@ -79,6 +79,7 @@ def test_every_recipe_option_is_used_and_recorded(cli: Cli, folder: Path) -> Non
         "momentum": 0.9,
         "nesterov": True,
         "schedule": "cosine",
+        "channels_last": False,
     }
 
 

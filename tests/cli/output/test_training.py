@@ -39,7 +39,7 @@ def test_describes_a_run_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
     line, heading = err.splitlines()
     assert out == ""
     assert line == (
-        "net, 2,002 parameters, recipe fast, on cpu: colors, 5,678 training and 1,234 test images, 4,000 steps"
+        "net, 2,002 parameters, recipe fast, fp32 on cpu: colors, 5,678 training and 1,234 test images, 4,000 steps"
     )
     assert heading.split() == ["epoch", "step", "train", "loss", "test", "loss", "accuracy", "images/s", "checkpoint"]
 

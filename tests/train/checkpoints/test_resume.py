@@ -239,6 +239,24 @@ def test_the_same_recipe_by_name_or_by_values_is_the_same_run(
 # --- a different end of the run
 
 
+def test_a_run_keeps_what_its_device_decided(color_folder: Path, scheduled: Path, tmp_path: Path) -> None:
+    out = copy_checkpoints(scheduled, tmp_path / "run", 1)
+    loaded = load_checkpoint(out / "lzh_0.pth")
+    assert loaded.spec.training is not None
+    assert (loaded.spec.training.recipe["precision"], loaded.spec.training.recipe["channels_last"]) == ("fp32", False)
+    recipe = {**loaded.spec.training.recipe, "precision": "bf16", "channels_last": True}  # as recorded on a GPU
+    record = msgspec.structs.replace(loaded.spec.training, recipe=recipe)
+    spec = msgspec.structs.replace(loaded.spec, training=record)
+    save_checkpoint(out / "lzh_0.pth", loaded._replace(spec=spec))
+    options = {"epochs": 2, "recipe_name": "fast", "ema_decay": 0.9, "resume": "auto"}
+    run(color_folder, out, **options, precision="auto")
+    resumed = load_checkpoint(out / "lzh_1.pth").spec.training
+    assert resumed is not None
+    assert resumed.recipe == recipe
+    with pytest.raises(UsageError, match="was trained with precision 'bf16', not 'fp32'"):
+        run(color_folder, out, **options)
+
+
 def test_extending_a_constant_schedule_gives_the_weights_of_the_longer_run(
     color_folder: Path, plain: Path, tmp_path: Path
 ) -> None:
