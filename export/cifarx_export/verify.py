@@ -13,7 +13,14 @@ from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_export.layerwise.locate import locate as locate_layer
 from cifarx_export.layerwise.locate import require_locatable
 from cifarx_export.parity.checks import Check
-from cifarx_export.parity.compare import ParityResult, Reference, check_parity, parity_batch_sizes, run_reference
+from cifarx_export.parity.compare import (
+    OutputShapeError,
+    ParityResult,
+    Reference,
+    check_parity,
+    parity_batch_sizes,
+    run_reference,
+)
 from cifarx_export.parity.data import ParityData, load_parity_data
 from cifarx_export.parity.external_spec import embed_spec, read_external_spec
 from cifarx_export.parity.html import require_html_path, write_html_report
@@ -78,7 +85,7 @@ def verify(
         if locate:
             require_locatable(model_file(paths.artifact), model_file(paths.reference))
         opened = _open(paths, device, spec, stack)
-        tolerance = get_tolerance(opened.precision, atol, rtol)
+        tolerance = get_tolerance(opened.precision, atol, rtol, opened.reference.spec.output)
         parity_data = load_parity_data(opened.reference.spec, data, on_error)
         batch_sizes = parity_batch_sizes(batch_size, len(parity_data.images))
         reference_logits = _run_reference(opened, paths.reference, parity_data, progress)
@@ -168,22 +175,19 @@ def _run_reference(opened: _Opened, path: Path, data: ParityData, progress: Prog
     """
     backend = opened.reference
     try:
-        reference = run_reference(backend, data, progress)
+        return run_reference(backend, data, progress)
     except (DataError, DeviceMemoryError):
         raise
+    except OutputShapeError as error:
+        raise ModelFileError(
+            f"the reference {path} returns {error}",
+            "give a classifier, and a spec with all of its class names",
+        ) from error
     except Exception as error:  # the errors of the runtimes have no common base class
         reason = error_message(error).replace(str(opened.files[1]), str(path))
         raise ModelFileError(
             f"the reference {path} does not run ({reason})", "give one that accepts any batch size"
         ) from error
-    classes = len(backend.spec.class_names)
-    if reference.logits.shape != (len(data.images), classes) or reference.logits.dtype != np.float32:
-        raise ModelFileError(
-            f"the reference {path} returns {reference.logits.dtype} {reference.logits.shape} for {len(data.images)} "
-            f"images of {classes} classes",
-            "give a classifier with float32 logits, and a spec with its class names",
-        )
-    return reference
 
 
 def _with_weights_check(result: ParityResult, opened: _Opened) -> ParityResult:

@@ -251,7 +251,7 @@ REFUSALS = {
         {"formats": FORMATS, "options": ExportOptions(opset=18)},
     ),
     "an unsupported opset": Refusal(
-        UsageError, "opset 99 is not supported: give 18 to 23", {"options": ExportOptions(opset=99)}
+        UsageError, "opset 99 is not supported: give 11 to 23", {"options": ExportOptions(opset=99)}
     ),
     "a misspelled precision": Refusal(UsageError, "unknown precision 'fp61'", {"precisions": ["fp61"]}),
     "a precision that the format does not support": Refusal(
@@ -284,7 +284,10 @@ def test_a_refused_export_writes_nothing(name: str, lone_checkpoint: Path, image
 
 
 def test_too_few_images_write_nothing_and_create_no_folder(lone_checkpoint: Path, small_image_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"few has 990 test images: use a dataset with at least 1000 test images"):
+    with pytest.raises(
+        DataError,
+        match=r"few has 990 test images, fewer than the 1,000",
+    ):
         export(lone_checkpoint, data=str(small_image_folder), out="results")
     assert [path.name for path in Path.cwd().iterdir()] == ["lzh_9.pth"]
 

@@ -89,7 +89,10 @@ def test_a_negative_tolerance_is_rejected(good_onnx: Path, checkpoint: Path, ima
 
 
 def test_too_few_images_are_rejected(good_onnx: Path, checkpoint: Path, small_image_folder: Path) -> None:
-    with pytest.raises(DataError, match="few has 990 test images: use a dataset with at least 1000 test images"):
+    with pytest.raises(
+        DataError,
+        match="few has 990 test images, fewer than the 1,000",
+    ):
         verify(good_onnx, checkpoint, data=str(small_image_folder))
 
 

@@ -20,4 +20,5 @@ SUMMARY = ParitySummary(
     provider="CPUExecutionProvider",
     data="pictures",
     data_fingerprint="0" * 64,
+    agreement_bound=0.7,
 )

@@ -40,12 +40,15 @@ def json_result(value: Any) -> None:
     result(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def tick(passed: bool) -> str:
-    """Return a mark that is readable without colors, and in ASCII if standard output needs it."""
+def tick(passed: bool | None) -> str:
+    """Return a mark that is readable without colors, and in ASCII if standard output needs it.
+
+    None is neither passed nor failed.
+    """
     encoding = (sys.stdout.encoding or "ascii").lower()
     if not encoding.startswith("utf"):
-        return "ok  " if passed else "FAIL"
-    return "✓" if passed else "✗"
+        return "?   " if passed is None else "ok  " if passed else "FAIL"
+    return "?" if passed is None else "✓" if passed else "✗"
 
 
 def table_width() -> int:

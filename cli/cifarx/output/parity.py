@@ -1,12 +1,17 @@
-"""Formats a parity report for the terminal: the outcome, each check with a tick or a cross, and the metrics."""
+"""Formats a parity report for the terminal: the outcome, each check with its mark, and the metrics.
+
+A tick stands for a check that passed, a cross for one that failed, and a question mark for what is only assumed.
+"""
 
 import io
 import sys
 from typing import TYPE_CHECKING
 
 from cifarx.output.console import table_width, tick
+from cifarx_export.parity.checks import Check
 from cifarx_export.parity.error_analysis import ErrorAnalysis
 from cifarx_export.parity.report import ParityReport
+from cifarx_export.parity.spec_checks import ASSUMED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +31,8 @@ def parity_lines(report: ParityReport) -> str:
     text = io.StringIO()
     console = Console(file=text, width=table_width(), force_terminal=sys.stdout.isatty(), highlight=False)
     outcome = "parity check passed" if summary.passed else "parity check FAILED"
-    title = f"{tick(summary.passed)} {report.artifact}: {report.format} {report.precision}, {outcome}"
+    assumed = f" ({ASSUMED}: {', '.join(report.assumed)})" if report.assumed else ""
+    title = f"{tick(summary.passed)} {report.artifact}: {report.format} {report.precision}, {outcome}{assumed}"
     console.print(Text(_printable(title), f"bold {_color(summary.passed)}"), overflow="fold")
     console.print(_table(report))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
@@ -44,9 +50,9 @@ def _table(report: ParityReport) -> "Table":
     for name, text in _comparison(report):
         grid.add_row("", Text(name, "dim"), Text(_printable(text), "dim"))
     for check in report.checks:
-        color = _color(check.passed)
-        found = Text(_printable(check.found), "" if check.passed else color)
-        grid.add_row(Text(tick(check.passed), color), Text(check.name), found)
+        mark = _mark(check)
+        found = Text(_printable(check.found), "" if mark else _color(mark))
+        grid.add_row(Text(tick(mark), _color(mark)), Text(check.name), found)
     for name, text in _metrics(report):
         grid.add_row("", Text(name, "dim"), Text(_printable(text)))
     return grid
@@ -85,8 +91,13 @@ def _disagreements(analysis: ErrorAnalysis) -> str:
     return ", ".join(f"{names[pair.reference]} as {names[pair.artifact]} ({pair.count:,})" for pair in shown)
 
 
-def _color(passed: bool) -> str:
-    return "green" if passed else "red"
+def _mark(check: Check) -> bool | None:
+    """Return whether a check passed, or None for what is only assumed."""
+    return None if check.assumed and check.passed else check.passed
+
+
+def _color(passed: bool | None) -> str:
+    return "yellow" if passed is None else "green" if passed else "red"
 
 
 def _printable(text: str) -> str:

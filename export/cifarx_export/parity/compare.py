@@ -20,10 +20,11 @@ from cifarx_export.parity.checks import (
 )
 from cifarx_export.parity.data import ParityData, evenly_spaced
 from cifarx_export.parity.error_analysis import ErrorAnalysis, analyze_errors
-from cifarx_export.parity.metrics import Logits
+from cifarx_export.parity.metrics import Logits, compute_errors, find_flips
 from cifarx_export.parity.resize import check_resize
-from cifarx_export.parity.tolerances import Tolerance
-from cifarx_serve.backends.base import Backend, TensorInfo
+from cifarx_export.parity.spec_checks import check_interface, check_specs
+from cifarx_export.parity.tolerances import Tolerance, get_tolerance
+from cifarx_serve.backends.base import Backend
 from cifarx_serve.errors import DataError, DeviceMemoryError, UsageError, error_message
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.progress import Progress, silent
@@ -41,7 +42,7 @@ SUBSET_IMAGES: Final = 1000
 MIN_IMAGES: Final = 1000
 """Minimum number of real images: with fewer, the argmax agreement says too little."""
 
-_MAX_NAMES: Final = 12
+_EDGE_INPUTS: Final = 3
 
 
 class ParityResult(msgspec.Struct, frozen=True):
@@ -67,6 +68,10 @@ class ParityResult(msgspec.Struct, frozen=True):
         return [check for check in self.checks if not check.passed]
 
 
+class OutputShapeError(Exception):
+    """Raised when a backend returns something else than logits of the right shape. The message names both."""
+
+
 class Reference(NamedTuple):
     """The reference and its logits, computed once for any number of artifacts.
 
@@ -74,31 +79,42 @@ class Reference(NamedTuple):
         name: name of its backend.
         spec: its model spec.
         data: the images of the check.
-        logits: logits of these images, (N, classes).
-        edge_logits: logits of the edge inputs, (edge inputs, classes).
+        logits: logits of these images in batches of `EVAL_BATCH_SIZE`, (N, output size).
+        single_logits: logits of the images that are run at batch 1; the other rows are those of `logits`.
+        edge_logits: logits of the edge inputs as one batch, (edge inputs, output size).
+        single_edge_logits: logits of the edge inputs one by one.
     """
 
     name: str
     spec: ModelSpec
     data: ParityData
     logits: Logits
+    single_logits: Logits
     edge_logits: Logits
+    single_edge_logits: Logits
 
 
 def run_reference(backend: Backend, data: ParityData, progress: Progress = silent) -> Reference:
-    """Run the reference on every image and on the edge inputs.
+    """Run the reference on every image and on the edge inputs, together and one by one.
+
+    A network can depend on the batch: its branches on the values of a batch are lost when it is traced.
 
     Raises:
         DataError: there are fewer than `MIN_IMAGES` images.
+        OutputShapeError: the reference does not return what its spec describes.
     """
-    if len(data.images) < MIN_IMAGES:
+    images = data.images
+    if len(images) < MIN_IMAGES:
         raise DataError(
-            f"{data.name} has {len(data.images)} test images", f"use a dataset with at least {MIN_IMAGES} test images"
+            f"{data.name} has {len(images):,} test images, fewer than the {MIN_IMAGES:,} that the parity check needs",
+            "give a dataset with more test images: fewer say too little about the agreement",
         )
-    progress(f"reference: running {len(data.images)} images of {data.name} with {backend.name} ({backend.provider})")
-    logits = _run(backend, data.images, np.arange(len(data.images)), EVAL_BATCH_SIZE)
-    edge_logits = backend.run(model_input(_edge_images(backend.spec.input), backend.spec))
-    return Reference(backend.name, backend.spec, data, logits, edge_logits)
+    progress(f"reference: running {len(images)} images of {data.name} with {backend.name} ({backend.provider})")
+    logits = _run(backend, images, np.arange(len(images)), EVAL_BATCH_SIZE)
+    single_logits, positions = logits.copy(), _positions(len(images), 1)
+    single_logits[positions] = _run(backend, images, positions, 1)
+    edge_logits, single_edge_logits = (_run_edges(backend, size) for size in (_EDGE_INPUTS, 1))
+    return Reference(backend.name, backend.spec, data, logits, single_logits, edge_logits, single_edge_logits)
 
 
 def parity_batch_sizes(extra: int | None, images: int) -> tuple[int, ...]:
@@ -124,7 +140,8 @@ def check_parity(
     """Check that an artifact returns the logits of its reference.
 
     Compares the specs and the interface first, then runs the artifact at every batch size and on the edge inputs and
-    compares the logits. An artifact that fails to run is a failed check, not an exception.
+    compares the logits: at batch 1 with those of the reference at batch 1, otherwise with those of its large batches.
+    An artifact that fails to run is a failed check, not an exception.
 
     Args:
         reference: from `run_reference`.
@@ -133,69 +150,60 @@ def check_parity(
         progress: called with a line about each step.
         batch_sizes: from `parity_batch_sizes`.
     """
-    data, expected = reference.data, reference.logits
-    checks = [*_check_specs(reference.spec, artifact.spec), *_check_interface(artifact)]
+    data, spec = reference.data, reference.spec
+    checks = [
+        *check_specs(spec, artifact.spec),
+        *check_interface(artifact),
+        *_check_reference(reference, tolerance),
+    ]
     pairs: list[PairedLogits] = []
     for batch_size in batch_sizes:
         positions = _positions(len(data.images), batch_size)
         progress(f"artifact: running {len(positions)} images in batches of {batch_size} with {artifact.name}")
+        expected = reference.single_logits if batch_size == 1 else reference.logits
         check, logits = _run_batches(artifact, data.images, positions, batch_size, expected.shape[1])
         checks.append(check)
         if logits is not None:
             pairs.append(PairedLogits(positions, expected[positions], logits))
-    edge_check, edge = _run_edge_inputs(reference, artifact)
+    edge_check, edges = _run_edge_inputs(reference, artifact)
     resize_checks = check_resize(artifact, data.images[_positions(len(data.images), 1)])
-    metrics = compute_metrics(pairs, edge, expected, data.labels, tolerance)
-    checks += [edge_check, *resize_checks, *check_metrics(metrics, tolerance)]
+    metrics = compute_metrics(pairs, edges, reference.logits, data.labels, tolerance, spec)
+    checks += [edge_check, *resize_checks, *check_metrics(metrics, tolerance, spec.output)]
     passed = all(check.passed for check in checks)
     summary = _summary(metrics, passed, data, artifact.provider, tolerance, batch_sizes)
     return ParityResult(tuple(checks), summary, _error_analysis(pairs, reference))
 
 
-def _check_specs(reference: ModelSpec, artifact: ModelSpec) -> list[Check]:
-    """Compare class names and preprocessing: equal logits do not reveal a wrong class name."""
-    return [
-        Check(
-            "class names",
-            artifact.class_names == reference.class_names,
-            _compare_names(reference.class_names, artifact.class_names),
-        ),
-        Check("preprocessing", artifact.input == reference.input, _describe(artifact.input)),
-    ]
+def _check_reference(reference: Reference, tolerance: Tolerance) -> list[Check]:
+    """Check that the reference is fit for a comparison: finite, and independent of the other images of a batch."""
+    if problem := _not_finite(reference):
+        return [Check("reference", False, problem)]
+    together, alone, spec = reference.logits, reference.single_logits, reference.spec
+    if tolerance.bounds_logits:  # those of the user may be below the rounding errors of the reference
+        tolerance = get_tolerance("fp32", output=spec.output)
+    errors, flips = compute_errors(together, alone, tolerance), find_flips(together, alone, tolerance, spec)
+    agreement = 1 - int((~flips.forgiven).sum()) / len(alone)
+    passed = agreement >= tolerance.agreement and not (tolerance.bounds_logits and errors.outside)
+    found = f"max |Δ| {errors.max_abs:.2e} between batch 1 and {EVAL_BATCH_SIZE} of the reference"
+    if not passed:
+        found = f"the reference depends on the other images of a batch: {found}, {len(flips.positions)} flips"
+    return [Check("batch effects", passed, found)]
 
 
-def _compare_names(reference: tuple[str, ...], artifact: tuple[str, ...]) -> str:
-    """Return the first difference, or the first `_MAX_NAMES` names if there is none."""
-    if len(artifact) != len(reference):
-        return f"{len(artifact)} instead of {len(reference)}"
-    for index, (expected, found) in enumerate(zip(reference, artifact, strict=True)):
-        if expected != found:
-            return f"class {index} is {found} instead of {expected}"
-    rest = len(artifact) - _MAX_NAMES
-    return ", ".join(artifact[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+def _not_finite(reference: Reference) -> str:
+    """Return for how many images the reference returns NaN or Inf, or nothing."""
+    images = _not_finite_rows(reference.logits) | _not_finite_rows(reference.single_logits)
+    edges = _not_finite_rows(reference.edge_logits) | _not_finite_rows(reference.single_edge_logits)
+    if not images.any() and not edges.any():
+        return ""
+    nan = any(np.isnan(logits).any() for logits in (reference.logits, reference.edge_logits))
+    counts = f"{images.sum():,} of {images.size:,} images and {edges.sum()} of {edges.size} edge inputs"
+    return f"the reference returns {'NaN' if nan else 'Inf'} for {counts}: check its weights and its preprocessing"
 
 
-def _check_interface(artifact: Backend) -> list[Check]:
-    """Compare names, dtypes and shapes of input and output, if the file states them."""
-    found = artifact.tensor_infos()
-    if not found:
-        return []
-    spec = artifact.spec
-    expected = (
-        TensorInfo("input", "uint8", ("batch", "height", "width", 3))
-        if spec.embedded_preprocessing
-        else TensorInfo("input", "float32", ("batch", spec.input.channels, spec.input.height, spec.input.width)),
-        TensorInfo("logits", "float32", ("batch", len(spec.class_names))),
-    )
-    text = ", ".join(f"{info.name} {info.dtype} ({', '.join(map(str, info.shape))})" for info in found)
-    return [Check("interface", found == expected, text)]
-
-
-def _describe(spec: InputSpec) -> str:
-    return (
-        f"{spec.color} {spec.height}x{spec.width}, {spec.interpolation}, range {spec.value_range}, "
-        f"mean {spec.mean}, std {spec.std}"
-    )
+def _not_finite_rows(logits: Logits) -> NDArray[np.bool_]:
+    rows: NDArray[np.bool_] = ~np.logical_and.reduce(np.isfinite(logits), axis=1)
+    return rows
 
 
 def _positions(images: int, batch_size: int) -> NDArray[np.int64]:
@@ -209,24 +217,37 @@ def _run(backend: Backend, images: NDArray[np.uint8], positions: NDArray[np.int6
     """Return the logits of the images at these positions.
 
     Preprocesses one batch at a time: all images of ImageNet's size as float32 would take gigabytes.
+
+    Raises:
+        OutputShapeError: a batch has logits of another dtype or shape than float32 (batch size, output size).
     """
     batches = (positions[start : start + batch_size] for start in range(0, len(positions), batch_size))
-    return np.concatenate([backend.run(model_input(images[batch], backend.spec)) for batch in batches])
+    return np.concatenate([_run_batch(backend, images[batch]) for batch in batches])
+
+
+def _run_batch(backend: Backend, images: NDArray[np.uint8]) -> Logits:
+    logits = np.asarray(backend.run(model_input(images, backend.spec)))
+    shape = (len(images), backend.spec.output_size)
+    if logits.shape != shape or logits.dtype != np.float32:
+        raise OutputShapeError(f"{logits.dtype} {logits.shape} instead of float32 {shape}")
+    return logits
 
 
 def _run_batches(
-    artifact: Backend, images: NDArray[np.uint8], positions: NDArray[np.int64], batch_size: int, classes: int
+    artifact: Backend, images: NDArray[np.uint8], positions: NDArray[np.int64], batch_size: int, outputs: int
 ) -> tuple[Check, Logits | None]:
-    name, shape = f"batch {batch_size}", (len(positions), classes)
+    name = f"batch {batch_size}"
     try:
         logits = _run(artifact, images, positions, batch_size)
     except DeviceMemoryError:
         raise
+    except OutputShapeError as error:
+        return Check(name, False, f"returns {error}"), None
     except Exception as error:  # the errors of the runtimes have no common base class
         return Check(name, False, f"does not run: {error_message(error)}"), None
-    if logits.shape != shape or logits.dtype != np.float32:
-        return Check(name, False, f"{logits.dtype} {logits.shape} instead of float32 {shape}"), None
-    return Check(name, True, f"float32 (N, {classes})"), logits
+    if logits.shape[1] != outputs:
+        return Check(name, False, f"returns {logits.shape[1]} values per image instead of {outputs}"), None
+    return Check(name, True, f"float32 (N, {outputs})"), logits
 
 
 def _edge_images(spec: InputSpec) -> NDArray[np.uint8]:
@@ -236,18 +257,20 @@ def _edge_images(spec: InputSpec) -> NDArray[np.uint8]:
     return np.concatenate([np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), noise])
 
 
-def _run_edge_inputs(reference: Reference, artifact: Backend) -> tuple[Check, PairedLogits | None]:
-    images = _edge_images(reference.spec.input)
-    try:
-        logits = np.asarray(artifact.run(model_input(images, artifact.spec)))
-    except DeviceMemoryError:
-        raise
-    except Exception as error:  # see _run_batches
-        return Check("edge inputs", False, f"does not run: {error_message(error)}"), None
-    if logits.shape != reference.edge_logits.shape:
-        return Check("edge inputs", False, f"{logits.shape} instead of {reference.edge_logits.shape}"), None
-    pair = PairedLogits(np.empty(0, np.int64), reference.edge_logits, logits)
-    return Check("edge inputs", True, "black, white, noise"), pair
+def _run_edges(backend: Backend, batch_size: int) -> Logits:
+    return _run(backend, _edge_images(backend.spec.input), np.arange(_EDGE_INPUTS), batch_size)
+
+
+def _run_edge_inputs(reference: Reference, artifact: Backend) -> tuple[Check, list[PairedLogits]]:
+    """Run the edge inputs as one batch and one by one: a batch can hide what a network does with one image."""
+    pairs: list[PairedLogits] = []
+    for batch_size, expected in ((_EDGE_INPUTS, reference.edge_logits), (1, reference.single_edge_logits)):
+        images = _edge_images(reference.spec.input)
+        check, logits = _run_batches(artifact, images, np.arange(_EDGE_INPUTS), batch_size, expected.shape[1])
+        if logits is None:
+            return Check("edge inputs", False, check.found if batch_size > 1 else f"one by one: {check.found}"), pairs
+        pairs.append(PairedLogits(np.empty(0, np.int64), expected, logits))
+    return Check("edge inputs", True, "black, white and noise, together and one by one"), pairs
 
 
 def _summary(
@@ -277,6 +300,7 @@ def _summary(
         provider=provider,
         data=data.name,
         data_fingerprint=data.fingerprint,
+        agreement_bound=metrics.agreement_bound,
     )
 
 
@@ -288,8 +312,8 @@ def _finite_or_none(value: float | None) -> float | None:
 def _error_analysis(pairs: Sequence[PairedLogits], reference: Reference) -> ErrorAnalysis | None:
     if not pairs:
         return None
-    positions, expected, found = worst_per_image(pairs)
-    labels = reference.data.labels
+    spec, labels = reference.spec, reference.data.labels
+    positions, expected, found = worst_per_image(pairs, spec)
     return analyze_errors(
-        reference.spec.class_names, positions, None if labels is None else labels[positions], expected, found
+        spec.class_names, positions, None if labels is None else labels[positions], expected, found, spec
     )

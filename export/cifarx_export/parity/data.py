@@ -14,7 +14,7 @@ class ParityData(NamedTuple):
     """The images of a parity check.
 
     Attributes:
-        images: uint8 (N, height, width, 3) at the network's input size.
+        images: uint8 (N, height, width, channels) at the network's input size.
         labels: (N,), or None if the classes of the dataset are not the model's, so that there is no accuracy.
         name: name of the dataset.
         fingerprint: SHA-256 of images, labels and class names.
@@ -51,7 +51,7 @@ def load_training_images(spec: ModelSpec, name: str, count: int, on_error: OnErr
         count: number of images; all images are returned if there are fewer.
 
     Returns:
-        uint8 (count, height, width, 3).
+        uint8 (count, height, width, channels).
 
     Raises:
         DataError: the dataset is missing or damaged.

@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.parity.metrics import Logits
+from cifarx_export.parity.predictions import best_classes, predictions_differ
+from cifarx_serve.scores import applicable_labels
+from cifarx_serve.spec import ModelSpec
 
 LOWEST_EXPONENT: Final = -10
 HIGHEST_EXPONENT: Final = 2
@@ -43,7 +46,10 @@ class Histogram(msgspec.Struct, frozen=True):
 
 
 class ClassAgreement(msgspec.Struct, frozen=True):
-    """Number of images the reference predicts as one class, and of those the artifact predicts as the same class."""
+    """Number of images the reference predicts as one class, and of those the artifact predicts as the same class.
+
+    Where several labels can apply to an image, it counts for each of them.
+    """
 
     images: int
     agreeing: int
@@ -63,9 +69,10 @@ class WorstImage(msgspec.Struct, frozen=True):
     Attributes:
         image: position of the image in the data.
         label: its label, or None if the classes of the data are not the model's.
-        reference_prediction, artifact_prediction: argmax of the logits, a class index.
-        reference, artifact: the logits, one per class; None for a logit that is NaN or Inf.
+        reference_prediction, artifact_prediction: the index of the best class.
+        reference, artifact: the logits, one per output; None for a logit that is NaN or Inf.
         error: largest absolute error of a logit; None if a logit is NaN or Inf.
+        flipped: whether the predictions differ: the best class, or the set of labels where several can apply.
     """
 
     image: int
@@ -75,10 +82,7 @@ class WorstImage(msgspec.Struct, frozen=True):
     reference: tuple[float | None, ...]
     artifact: tuple[float | None, ...]
     error: float | None
-
-    @property
-    def flipped(self) -> bool:
-        return self.reference_prediction != self.artifact_prediction
+    flipped: bool
 
 
 class ErrorAnalysis(msgspec.Struct, frozen=True):
@@ -88,7 +92,8 @@ class ErrorAnalysis(msgspec.Struct, frozen=True):
         class_names: class names, in label order.
         histogram: histogram of the errors of all logits.
         by_class: agreement for each class, in label order.
-        disagreements: the most frequent disagreements, most frequent first, at most `MAX_DISAGREEMENTS`.
+        disagreements: the most frequent disagreements, most frequent first, at most `MAX_DISAGREEMENTS`; none where
+            several labels can apply to an image.
         worst: the worst images, at most `MAX_WORST_IMAGES`: flips first, then by the largest error of a logit.
     """
 
@@ -105,6 +110,7 @@ def analyze_errors(
     labels: NDArray[np.int64] | None,
     reference: Logits,
     artifact: Logits,
+    spec: ModelSpec | None = None,
 ) -> ErrorAnalysis:
     """Analyze the errors of N images and C classes.
 
@@ -112,16 +118,20 @@ def analyze_errors(
         class_names: the C class names, in label order.
         positions: positions of the images in the data, (N,).
         labels: labels of these images, (N,); None if the classes of the data are not the model's.
-        reference, artifact: logits, (N, C), N at least 1.
+        reference, artifact: logits, (N, output size), N at least 1.
+        spec: how the logits become predictions; None for the class with the largest one.
     """
-    expected, found = reference.argmax(1), artifact.argmax(1)
+    expected, found = best_classes(reference, spec), best_classes(artifact, spec)
+    flipped = predictions_differ(reference, artifact, spec)
     errors = max_error_per_image(reference, artifact)
-    severity = np.lexsort((-errors, expected == found))
+    severity = np.lexsort((-errors, ~flipped))
     return ErrorAnalysis(
         class_names,
         error_histogram(reference, artifact),
-        _by_class(expected, found, len(class_names)),
-        _disagreements(expected, found, len(class_names)),
+        _by_label(applicable_labels(reference, spec), applicable_labels(artifact, spec))
+        if spec is not None and spec.multi_label
+        else _by_class(expected, found, len(class_names)),
+        () if spec is not None and spec.multi_label else _disagreements(expected, found, len(class_names)),
         tuple(
             WorstImage(
                 image=int(positions[row]),
@@ -131,6 +141,7 @@ def analyze_errors(
                 reference=_finite_or_none(reference[row]),
                 artifact=_finite_or_none(artifact[row]),
                 error=float(errors[row]) if np.isfinite(errors[row]) else None,
+                flipped=bool(flipped[row]),
             )
             for row in severity[:MAX_WORST_IMAGES]
         ),
@@ -169,6 +180,11 @@ def _absolute_errors(reference: Logits, artifact: Logits) -> Iterator[NDArray[np
 def _by_class(expected: NDArray[np.int64], found: NDArray[np.int64], classes: int) -> tuple[ClassAgreement, ...]:
     images = np.bincount(expected, minlength=classes)
     agreeing = np.bincount(expected[expected == found], minlength=classes)
+    return tuple(ClassAgreement(int(total), int(same)) for total, same in zip(images, agreeing, strict=True))
+
+
+def _by_label(expected: NDArray[np.bool_], found: NDArray[np.bool_]) -> tuple[ClassAgreement, ...]:
+    images, agreeing = expected.sum(axis=0), (expected & found).sum(axis=0)
     return tuple(ClassAgreement(int(total), int(same)) for total, same in zip(images, agreeing, strict=True))
 
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifarx_export.html_report import render_page
+from cifarx_export.parity.binomial import CONFIDENCE, floor_percent
 from cifarx_export.parity.error_analysis import ClassAgreement, Disagreement, ErrorAnalysis, WorstImage
 from cifarx_export.parity.histogram import HistogramLayout, layout_histogram
 from cifarx_export.parity.report import ParityReport
+from cifarx_export.parity.spec_checks import ASSUMED
 from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import atomic_path, require_writable
@@ -121,7 +123,7 @@ def write_html_report(path: Path, reports: Sequence[ParityReport], images: NDArr
     Args:
         path: path of the page.
         reports: reports of artifacts, at least one, in the order of their sections.
-        images: the images of the parity check, uint8 (N, height, width, 3).
+        images: the images of the parity check, uint8 (N, height, width, channels).
 
     Raises:
         OutputError: the page cannot be written.
@@ -134,7 +136,8 @@ def write_html_report(path: Path, reports: Sequence[ParityReport], images: NDArr
 def render_html_report(reports: Sequence[ParityReport], images: NDArray[np.uint8]) -> str:
     """Return the page as text; for the arguments see `write_html_report`."""
     sections = [_section(f"artifact-{number}", report, images) for number, report in enumerate(reports, 1)]
-    return render_page("cifarx_export.parity", _TEMPLATE, {"scientific": _scientific}, sections=sections)
+    filters = {"scientific": _scientific}
+    return render_page("cifarx_export.parity", _TEMPLATE, filters, sections=sections, word_assumed=ASSUMED)
 
 
 def _section(anchor: str, report: ParityReport, images: NDArray[np.uint8]) -> Section:
@@ -164,6 +167,7 @@ def _metric_rows(summary: ParitySummary, tolerance: Tolerance) -> tuple[MetricRo
         MetricRow("Required tolerance", _scientific(summary.required_tolerance)),
         MetricRow("NaN or Inf", f"{summary.nonfinite:,}", "0"),
         MetricRow("Agreement", f"{summary.agreement:.4%}", f"≥ {tolerance.agreement * 100:g}%"),
+        *_bound_rows(summary),
         MetricRow("Forgiven flips", f"{summary.forgiven:,}"),
     ]
     before, after = summary.reference_accuracy, summary.accuracy
@@ -175,6 +179,12 @@ def _metric_rows(summary: ParitySummary, tolerance: Tolerance) -> tuple[MetricRo
             MetricRow("Difference in points", f"{(after - before) * 100:+.2f}", drop),
         ]
     return tuple(rows)
+
+
+def _bound_rows(summary: ParitySummary) -> list[MetricRow]:
+    if summary.agreement_bound is None:
+        return []
+    return [MetricRow(f"{CONFIDENCE:.0%} confidence bound", f"≥ {floor_percent(summary.agreement_bound)}")]
 
 
 def _class_rows(names: Sequence[str], by_class: Sequence[ClassAgreement]) -> tuple[ClassRow, ...]:
@@ -217,11 +227,17 @@ def _thumbnail(worst: WorstImage, analysis: ErrorAnalysis, pixels: NDArray[np.ui
 
 
 def _logit_rows(worst: WorstImage, names: Sequence[str]) -> tuple[LogitRow, ...]:
-    """Return the predicted classes of both sides, or, if they agree, that class and the reference's second choice."""
+    """Return the predicted classes of both sides, or, if they agree, that class and another one.
+
+    The other one is the reference's second choice, or the label with the largest error if the sets of labels differ.
+    One logit of two classes is that of the second class.
+    """
+    if len(worst.reference) == 1:
+        return (LogitRow(names[1], worst.reference[0], worst.artifact[0], False, False),)
     shown = list(dict.fromkeys([worst.reference_prediction, worst.artifact_prediction]))
     if len(shown) == 1:
         others = [index for index in range(len(names)) if index not in shown]
-        shown.append(max(others, key=lambda index: _or_minus_infinity(worst.reference[index])))
+        shown.append(max(others, key=lambda index: _error(worst, index) if worst.flipped else _logit(worst, index)))
     return tuple(
         LogitRow(
             names[index],
@@ -234,13 +250,21 @@ def _logit_rows(worst: WorstImage, names: Sequence[str]) -> tuple[LogitRow, ...]
     )
 
 
-def _or_minus_infinity(logit: float | None) -> float:
+def _logit(worst: WorstImage, index: int) -> float:
+    """Return the reference's logit of a class, or minus infinity if it is not finite."""
+    logit = worst.reference[index]
     return float("-inf") if logit is None else logit
 
 
+def _error(worst: WorstImage, index: int) -> float:
+    """Return the error of the logit of a class, or infinity if it is not finite."""
+    reference, artifact = worst.reference[index], worst.artifact[index]
+    return float("inf") if reference is None or artifact is None else abs(artifact - reference)
+
+
 def _png_data_uri(pixels: NDArray[np.uint8]) -> str:
-    """Return an image, uint8 (height, width, 3), as a PNG data URI at the size of a thumbnail."""
-    picture = Image.fromarray(pixels)
+    """Return an image, uint8 (height, width, channels), as a PNG data URI at the size of a thumbnail."""
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     longest = max(picture.size)
     if longest > 2 * _THUMBNAIL_PIXELS:
         picture.thumbnail((2 * _THUMBNAIL_PIXELS, 2 * _THUMBNAIL_PIXELS))

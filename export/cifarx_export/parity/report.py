@@ -15,7 +15,10 @@ FAILED_SUFFIX = ".failed.parity.json"
 
 
 class ParityRow(msgspec.Struct, frozen=True):
-    """The parity check of one artifact, as `export --json` and `verify --json` print it."""
+    """The parity check of one artifact, as `export --json` and `verify --json` print it.
+
+    `assumed` lists the checks that compare only what nobody stated, such as `preprocessing`.
+    """
 
     artifact: str
     format: str
@@ -33,6 +36,8 @@ class ParityRow(msgspec.Struct, frozen=True):
     accuracy: float | None
     nonfinite: int
     provider: str
+    agreement_bound: float | None
+    assumed: tuple[str, ...]
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,8 +71,13 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def row(self) -> ParityRow:
         """Return the short form of the command line."""
-        common = {name: getattr(self.summary, name) for name in ParityRow.__struct_fields__[3:]}
-        return ParityRow(self.artifact, self.format, self.precision, **common)
+        common = {name: getattr(self.summary, name) for name in ParityRow.__struct_fields__[3:-1]}
+        return ParityRow(self.artifact, self.format, self.precision, **common, assumed=self.assumed)
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """The names of the checks that compare only what nobody stated."""
+        return tuple(check.name for check in self.checks if check.assumed)
 
     def write(self, path: Path) -> None:
         """Write the report as indented JSON, atomically.

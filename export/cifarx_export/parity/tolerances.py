@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +52,23 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
 )
 """The default tolerance of each precision."""
 
+PROBABILITY_ATOL: Final = 1e-5
+"""The absolute tolerance of a probability in fp32: a tenth of that of a logit, because the derivative of softmax and
+sigmoid, p(1 - p), makes errors smaller. The relative tolerance is the same."""
 
-def get_tolerance(precision: str, atol: float | None = None, rtol: float | None = None) -> Tolerance:
+
+def get_tolerance(
+    precision: str,
+    atol: float | None = None,
+    rtol: float | None = None,
+    output: Literal["logits", "probabilities"] = "logits",
+) -> Tolerance:
     """Return the tolerance of a precision, with `atol` and `rtol` replaced where they are given.
+
+    Args:
+        precision: one of `TOLERANCES`.
+        atol, rtol: replacements, or None.
+        output: whether the model returns `logits` or `probabilities`.
 
     Raises:
         UsageError: the precision is unknown, or `atol` or `rtol` is negative or not finite.
@@ -62,6 +76,8 @@ def get_tolerance(precision: str, atol: float | None = None, rtol: float | None 
     if precision not in TOLERANCES:
         raise unknown_name_error("precision", precision, TOLERANCES)
     default = TOLERANCES[precision]
+    if output == "probabilities" and default.atol is not None:
+        default = default._replace(atol=PROBABILITY_ATOL)
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not 0 <= value < float("inf"):
             raise UsageError(f"{name} is {value}", "give a number of 0 or more")

@@ -61,6 +61,15 @@ def failing() -> ParityReport:
     return report(checks=checks, summary=msgspec.structs.replace(SUMMARY, passed=False))
 
 
+def with_assumptions() -> ParityReport:
+    checks = (
+        Check("class names", True, "ASSUMED: class 0, class 1", assumed=True),
+        Check("preprocessing", True, "RGB 32x32"),
+        Check("output", True, "ASSUMED: 2 logits, softmax", assumed=True),
+    )
+    return report(checks=checks)
+
+
 class Terminal(io.StringIO):
     encoding = "utf-8"
 
@@ -100,6 +109,16 @@ def test_only_failed_checks_have_a_cross() -> None:
     assert "  ✓ finite        0 NaN or Inf" in lines
 
 
+def test_what_is_assumed_has_a_question_mark_instead_of_a_tick() -> None:
+    lines = parity_lines(with_assumptions()).splitlines()
+    assert lines[0] == "✓ lzh_9.onnx: onnx fp32, parity check passed (ASSUMED: class names, output)"
+    assert lines[3:6] == [
+        "  ? class names   ASSUMED: class 0, class 1",
+        "  ✓ preprocessing RGB 32x32",
+        "  ? output        ASSUMED: 2 logits, softmax",
+    ]
+
+
 def test_a_terminal_gets_colors_and_no_longer_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_terminal(monkeypatch)
     text = parity_lines(failing())
@@ -119,6 +138,7 @@ def test_ascii_output_has_words_instead_of_ticks(monkeypatch: pytest.MonkeyPatch
     assert text.startswith("FAIL lzh_9.onnx")
     assert "  FAIL tolerance" in text
     assert "    ok finite" in text
+    assert "     ? class names" in parity_lines(with_assumptions())
 
 
 def test_names_cannot_control_the_terminal() -> None:

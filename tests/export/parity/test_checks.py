@@ -23,7 +23,7 @@ def flips(count: int) -> np.ndarray:
 
 
 def failed(logits: PairedLogits, tolerance: Tolerance) -> set[str]:
-    metrics = compute_metrics([logits], None, REFERENCE, LABELS, tolerance)
+    metrics = compute_metrics([logits], [], REFERENCE, LABELS, tolerance)
     return {check.name for check in check_metrics(metrics, tolerance) if not check.passed}
 
 
@@ -43,14 +43,14 @@ def test_each_precision_has_its_tolerance(precision: str, count: int, names: set
 
 
 def test_an_artifact_without_logits_has_no_checks() -> None:
-    metrics = compute_metrics([], None, REFERENCE, LABELS, get_tolerance("fp32"))
+    metrics = compute_metrics([], [], REFERENCE, LABELS, get_tolerance("fp32"))
     assert (metrics.errors, metrics.agreement, metrics.accuracy, metrics.reference_accuracy) == (None, 0.0, None, 1.0)
     assert check_metrics(metrics, get_tolerance("fp32")) == []
 
 
 def test_edge_inputs_count_in_the_errors_but_not_in_the_agreement() -> None:
     edge = PairedLogits(np.empty(0, np.int64), REFERENCE[:1], REFERENCE[:1] + np.array([[0, 2, 0, 0]], np.float32))
-    metrics = compute_metrics([pair()], edge, REFERENCE, None, get_tolerance("fp32"))
+    metrics = compute_metrics([pair()], [edge], REFERENCE, None, get_tolerance("fp32"))
     assert metrics.errors is not None
     assert (metrics.errors.max_abs, metrics.agreement, metrics.accuracy) == (2.0, 1.0, None)
 

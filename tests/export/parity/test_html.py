@@ -20,6 +20,7 @@ from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import OutputError
+from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.pytorch_backend import PyTorchBackend
 from tests.support import parity_summary
@@ -115,6 +116,38 @@ def test_each_artifact_has_a_section_and_a_linked_row_in_the_summary() -> None:
         "Python",
     ):
         assert text in page.words, text
+
+
+def test_what_is_assumed_is_neither_passed_nor_failed() -> None:
+    checks = (Check("class names", True, "ASSUMED: class 0, class 1", assumed=True), Check("output", True, "2 logits"))
+    good = report(checks=checks, summary=msgspec.structs.replace(SUMMARY, passed=True))
+    page = Page(render_html_report([good], IMAGES))
+    rows = [item for item in page.all("li") if item.get("class")]
+    assert rows == [{"class": "assumed"}]
+    assert page.words.count("ASSUMED: class names") == 1  # in the head of the section
+    assert "?assumedclass namesASSUMED: class 0, class 1" in page.words
+    assert "✓passedoutput" in page.words
+
+
+def test_the_bound_of_the_agreement_is_shown() -> None:
+    assert "95% confidence bound≥ 70.00%" in Page(render_html_report([report()], IMAGES)).words
+    older = report(summary=msgspec.structs.replace(SUMMARY, agreement_bound=None))
+    assert "confidence bound" not in render_html_report([older], IMAGES)
+
+
+def test_grayscale_images_and_one_logit_are_shown() -> None:
+    logits = np.linspace(-1, 1, 40, dtype=np.float32)[:, None]
+    spec = ModelSpec(
+        model="net",
+        class_names=("cat", "dog"),
+        input=InputSpec(height=32, width=32, channels=1, color="L"),
+        activation="sigmoid",
+        outputs=1,
+    )
+    analysis = analyze_errors(("cat", "dog"), np.arange(40), None, logits, -logits, spec)
+    page = Page(render_html_report([report(error_analysis=analysis)], IMAGES[..., :1]))
+    assert page.images()[0].ndim == 2
+    assert "-1.00001.0000" in page.words
 
 
 def test_it_is_self_contained() -> None:

@@ -33,6 +33,8 @@ KEYS = [
     "accuracy",
     "nonfinite",
     "provider",
+    "agreement_bound",
+    "assumed",
 ]
 """The documented keys, in order."""
 
@@ -83,6 +85,8 @@ def test_a_row_holds_the_metrics() -> None:
         accuracy=0.25,
         nonfinite=6,
         provider="CPUExecutionProvider",
+        agreement_bound=0.7,
+        assumed=(),
     )
 
 
