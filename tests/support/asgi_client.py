@@ -4,8 +4,7 @@ import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ from cifarx_serve.server.asgi import Application, Route
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.request import Message, Scope
+from cifarx_serve.server.inference.deadline import ThreadPool
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
@@ -139,8 +140,8 @@ async def open_client(
     settings = Settings(files=paths, device="cpu", limits=limits or Limits(), cors_origin=cors_origin)
     metrics = Metrics()
     repository = ModelRepository(settings, metrics)
-    with ThreadPoolExecutor(1) as pool:
-        table = create_routes(repository, metrics, pool) if routes is None else routes
+    with closing(DecoderPool(1, settings.limits.max_pixels)) as decoders, closing(ThreadPool(1, "parse")) as threads:
+        table = create_routes(repository, metrics, decoders, threads) if routes is None else routes
         api_keys = ApiKeys(api_key_file) if api_key_file else None
         app = Application(repository, metrics, table, to_http_error, api_keys, access_log)
         if open_models:

@@ -1,7 +1,6 @@
 """Creates the application of one process from the settings."""
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +10,8 @@ from cifarx_serve.server.api.routes import create_routes
 from cifarx_serve.server.asgi import Application
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.api_keys import ApiKeys
+from cifarx_serve.server.inference.deadline import ThreadPool
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
@@ -37,5 +38,6 @@ def create_app(settings: Settings, access_log: AccessLog | None) -> Application:
     metrics = Metrics()
     repository = ModelRepository(settings, metrics)
     api_keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
-    routes = create_routes(repository, metrics, ThreadPoolExecutor(settings.threads, "decode"))
+    decoders = DecoderPool(settings.threads, settings.limits.max_pixels)
+    routes = create_routes(repository, metrics, decoders, ThreadPool(settings.threads, "parse"))
     return Application(repository, metrics, routes, to_http_error, api_keys, access_log)

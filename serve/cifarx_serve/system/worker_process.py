@@ -44,6 +44,8 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             pipesize=_PIPE_BYTES,
             env=worker_environment(numpy_threads),
+            # Ctrl-C in a terminal reaches only this process, which then ends the worker.
+            process_group=0 if os.name == "posix" else None,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -54,10 +56,14 @@ class WorkerProcess:
         """The process ID."""
         return self._process.pid
 
-    def send(self, line: bytes) -> None:
-        """Send a request: one line, without its newline. If the worker has exited, reading the reply reports it."""
+    def send(self, line: bytes, content: bytes = b"") -> None:
+        """Send a request: one line, without its newline, and the content that follows it.
+
+        If the worker has exited, reading the reply reports it.
+        """
         with suppress(OSError):
             self._requests.write(line + b"\n")
+            self._requests.write(content)
             self._requests.flush()
 
     def readline(self) -> bytes:
@@ -77,6 +83,10 @@ class WorkerProcess:
         """
         content = self._replies.read(size)
         return self._require_whole(content, len(content) == size)
+
+    def stop(self) -> None:
+        """Kill the worker without waiting. Any thread that reads its reply then gets a WorkerExited."""
+        self._process.kill()
 
     def kill(self) -> None:
         """Kill the worker immediately."""
@@ -119,8 +129,7 @@ def worker_environment(numpy_threads: int | None = None) -> dict[str, str]:
 def init_worker() -> BinaryIO:
     """Set up this process as a worker and return the stream for its replies. Call this first in the worker.
 
-    Whatever libraries print goes to standard error instead. Ctrl-C, which the terminal sends to all processes, is
-    ignored because the parent ends the worker.
+    Whatever libraries print goes to standard error instead. SIGINT is ignored, because the parent ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

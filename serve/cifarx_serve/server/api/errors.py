@@ -6,9 +6,11 @@ from typing import Final
 from cifarx_serve.errors import CifarxError, DeviceMemoryError, ImageError
 from cifarx_serve.images.inner_sizes import TooManyPixels
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
+from cifarx_serve.server.inference.decoder_pool import SlowImage
 from cifarx_serve.server.inference.errors import (
     BatcherClosed,
     DeadlineExceeded,
+    DecoderUnavailable,
     InvalidInput,
     ModelFailed,
     ModelNotFound,
@@ -22,10 +24,12 @@ STATUSES: Final[dict[type[CifarxError], HTTPStatus]] = {
     InvalidInput: HTTPStatus.BAD_REQUEST,
     ModelNotFound: HTTPStatus.NOT_FOUND,
     TooManyPixels: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    SlowImage: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     ModelNotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     ModelFailed: HTTPStatus.SERVICE_UNAVAILABLE,
     DeviceMemoryError: HTTPStatus.SERVICE_UNAVAILABLE,
     QueueFull: HTTPStatus.SERVICE_UNAVAILABLE,
+    DecoderUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     BatcherClosed: HTTPStatus.SERVICE_UNAVAILABLE,
     DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
 }

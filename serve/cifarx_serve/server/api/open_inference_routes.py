@@ -1,7 +1,6 @@
 """The routes of the Open Inference Protocol."""
 
 import re
-from concurrent.futures import Executor
 from http import HTTPStatus
 from typing import Final
 
@@ -35,7 +34,8 @@ from cifarx_serve.server.asgi import Body, Operation, Parameter, Route
 from cifarx_serve.server.errors import RequestError
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import JSON, ErrorResponse, Response, json_response
-from cifarx_serve.server.inference.deadline import Deadline, run_in_threadpool
+from cifarx_serve.server.inference.deadline import Deadline, ThreadPool
+from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.system.versions import package_version
 
@@ -62,12 +62,14 @@ class OpenInferenceRoutes:
 
     Args:
         repository: the models.
-        executor: a thread pool for parsing large requests.
+        readiness: the state of the worker.
+        threads: the threads that parse large requests.
     """
 
-    def __init__(self, repository: ModelRepository, executor: Executor) -> None:
+    def __init__(self, repository: ModelRepository, readiness: Readiness, threads: ThreadPool) -> None:
         self._repository = repository
-        self._executor = executor
+        self._readiness = readiness
+        self._threads = threads
 
     def table(self) -> list[Route]:
         """Return the routes."""
@@ -159,7 +161,7 @@ class OpenInferenceRoutes:
         return json_response(ServerLive(live=True))
 
     async def _ready(self, request: Request) -> Response:  # noqa: ARG002
-        ready = self._repository.state == "ready"
+        ready = self._readiness.state == "ready"
         return json_response(ServerReady(ready), _ready_status(ready))
 
     async def _model_metadata(self, request: Request) -> Response:
@@ -188,8 +190,8 @@ class OpenInferenceRoutes:
         spec = instance.model.spec
         if (len(body) if header_length is None else header_length) <= _MAX_INLINE_JSON:
             return parse_infer(body, header_length, spec, limits.max_images, limits.max_pixels)
-        return await run_in_threadpool(
-            self._executor, deadline, parse_infer, body, header_length, spec, limits.max_images, limits.max_pixels
+        return await self._threads.run(
+            deadline, parse_infer, body, header_length, spec, limits.max_images, limits.max_pixels
         )
 
     def _instance(self, request: Request) -> ModelInstance:

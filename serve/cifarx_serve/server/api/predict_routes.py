@@ -2,7 +2,6 @@
 
 import re
 import time
-from concurrent.futures import Executor
 from http import HTTPStatus
 from typing import Final
 
@@ -25,6 +24,7 @@ from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response, json_response
 from cifarx_serve.server.inference.classification import Classification, ImageClassifier
 from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 
 _DEFAULT_TOP_K: Final = 5
@@ -57,12 +57,12 @@ class PredictRoutes:
 
     Args:
         repository: the models.
-        executor: a thread pool for decoding large images.
+        decoders: the processes that decode large images.
     """
 
-    def __init__(self, repository: ModelRepository, executor: Executor) -> None:
+    def __init__(self, repository: ModelRepository, decoders: DecoderPool) -> None:
         self._repository = repository
-        self._classifier = ImageClassifier(executor, repository.settings.limits.max_pixels)
+        self._classifier = ImageClassifier(decoders, repository.settings.limits.max_pixels)
 
     def table(self) -> list[Route]:
         """Return the routes."""

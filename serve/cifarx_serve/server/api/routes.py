@@ -1,7 +1,7 @@
 """Collects all routes, and defines those for health checks, metrics, the API documentation and the web pages."""
 
 import asyncio
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
@@ -14,7 +14,10 @@ from cifarx_serve.server.api.schemas import StatusResponse
 from cifarx_serve.server.asgi import Body, Handler, Operation, Route
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response, json_response
+from cifarx_serve.server.inference.deadline import ThreadPool
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.metrics import CONTENT_TYPE, Metrics
+from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelRepository
 
 _HTML: Final = b"text/html; charset=utf-8"
@@ -27,18 +30,22 @@ _CONTENT_SECURITY_POLICY: Final = (
 )
 
 
-def create_routes(repository: ModelRepository, metrics: Metrics, executor: Executor) -> list[Route]:
+def create_routes(
+    repository: ModelRepository, metrics: Metrics, decoders: DecoderPool, threads: ThreadPool
+) -> list[Route]:
     """Return all routes of the server.
 
     Args:
         repository: the models.
         metrics: the metrics that `/metrics` returns.
-        executor: a thread pool for decoding large images and large requests.
+        decoders: the processes that decode large images.
+        threads: the threads that parse large requests.
     """
+    readiness = Readiness(repository, decoders)
     routes = [
-        *PredictRoutes(repository, executor).table(),
-        *OpenInferenceRoutes(repository, executor).table(),
-        *_StatusRoutes(repository, metrics, executor).table(),
+        *PredictRoutes(repository, decoders).table(),
+        *OpenInferenceRoutes(repository, readiness, threads).table(),
+        *_StatusRoutes(readiness, metrics).table(),
     ]
 
     @cache
@@ -59,10 +66,10 @@ def create_routes(repository: ModelRepository, metrics: Metrics, executor: Execu
 class _StatusRoutes:
     """Health checks and metrics."""
 
-    def __init__(self, repository: ModelRepository, metrics: Metrics, executor: Executor) -> None:
-        self._repository = repository
+    def __init__(self, readiness: Readiness, metrics: Metrics) -> None:
+        self._readiness = readiness
         self._metrics = metrics
-        self._executor = executor
+        self._metrics_thread = ThreadPoolExecutor(1, "metrics")  # nothing that a client sends runs in it
 
     def table(self) -> list[Route]:
         return [
@@ -110,13 +117,13 @@ class _StatusRoutes:
         return json_response(StatusResponse("alive"))
 
     async def _readyz(self, request: Request) -> Response:  # noqa: ARG002
-        state = self._repository.state
+        state = self._readiness.state
         status = HTTPStatus.OK if state == "ready" else HTTPStatus.SERVICE_UNAVAILABLE
         return json_response(StatusResponse(state), status)
 
     async def _metrics_page(self, request: Request) -> Response:  # noqa: ARG002
         self._metrics.flush()
-        page = await asyncio.get_running_loop().run_in_executor(self._executor, self._metrics.render)
+        page = await asyncio.get_running_loop().run_in_executor(self._metrics_thread, self._metrics.render)
         return Response(page, content_type=CONTENT_TYPE.encode())
 
 

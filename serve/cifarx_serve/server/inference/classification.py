@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from cifarx_serve.errors import ImageError
 from cifarx_serve.predictor import Prediction
 from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.decoding import decode_image
 from cifarx_serve.server.inference.repository import ModelInstance
 
@@ -38,13 +38,13 @@ class ImageClassifier:
     """Classifies the images of requests.
 
     Args:
-        executor: a thread pool for decoding large images.
+        decoders: the processes that decode large images.
         max_pixels: the maximum number of pixels per image; of all images of a request together if the model resizes
             them itself.
     """
 
-    def __init__(self, executor: Executor, max_pixels: int) -> None:
-        self._executor = executor
+    def __init__(self, decoders: DecoderPool, max_pixels: int) -> None:
+        self._decoders = decoders
         self._max_pixels = max_pixels
 
     async def classify(
@@ -71,7 +71,7 @@ class ImageClassifier:
         """
         instance.require_capacity(len(images))  # before decoding: a request that is refused should cost little
         started_at = time.perf_counter()
-        decoded = await self._decode(images, instance, deadline)
+        decoded = await self._decode(images, instance, deadline, is_disconnected)
         decode_s = time.perf_counter() - started_at
         batches = _batches(decoded)
         pending = [instance.infer(batch, deadline, is_disconnected) for _, batch in batches]
@@ -88,7 +88,13 @@ class ImageClassifier:
             max(result.compute_s for result in results),
         )
 
-    async def _decode(self, images: Sequence[bytes], instance: ModelInstance, deadline: Deadline) -> list[_Decoded]:
+    async def _decode(
+        self,
+        images: Sequence[bytes],
+        instance: ModelInstance,
+        deadline: Deadline,
+        is_disconnected: Callable[[], bool],
+    ) -> list[_Decoded]:
         """Decode the images, one after the other.
 
         Images that the model resizes itself are all in memory at full size, so `max_pixels` limits them together.
@@ -97,7 +103,7 @@ class ImageClassifier:
         decoded: list[_Decoded] = []
         for data in images:
             try:
-                pixels = await decode_image(data, spec, pixels_left, self._executor, deadline)
+                pixels = await decode_image(data, spec, pixels_left, self._decoders, deadline, is_disconnected)
             except ImageError as error:
                 decoded.append(error)
             else:

@@ -31,6 +31,10 @@ class BatcherClosed(InferenceError):
     """The batcher was closed while the request was queued."""
 
 
+class DecoderUnavailable(InferenceError):
+    """No process can be started to decode images."""
+
+
 class DeadlineExceeded(InferenceError):
     """The request's deadline has passed."""
 

@@ -22,7 +22,7 @@ from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.model import ServedModel, file_version
 from cifarx_serve.server.settings import Settings
 
-State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
+ModelState: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 
 _DRAIN_POLL_S: Final = 0.02
 
@@ -128,8 +128,8 @@ class ModelRepository:
         self._lock = asyncio.Lock()
 
     @property
-    def state(self) -> State:
-        """The state that `/readyz` reports."""
+    def state(self) -> ModelState:
+        """The state of all models."""
         if self.draining:
             return "draining"
         if self.peers_starting or len(self._instances) < len(self.settings.files):

@@ -1,7 +1,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from cifarx_serve.images.inner_sizes import TooManyPixels
 from cifarx_serve.predictor import Prediction
 from cifarx_serve.server.inference.classification import Classification, ImageClassifier
 from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.errors import DeadlineExceeded, QueueFull
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
@@ -40,8 +41,8 @@ def run_with_classifier(
         limits = Limits(max_batch=4, max_queue=max_queue)
         repository = ModelRepository(Settings(files={"colors": str(path)}, device="cpu", limits=limits), metrics)
         await repository.open()
-        with ThreadPoolExecutor(1) as executor:
-            classifier = ImageClassifier(executor, max_pixels)
+        with closing(DecoderPool(1, max_pixels)) as decoders:
+            classifier = ImageClassifier(decoders, max_pixels)
 
             async def classify(*images: bytes, top_k: int = 1, timeout_s: float = 30.0) -> Classification:
                 deadline = Deadline(time.perf_counter(), timeout_s)

@@ -1,7 +1,7 @@
 import asyncio
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -16,17 +16,29 @@ from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.server.inference import decoding
 from cifarx_serve.server.inference.deadline import Deadline
+from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.decoding import decode_image
 from cifarx_serve.spec import ModelSpec
 from tests.support.asgi_client import encode_image
 from tests.support.color_model import SPEC
+from tests.support.hostile_images import decode_bombs
 
 EMBEDDED = msgspec.structs.replace(SPEC, embedded_preprocessing=True)
 
 
-def decode(data: bytes, spec: ModelSpec = SPEC, max_pixels: int = 1_000_000) -> NDArray[np.uint8]:
-    with ThreadPoolExecutor(1) as executor:
-        return asyncio.run(decode_image(data, spec, max_pixels, executor, Deadline(time.perf_counter(), 30.0)))
+Decode = Callable[..., NDArray[np.uint8]]
+
+
+@pytest.fixture(scope="module")
+def decode() -> Iterator[Decode]:
+    """Return a function that decodes an image, in the event loop or in a process that all calls share."""
+    with asyncio.Runner() as runner, closing(DecoderPool(1, 10_000_000)) as decoders:
+
+        def run(data: bytes, spec: ModelSpec = SPEC, max_pixels: int = 1_000_000) -> NDArray[np.uint8]:
+            deadline = Deadline(time.perf_counter(), 30.0)
+            return runner.run(decode_image(data, spec, max_pixels, decoders, deadline, lambda: False))
+
+        yield run
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -35,36 +47,61 @@ def noise(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP"])
 @pytest.mark.parametrize("size", [(6, 4), (40, 30), (200, 150)])
-def test_pixels_are_those_of_the_image_reader(image_format: str, size: tuple[int, int]) -> None:
+def test_pixels_are_those_of_the_image_reader(image_format: str, size: tuple[int, int], decode: Decode) -> None:
     data = encode_image(noise(*size), image_format)
     image = read_image(data)
     assert np.array_equal(decode(data), resize(image, SPEC.input))
     assert np.array_equal(decode(data, EMBEDDED), np.asarray(image))
 
 
-def test_large_images_and_large_files_are_decoded_in_the_threadpool(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
+SMALL = encode_image(noise(32, 32))
+
+
+@pytest.mark.parametrize(
+    ("data", "inline"),
+    [
+        (SMALL, True),
+        (encode_image(noise(128, 128), "JPEG"), True),
+        (encode_image(noise(129, 128), "JPEG"), False),
+        (SMALL + bytes(100_000), False),
+        *[(encode_image(noise(32, 32), image_format), False) for image_format in ("WEBP", "GIF", "BMP", "TIFF")],
+    ],
+    ids=["PNG", "JPEG", "many pixels", "many bytes", "WebP", "GIF", "BMP", "TIFF"],
+)
+def test_only_small_png_and_jpeg_images_are_decoded_in_the_event_loop(
+    data: bytes, inline: bool, decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
 
     def read(image: Image.Image) -> Image.Image:
-        threads.append(threading.current_thread().name)
+        decoded.append(image)
         return read_image(image)
 
     monkeypatch.setattr(decoding, "read_image", read)
-    small, large = encode_image(noise(32, 32)), encode_image(noise(300, 300))
-    for data in (small, large, small + bytes(100_000)):
-        decode(data)
-    assert [name == threading.main_thread().name for name in threads] == [True, False, False]
+    assert decode(data).shape == (4, 6, 3)
+    assert bool(decoded) == inline
+
+
+@pytest.mark.parametrize("kind", ["ICNS", "ICO", "JPEG 2000"])
+def test_a_format_that_is_not_accepted_is_refused_without_a_process(kind: str) -> None:
+    async def run() -> None:
+        with closing(DecoderPool(1, 1)) as decoders:
+            deadline = Deadline(time.perf_counter(), 30.0)
+            await decode_image(decode_bombs()[kind], SPEC, 1_000_000, decoders, deadline, pytest.fail)
+
+    with pytest.raises(ImageError, match="images are not accepted"):
+        asyncio.run(run())
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"no image", encode_image(noise(40, 30))[:300], b"%!PS-Adobe-3.0 EPSF-3.0\n"], ids=range(4)
 )
-def test_data_that_is_not_an_image_is_an_error(data: bytes) -> None:
+def test_data_that_is_not_an_image_is_an_error(data: bytes, decode: Decode) -> None:
     with pytest.raises(ImageError):
         decode(data)
 
 
-def test_an_image_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_over_the_limit_is_not_decoded(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode_image(noise(20, 20))
     assert decode(data, max_pixels=400).shape == (4, 6, 3)
     monkeypatch.setattr(decoding, "read_image", pytest.fail)
@@ -72,5 +109,5 @@ def test_an_image_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch)
         decode(data, max_pixels=399)
 
 
-def test_a_photograph(dog: Path) -> None:
+def test_a_photograph(dog: Path, decode: Decode) -> None:
     assert np.array_equal(decode(dog.read_bytes(), max_pixels=10_000_000), resize(read_image(dog), SPEC.input))
