@@ -66,10 +66,12 @@ def command(
         facts = {"model": path, "backend": predictor.backend, "provider": predictor.provider}
         predictions = _with_progress_bar(_predict(predictor, names, sources, top_k), len(names))
         predicted = 0
-        with closing(prediction_writer(output_format, facts, top_k)) as writer:
+        with closing(prediction_writer(output_format, facts, top_k, predictor.spec.multi_label)) as writer:
             for name, prediction in zip(names, predictions, strict=True):
                 if not predicted and isinstance(prediction, Prediction):
                     note(f"note: {description}")
+                    if assumption := predictor.spec.assumption:
+                        note(f"note: {assumption}")
                 predicted += isinstance(prediction, Prediction)
                 if isinstance(prediction, ImageError):
                     print_error(str(prediction))

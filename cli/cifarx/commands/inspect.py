@@ -11,7 +11,8 @@ from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.registry import model_file, read_spec
 from cifarx_serve.errors import CheckFailed, error_message
 from cifarx_serve.files.checksum import ChecksumState, damaged_member, read_checksum
-from cifarx_serve.spec import InputSpec, ModelSpec
+from cifarx_serve.scores import DEFAULT_THRESHOLD
+from cifarx_serve.spec import Assumption, InputSpec, ModelSpec
 
 
 def command(
@@ -60,30 +61,78 @@ def _check_members(path: Path) -> str:
 
 
 def _facts(spec: ModelSpec) -> list[tuple[str, str]]:
+    model = f"{spec.model}{', small stem' if spec.stem == 'small' else ''}, {spec.precision}"
+    classes = f"{len(spec.class_names)}: {', '.join(spec.class_names)}"
+    preprocessing = _preprocessing(spec.input, spec.embedded_preprocessing)
     return [
-        ("model", f"{spec.model}{', small stem' if spec.stem == 'small' else ''}, {spec.precision}"),
-        ("classes", f"{len(spec.class_names)}: {', '.join(spec.class_names)}"),
+        ("model", _marked(model, "architecture", spec)),
+        *_source(spec),
+        ("classes", _marked(classes, "class_names", spec)),
         ("input", _input(spec)),
-        ("preprocessing", _preprocessing(spec.input, spec.embedded_preprocessing)),
-        ("output", f"{spec.output}, float32 (N, {len(spec.class_names)})"),
+        ("preprocessing", _marked(preprocessing, "preprocessing", spec)),
+        ("output", _marked(_output(spec), "output", spec)),
         *_training(spec),
         *_export(spec),
         *_parity(spec),
     ]
 
 
+def _marked(text: str, part: Assumption, spec: ModelSpec) -> str:
+    """Return a text about a part of the spec, marked if nobody stated that part."""
+    return f"ASSUMED: {text}" if part in spec.assumed else text
+
+
+def _source(spec: ModelSpec) -> list[tuple[str, str]]:
+    source = spec.source
+    if source is None:
+        return []
+    arguments = [f"{name}={value!r}" for name, value in source.arguments.items()]
+    output = [] if source.output is None else [f"its output {source.output!r}"]
+    sha256 = [f"sha256 {source.sha256}"] if source.sha256 else []
+    return [("source", ", ".join([f"{source.kind} {source.name}", *arguments, *output, *sha256]))]
+
+
 def _input(spec: ModelSpec) -> str:
     expected = spec.input
     if spec.embedded_preprocessing:
-        return f"uint8 NHWC (N, any height, any width, {expected.channels}), {expected.color}"
-    size = f"(N, {expected.channels}, {expected.height}, {expected.width})"
-    return f"{expected.dtype} {expected.layout} {size}, {expected.color}"
+        return f"uint8 NHWC (N, any height, any width, {expected.channels}), {'L' if expected.channels == 1 else 'RGB'}"
+    shape = ", ".join(map(str, expected.shape))
+    return f"{expected.dtype} {expected.layout} (N, {shape}), {expected.color}"
 
 
 def _preprocessing(spec: InputSpec, embedded: bool) -> str:
-    size = f"resize {spec.interpolation} to {spec.height}x{spec.width}"
     numbers = f"range {spec.value_range}, mean {spec.mean}, std {spec.std}"
-    return f"{size}, {numbers}, {'inside the model' if embedded else 'before the model'}"
+    color = f"{spec.color}, " if embedded else ""
+    return f"{color}{_resizing(spec)}, {numbers}, {'inside the model' if embedded else 'before the model'}"
+
+
+def _resizing(spec: InputSpec) -> str:
+    size = f"{spec.height}x{spec.width}"
+    resize = f"resize {spec.interpolation}{'' if spec.antialias else ' without antialiasing'}"
+    if spec.resize == "letterbox":
+        return f"{resize} to fit into {size}, pad with {spec.fill}"
+    if spec.resize == "stretch" and spec.resize_to is None:
+        return f"{resize} to {size}"
+    if isinstance(spec.resize_to, tuple):
+        smallest = spec.resize_to
+        target = f"{resize} to {'x'.join(map(str, spec.resize_to))}"
+    else:
+        shorter = spec.resize_to or spec.height
+        smallest = (shorter, shorter)
+        target = f"{resize} to a shorter side of {shorter}"
+    padded = smallest[0] < spec.height or smallest[1] < spec.width
+    return f"{target}, crop the center to {size}{f', pad with {spec.fill}' if padded else ''}"
+
+
+def _output(spec: ModelSpec) -> str:
+    tensor = f"{spec.output}, float32 (N, {spec.output_size}), {spec.activation}"
+    if spec.activation == "softmax":
+        return tensor
+    thresholds = sorted(set(spec.thresholds or (DEFAULT_THRESHOLD,)))
+    scores = " to ".join(f"{threshold:g}" for threshold in dict.fromkeys((thresholds[0], thresholds[-1])))
+    if spec.outputs == 1:
+        return f"{tensor}: {spec.class_names[1]} from a score of {scores} on"
+    return f"{tensor}: several labels, each from a score of {scores} on"
 
 
 def _training(spec: ModelSpec) -> list[tuple[str, str]]:

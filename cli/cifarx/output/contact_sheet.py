@@ -167,10 +167,10 @@ class _Page:
         self.text(x, y + THUMBNAIL_SIZE + _CAPTION - 4, shown, _SMALL, _GRAY)
 
     def _prediction(self, x: int, y: int, prediction: Prediction) -> None:
-        """Draw the label, the score as a percentage, and the score as a bar, below `y`."""
+        """Draw the labels, the best score as a percentage, and that score as a bar, below `y`."""
         score = f"{prediction.score:.1%}"
         room = THUMBNAIL_SIZE - _font(_LABEL).getlength(score) - 8
-        self.text(x, y + 22, _fitted(prediction.label, _font(_LABEL), room), _LABEL, _TEXT)
+        self.text(x, y + 22, _fitted(_label(prediction), _font(_LABEL), room), _LABEL, _TEXT)
         self.text(x + THUMBNAIL_SIZE, y + 22, score, _LABEL, _TEXT, align="r")
         self._box(x, y + 29, THUMBNAIL_SIZE, _BAR, _LIGHT)
         if prediction.score > 0:  # false for NaN
@@ -183,6 +183,13 @@ class _Page:
 
     def _box(self, x: int, y: int, width: int, height: int, color: str) -> None:
         self._draw.rectangle((x, y, x + width - 1, y + height - 1), color)
+
+
+def _label(prediction: Prediction) -> str:
+    """Return the best label, or all labels that apply."""
+    if prediction.labels is None:
+        return prediction.label
+    return ", ".join(candidate.label for candidate in prediction.labels) or "no label"
 
 
 def make_thumbnail(source: ImageSource) -> Image.Image:

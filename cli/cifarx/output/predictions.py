@@ -2,13 +2,14 @@
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
 from cifarx.output.console import result
 from cifarx_serve.errors import ImageError
-from cifarx_serve.predictor import Prediction
+from cifarx_serve.predictor import Candidate, Prediction
 
 OutputFormat: TypeAlias = Literal["text", "json", "jsonl", "csv"]
 
@@ -19,11 +20,13 @@ class PredictionWriter(ABC):
     Args:
         model_facts: the fields that all predictions share: the model file, its backend and its provider.
         top_k: the number of classes per prediction.
+        multi_label: whether several labels can apply to an image.
     """
 
-    def __init__(self, model_facts: dict[str, str], top_k: int) -> None:
+    def __init__(self, model_facts: dict[str, str], top_k: int, multi_label: bool) -> None:
         self._model_facts = model_facts
         self._top_k = top_k
+        self._multi_label = multi_label
 
     @abstractmethod
     def write(self, image: str, prediction: Prediction | ImageError) -> None:
@@ -42,6 +45,7 @@ class PredictionWriter(ABC):
             "index": prediction.index,
             "score": prediction.score,
             "top": prediction.top,
+            **({"labels": prediction.labels} if self._multi_label else {}),
             **self._model_facts,
         }
 
@@ -49,14 +53,28 @@ class PredictionWriter(ABC):
 class _TextWriter(PredictionWriter):
     def write(self, image: str, prediction: Prediction | ImageError) -> None:
         if not isinstance(prediction, ImageError):  # errors are printed to standard error
-            result(f"{image}: " + ", ".join(f"{found.label} {found.score:.4f}" for found in prediction.top))
+            result(f"{image}: {_format_prediction(prediction)}")
+
+
+def _format_prediction(prediction: Prediction) -> str:
+    """Return the best classes; or the labels that apply and, after a bar, the others of the best ones."""
+    labels = prediction.labels
+    if labels is None:
+        return _format_scores(prediction.top)
+    others = tuple(candidate for candidate in prediction.top if candidate not in labels)
+    applicable = _format_scores(labels) or "no label"
+    return f"{applicable} | {_format_scores(others)}" if others else applicable
+
+
+def _format_scores(candidates: Sequence[Candidate]) -> str:
+    return ", ".join(f"{candidate.label} {candidate.score:.4f}" for candidate in candidates)
 
 
 class _JsonWriter(PredictionWriter):
     """Writes one JSON list, formatted like every other document of the command line."""
 
-    def __init__(self, model_facts: dict[str, str], top_k: int) -> None:
-        super().__init__(model_facts, top_k)
+    def __init__(self, model_facts: dict[str, str], top_k: int, multi_label: bool) -> None:
+        super().__init__(model_facts, top_k, multi_label)
         self._separator = "["
 
     def write(self, image: str, prediction: Prediction | ImageError) -> None:
@@ -75,19 +93,24 @@ class _JsonLinesWriter(PredictionWriter):
 
 
 class _CsvWriter(PredictionWriter):
-    def __init__(self, model_facts: dict[str, str], top_k: int) -> None:
-        super().__init__(model_facts, top_k)
+    """Writes one row per image. The column `labels` has the names of the labels that apply, separated by semicolons."""
+
+    def __init__(self, model_facts: dict[str, str], top_k: int, multi_label: bool) -> None:
+        super().__init__(model_facts, top_k, multi_label)
         import csv  # imported here to keep start-up fast for the other formats
 
         self._rows = csv.writer(sys.stdout, lineterminator="\n")
         others = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "index", "score")]
-        self._rows.writerow(["image", "label", "index", "score", *others, "error"])
+        labels = ["labels"] if multi_label else []
+        self._rows.writerow(["image", "label", "index", "score", *others, *labels, "error"])
 
     def write(self, image: str, prediction: Prediction | ImageError) -> None:
         if isinstance(prediction, ImageError):
-            self._rows.writerow([image, *[""] * (3 * self._top_k), str(prediction)])
+            self._rows.writerow([image, *[""] * (3 * self._top_k + self._multi_label), str(prediction)])
             return
         cells = [cell for found in prediction.top for cell in (found.label, found.index, f"{found.score:.6g}")]
+        if prediction.labels is not None:
+            cells.append(";".join(candidate.label for candidate in prediction.labels))
         self._rows.writerow([image, *cells, ""])
 
 
@@ -99,6 +122,8 @@ _WRITERS: Final[dict[OutputFormat, type[PredictionWriter]]] = {
 }
 
 
-def prediction_writer(output_format: OutputFormat, model_facts: dict[str, str], top_k: int) -> PredictionWriter:
-    """Return a writer for the format; see `PredictionWriter` for the arguments."""
-    return _WRITERS[output_format](model_facts, top_k)
+def prediction_writer(
+    output_format: OutputFormat, model_facts: dict[str, str], top_k: int, multi_label: bool
+) -> PredictionWriter:
+    """Return a writer for the format; see `PredictionWriter` for the other arguments."""
+    return _WRITERS[output_format](model_facts, top_k, multi_label)

@@ -8,12 +8,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from cifarx_serve.predictor import load
+from cifarx_serve.spec import ModelSpec
 from cifarx_train.data.synthetic.dataset import CLASS_NAMES, draw_split
 from tests.support.command_line import Cli
+from tests.support.spec_model import BGR, GRAYSCALE, RGB, make_spec, write_model
 from tests.support.trained_model import Trained
 
 
@@ -378,3 +382,47 @@ def test_without_a_sheet_no_drawing_code_is_imported(trained: Trained, drawings:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        make_spec(GRAYSCALE),
+        make_spec(msgspec.structs.replace(BGR, layout="NHWC", resize="letterbox", fill=114)),
+        make_spec(RGB, output="probabilities"),
+        make_spec(class_names=("no", "yes"), activation="sigmoid", outputs=1),
+    ],
+    ids=["grayscale", "BGR, NHWC, letterbox", "probabilities", "one output"],
+)
+def test_models_of_every_kind(cli: Cli, tmp_path: Path, spec: ModelSpec) -> None:
+    path = write_model(tmp_path / "means.onnx", spec)
+    images = [tmp_path / f"{color}.png" for color in ("red", "lime", "blue")]
+    for image in images:
+        Image.new("RGB", (9, 5), image.stem).save(image)
+    result = cli("infer", *images, "--model", path, "--json", "--top-k", 2)
+    assert result.status == 0
+    with load(path, device="cpu") as predictor:
+        expected = [msgspec.to_builtins(prediction) for prediction in predictor.predict(images, top_k=2)]
+    for entry, prediction in zip(result.json, expected, strict=True):
+        assert {name: entry[name] for name in ("label", "index", "score")} == {
+            name: prediction[name] for name in ("label", "index", "score")
+        }
+        assert "labels" not in entry
+
+
+def test_several_labels_apply(cli: Cli, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "means.onnx", make_spec(activation="sigmoid"))
+    Image.new("RGB", (9, 5), "red").save("red.png")
+    result = cli("infer", "red.png", "--model", path, "--top-k", 3, "--annotate", "sheet.png")
+    assert result.out == "red.png: red 1.0000, green 0.5000 | blue 0.0000\n"
+    assert [entry["label"] for entry in cli("infer", "red.png", "--model", path, "--json").json[0]["labels"]] == [
+        "red",
+        "green",
+    ]
+
+
+def test_what_was_assumed_is_noted(cli: Cli, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "means.onnx", make_spec(assumed=("class_names", "preprocessing")))
+    Image.new("RGB", (9, 5), "red").save("red.png")
+    assert "note: ASSUMED class names, preprocessing: " in cli("infer", "red.png", "--model", path).err
+    assert "ASSUMED" not in cli("infer", "red.png", "--model", write_model(path, make_spec())).err

@@ -1,14 +1,17 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 
 from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.files.checksum import write_checksum
+from cifarx_serve.spec import InputSpec, ModelSource, ModelSpec
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.command_line import Cli
+from tests.support.spec_model import BGR, GRAYSCALE, make_spec, write_model
 from tests.support.trained_model import Trained
 
 
@@ -50,6 +53,72 @@ def test_prints_facts_that_only_some_files_have(cli: Cli, tmp_path: Path) -> Non
     ):
         assert line in lines
     assert any(line.startswith("preprocessing") and line.endswith("inside the model") for line in lines)
+
+
+def lines_of(cli: Cli, tmp_path: Path, spec: ModelSpec) -> dict[str, str]:
+    """Return the printed facts by their name."""
+    out = cli("inspect", write_model(tmp_path / "x.onnx", spec)).out
+    return {line[:15].strip(): line[16:] for line in out.splitlines()}
+
+
+def resizing(cli: Cli, tmp_path: Path, **fields: Any) -> str:
+    spec = make_spec(InputSpec(**{"height": 224, "width": 224, **fields}))
+    return lines_of(cli, tmp_path, spec)["preprocessing"].partition(", range")[0]
+
+
+def test_prints_how_images_are_resized(cli: Cli, tmp_path: Path) -> None:
+    crop = ", crop the center to 224x224"
+    for fields, expected in (
+        ({}, "resize bilinear to 224x224"),
+        ({"antialias": False}, "resize bilinear without antialiasing to 224x224"),
+        ({"resize_to": (256, 240)}, f"resize bilinear to 256x240{crop}"),
+        ({"resize": "shorter_side", "resize_to": 256}, f"resize bilinear to a shorter side of 256{crop}"),
+        ({"resize": "shorter_side", "resize_to": 200}, f"resize bilinear to a shorter side of 200{crop}, pad with 0"),
+        ({"resize": "letterbox", "fill": 114}, "resize bilinear to fit into 224x224, pad with 114"),
+    ):
+        assert resizing(cli, tmp_path, **fields) == expected
+
+
+def test_prints_the_input(cli: Cli, tmp_path: Path) -> None:
+    for spec, expected in (
+        (make_spec(GRAYSCALE), "float32 NCHW (N, 1, 4, 6), L"),
+        (make_spec(msgspec.structs.replace(BGR, layout="NHWC")), "float32 NHWC (N, 4, 6, 3), BGR"),
+        (make_spec(BGR, embedded_preprocessing=True), "uint8 NHWC (N, any height, any width, 3), RGB"),
+        (make_spec(GRAYSCALE, embedded_preprocessing=True), "uint8 NHWC (N, any height, any width, 1), L"),
+    ):
+        assert lines_of(cli, tmp_path, spec)["input"] == expected
+
+
+def test_prints_the_output(cli: Cli, tmp_path: Path) -> None:
+    binary = {"class_names": ("no", "yes"), "activation": "sigmoid", "outputs": 1}
+    for fields, expected in (
+        ({}, "logits, float32 (N, 3), softmax"),
+        ({"output": "probabilities"}, "probabilities, float32 (N, 3), softmax"),
+        (
+            {"activation": "sigmoid", "thresholds": (0.5, 0.25, 0.5)},
+            "logits, float32 (N, 3), sigmoid: several labels, each from a score of 0.25 to 0.5 on",
+        ),
+        (binary, "logits, float32 (N, 1), sigmoid: yes from a score of 0.5 on"),
+    ):
+        assert lines_of(cli, tmp_path, make_spec(**fields))["output"] == expected
+
+
+def test_prints_the_source(cli: Cli, tmp_path: Path) -> None:
+    source = ModelSource(
+        kind="python", name="model.py:Net", arguments={"width": 8, "act": "silu"}, sha256="0" * 64, output="logits"
+    )
+    assert lines_of(cli, tmp_path, make_spec(source=source))["source"] == (
+        f"python model.py:Net, width=8, act='silu', its output 'logits', sha256 {'0' * 64}"
+    )
+    assert "source" not in lines_of(cli, tmp_path, make_spec())
+
+
+def test_marks_what_was_assumed(cli: Cli, tmp_path: Path) -> None:
+    assumed = {"architecture": "model", "class_names": "classes", "preprocessing": "preprocessing", "output": "output"}
+    for part, name in assumed.items():
+        lines = lines_of(cli, tmp_path, make_spec(assumed=(part,)))
+        assert [line for line, text in lines.items() if "ASSUMED" in text] == [name]
+    assert "ASSUMED" not in str(lines_of(cli, tmp_path, make_spec()))
 
 
 def test_files_that_cannot_be_opened(cli: Cli, tmp_path: object) -> None:

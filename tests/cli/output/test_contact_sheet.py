@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 
 from cifarx.output.contact_sheet import MAX_COLUMNS, MAX_IMAGES, SUFFIXES, THUMBNAIL_SIZE, ContactSheet, make_thumbnail
 from cifarx_serve.errors import ImageError, OutputError, UsageError
@@ -373,3 +373,21 @@ def test_needs_no_installed_font(tmp_path: Path, fresh_python: Callable[..., str
     fresh_python(code, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as written:
         assert ink(written.convert("RGB")) > 0
+
+
+def test_all_labels_that_apply_are_drawn() -> None:
+    """They have the caption of one label with all names, or of `no label`."""
+    first, second = Candidate("red", 0, 0.5), Candidate("blue", 1, 0.5)
+    for labels, label in (((first, second), "red, blue"), ((first,), "red"), ((), "no label")):
+        several = Prediction("red", 0, 0.5, (first,), labels=labels)
+        assert (
+            ImageChops.difference(
+                drawn(("a.png", plain("red"), several)), drawn(("a.png", plain("red"), predicted(label)))
+            ).getbbox()
+            is None
+        )
+
+
+def test_grayscale_arrays_are_drawn() -> None:
+    page = drawn(("a.png", np.full((8, 8, 1), 77, np.uint8), predicted()))
+    assert where(page, (77, 77, 77))
