@@ -7,7 +7,14 @@ import msgspec
 from markupsafe import Markup
 
 from cifarx.bench_report.plots import Series, file_series, legend_swatches, render_plots
-from cifarx.bench_report.summary import UNSTABLE, ScenarioResults, has_device_times, scenario_results, title
+from cifarx.bench_report.summary import (
+    UNSTABLE,
+    ScenarioResults,
+    has_device_times,
+    has_gpu_memory,
+    scenario_results,
+    title,
+)
 from cifarx_export.html_report import render_page
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, BenchmarkRow
 
@@ -63,8 +70,9 @@ def render_html_report(report: BenchmarkReport) -> str:
     The result depends only on `report`, which must have at least one row.
     """
     files = file_series(report)
-    timed = has_device_times(report)
-    columns = [column for column in _COLUMNS if timed or column.text is not _device]
+    timed, on_gpu = has_device_times(report), has_gpu_memory(report)
+    omitted = [*([] if timed else [_device]), *([] if on_gpu else [_gpu_memory])]
+    columns = [column for column in _COLUMNS if column.text not in omitted]
     return render_page(
         "cifarx.bench_report",
         _TEMPLATE,
@@ -78,6 +86,7 @@ def render_html_report(report: BenchmarkReport) -> str:
         columns=columns,
         batches=_rows_by_batch(files, columns),
         timed=timed,
+        on_gpu=on_gpu,
         stable=all(row.stable for row in report.rows),
     )
 
@@ -125,6 +134,10 @@ def _device(row: BenchmarkRow, _: BenchmarkRow | None) -> str:
     return _MISSING if row.device_us is None else _microseconds(row.device_us)
 
 
+def _gpu_memory(row: BenchmarkRow, _: BenchmarkRow | None) -> str:
+    return _MISSING if row.gpu_bytes is None else f"{row.gpu_bytes / 1e6:,.0f}"
+
+
 def _speedup(row: BenchmarkRow, first: BenchmarkRow | None) -> str:
     return _MISSING if first is None else f"{first.p50_us / row.p50_us:.2f}x"
 
@@ -150,6 +163,7 @@ _COLUMNS: Final = (
     Column("First call ms", lambda row, _: f"{row.first_call_ms:,.1f}"),
     Column("Size KB", lambda row, _: f"{row.size_bytes / 1e3:,.0f}"),
     Column("Peak MB", lambda row, _: f"{row.peak_bytes / 1e6:,.0f}"),
+    Column("GPU MB", _gpu_memory),
     Column("Precision", lambda row, _: row.precision, number=False),
     Column("Backend", lambda row, _: row.backend, number=False),
     Column("Provider", lambda row, _: row.provider, number=False),

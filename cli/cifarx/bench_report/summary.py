@@ -10,6 +10,7 @@ UNSTABLE: Final = "~"
 """Precedes the p50 of a row whose last windows did not agree."""
 
 _DEVICE: Final = "device µs"
+_GPU_MEMORY: Final = "GPU MB"
 _SINGLE_STREAM_BATCH: Final = 1
 
 
@@ -47,9 +48,15 @@ def has_device_times(report: BenchmarkReport) -> bool:
     return any(row.device_us is not None for row in report.rows)
 
 
+def has_gpu_memory(report: BenchmarkReport) -> bool:
+    """Return whether the memory on a GPU is known for any file."""
+    return any(row.gpu_bytes is not None for row in report.rows)
+
+
 def columns(report: BenchmarkReport) -> list[Column]:
-    """Return the columns of the table, without the device time if no row has one."""
-    return [column for column in _COLUMNS if column.heading != _DEVICE or has_device_times(report)]
+    """Return the columns of the table, without the device time and the memory on a GPU if no row has one."""
+    shown = {_DEVICE: has_device_times(report), _GPU_MEMORY: has_gpu_memory(report)}
+    return [column for column in _COLUMNS if shown.get(column.heading, True)]
 
 
 def scenario_results(report: BenchmarkReport) -> list[ScenarioResults]:
@@ -87,6 +94,8 @@ def remarks(report: BenchmarkReport) -> list[str]:
             f"{_DEVICE}: between two events around the run, with the input already on the device; the p50 includes "
             "the copies"
         )
+    if has_gpu_memory(report):
+        lines.append(f"{_GPU_MEMORY}: what all GPUs held more after the file was opened and warmed up, by all programs")
     if not all(row.stable for row in report.rows):
         lines.append(f"{UNSTABLE} the last three windows differ by more than 10 %: measure again on a quiet machine")
     return lines
@@ -118,4 +127,5 @@ _COLUMNS: Final = (
     Column("first ms", lambda row: f"{row.first_call_ms:,.1f}", essential=False),
     Column("KB", lambda row: f"{row.size_bytes / 1000:,.0f}", essential=False),
     Column("peak MB", lambda row: f"{row.peak_bytes / 1e6:,.0f}", essential=False),
+    Column(_GPU_MEMORY, lambda row: "" if row.gpu_bytes is None else f"{row.gpu_bytes / 1e6:,.0f}", essential=False),
 )

@@ -9,7 +9,15 @@ from typing import Final
 
 import msgspec
 
-from cifarx.bench_report.summary import columns, environment_line, has_device_times, remarks, scenario_lines, title
+from cifarx.bench_report.summary import (
+    columns,
+    environment_line,
+    has_device_times,
+    has_gpu_memory,
+    remarks,
+    scenario_lines,
+    title,
+)
 from cifarx.output.console import result, table, table_width
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport
 from cifarx_serve.errors import UsageError
@@ -76,8 +84,8 @@ def _write_json(report: BenchmarkReport, path: Path) -> None:
 def _write_csv(report: BenchmarkReport, path: Path) -> None:
     """Write one line per row with the fields of the JSON report, without the percentiles."""
     rows = [msgspec.structs.asdict(row) for row in report.rows]
-    omitted = {"percentiles_us"} if has_device_times(report) else {"percentiles_us", "device_us"}
-    names = [name for name in rows[0] if name not in omitted]
+    shown = {"percentiles_us": False, "device_us": has_device_times(report), "gpu_bytes": has_gpu_memory(report)}
+    names = [name for name in rows[0] if shown.get(name, True)]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.benchmarking.process import BenchmarkProcess
 from cifarx_serve.benchmarking.timing import Latency, measure_interleaved
-from cifarx_serve.benchmarking.worker import Predictions
+from cifarx_serve.benchmarking.worker import MemoryUse, Predictions
 from cifarx_serve.errors import UsageError
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.environment import Environment, current_environment
@@ -38,6 +38,9 @@ class BenchmarkRow(msgspec.Struct, frozen=True):
         peak_bytes: the peak memory of the process of the file, over all batch sizes.
         device_us: the median time between two events on the device around the run, with the input already there. The
             copies are included only in the wall time. None for a device without events, such as a CPU.
+        gpu_bytes: by how much the used memory of the GPUs grew while the file was opened and warmed up at all batch
+            sizes, with the CUDA context of its process. Other programs on the GPUs disturb it. None for a file on the
+            CPU, or if it cannot be read.
     """
 
     file: str
@@ -60,6 +63,7 @@ class BenchmarkRow(msgspec.Struct, frozen=True):
     size_bytes: int
     peak_bytes: int
     device_us: float | None = None
+    gpu_bytes: int | None = None
 
 
 class BenchmarkReport(msgspec.Struct, frozen=True):
@@ -85,7 +89,7 @@ class _File(NamedTuple):
     process: BenchmarkProcess
     agreement: float
     accuracy: float | None
-    peak_bytes: int
+    memory: MemoryUse
 
 
 def benchmark(
@@ -155,13 +159,13 @@ def _compare(
     expected: Predictions | None = None
     for process in processes:
         progress(f"classifying all images with {process.path}")
-        peak = process.peak_memory()  # before all images are in memory, which are not part of the model
+        memory = process.memory_use()  # before all images are in memory, which are not part of the model
         predicted = process.predict()
         expected = predicted if expected is None else expected
         accuracy = None if labels is None else float((np.array(predicted.classes) == labels).mean())
         agreement = float(np.mean([one == other for one, other in zip(predicted.labels, expected.labels, strict=True)]))
         name = process.path.name if names.count(process.path.name) == 1 else str(process.path)
-        files.append(_File(name, process, agreement, accuracy, peak))
+        files.append(_File(name, process, agreement, accuracy, memory))
     return files
 
 
@@ -192,6 +196,7 @@ def _row(file: _File, batch: int, latency: Latency, device_us: float | None) -> 
         load_ms=opened.load_ms,
         first_call_ms=opened.first_call_ms,
         size_bytes=opened.size_bytes,
-        peak_bytes=file.peak_bytes,
+        peak_bytes=file.memory.peak_bytes,
         device_us=device_us,
+        gpu_bytes=file.memory.gpu_bytes,
     )

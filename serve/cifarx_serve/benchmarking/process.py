@@ -12,10 +12,11 @@ from cifarx_serve import errors
 from cifarx_serve.backends.registry import registered_backends
 from cifarx_serve.benchmarking.worker import (
     MeasureDeviceTimes,
+    MeasureMemory,
     MeasureWindow,
+    MemoryUse,
     OpenedModel,
     OpenModel,
-    PeakMemory,
     Predict,
     Predictions,
     Reply,
@@ -73,9 +74,9 @@ class BenchmarkProcess:
         """Return the device times of several runs in microseconds; empty for a device that does not report them."""
         return np.array(self._request(MeasureDeviceTimes(batch), list[float]), np.float64)
 
-    def peak_memory(self) -> int:
-        """Return the peak memory of the process in bytes."""
-        return self._request(PeakMemory(), int)
+    def memory_use(self) -> MemoryUse:
+        """Return the memory that the process and its model took so far."""
+        return self._request(MeasureMemory(), MemoryUse)
 
     def predict(self) -> Predictions:
         """Return what the model predicts for every image."""

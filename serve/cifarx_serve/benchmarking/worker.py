@@ -19,6 +19,7 @@ from cifarx_serve.benchmarking.timing import WINDOW_S, WINDOW_WARMUP_CALLS, meas
 from cifarx_serve.errors import CifarxError, FallbackWarning, UsageError
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.scores import applicable_labels, predicted_classes
+from cifarx_serve.system.gpus import used_gpu_memory
 from cifarx_serve.system.memory import peak_process_memory
 from cifarx_serve.system.worker_process import init_worker
 
@@ -56,15 +57,15 @@ class MeasureDeviceTimes(msgspec.Struct, frozen=True, tag=True):
     batch: int
 
 
-class PeakMemory(msgspec.Struct, frozen=True, tag=True):
-    """Request for the peak memory of the process. The reply is in bytes."""
+class MeasureMemory(msgspec.Struct, frozen=True, tag=True):
+    """Request for the memory that the model took so far. The reply is a `MemoryUse`."""
 
 
 class Predict(msgspec.Struct, frozen=True, tag=True):
     """Request to classify all images. The reply is `Predictions`."""
 
 
-Request: TypeAlias = OpenModel | WarmUp | MeasureWindow | MeasureDeviceTimes | PeakMemory | Predict
+Request: TypeAlias = OpenModel | WarmUp | MeasureWindow | MeasureDeviceTimes | MeasureMemory | Predict
 
 
 class OpenedModel(msgspec.Struct, frozen=True):
@@ -100,6 +101,19 @@ class Predictions(msgspec.Struct, frozen=True):
     labels: list[list[int]]
 
 
+class MemoryUse(msgspec.Struct, frozen=True):
+    """The memory of a process with a model.
+
+    Attributes:
+        peak_bytes: the peak memory of the process.
+        gpu_bytes: by how much the used memory of the GPUs grew while the model was opened and warmed up; None for a
+            model that used none, or if it cannot be read.
+    """
+
+    peak_bytes: int
+    gpu_bytes: int | None
+
+
 class Reply(msgspec.Struct, frozen=True):
     """The result of a request, or the class name and the arguments of the exception that it raised."""
 
@@ -118,6 +132,7 @@ class _Model:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", FallbackWarning)
+            before = used_gpu_memory()
             started = time.perf_counter()
             self._backend = open_backend(request.path, device=request.device)
             load_ms = (time.perf_counter() - started) * 1e3
@@ -127,6 +142,7 @@ class _Model:
         started = time.perf_counter()
         run_checked(self._backend, self._inputs, request.path)
         first_call_ms = (time.perf_counter() - started) * 1e3
+        self._gpu_bytes = _growth(before)
         self.opened = OpenedModel(
             self._backend.name,
             self._backend.provider,
@@ -142,14 +158,16 @@ class _Model:
         match request:
             case WarmUp(batch):
                 self._inputs = self._batch(batch)
+                before = used_gpu_memory()
                 warm_up(self._run)
+                self._gpu_bytes += _growth(before)
                 return None
             case MeasureWindow():
                 return measure_window(self._run).tolist()
             case MeasureDeviceTimes(batch):
                 return measure_device_times(self._backend, self._batch(batch))
-            case PeakMemory():
-                return peak_process_memory()
+            case MeasureMemory():
+                return MemoryUse(peak_process_memory(), self._gpu_bytes or None)
             case Predict():
                 return predict(self._backend, self._images)
             case OpenModel():
@@ -172,6 +190,12 @@ class _Model:
 
 def _describe_size(height: int, width: int, channels: int) -> str:
     return f"{'grayscale ' if channels == 1 else ''}images of {height}x{width}"
+
+
+def _growth(before: int | None) -> int:
+    """Return by how much the used memory of the GPUs grew. The runtimes keep what they took for the next run."""
+    after = used_gpu_memory()
+    return 0 if before is None or after is None else max(after - before, 0)
 
 
 def predict(backend: Backend, images: NDArray[np.uint8], batch_size: int = _PREDICT_BATCH) -> Predictions:

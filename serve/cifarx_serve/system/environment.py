@@ -2,13 +2,13 @@
 
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from cifarx_serve.system.cpus import available_cpus
+from cifarx_serve.system.gpus import gpu_names
 from cifarx_serve.system.versions import library_versions
 
 
@@ -44,7 +44,7 @@ def current_environment() -> Environment:
         cpu=next(_cpuinfo("model name"), platform.processor() or platform.machine()),
         cpus=os.cpu_count() or 1,
         threads=available_cpus(),
-        gpus=_gpu_names(),
+        gpus=gpu_names(),
         versions=library_versions(),
         clock_mhz=_mean_clock(),
     )
@@ -60,16 +60,3 @@ def _cpuinfo(key: str) -> Iterator[str]:
 def _mean_clock() -> float | None:
     clocks = [float(clock) for clock in _cpuinfo("cpu MHz")]
     return round(sum(clocks) / len(clocks)) if clocks else None
-
-
-def _gpu_names() -> tuple[str, ...]:
-    """Return the NVIDIA GPUs that the driver lists in /proc, without loading a library."""
-    folder = Path("/proc/driver/nvidia/gpus")
-    if sys.platform != "linux" or not folder.is_dir():
-        return ()
-    names = []
-    for information in sorted(folder.glob("*/information")):
-        for line in information.read_text().splitlines():
-            if line.startswith("Model"):
-                names.append(line.partition(":")[2].strip())
-    return tuple(names)

@@ -110,6 +110,11 @@ def test_the_overview_shows_the_scenarios_of_mlperf(text: str) -> None:
     assert "batch 1 was not measured" not in page.words
 
 
+def test_the_memory_on_a_gpu_is_shown_if_it_is_known() -> None:
+    page = Page(render_html_report(report(row(file="a.onnx"), row(file="b.onnx", gpu_bytes=345_000_000))))
+    assert [cells[-4] for cells in page.table(19)] == ["-", "345"]
+
+
 def test_omits_single_stream_without_batch_1_and_the_clock_if_unknown() -> None:
     page = Page(render_html_report(report(row(batch=8), clock_mhz=None)))
     assert page.table(7)[0][1:4] == ["-", "best9,500", "8"]

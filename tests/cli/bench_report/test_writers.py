@@ -38,10 +38,20 @@ def test_device_times_have_a_column_only_if_there_are_any(tmp_path: Path, capsys
     assert "| 42 | 1,234 |" in table
 
 
-def test_reads_an_older_report_without_device_times() -> None:
+def test_the_memory_on_a_gpu_has_a_column_only_if_it_is_known(tmp_path: Path) -> None:
+    known = report(row(file="a.onnx"), row(file="b.onnx", gpu_bytes=345_000_000))
+    for measured, shown in ((report(), False), (known, True)):
+        write_report(measured, tmp_path / "x.csv")
+        table = markdown(measured)
+        assert ("gpu_bytes" in (tmp_path / "x.csv").read_text()) == shown
+        assert ("| GPU MB |" in table) == shown
+        assert ("| 345 |" in table) == shown
+
+
+def test_reads_an_older_report_without_the_figures_of_gpus() -> None:
     older = json.loads(msgspec.json.encode(SEVERAL))
     for one in older["rows"]:
-        del one["device_us"]
+        del one["device_us"], one["gpu_bytes"]
     assert msgspec.json.decode(json.dumps(older), type=BenchmarkReport) == SEVERAL
 
 

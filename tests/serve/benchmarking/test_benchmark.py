@@ -11,6 +11,7 @@ from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.environment import current_environment
 from tests.support.color_model import SPEC, write_onnx, write_torchscript
+from tests.support.simulated_gpu.process import SimulatedGpuProcess
 from tests.support.spec_model import GRAYSCALE, make_spec, write_model
 
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 30, 10], [0, 90, 80]], np.uint8)
@@ -145,3 +146,20 @@ def test_models_of_different_input_sizes_are_a_usage_error(tmp_path: Path, image
 def test_a_missing_file_is_a_model_file_error(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     with pytest.raises(ModelFileError, match=r"b\.onnx"):
         benchmark([write_onnx(tmp_path / "a.onnx"), Path("b.onnx")], images, "colors", batch_sizes=(1,))
+
+
+def _benchmark_on_gpu(files: list[Path], images: NDArray[np.uint8]) -> list[tuple[str, int | None, float | None]]:
+    report = benchmark(files, images, "colors", batch_sizes=(1, 4), device="cuda", seconds=0.1)
+    assert report.environment.gpus[0] == "Simulated GPU"
+    return [(row.provider, row.gpu_bytes, row.device_us) for row in report.rows]
+
+
+def test_reports_the_memory_on_a_gpu(
+    gpu_process: SimulatedGpuProcess, tmp_path: Path, images: NDArray[np.uint8]
+) -> None:
+    rows = gpu_process.call(_benchmark_on_gpu, [write_onnx(tmp_path / "a.onnx")], images)
+    assert [provider for provider, _, _ in rows] == ["CUDAExecutionProvider"] * 2
+    for _, gpu_bytes, device_us in rows:
+        assert gpu_bytes is not None
+        assert gpu_bytes >= 1 << 20
+        assert device_us is not None

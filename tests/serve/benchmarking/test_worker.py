@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cifarx_serve.backends.registry import open_backend
-from cifarx_serve.benchmarking.worker import OpenModel, PeakMemory, Reply, Request, measure_device_times, predict
+from cifarx_serve.benchmarking.worker import MeasureMemory, OpenModel, Reply, Request, measure_device_times, predict
 from cifarx_serve.spec import InputSpec, ModelSpec
 from tests.support.color_model import write_onnx
 from tests.support.spec_model import make_spec, write_model
@@ -99,7 +99,7 @@ def test_writes_one_reply_per_request_to_standard_output(tmp_path: Path, images:
     requests: list[Request] = [
         OpenModel(str(tmp_path / "absent.onnx"), "cpu", str(tmp_path / "images.npy"), ()),
         OpenModel(str(write_onnx(tmp_path / "a.onnx")), "cpu", str(tmp_path / "images.npy"), ()),
-        PeakMemory(),
+        MeasureMemory(),
     ]
     ran = subprocess.run(
         [sys.executable, "-m", "cifarx_serve.benchmarking.worker"],
@@ -107,8 +107,8 @@ def test_writes_one_reply_per_request_to_standard_output(tmp_path: Path, images:
         capture_output=True,
         check=True,
     )
-    absent, opened, peak = (msgspec.json.decode(line, type=Reply) for line in ran.stdout.splitlines())
+    absent, opened, memory = (msgspec.json.decode(line, type=Reply) for line in ran.stdout.splitlines())
     assert absent.error == "ModelFileError"
     assert "absent.onnx" in absent.arguments[0]
     assert msgspec.json.decode(opened.value)["backend"] == "onnxruntime"
-    assert msgspec.json.decode(peak.value) > 2**20
+    assert msgspec.json.decode(memory.value)["peak_bytes"] > 2**20

@@ -27,13 +27,6 @@ def test_the_environment_describes_this_process() -> None:
     assert here.versions == library_versions()
 
 
-def test_the_gpus_are_those_that_the_driver_lists() -> None:
-    folder = Path("/proc/driver/nvidia/gpus")
-    found = len(list(folder.iterdir())) if folder.is_dir() else 0
-    assert len(current_environment().gpus) == found
-    assert all(current_environment().gpus)
-
-
 def test_json_round_trip() -> None:
     here = current_environment()
     assert msgspec.json.decode(msgspec.json.encode(here), type=Environment) == here
