@@ -39,7 +39,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory for the artifacts. [default: that of the checkpoint]")
     ] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset version, 18 to 23. [default: 18]")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version, 11 to 23. [default: 18]")] = None,
     calibration_images: Annotated[
         int | None, typer.Option(help="Number of training images to calibrate int8 on. [default: 512]")
     ] = None,

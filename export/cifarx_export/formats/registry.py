@@ -26,8 +26,15 @@ T = TypeVar("T")
 
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 
-OPSETS: Final = range(18, 24)
-"""Supported ONNX opsets: 18 is the lowest that PyTorch's exporter writes, 23 the newest tested with ONNX Runtime."""
+OPSETS: Final = range(11, 24)
+"""Supported ONNX opsets. PyTorch's exporter writes 18 and newer; its model is converted to older ones. 23 is the newest
+tested with ONNX Runtime."""
+
+_MIN_INT8_OPSET: Final = 13
+"""The lowest opset in which weights can have one scale per channel."""
+
+_MIN_EMBEDDING_OPSET: Final = 18
+"""The lowest opset with the operators of the embedded preprocessing."""
 
 
 class ExportOptions(NamedTuple):
@@ -220,5 +227,16 @@ def require_supported(name: str, precision: str, options: ExportOptions) -> None
             )
     if options.calibration_images is not None and precision != "int8":
         raise UsageError(f"{precision} needs no calibration", "leave --calibration-images out, or add --precision int8")
-    if options.opset is not None and options.opset not in OPSETS:
-        raise UsageError(f"opset {options.opset} is not supported", f"give {OPSETS[0]} to {OPSETS[-1]}")
+    if options.opset is not None:
+        _require_opset(options.opset, precision, options)
+
+
+def _require_opset(opset: int, precision: str, options: ExportOptions) -> None:
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not supported", f"give {OPSETS[0]} to {OPSETS[-1]}")
+    for given, feature, needed in (
+        (precision == "int8", "int8", _MIN_INT8_OPSET),
+        (options.embed_preprocessing, "--embed-preprocessing", _MIN_EMBEDDING_OPSET),
+    ):
+        if given and opset < needed:
+            raise UsageError(f"{feature} needs opset {needed}, not {opset}", f"give --opset {needed} to {OPSETS[-1]}")

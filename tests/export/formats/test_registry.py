@@ -158,10 +158,27 @@ def test_unsupported_choices_are_refused_with_the_alternatives(
     assert all(other in remedy for other in alternatives)
 
 
-@pytest.mark.parametrize("opset", [-1, 0, 17, 24, 99])
+@pytest.mark.parametrize("opset", [-1, 0, 10, 24, 99])
 def test_an_unsupported_opset_is_refused(opset: int) -> None:
     with pytest.raises(UsageError, match=f"opset {opset} is not supported: give {OPSETS[0]} to {OPSETS[-1]}"):
         require_supported("onnx", "fp32", ExportOptions(opset=opset))
+
+
+@pytest.mark.parametrize(
+    ("opset", "precision", "options", "message"),
+    [
+        (12, "int8", NO_OPTIONS, "int8 needs opset 13, not 12: give --opset 13 to 23"),
+        (17, "fp32", ExportOptions(embed_preprocessing=True), "--embed-preprocessing needs opset 18, not 17: give "),
+    ],
+)
+def test_what_needs_a_newer_opset_is_refused(opset: int, precision: str, options: ExportOptions, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        require_supported("onnx", precision, options._replace(opset=opset))
+    require_supported("onnx", precision, NO_OPTIONS._replace(opset=opset + 1, **_given(options)))
+
+
+def _given(options: ExportOptions) -> dict[str, Any]:
+    return {option: value for option, value in options._asdict().items() if value is not None}
 
 
 @pytest.mark.parametrize("typed", ["fp8", "FP32", "float16", ""])

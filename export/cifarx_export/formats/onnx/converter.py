@@ -11,6 +11,7 @@ import torch
 from onnx import ModelProto
 
 from cifarx_export.formats.onnx.int8.search import QuantizationSearch
+from cifarx_export.formats.onnx.opset import convert_to_opset, unsupported_type_error
 from cifarx_export.formats.onnx.preprocessing import embed_preprocessing
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
@@ -68,7 +69,7 @@ def convert_to_onnx(source: ConversionSource) -> Iterator[OnnxArtifact]:
         embedded = source.options.embed_preprocessing
         model = embed_preprocessing(network, source.spec.input) if embedded else network
         _strip_debug_metadata(model)
-        _check_model(model)
+        _check_model(model, _opset(source))
         yield OnnxArtifact(model, {"opset": str(_opset(source)), **facts})
 
 
@@ -99,11 +100,14 @@ def _export_fp32(source: ConversionSource) -> ModelProto:
             dynamic_shapes=({0: "batch"},),
             input_names=["input"],
             output_names=[source.spec.output],
-            opset_version=_opset(source),
+            opset_version=max(_opset(source), DEFAULT_OPSET),
             verify=False,  # it would only log a difference; the parity check covers this
         )
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    if _opset(source) < DEFAULT_OPSET:
+        convert_to_opset(model, _opset(source))
+    return model
 
 
 def _opset(source: ConversionSource) -> int:
@@ -122,9 +126,17 @@ def _strip_debug_metadata(model: ModelProto) -> None:
         del entry.metadata_props[:]
 
 
-def _check_model(model: ModelProto) -> None:
-    """Run the ONNX checker on a file: it would copy a model in memory three times."""
+def _check_model(model: ModelProto, opset: int) -> None:
+    """Run the ONNX checker on a file: it would copy a model in memory three times.
+
+    Raises:
+        UsageError: an operator does not take a type in an older opset than that of the exporter.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(path, full_check=True)
+        try:
+            onnx.checker.check_model(path, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            refused = unsupported_type_error(error, opset) if opset < DEFAULT_OPSET else None
+            raise refused or error from error

@@ -11,9 +11,6 @@ from onnx import TensorProto, parser
 from cifarx_export.formats.onnx.resizing import geometry, interpolate, pillow
 from cifarx_serve.spec import InputSpec
 
-MIN_OPSET: Final = 18
-"""The lowest opset whose operators the preprocessing uses."""
-
 _PREFIX: Final = "preprocessing/"
 """Prefix of every added name. Names from PyTorch's exporter never contain a slash, whatever the modules are called."""
 
@@ -27,7 +24,7 @@ def embed_preprocessing(model: onnx.ModelProto, spec: InputSpec) -> onnx.ModelPr
     """Return a copy of the model with the preprocessing in front.
 
     Args:
-        model: a model whose input is `input`, float32 (batch, *spec.shape), of opset `MIN_OPSET` or newer.
+        model: a model whose input is `input`, float32 (batch, *spec.shape), of opset 18 or newer.
         spec: how an image is preprocessed.
 
     Returns:
@@ -60,7 +57,7 @@ def _rename(graph: onnx.GraphProto, new_name: Callable[[str], str]) -> None:
         value.name = new_name(value.name)
 
 
-def resize_model(spec: InputSpec, opset: int = MIN_OPSET) -> onnx.ModelProto:
+def resize_model(spec: InputSpec, opset: int = 18) -> onnx.ModelProto:
     """Return the resize alone, to compare with Pillow: from `input` to `resized`, uint8 (batch, channels, H, W)."""
     output = f"uint8[batch, {spec.channels}, {spec.height}, {spec.width}] resized"
     return _parse(_resize(spec), output, spec, opset, 10)

@@ -27,6 +27,13 @@ _EXTERNAL: Final = 1
 
 # Release of ONNX Runtime, the highest opset that it implements, the highest IR version that it reads.
 _RELEASES: Final = (
+    ("1.2", 11, 6),
+    ("1.3", 12, 7),
+    ("1.6", 13, 7),
+    ("1.8", 14, 7),
+    ("1.9", 15, 8),
+    ("1.11", 16, 8),
+    ("1.12", 17, 8),
     ("1.14", 18, 8),
     ("1.15", 19, 8),
     ("1.16", 19, 9),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cifarx_export.export import export
 from cifarx_export.formats.onnx.converter import convert_to_onnx
-from cifarx_export.formats.onnx.preprocessing import MIN_OPSET, embed_preprocessing, resize_model
+from cifarx_export.formats.onnx.preprocessing import embed_preprocessing, resize_model
 from cifarx_export.formats.registry import OPSETS, ExportOptions
 from cifarx_serve.images.preprocess import normalize, resize
 from cifarx_serve.images.reader import read_image
@@ -31,7 +31,7 @@ FILTERS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos
 MAX_DIFFERENCE = 1
 """Gray levels. No difference has been observed; summation in another order could change the last bit."""
 
-OPSETS_WITH_PREPROCESSING = [opset for opset in OPSETS if opset >= MIN_OPSET]
+OPSETS_WITH_PREPROCESSING = [opset for opset in OPSETS if opset >= 18]
 
 needs_pillow_13 = pytest.mark.skipif(
     int(PIL.__version__.partition(".")[0]) < 13, reason="before Pillow 13 the horizontal pass came first"

@@ -312,6 +312,14 @@ def test_growing_constants_take_no_memory_when_opened_and_raise_when_run(
 @pytest.mark.parametrize(
     ("ir_version", "opset", "minimum"),
     [
+        (6, 11, "1.2"),
+        (7, 12, "1.3"),
+        (7, 13, "1.6"),
+        (7, 14, "1.8"),
+        (8, 15, "1.9"),
+        (8, 16, "1.11"),
+        (8, 17, "1.12"),
+        (8, 11, "1.9"),
         (8, 18, "1.14"),
         (10, 18, "1.18"),
         (9, 20, "1.17"),
@@ -332,6 +340,6 @@ def test_an_opset_that_no_known_runtime_supports() -> None:
 
 def test_the_installed_runtime_supports_the_opsets_in_the_table(colors: Path) -> None:
     here = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    for opset in range(18, 24):
+    for opset in range(11, 24):
         assert tuple(map(int, minimum_onnxruntime(10, opset).split("."))) <= here
         OnnxRuntimeBackend(write_onnx(colors, opset=opset), CPU).close()
