@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from cifarx_serve.errors import FallbackWarning
 from cifarx_serve.spec import InputSpec
+from cifarx_train import cuda_graph
 from cifarx_train.callbacks.base import Callback
 from cifarx_train.cuda_graph import GraphedStep, can_capture
 from cifarx_train.data.dataset import LabeledImages
@@ -276,9 +278,11 @@ class Observer(Callback):
             self.per_step = {name: count / (LAST - FIRST) for name, count in changes(self.before).items()}
 
 
-def gpu_loop(module: nn.Module, recipe: Recipe, *, side: int, stream: bool = False) -> TrainingLoop:
+def gpu_loop(
+    module: nn.Module, recipe: Recipe, *, side: int, count: int = 80 * BATCH + 3, stream: bool = False
+) -> TrainingLoop:
     device = torch.device("cuda", 0)
-    data = random_split(80 * BATCH + 3, side)
+    data = random_split(count, side)
     loader = StreamingLoader(data, device) if stream else DeviceLoader(data, device)
     spec = InputSpec(height=side, width=side)
     return TrainingLoop(module.to(device), loader, spec, recipe, device=device)
@@ -348,6 +352,49 @@ def fail_and_continue(attempt: bool) -> tuple[list[str], list[int], int, bool]:
     segments = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]
     on_default_stream = torch.cuda.current_stream() == torch.cuda.default_stream()
     return notes, torch.cuda.get_rng_state().tolist(), sum(map(itemgetter("total_size"), segments)), on_default_stream
+
+
+def activation_net() -> nn.Module:
+    """A network whose activations need far more memory than its weights."""
+    convs = [layer for inputs in (3, 64, 64) for layer in (nn.Conv2d(inputs, 64, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+
+
+def train_in_limited_memory() -> tuple[int, list[str]]:
+    """Train in the memory that full batches need with a graph, where the last batch of every epoch is not full.
+
+    Runs in the process with the GPU.
+
+    Returns:
+        The number of captures and the warnings.
+    """
+
+    def train(count: int, limit: int | None = None) -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        first = torch.cuda.memory_reserved()
+        total = torch.cuda.mem_get_info()[1]
+        available = first + limit if limit else total
+        torch.cuda.set_per_process_memory_fraction(available / total)
+        try:
+            with patch.object(cuda_graph, "free_device_memory", lambda _: available - torch.cuda.memory_reserved()):
+                loop = gpu_loop(activation_net(), make_recipe(batch_size=256), side=16, count=count)
+                list(loop.train_epochs(Callback()))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return torch.cuda.max_memory_reserved() - first
+
+    peak = train(4 * 256)
+    before = counters()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(4 * 256 + 192, limit=peak + (8 << 20))
+    return changes(before)["captures"], [str(warning.message) for warning in caught]
+
+
+def test_a_graph_is_released_for_batches_that_need_its_memory(gpu_process: SimulatedGpuProcess) -> None:
+    assert gpu_process.call(train_in_limited_memory) == (3, [])  # one per epoch
 
 
 def test_a_failed_capture_leaves_the_gpu_as_it_was(gpu_process: SimulatedGpuProcess) -> None:

@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 import torch
 
 from cifarx_serve.errors import FallbackWarning, error_message
+from cifarx_train.device_memory import free_device_memory
 from cifarx_train.distributed import Distributed
 from cifarx_train.recipes import Recipe
 
@@ -34,6 +35,9 @@ class GraphedStep:
     The warm-up steps run eagerly on a side stream. They are regular training steps, so no batch is trained on twice. If
     the capture fails, all steps run eagerly and a `FallbackWarning` is issued.
 
+    A graph keeps the memory of a step, which other batches cannot use. If too little is left for such a batch, the
+    graph is released and captured again later, so that every run that fits without a graph also fits with one.
+
     Args:
         step: the training step.
         device: the CUDA device.
@@ -46,7 +50,10 @@ class GraphedStep:
         self._stream = torch.cuda.Stream(device)
         self._device = self._stream.device  # has an index
         self._warmup_steps_left = _WARMUP_STEPS
+        self._is_capturable = True
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph_bytes = 0
+        self._largest_eager_batch = 0
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._result = torch.empty(0)
 
@@ -58,12 +65,12 @@ class GraphedStep:
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Train on a batch, and return the metrics. The next call may overwrite them."""
         if len(inputs[0]) != self._batch_size:
+            self._make_room(len(inputs[0]))
             return self._step(*inputs)
         if self._warmup_steps_left > 0:
             self._warmup_steps_left -= 1
             return self._run_on_side_stream(inputs)
-        if self._warmup_steps_left == 0:
-            self._warmup_steps_left = -1
+        if self._graph is None and self._is_capturable:
             self._capture(inputs)
         if self._graph is None:
             return self._step(*inputs)
@@ -82,7 +89,9 @@ class GraphedStep:
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
         """Record the graph. Recording does not run the step."""
+        torch.cuda.empty_cache()
         self._inputs = tuple(value.to(self._device, copy=True) for value in inputs)
+        reserved = torch.cuda.memory_reserved(self._device)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         reason = ""
         try:
@@ -97,10 +106,23 @@ class GraphedStep:
                     reason = error_message(error)  # the end of the failed capture raises another error
                     raise
         except Exception as error:
+            self._is_capturable = False
             reason = reason or error_message(error)
             warnings.warn(f"training without a CUDA graph, which is slower: {reason}", FallbackWarning, stacklevel=2)
         else:
             self._graph = graph
+            self._graph_bytes = torch.cuda.memory_reserved(self._device) - reserved
+            self._largest_eager_batch = 0
+
+    def _make_room(self, batch_size: int) -> None:
+        """Release the graph if an eager step needs its memory. PyTorch then reuses it when no other memory is left."""
+        if self._graph is None or batch_size <= self._largest_eager_batch:
+            return
+        self._largest_eager_batch = batch_size
+        free = free_device_memory(self._device)
+        if free is not None and free < self._graph_bytes * batch_size / self._batch_size:
+            self._graph.reset()
+            self._graph = None
 
 
 @contextmanager
