@@ -99,8 +99,11 @@ class ModelFlags(InputFlags):
     @property
     def are_given(self) -> bool:
         """Whether any of the options was given."""
-        return self != ModelFlags()
+        return self != NO_MODEL_FLAGS
 
+
+NO_INPUT_FLAGS: Final = InputFlags()
+NO_MODEL_FLAGS: Final = ModelFlags()
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -36,7 +36,10 @@ from cifarx_train.distributed import Distributed, init_distributed
 from cifarx_train.evaluation import Evaluator
 from cifarx_train.loop import TrainingLoop
 from cifarx_train.models.architecture import Architecture, Stem
-from cifarx_train.models.registry import get_architecture
+from cifarx_train.models.memory_format import make_input_contiguous, supports_channels_last
+from cifarx_train.models.options import ModelOptions
+from cifarx_train.models.outputs import with_one_output
+from cifarx_train.models.sources import find_architecture
 from cifarx_train.recipes import Recipe, load_recipe
 from cifarx_train.trainer import Trainer, TrainingPlan, TrainResult
 
@@ -45,13 +48,13 @@ _INITIALIZATION_IMAGES = 5000
 
 
 def train(
-    model: str,
+    model: str | ModelOptions,
     *,
     data: str = "auto",
     on_error: OnError = "raise",
     recipe_name: str | None = None,
     stem: Stem = "own",
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     device: str = "auto",
     seed: int = 0,
     out: Path = Path(),
@@ -66,12 +69,13 @@ def train(
     Under torchrun, trains together with the other processes that it started.
 
     Args:
-        model: the name of the model.
+        model: the network, as `--model` names it, or `ModelOptions` with the arguments of its class or function and
+            what is stated about its input.
         data: auto, cifar10, builtin, or the path of a directory or `.tar.gz` of images.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         recipe_name: the name of a recipe or the path of a TOML file. Defaults to `notes`.
         stem: "small" replaces the first layers of a torchvision ResNet with ones for small images.
-        image_size: the image size in pixels. Defaults to that of the model.
+        image_size: the image size in pixels, or (height, width). Defaults to that of the model.
         device: auto, cpu, cuda, cuda:N or mps.
         seed: the seed of the initial weights, the shuffling and the augmentation.
         out: the directory for the checkpoints.
@@ -94,33 +98,44 @@ def train(
     if keep is not None and keep < 1:
         raise UsageError(f"--keep {keep} would keep no checkpoint", "keep at least 1")
     logs = logdir or out / "logs"
+    options = ModelOptions(model) if isinstance(model, str) else model
+    name = options.model
+    if name is None:
+        raise UsageError("--model is missing", "give a model, such as --model lzh")
 
     def run(distributed: Distributed) -> TrainResult:
-        architecture = get_architecture(model, stem=stem)
-        requested_input = _requested_input(architecture, image_size)
-        directory = CheckpointDirectory(out, model, keep)
+        architecture = find_architecture(options, stem)
+        requested_input = _requested_input(architecture, options, image_size)
+        directory = CheckpointDirectory(out, architecture.name, keep)
         point = find_resume_point(resume, directory) if resume else None
         require_same_step(point, distributed)
         if point:
-            recipe = resume_recipe(point, recipe_name, overrides, model)
+            recipe = resume_recipe(point, recipe_name, overrides, name)
         else:
-            recipe = load_recipe(recipe_name or "notes", model, overrides)
+            recipe = load_recipe(recipe_name or "notes", name, overrides)
         target = _select_device(device, distributed)
         recipe = _complete_recipe(recipe, target)
         with _output_directories(out, logs):
             dataset = (
                 select_dataset_for_model(point.record.data, data, on_error) if point else select_dataset(data, on_error)
             )
+            _require_trainable(options, dataset)
             with distributed.main_process_first():
                 splits = _Splits.load(dataset, requested_input)
-            spec = _input_spec(requested_input, recipe, splits.train, point)
+            normalized = "mean" in options.overrides.fields.get("input", {}) or architecture.states_input
+            fits_normalization = recipe.normalize and not normalized
+            spec = _input_spec(requested_input, fits_normalization, splits.train, point)
             if point:
                 _require_same_run(point, architecture, requested_input, splits.record, seed)
         num_classes = len(dataset.class_names)
-        plan = TrainingPlan(architecture, spec, recipe, dataset.class_names, splits.record, seed, target, distributed)
         callback = CallbackList([TensorBoard(logs), *callbacks] if distributed.is_main_process else [])
         with report_out_of_memory(target, recipe.batch_size, "--batch-size"):
             module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target)
+            if not (architecture.is_registered or supports_channels_last(module, spec)):
+                make_input_contiguous(module)
+                recipe = msgspec.structs.replace(recipe, channels_last=False)
+            names, record = dataset.class_names, splits.record
+            plan = TrainingPlan(architecture, spec, recipe, names, record, seed, target, distributed)
             evaluator = Evaluator(select_loader(splits.test, target), spec, num_classes, target, distributed)
             train_images = select_loader(splits.train, target)
             loop = TrainingLoop(module, train_images, spec, recipe, device=target, seed=seed, distributed=distributed)
@@ -130,16 +145,35 @@ def train(
         return run(distributed)  # a function, so that the DDP model is freed before the process group is destroyed
 
 
-def _requested_input(architecture: Architecture, image_size: int | None) -> InputSpec:
-    """Return the model's input at the requested image size. Fails early if the model does not support that size."""
-    if image_size is None:
-        return architecture.input
-    if image_size < 1:
-        raise UsageError(f"--image-size {image_size} is not a valid size", "use pixels, such as --image-size 224")
-    requested = msgspec.structs.replace(architecture.input, height=image_size, width=image_size)
-    with torch.device("meta"):  # checks shapes without allocating memory
-        architecture.build(2, requested)
+def _requested_input(
+    architecture: Architecture, options: ModelOptions, image_size: int | tuple[int, int] | None
+) -> InputSpec:
+    """Return the model's input as it was requested. Fails early if the model does not support the size."""
+    overrides = options.overrides
+    if image_size is not None:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height < 1 or width < 1:
+            raise UsageError(f"--image-size {image_size} is not a valid size", "use pixels, such as --image-size 224")
+        stated = {**overrides.fields.get("input", {}), "height": height, "width": width}
+        overrides = overrides._replace(fields={**overrides.fields, "input": stated})
+    requested = overrides.apply_to_input(architecture.input)
+    if requested != architecture.input:
+        architecture.require_input(requested)
     return requested
+
+
+def _require_trainable(options: ModelOptions, dataset: Dataset) -> None:
+    """Check that what is stated about the output is what training makes: logits for one label per image of the data."""
+    stated = options.overrides.fields
+    expected = {"class_names": list(dataset.class_names), "output": "logits", "activation": "softmax"}
+    for name, value in expected.items():
+        if name in stated and (list(stated[name]) if name == "class_names" else stated[name]) != value:
+            raise UsageError(
+                f"{options.overrides.origins.get(name)} states {name} {stated[name]}, but training makes {value}",
+                "leave it out",
+            )
+    if others := stated.keys() & {"outputs", "thresholds"}:
+        raise UsageError(f"training does not use {', '.join(sorted(others))} of the spec", "leave it out")
 
 
 def _select_device(name: str, distributed: Distributed) -> torch.device:
@@ -200,11 +234,11 @@ class _Splits(NamedTuple):
 
 
 def _input_spec(
-    requested: InputSpec, recipe: Recipe, train_images: LabeledImages, point: ResumePoint | None
+    requested: InputSpec, fits_normalization: bool, train_images: LabeledImages, point: ResumePoint | None
 ) -> InputSpec:
     if point:
         return point.checkpoint.spec.input
-    return fit_normalization(requested, train_images.images) if recipe.normalize else requested
+    return fit_normalization(requested, train_images.images) if fits_normalization else requested
 
 
 def _require_same_run(
@@ -214,6 +248,11 @@ def _require_same_run(
     size, requested_size = (f"{input_.height}x{input_.width}" for input_ in (spec.input, requested))
     require_same(point, "the model", spec.model, architecture.name)
     require_same(point, "the stem", spec.stem, architecture.stem)
+    if source := spec.source:
+        require_same(point, "the network", source.name, architecture.source.name)
+        require_same(point, "the arguments", source.arguments, architecture.source.arguments)
+        recorded_code, code = ((each.sha256 or "")[:12] for each in (source, architecture.source))
+        require_same(point, f"the code of {source.name} at sha256", recorded_code, code)
     require_same(point, "image size", size, requested_size)
     require_same(point, "seed", point.record.seed, seed)
     require_same(point, "training data", recorded.train_fingerprint[:12], data.train_fingerprint[:12])
@@ -230,7 +269,10 @@ def _initialize_model(
 ) -> nn.Module:
     """Build the model on the device with initial weights determined by the seed."""
     torch.manual_seed(seed)
-    module = architecture.build(num_classes, spec).to(device)
+    module = architecture.build(num_classes, spec)
+    if not architecture.is_registered:
+        module = with_one_output(module, num_classes, spec, architecture.source)
+    module = module.to(device)
     if architecture.initialize:
         sample = torch.from_numpy(images.images[:_INITIALIZATION_IMAGES].copy()).to(device)
         architecture.initialize(module, InputTransform(spec, device)(sample))

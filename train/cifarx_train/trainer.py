@@ -217,6 +217,7 @@ class Trainer:
         spec = ModelSpec(
             model=plan.architecture.name,
             stem=plan.architecture.stem,
+            source=plan.architecture.source,
             class_names=plan.class_names,
             input=plan.input,
             training=record,

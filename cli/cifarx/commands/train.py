@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cifarx.model_flags import NO_INPUT_FLAGS, SOURCE_HELP, InputFlags, model_options, takes_flags
 from cifarx.options import Broken, DataName, DeviceName, Json, OnError, resolve_on_error
 from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
@@ -14,13 +15,10 @@ if TYPE_CHECKING:
     from cifarx_train.trainer import TrainResult
 
 
+@takes_flags(InputFlags)
 def command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Model: lzh, fastnet, or a torchvision classifier such as resnet34 or vgg16."
-        ),
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help=SOURCE_HELP)] = None,
+    flags: InputFlags = NO_INPUT_FLAGS,
     data: DataName = "auto",
     on_error: OnError = None,
     broken: Broken = None,
@@ -54,9 +52,6 @@ def command(
             help="small replaces the first layers of a ResNet for 32x32 images: a 3x3 convolution with stride 1."
         ),
     ] = "own",
-    image_size: Annotated[
-        int | None, typer.Option(help="Height and width of the input in pixels. [default: depends on the model]")
-    ] = None,
     device: DeviceName = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the initial weights, the shuffling and the augmentation.")] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the checkpoints.")] = Path(),
@@ -93,16 +88,16 @@ def command(
     if model is None:
         raise UsageError("--model is missing", "give a model, such as --model lzh")
     note("loading PyTorch and the data")
+    chosen = model_options(model, flags)
     from cifarx.output.training import training_progress
     from cifarx_train.train import train
 
     trained = train(
-        model,
+        chosen,
         data=data,
         on_error=resolve_on_error(on_error, broken),
         recipe_name=recipe,
         stem=stem,
-        image_size=image_size,
         device=device,
         seed=seed,
         out=out,
@@ -117,10 +112,10 @@ def command(
         values = {name: getattr(trained, name) for name in fields}
         json_result({**values, "checkpoints": list(map(str, trained.checkpoints))})
     else:
-        _print_result(trained)
+        _print_result(trained, model)
 
 
-def _print_result(trained: "TrainResult") -> None:
+def _print_result(trained: "TrainResult", model: str) -> None:
     last = trained.checkpoints[-1]
     if trained.stop_reason:
         note(f"note: stopped early: {trained.stop_reason}")
@@ -131,7 +126,8 @@ def _print_result(trained: "TrainResult") -> None:
     )
     if trained.best and trained.best[1] > trained.test_accuracy:
         note(f"note: the best checkpoint is {trained.best[0]} with {trained.best[1]:.2%}")
-    note(f"next: cifarx export --ckpt {last} --format onnx")
+    source = f" --model {model}" if ":" in model else ""  # a file never names the code to run
+    note(f"next: cifarx export --ckpt {last}{source} --format onnx")
 
 
 def _parse_assignments(texts: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ _LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 class Augmentation:
-    """The augmentation of a recipe. Takes and returns images, uint8 (N, H, W, 3).
+    """The augmentation of a recipe. Takes and returns images, uint8 (N, H, W, channels).
 
     Args:
         recipe: provides `flip`, `crop`, `cutout` and `jitter`.
@@ -25,9 +25,10 @@ class Augmentation:
     def __init__(self, recipe: Recipe, spec: InputSpec, device: torch.device) -> None:
         self._recipe = recipe
         low, high = spec.value_range
-        fill = (torch.tensor(spec.mean) - low) / (high - low) * 255
+        mean = spec.mean[::-1] if spec.color == "BGR" else spec.mean  # images are always RGB
+        fill = (torch.tensor(mean) - low) / (high - low) * 255
         self._fill = fill.round().clamp(0, 255).to(device, torch.uint8)
-        self._luma_weights = torch.tensor(_LUMA_WEIGHTS, device=device)
+        self._luma_weights = torch.tensor(_LUMA_WEIGHTS if spec.channels == 3 else (1.0,), device=device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if self._recipe.flip or self._recipe.crop:
@@ -45,7 +46,7 @@ def random_crop_flip(images: torch.Tensor, padding: int, flip: bool) -> torch.Te
     The padded images are never built: one gather reads every output pixel from where it is in the original image.
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, channels).
         padding: the number of pixels to pad on each side.
         flip: whether to mirror each image with a probability of 0.5.
     """
@@ -75,9 +76,9 @@ def cutout(images: torch.Tensor, side: int, fill: torch.Tensor) -> torch.Tensor:
     DeVries and Taylor 2017, "Improved regularization of convolutional neural networks with cutout".
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, channels).
         side: the side of the square in pixels.
-        fill: the fill color, uint8 (3,).
+        fill: the fill color, uint8 (channels,).
     """
     count, height, width, _ = images.shape
     inside = (
@@ -101,9 +102,9 @@ def color_jitter(images: torch.Tensor, strength: float, luma_weights: torch.Tens
     each pixel. The order of the three is fixed, and values are clipped once, at the end.
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, channels).
         strength: in [0, 1).
-        luma_weights: the weights of red, green and blue in the luma, float32 (3,).
+        luma_weights: the weights of the channels in the luma, float32 (channels,).
     """
     factors = torch.rand(3, len(images), 1, 1, 1, device=images.device).mul_(2 * strength).add_(1 - strength)
     levels = images.to(torch.float32) * factors[0]

@@ -18,13 +18,16 @@ def fit_normalization(spec: InputSpec, images: NDArray[np.uint8]) -> InputSpec:
 
     Args:
         spec: the input spec, whose value range the statistics refer to.
-        images: uint8 (N, height, width, 3).
+        images: uint8 (N, height, width, channels), RGB or grayscale.
     """
-    counts = np.zeros((3, 256), np.int64)
+    channels = spec.channels
+    counts = np.zeros((channels, 256), np.int64)
     for start in range(0, len(images), _CHUNK):
-        pixels = np.asarray(images[start : start + _CHUNK]).reshape(-1, 3)
-        for channel in range(3):
+        pixels = np.asarray(images[start : start + _CHUNK]).reshape(-1, channels)
+        for channel in range(channels):
             counts[channel] += np.bincount(pixels[:, channel], minlength=256)
+    if spec.color == "BGR":
+        counts = counts[::-1]
     low, high = spec.value_range
     levels = low + (high - low) * np.arange(256) / 255
     frequencies = counts / counts.sum(1, keepdims=True)

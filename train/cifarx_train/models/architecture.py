@@ -52,6 +52,11 @@ class Architecture(NamedTuple):
     num_outputs: int | None = None
     weights: WeightsLoader | None = None
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether the architecture is one of the registry, which tests check for every size and in training mode."""
+        return self.source.kind in _REGISTRY_KINDS and not self.source.arguments
+
     def build(self, outputs: int, input: InputSpec | None = None) -> nn.Module:  # noqa: A002 - the name of the field
         """Return a new module in training mode, which maps (N, 3, height, width) to one tensor (N, outputs).
 
@@ -72,6 +77,23 @@ class Architecture(NamedTuple):
         if (requested.height, requested.width) != (self.input.height, self.input.width):
             self._check_size(module, requested)
         return module
+
+    def require_input(self, requested: InputSpec) -> None:
+        """Check early that the network supports an input. Networks of other sources are checked when they are built.
+
+        Raises:
+            UsageError: the network does not support images of that size or with these channels.
+        """
+        if self.source.kind not in _REGISTRY_KINDS:
+            return
+        if requested.channels != self.input.channels or requested.layout != self.input.layout:
+            raise UsageError(
+                f"{self.name} takes {self.input.color} images as {self.input.layout}, not {requested.color} as "
+                f"{requested.layout}",
+                "leave out --color, or give a network of your own",
+            )
+        with torch.device("meta"):  # checks shapes without allocating memory
+            self.build(2, requested)
 
     def find_num_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         """Return the number of outputs with which the module has tensors of these shapes.

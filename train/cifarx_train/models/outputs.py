@@ -1,6 +1,7 @@
 """Reduce what a network returns to one tensor: many networks return a tuple, a dict or an object."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, TypeAlias
 
@@ -81,6 +82,18 @@ def require_outputs(module: nn.Module, outputs: int, size: InputSpec, source: Mo
     if not tensor.is_floating_point():
         raise UsageError(f"{source.name} returns {tensor.dtype}".replace("torch.", ""), "return logits as floats")
     return adapted
+
+
+def with_one_output(module: nn.Module, outputs: int, size: InputSpec, source: ModelSource) -> nn.Module:
+    """Return the module, wrapped in `SingleOutput` if it returns more than one tensor in training mode only.
+
+    Networks with auxiliary heads do. For the arguments and errors see `require_outputs`.
+    """
+    if isinstance(module, SingleOutput):
+        return module
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        result = deepcopy(module).train()(torch.zeros(_BATCH, *size.shape))
+    return module if isinstance(result, Tensor) else SingleOutput(module, _find_logits(result, outputs, source))
 
 
 def outputs_error(source: ModelSource, found: int, outputs: int) -> UsageError:

@@ -43,7 +43,7 @@ def mistakes_image(mistakes: Sequence[Mistake], images: LabeledImages, class_nam
 
 def _tile(image: NDArray[np.uint8]) -> Image.Image:
     """Enlarge an image by a whole factor without interpolation, or shrink one that is larger than a tile."""
-    tile = Image.fromarray(np.ascontiguousarray(image))
+    tile = Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[2] == 1 else image)).convert("RGB")
     if max(tile.size) > _TILE_SIZE:
         tile.thumbnail((_TILE_SIZE, _TILE_SIZE))
         return tile
