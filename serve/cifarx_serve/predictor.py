@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cifarx_serve.backends.base import Backend, require_interface, run_checked
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.errors import ImageError, UsageError
-from cifarx_serve.images.preprocess import is_resized, model_pixels, pixels_to_input
+from cifarx_serve.images.preprocess import is_unchanged, model_pixels, pixels_to_input
 from cifarx_serve.images.reader import ImageSource, read_image
 from cifarx_serve.scores import class_scores, predicted_classes, reach_thresholds
 from cifarx_serve.spec import ModelSpec
@@ -68,8 +68,9 @@ class Predictor:
         self._single_threaded: Backend | None = None
         self._embedded = backend.spec.embedded_preprocessing
         spec = backend.spec.input
-        needs_resize = self._embedded or is_resized(spec.width, spec.height, spec)
-        self._pixel_shape = None if needs_resize else (spec.height, spec.width, spec.channels)
+        shape = (spec.height, spec.width, spec.channels)
+        # Arrays of this shape need no preprocessing before `pixels_to_input`.
+        self._pixel_shape = shape if is_unchanged(shape, spec) and not self._embedded else None
 
     @property
     def spec(self) -> ModelSpec:
@@ -194,7 +195,7 @@ class Predictor:
     def _pixels(self, image: ImageSource) -> NDArray[np.uint8]:
         """Return the pixels of an image as `model_pixels` does."""
         if isinstance(image, np.ndarray) and image.shape == self._pixel_shape and image.dtype == np.uint8:
-            return image  # there is nothing to decode or resize
+            return image
         return model_pixels(read_image(image), self.spec)
 
     def _require_top_k(self, top_k: int) -> None:

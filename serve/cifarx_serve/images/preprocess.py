@@ -72,10 +72,10 @@ def resized_size(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
     return (shorter, longer) if width <= height else (longer, shorter)
 
 
-def is_resized(width: int, height: int, spec: InputSpec) -> bool:
-    """Return whether `resize` changes the pixels of an image of this size, apart from the conversion to grayscale."""
+def is_unchanged(shape: tuple[int, ...], spec: InputSpec) -> bool:
+    """Return whether pixels of this shape, (height, width, channels), are already those that `resize` would return."""
     size = (spec.width, spec.height)
-    return (width, height) != size or resized_size(width, height, spec) != size
+    return shape == (spec.height, spec.width, spec.channels) and resized_size(*size, spec) == size
 
 
 def _crop_or_pad(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_serve.images.preprocess import is_resized, model_input, model_pixels, normalize, resize, undo_crop
+from cifarx_serve.images.preprocess import is_unchanged, model_input, model_pixels, normalize, resize, undo_crop
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec, ModelSpec
 
@@ -285,7 +285,7 @@ def test_an_image_of_the_right_size_is_not_resized(fields: dict[str, Any]) -> No
     image = drawn(noise, 0, (4, 6))
     spec = InputSpec(height=4, width=6, interpolation="bicubic", **fields)
     assert np.array_equal(resize(image, spec), np.asarray(image))
-    assert not is_resized(6, 4, spec)
+    assert is_unchanged((4, 6, 3), spec)
 
 
 positions = st.integers(1, 70)
@@ -328,9 +328,12 @@ def test_every_image_gets_the_shape_of_the_input(spec: InputSpec, size: tuple[in
     pixels = resize(image, spec)
     assert pixels.dtype == np.uint8
     assert pixels.shape == (spec.height, spec.width, spec.channels)
-    if not is_resized(image.width, image.height, spec):
-        unchanged = np.asarray(image if spec.channels == 3 else image.convert("L"))
-        assert np.array_equal(pixels.reshape(unchanged.shape), unchanged)
+    gray = np.asarray(image.convert("L"))[..., None]
+    for before in (np.asarray(image), gray):
+        if is_unchanged(before.shape, spec):
+            assert np.array_equal(pixels, before)
+    size = (spec.height, spec.width)
+    assert is_unchanged(pixels.shape, spec) == (spec.resize_to in (None, size, min(size)))
 
 
 @given(spec=resizes(), size=either_way, level=channel_levels)

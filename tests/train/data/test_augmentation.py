@@ -220,6 +220,32 @@ def test_crop_and_flip_come_from_the_recipe() -> None:
     assert np.array_equal(augmented(images, crop=3).numpy(), reference_crop_flip(images.numpy(), 3, False, 3))
 
 
+def test_color_jitter_of_one_channel_changes_brightness_and_contrast() -> None:
+    """It is that of a gray image with three channels."""
+    gray = random_images(8, 6, 6)[..., :1]
+    torch.manual_seed(0)
+    expected = color_jitter(gray.expand(-1, -1, -1, 3), 0.4, LUMA_WEIGHTS)[..., :1]
+    torch.manual_seed(0)
+    found = color_jitter(gray, 0.4, torch.ones(1))
+    assert (found.int() - expected.int()).abs().max() <= 1  # the luma of gray is rounded differently
+    assert not torch.equal(found, gray)
+
+
+def test_every_augmentation_takes_grayscale_images() -> None:
+    gray = InputSpec(height=8, width=8, channels=1, color="L", mean=(0.4,))
+    images = torch.full((9, 8, 8, 1), 7, dtype=torch.uint8)
+    result = augmented(images, gray, flip=True, crop=2, cutout=4)
+    assert result.shape == images.shape
+    assert set(result.flatten().tolist()) == {7, 102}
+    assert augmented(images, gray, flip=True, crop=2, cutout=4, jitter=0.3).shape == images.shape
+
+
+def test_the_fill_color_of_a_bgr_network_is_rgb_as_the_images_are() -> None:
+    spec = InputSpec(height=8, width=8, color="BGR", mean=(1.0, 0.4, 0.2))
+    result = augmented(torch.full((9, 8, 8, 3), 7, dtype=torch.uint8), spec, cutout=4)
+    assert set(map(tuple, result[(result != 7).any(3)].tolist())) == {(51, 102, 255)}
+
+
 @pytest.mark.parametrize(
     ("spec", "color"),
     [

@@ -88,6 +88,23 @@ def test_another_size_is_resized_as_for_inference(tmp_path: Path, accept: Callab
         assert np.array_equal(image, resize(Image.fromarray(expected), spec))
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        InputSpec(height=32, width=32, channels=1, color="L"),
+        InputSpec(height=32, width=32, resize="shorter_side", resize_to=36),
+    ],
+    ids=["grayscale", "crop"],
+)
+def test_images_of_the_right_size_are_preprocessed_too(
+    tmp_path: Path, accept: Callable[[Path], None], spec: InputSpec
+) -> None:
+    accept(write_batches(tmp_path))
+    plain, changed = Cifar10Dataset(tmp_path).load("test", SPEC), Cifar10Dataset(tmp_path).load("test", spec)
+    for image, expected in zip(changed.images, plain.images, strict=True):
+        assert np.array_equal(image, resize(Image.fromarray(expected), spec))
+
+
 def test_resized_images_are_cached_and_the_files_are_still_checked(
     tmp_path: Path, accept: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

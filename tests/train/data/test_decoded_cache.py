@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifarx_serve.errors import DataError, FallbackWarning
+from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Dataset, LabeledImages, fingerprint
+from cifarx_train.data.decoded_cache import cache_key
 from cifarx_train.data.image_folder import open_image_dataset
 from tests.support.image_datasets import pack_archive, write_image_folder
 
@@ -131,21 +134,62 @@ def test_an_archive_is_identified_by_its_content(folder: Path, tmp_path: Path, c
         InputSpec(height=32, width=20),
         InputSpec(height=20, width=32),
         InputSpec(height=32, width=32, interpolation="nearest"),
+        InputSpec(height=32, width=32, antialias=False),
+        InputSpec(height=32, width=32, resize_to=(40, 40)),
+        InputSpec(height=32, width=32, resize="shorter_side", resize_to=40),
+        InputSpec(height=32, width=32, resize="shorter_side"),
+        InputSpec(height=32, width=32, resize="letterbox"),
+        InputSpec(height=32, width=32, channels=1, color="L"),
     ],
 )
-def test_another_size_or_interpolation_is_another_entry(
-    folder: Path, cache: Path, reads: Reads, spec: InputSpec
-) -> None:
+def test_another_way_to_resize_is_another_entry(folder: Path, cache: Path, reads: Reads, spec: InputSpec) -> None:
     load(folder)
-    assert load(folder, spec).images.shape[1:3] == (spec.height, spec.width)
+    assert load(folder, spec).images.shape[1:] == (spec.height, spec.width, spec.channels)
     assert reads.count() == 30
     assert len(files(cache, ".npy")) == 2
 
 
-def test_normalization_does_not_change_the_entry(folder: Path, cache: Path) -> None:
+def test_every_field_of_the_input_decides_about_the_entry_or_not() -> None:
+    """A field that is added to the spec must be added to one of the two sets here, and to the key if it matters."""
+    later = {"layout", "dtype", "value_range", "mean", "std"}
+    pixels = {"height", "width", "channels", "color", "resize", "resize_to", "interpolation", "antialias", "fill"}
+    assert set(InputSpec.__struct_fields__) == later | pixels
+
+
+def test_the_fill_value_is_part_of_the_key_in_the_order_of_the_pixels() -> None:
+    def key(color: Any, fill: Any) -> str:
+        return cache_key("x", InputSpec(height=32, width=32, resize="letterbox", color=color, fill=fill))
+
+    assert key("RGB", (1, 2, 3)) == key("BGR", (3, 2, 1))
+    assert len({key("RGB", 0), key("RGB", 1), key("RGB", (1, 2, 3)), key("BGR", (1, 2, 3))}) == 4
+    assert key("RGB", 7) == key("RGB", (7, 7, 7))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        InputSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), value_range=(-1, 1)),
+        InputSpec(height=32, width=32, color="BGR", layout="NHWC"),
+    ],
+)
+def test_what_happens_to_the_pixels_afterwards_does_not_change_the_entry(
+    folder: Path, cache: Path, spec: InputSpec
+) -> None:
     load(folder)
-    load(folder, InputSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), value_range=(-1, 1)))
+    load(folder, spec)
     assert len(files(cache, ".npy")) == 1
+
+
+@pytest.mark.usefixtures("cache")
+def test_grayscale_images_are_mapped(folder: Path, reads: Reads) -> None:
+    spec = InputSpec(height=20, width=32, channels=1, color="L")
+    first, second = load(folder, spec), load(folder, spec)
+    assert reads.count() == 15
+    assert first.images.shape == (15, 20, 32, 1)
+    assert not first.images.flags.writeable
+    assert np.array_equal(first.images, second.images)
+    with Image.open(folder / "train" / "blue" / "0.png") as image:
+        assert np.array_equal(first.images[0], resize(image, spec))
 
 
 def test_another_version_of_pillow_is_another_entry(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

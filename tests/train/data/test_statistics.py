@@ -46,6 +46,23 @@ def test_the_rest_of_the_spec_is_not_changed() -> None:
     assert plain.mean == (0.0, 0.0, 0.0)
 
 
+def test_grayscale_images_have_one_mean_and_deviation() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 1), dtype=np.uint8)
+    plain = InputSpec(height=4, width=6, channels=1, color="L")
+    spec = fit_normalization(plain, images)
+    assert spec.mean == (round(float(images.mean()) / 255, 4),)
+    assert spec.std == (round(float(images.std()) / 255, 4),)
+    assert normalize(images, spec).mean() == pytest.approx(0, abs=1e-3)
+
+
+def test_the_statistics_are_in_the_order_of_the_color() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 6, 3), dtype=np.uint8)
+    images[..., 0] //= 2
+    rgb, bgr = (fit_normalization(InputSpec(height=4, width=6, color=color), images) for color in ("RGB", "BGR"))
+    assert (bgr.mean, bgr.std) == (rgb.mean[::-1], rgb.std[::-1])
+    assert rgb.mean[0] < rgb.mean[2]
+
+
 @pytest.mark.parametrize("level", [0, 17, 255])
 def test_a_channel_without_deviation_has_a_std_of_one(level: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from cifarx_serve.errors import DataError
-from cifarx_serve.images.preprocess import resize
+from cifarx_serve.images.preprocess import is_unchanged, resize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data import decoded_cache
 from cifarx_train.data.dataset import Dataset, LabeledImages, Split
@@ -45,7 +45,7 @@ class Cifar10Dataset(Dataset):
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         source = self._read(split)
         images = np.asarray(source.data, np.uint8)
-        if images.shape[1:3] == (spec.height, spec.width):
+        if is_unchanged(images.shape[1:], spec):
             return LabeledImages(images, np.asarray(source.targets, np.int64))
         # The lists contain the MD5 of every file, and torchvision has just checked the files against them.
         key = decoded_cache.cache_key((self.name, split, CIFAR10.train_list, CIFAR10.test_list), spec)

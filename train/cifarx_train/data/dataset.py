@@ -23,7 +23,7 @@ class LabeledImages:
     """The images and labels of a split.
 
     Attributes:
-        images: uint8 (N, height, width, 3) RGB. Cached images are memory-mapped read-only.
+        images: uint8 (N, height, width, channels), RGB or grayscale. Cached images are memory-mapped read-only.
         labels: int64 (N,).
         file: the `.npy` file that contains exactly these images, which other processes can map too; None for images
             in memory.
@@ -55,7 +55,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
-        """Read a split, with every image resized to the input size of `spec`.
+        """Read a split, with every image converted to grayscale, resized and cropped as `spec` says.
 
         Raises:
             DataError: a part of the dataset is missing, empty or damaged.

@@ -1,6 +1,6 @@
 """A cache of decoded splits on disk, whose images are memory-mapped.
 
-An entry is a pair of files named after a key: `<key>.npy` contains the images, uint8 (N, height, width, 3), and
+An entry is a pair of files named after a key: `<key>.npy` contains the images, uint8 (N, height, width, channels), and
 `<key>.record` the labels and class names. The record is written last: images without a record are not an entry. Several
 processes can write the same entry at once, because each renames complete files with equal contents to the same names.
 """
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.errors import FallbackWarning, OutputError
 from cifarx_serve.files.atomic import atomic_path, write_error
+from cifarx_serve.images.preprocess import rgb_fill
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import LabeledImages
 
@@ -71,11 +72,11 @@ class ImageBuffer(ABC):
 
     @abstractmethod
     def write(self, position: int, image: NDArray[np.uint8]) -> None:
-        """Store an image, uint8 (height, width, 3)."""
+        """Store an image, uint8 (height, width, channels)."""
 
     @abstractmethod
     def read(self, position: int) -> NDArray[np.uint8]:
-        """Return a stored image, uint8 (height, width, 3)."""
+        """Return a stored image, uint8 (height, width, channels)."""
 
     def close_gaps(self, missing: set[int], count: int) -> None:
         """Move images to lower positions, so that no position is empty.
@@ -99,9 +100,11 @@ def cache_key(origin: object, spec: InputSpec) -> str:
 
     Args:
         origin: identifies the source files and their contents. Its `repr` must be the same in every process.
-        spec: its size and interpolation matter; its value range, mean and std do not.
+        spec: its size and how images are resized matter; what happens to the pixels afterwards does not.
     """
-    inputs = (_FORMAT, PIL.__version__, spec.height, spec.width, spec.interpolation, origin)
+    resizing = (spec.height, spec.width, spec.channels, spec.resize, spec.resize_to, spec.interpolation, spec.antialias)
+    fill = rgb_fill(spec).tolist()
+    inputs = (_FORMAT, PIL.__version__, resizing, fill, origin)
     return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
@@ -111,7 +114,7 @@ def find(key: str, spec: InputSpec) -> tuple[LabeledImages, DecodedSplit] | None
         folder = _folder()
         record = folder / f"{key}.record"
         decoded = _decode_record(record.read_bytes())
-        images = _map(folder / f"{key}.npy", (len(decoded.labels), spec.height, spec.width, 3))
+        images = _map(folder / f"{key}.npy", (len(decoded.labels), spec.height, spec.width, spec.channels))
         with suppress(OSError):  # a read-only folder is sufficient
             os.utime(record)  # the time of the last use
     except (OSError, ValueError, OutputError):
@@ -139,7 +142,7 @@ def decode(key: str, count: int, spec: InputSpec, function: DecodeFunction) -> t
             FallbackWarning,
             stacklevel=2,
         )
-    buffer = _MemoryBuffer((count, spec.height, spec.width, 3))
+    buffer = _MemoryBuffer((count, spec.height, spec.width, spec.channels))
     decoded = function(buffer)
     return LabeledImages(buffer.images[: len(decoded.labels)], np.array(decoded.labels, np.int64)), decoded
 
@@ -151,7 +154,7 @@ def _write_entry(key: str, count: int, spec: InputSpec, function: DecodeFunction
         OutputError: the folder is not writable or does not have enough space.
     """
     folder = _folder()
-    shape = (count, spec.height, spec.width, 3)
+    shape = (count, spec.height, spec.width, spec.channels)
     with atomic_path(folder / f"{key}.npy") as path:
         _require_space(folder, shape)
         with path.open("r+b") as file:

@@ -304,6 +304,21 @@ def test_the_graph_of_the_model(tmp_path: Path) -> None:
     assert kinds.count("aten::_convolution") == sum(isinstance(part, nn.Conv2d) for part in chosen.build(10).modules())
 
 
+class ChannelsLast(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.reshape(-1, 4, 6, 1).mean((1, 2)) @ torch.ones(1, 3)
+
+
+@traced
+def test_the_graph_is_traced_with_the_shape_of_the_input(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    spec = InputSpec(height=4, width=6, channels=1, color="L", layout="NHWC")
+    board.on_train_start(run_info(module=ChannelsLast())._replace(input=spec))
+    board.on_train_end()
+    outputs = [node.attr["_output_shapes"].list.shape for node in read_events(tmp_path).Graph().node]
+    assert [1, 4, 6, 1] in [[axis.size for axis in shape.dim] for shapes in outputs for shape in shapes]
+
+
 @traced
 def test_the_model_and_the_random_generator_are_unchanged(tmp_path: Path) -> None:
     module = StatefulModel()

@@ -100,6 +100,14 @@ def test_a_mistake_is_enlarged_without_interpolation() -> None:
     assert (seen[12 + 130 :] != WHITE).any()  # the caption
 
 
+def test_a_grayscale_mistake_is_drawn_in_gray() -> None:
+    images = noise(3)
+    gray = LabeledImages(np.ascontiguousarray(images.images[..., :1]), images.labels)
+    seen = pixels(mistakes_image([Mistake(2, 0, 0.9)], gray, names(3)))
+    tile = np.repeat(np.repeat(gray.images[2], 4, 0), 4, 1)
+    assert (seen[12 : 12 + 128, 12 : 12 + 128] == tile).all()
+
+
 def test_mistakes_are_drawn_in_order_in_rows_of_five() -> None:
     images = noise(25)
     image = mistakes_image([Mistake(24 - place, 0, 0.9) for place in range(25)], images, names(3))

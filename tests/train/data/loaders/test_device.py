@@ -1,6 +1,7 @@
 import warnings
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -109,12 +110,21 @@ def test_training_and_serving_have_bit_identical_inputs(
         InputSpec(height=2, width=3, mean=(0.0, 0.0, 0.1)),
         InputSpec(height=2, width=3, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
         InputSpec(height=2, width=3, value_range=(0.0, 255.0)),
+        InputSpec(height=2, width=3, color="BGR", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
+        InputSpec(height=2, width=3, layout="NHWC", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
+        InputSpec(height=2, width=3, color="BGR", layout="NHWC", value_range=(-1.0, 1.0), mean=(0.1, 0.0, 0.2)),
+        InputSpec(height=2, width=3, channels=1, color="L", mean=(0.1307,), std=(0.3081,)),
+        InputSpec(height=2, width=3, channels=1, color="L", layout="NHWC", mean=(0.1307,), std=(0.3081,)),
     ],
+    ids=lambda spec: f"{spec.color} {spec.layout} {spec.mean} {spec.std} {spec.value_range}",
 )
 def test_all_levels_have_bit_identical_inputs(spec: InputSpec) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, spec.channels), dtype=np.uint8)
     pixels[0, :8, :, :] = np.arange(256, dtype=np.uint8).reshape(8, 32, 1)
-    assert InputTransform(spec, CPU)(torch.from_numpy(pixels)).numpy().tobytes() == normalize(pixels, spec).tobytes()
+    for channels_last in (False, True):
+        inputs = InputTransform(spec, CPU, channels_last=channels_last)(torch.from_numpy(pixels)).numpy()
+        assert inputs.shape == (50, *msgspec.structs.replace(spec, height=32, width=32).shape)
+        assert inputs.tobytes() == normalize(pixels, spec).tobytes()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

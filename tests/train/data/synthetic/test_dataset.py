@@ -59,3 +59,10 @@ def test_another_size_is_resized_as_for_inference(splits: dict[Split, LabeledIma
     for number in (0, len(data) - 1):
         expected = resize(Image.fromarray(splits["test"].images[number]), larger)
         assert np.array_equal(data.images[number], expected)
+
+
+def test_grayscale_images_have_one_channel(splits: dict[Split, LabeledImages]) -> None:
+    gray = InputSpec(height=32, width=32, channels=1, color="L")
+    data = SyntheticDataset().load("test", gray)
+    assert data.images.shape == (len(splits["test"]), 32, 32, 1)
+    assert np.array_equal(data.images[7], resize(Image.fromarray(splits["test"].images[7]), gray))

@@ -30,7 +30,7 @@ def model_graph(module: nn.Module, spec: InputSpec) -> Event | None:
         try:
             from torch.utils.tensorboard._pytorch_graph import graph
 
-            graph_def, _ = graph(_copy_to_cpu(module).eval(), torch.zeros(1, spec.channels, spec.height, spec.width))
+            graph_def, _ = graph(_copy_to_cpu(module).eval(), torch.zeros(1, *spec.shape))
         except Exception:  # the forward pass of a model may raise anything
             return None
     return Event(graph_def=graph_def.SerializeToString())

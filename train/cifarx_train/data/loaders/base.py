@@ -31,7 +31,7 @@ class Loader(ABC):
 
     @abstractmethod
     def batch(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the images, uint8 (n, height, width, 3), and labels, int64 (n,), of a batch on the device.
+        """Return the images, uint8 (n, height, width, channels), and labels, int64 (n,), of a batch on the device.
 
         Args:
             inputs: what `inputs` yielded.

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_serve.images.preprocess import resize
+from cifarx_serve.images.preprocess import is_unchanged, resize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Dataset, LabeledImages, Split
 from cifarx_train.data.synthetic.draw import SIDE, draw_class
@@ -47,7 +47,7 @@ class SyntheticDataset(Dataset):
 
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         images, labels = draw_split(split)
-        if images.shape[1:3] != (spec.height, spec.width):
+        if not is_unchanged(images.shape[1:], spec):
             from PIL import Image
 
             images = np.stack([resize(Image.fromarray(image), spec) for image in images])
