@@ -13,7 +13,8 @@ from typing import Annotated, NamedTuple
 import typer
 
 from cifarx.output.console import note
-from cifarx_export.export import ExportResult, export
+from cifarx_export.checked_artifact import ExportResult
+from cifarx_export.export import export
 from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_serve.backends.registry import model_file
 from cifarx_serve.errors import CifarxError

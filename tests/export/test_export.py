@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 import pytest
 
-from cifarx_export.export import ExportResult, export
+from cifarx_export.checked_artifact import ExportResult
+from cifarx_export.export import export
 from cifarx_export.formats.onnx import converter
 from cifarx_export.formats.onnx.int8 import search
 from cifarx_export.formats.onnx.int8.search import QuantizationSearch, Score
@@ -208,14 +209,14 @@ def test_int8_candidates_that_fail_are_not_converted_or_checked_again(
         QuantizationSearch, "_compute_score", lambda _, choice, __: Score(agreement[len(choice.fp32_layers)], 0.0)
     )
     converted: list[bytes] = []
-    monkeypatch.setattr(converter, "_check_model", lambda model: converted.append(model.SerializeToString()))
+    monkeypatch.setattr(converter, "_check_model", lambda model, *_: converted.append(model.SerializeToString()))
     checked: list[str] = []
 
     def count_check(*arguments: Any) -> ParityResult:
         checked.append(arguments[1].spec.exporter["format"])
         return check_parity(*arguments)
 
-    monkeypatch.setattr("cifarx_export.export.check_parity", count_check)
+    monkeypatch.setattr("cifarx_export.checked_artifact.check_parity", count_check)
     lines: list[str] = []
     results = export(
         lone_checkpoint, ["onnx", "triton"], ["int8"], data="builtin", atol=0.0, rtol=0.0, progress=lines.append
