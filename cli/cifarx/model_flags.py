@@ -16,6 +16,7 @@ from cifarx.option_values import parse_classes, parse_image_size, parse_numbers,
 from cifarx_serve.errors import UsageError
 
 if TYPE_CHECKING:
+    from cifarx_serve.spec import ModelSpec
     from cifarx_train.models.options import ModelOptions, SpecOverrides
 
 SOURCE_HELP: Final = (
@@ -154,6 +155,45 @@ def model_options(model: str | None, flags: InputFlags) -> "ModelOptions":
         raise UsageError("--model-arg was given without --model", "name the network that takes the argument")
     weights_key = flags.weights_key if isinstance(flags, ModelFlags) else None
     return ModelOptions(model, arguments, weights_key, spec_overrides(flags))
+
+
+def read_stated_spec(file: str, model: str | None, flags: ModelFlags) -> "ModelSpec":
+    """Return the spec of a file, with what the options state about it.
+
+    Raises:
+        UsageError: options that describe a checkpoint were given for another file, or see `model_options`.
+        ModelFileError: the file is missing or damaged, or contains no spec.
+        SpecError: the spec is malformed, or what is stated is not valid.
+    """
+    from cifarx_serve.backends.registry import read_spec
+
+    if model is None and not flags.are_given:
+        return read_spec(file)
+    require_checkpoint(file)
+    from cifarx_train.checkpoints.checkpoint import load_checkpoint
+
+    return load_checkpoint(Path(file), model_options(model, flags)).spec
+
+
+def require_checkpoint(file: str) -> None:
+    """Check that a file is a checkpoint, which the options can describe; an artifact describes itself.
+
+    Raises:
+        UsageError: the file is another one.
+        ModelFileError: there is no such file.
+    """
+    from cifarx_serve.backends.base import require_file
+    from cifarx_serve.backends.registry import backend_for, model_file
+
+    path = model_file(Path(file))
+    if path.is_dir():
+        return
+    require_file(path)
+    if (name := backend_for(path).name) != "pytorch":
+        raise UsageError(
+            f"{file} is a file for {name}, which contains its own spec",
+            "give --model and what describes it only with a checkpoint",
+        )
 
 
 def spec_overrides(flags: InputFlags) -> "SpecOverrides":

@@ -83,6 +83,7 @@ def parse_preprocessing(name: str, size: tuple[int, int] | None) -> dict[str, An
     """
     from msgspec import to_builtins
 
+    from cifarx_serve.spec import InputSpec
     from cifarx_train.models.preprocessing import Preprocessing
     from cifarx_train.models.spec_file import read_input_file
 
@@ -95,7 +96,11 @@ def parse_preprocessing(name: str, size: tuple[int, int] | None) -> dict[str, An
         return {**read_input_file(Path(name)), **given}
     else:
         raise UsageError(f"--preprocessing {name} is no file", "give imagenet, cifarx, or a TOML or JSON file")
-    fields: dict[str, Any] = to_builtins(preset)
+    default = InputSpec(height=preset.height, width=preset.width)
+    fields: dict[str, Any] = {"height": preset.height, "width": preset.width}
+    for field in preset.__struct_fields__:
+        if getattr(preset, field) != getattr(default, field):
+            fields[field] = to_builtins(getattr(preset, field))
     return fields
 
 

@@ -5,26 +5,39 @@ from typing import Annotated
 
 import typer
 
+from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, read_stated_spec, takes_flags
 from cifarx.options import Json
 from cifarx.output.console import json_result, result
 from cifarx_serve.backends.base import require_file
-from cifarx_serve.backends.registry import model_file, read_spec
-from cifarx_serve.errors import CheckFailed, error_message
+from cifarx_serve.backends.registry import model_file
+from cifarx_serve.errors import CheckFailed, UsageError, error_message
 from cifarx_serve.files.checksum import ChecksumState, damaged_member, read_checksum
 from cifarx_serve.scores import DEFAULT_THRESHOLD
 from cifarx_serve.spec import Assumption, InputSpec, ModelSpec
 
 
+@takes_flags(ModelFlags)
 def command(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint or artifact.")],
     check: Annotated[bool, typer.Option("--check", help="Also check whether the file is intact.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help=SOURCE_HELP)] = None,
+    flags: ModelFlags = NO_MODEL_FLAGS,
+    template: Annotated[
+        bool, typer.Option("--spec-template", help="Print the spec as TOML with comments, to complete it for --spec.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show the model spec of a file."""
+    if template and json:
+        raise UsageError("--spec-template and --json were given together", "choose one of them")
     # The check comes first, because the spec in a damaged file can be wrong.
     checked = [("checksum", _check(model_file(Path(file))))] if check else []
-    spec = read_spec(file)
-    if json:
+    spec = read_stated_spec(file, model, flags)
+    if template:
+        from cifarx.output.spec_template import spec_template
+
+        result(spec_template(spec, Path(file).name))
+    elif json:
         json_result(spec)
     else:
         result("\n".join(f"{name:<15} {value}" for name, value in [*_facts(spec), *checked]))
