@@ -67,6 +67,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: Annotated[
         int, Meta(ge=1), Option("Maximum number of connections per worker; idle ones are closed to make room.")
     ] = 1024
+    load_timeout_s: Annotated[
+        float,
+        Meta(gt=0),
+        Option("Time limit for opening a model, and for each batch of its warm-up, in seconds.", "load_timeout_s"),
+    ] = 30.0
     header_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
     """Time limit for receiving the headers of a request. After it, the connection is closed, with 408 if they began."""
     body_timeout_s: Annotated[float, Meta(gt=0)] = 30.0

@@ -166,6 +166,7 @@ class Batcher:
         self._queue: deque[_PendingRequest] = deque()
         self._queued_images = 0
         self._busy = False
+        self._busy_since = 0.0
         self._pending: list[_PendingRequest] = []
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._next_start: asyncio.Handle | None = None
@@ -214,6 +215,10 @@ class Batcher:
         """Whether nothing is queued and the model is not running."""
         return not (self._busy or self._queue)
 
+    def running_s(self) -> float:
+        """Return for how long the model has been running the current batch, in seconds; 0 if it is not running."""
+        return time.perf_counter() - self._busy_since if self._busy else 0.0
+
     def close(self) -> None:
         """Fail the queued requests with BatcherClosed, and stop the thread after the batch it is running."""
         for request in self._queue:
@@ -235,7 +240,7 @@ class Batcher:
         if delay_s > 0 and self._queued_images < self._max_batch:
             self._next_start = self._start_after(delay_s)
         elif batch := self._take_batch():
-            self._busy = True
+            self._busy, self._busy_since = True, time.perf_counter()
             if self._seconds_per_image * _count_images(batch) < self._inline_limit_s:
                 self._finish(self._run_batch(batch))
             else:

@@ -1,6 +1,7 @@
 """A served model: loaded, verified and warmed up before it answers any request."""
 
 import hashlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -48,13 +49,22 @@ class ServedModel:
         backend: the backend's name; by default the suffix of the file selects it.
         device: the device, as users write it.
         max_batch: the largest batch it will be run with.
+        on_step: called when the file is open, and after each batch of the warm-up.
 
     Raises:
         ModelFileError: the file is missing or damaged, or the model does not return valid outputs.
         DeviceError: the device is not available.
     """
 
-    def __init__(self, name: str, path: str, backend: str | None, device: str, max_batch: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        backend: str | None,
+        device: str,
+        max_batch: int,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
         file = model_file(Path(path))
         self.name = name
         self.version = file_version(path)
@@ -67,7 +77,8 @@ class ServedModel:
         self.failed = False
         try:
             require_interface(self._backend, self._file)
-            self.warm_up()
+            on_step()
+            self.warm_up(on_step)
         except BaseException:
             self.close()
             raise
@@ -126,8 +137,11 @@ class ServedModel:
         size = self.spec.input
         return np.full((count, size.height, size.width, size.channels), 127, np.uint8)
 
-    def warm_up(self) -> None:
+    def warm_up(self, on_step: Callable[[], None] = lambda: None) -> None:
         """Run batches of the sizes to come, and check that the outputs are finite and have the shape of the spec.
+
+        Args:
+            on_step: called after each batch.
 
         Raises:
             ModelFileError: they do not, or are not.
@@ -137,6 +151,7 @@ class ServedModel:
             if not np.isfinite(outputs).all():
                 problem = f"{self._file} returns {self.spec.output} that are not finite for a batch of {size}"
                 raise ModelFileError(problem, "export it again")
+            on_step()
 
     def close(self) -> None:
         """Release the model's resources."""

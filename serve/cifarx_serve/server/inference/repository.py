@@ -3,12 +3,11 @@
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from numpy.typing import NDArray
 
-from cifarx_serve.errors import CifarxError, unknown_name_error
+from cifarx_serve.errors import CifarxError, DeviceMemoryError, unknown_name_error
 from cifarx_serve.server.inference.batcher import Batcher, InferenceResult
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.errors import (
@@ -18,6 +17,7 @@ from cifarx_serve.server.inference.errors import (
     ModelNotFound,
     ModelNotReady,
 )
+from cifarx_serve.server.inference.loading import load_model, try_model
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.model import ServedModel, file_version
 from cifarx_serve.server.settings import Settings
@@ -25,6 +25,9 @@ from cifarx_serve.server.settings import Settings
 ModelState: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 
 _DRAIN_POLL_S: Final = 0.02
+
+_STUCK_FACTOR: Final = 2
+"""A batch that has run for this many deadlines may never end: no request waits for it any more."""
 
 _INLINE_LIMIT_S: Final = 5e-3
 """How long the event loop may run a model itself: as long as a Python thread may hold the interpreter by default."""
@@ -41,7 +44,7 @@ class ModelInstance:
         limits = settings.limits
         self.model = model
         self._users = 0
-        self._deadline_s = limits.deadline_s
+        self._limits = limits
         self._batcher = Batcher(
             model.run,
             limits.max_batch,
@@ -77,6 +80,7 @@ class ModelInstance:
             DeadlineExceeded: the deadline has passed.
             InvalidInput: the model cannot run on these images.
             ModelFailed: the model cannot run on any images.
+            DeviceMemoryError: the device does not have enough memory for these images.
             BatcherClosed: the server is shutting down.
             RequestCancelled: the client has disconnected.
         """
@@ -87,24 +91,34 @@ class ModelInstance:
         except CifarxError as error:
             if self.model.failed:
                 raise ModelFailed(f"model {self.model.name} has failed", "try again in a second") from error
+            if isinstance(error, DeviceMemoryError):
+                raise
             # Not the message of the error: it names the file, which clients should not see.
             problem = f"model {self.model.name} cannot run on {images.dtype} {images.shape}"
             raise InvalidInput(problem, "send images of the shape in /v1/models") from error
 
     async def recheck(self) -> None:
         """Run the model on a gray image, which clears `model.failed` if it succeeds."""
-        deadline = Deadline(time.perf_counter(), self._deadline_s)
+        deadline = Deadline(time.perf_counter(), self._limits.deadline_s)
         try:
             await self._batcher.submit(self.model.gray_images(), deadline, lambda: False)
         except CifarxError:
             return
 
+    @property
+    def failed(self) -> bool:
+        """Whether the model fails on every input, or has run one batch for longer than any request can wait."""
+        return self.model.failed or self._batcher.running_s() > _STUCK_FACTOR * self._limits.deadline_s
+
     async def drain(self) -> None:
-        """Wait until all its requests are answered, then close the model."""
-        while self._users or not self._batcher.is_idle:
+        """Wait until all its requests are answered, then close the model; a model that never returns is left alone."""
+        limits = self._limits
+        end = time.perf_counter() + limits.body_timeout_s + _STUCK_FACTOR * limits.deadline_s
+        while (self._users or not self._batcher.is_idle) and time.perf_counter() < end:
             await asyncio.sleep(_DRAIN_POLL_S)
         self._batcher.close()
-        self.model.close()
+        if self._batcher.is_idle:
+            self.model.close()
 
 
 class ModelRepository:
@@ -134,7 +148,7 @@ class ModelRepository:
             return "draining"
         if self.peers_starting or len(self._instances) < len(self.settings.files):
             return "starting"
-        return "failed" if any(instance.model.failed for instance in self._instances.values()) else "ready"
+        return "failed" if any(instance.failed for instance in self._instances.values()) else "ready"
 
     @property
     def instances(self) -> list[ModelInstance]:
@@ -189,6 +203,7 @@ class ModelRepository:
                 try:
                     if await asyncio.to_thread(file_version, self.settings.files[name]) == self._version(name):
                         continue
+                    await try_model(name, self.settings)
                     new = await self._load(name)
                 except CifarxError as error:
                     on_event(f"kept {name} at version {self._version(name)}: {error}")
@@ -200,9 +215,9 @@ class ModelRepository:
     async def recheck_failed(self) -> bool:
         """Run the models that have failed once more, and return whether all models work."""
         for instance in self.instances:
-            if instance.model.failed:
+            if instance.failed:
                 await instance.recheck()
-        return not any(instance.model.failed for instance in self.instances)
+        return not any(instance.failed for instance in self.instances)
 
     async def close(self) -> None:
         """Drain and close all models."""
@@ -214,19 +229,4 @@ class ModelRepository:
         return self._instances[name].model.version
 
     async def _load(self, name: str) -> ModelInstance:
-        settings = self.settings
-        # A thread that ends when the model is loaded: a library may keep some of its memory until then.
-        executor = ThreadPoolExecutor(1, "load")
-        try:
-            model = await asyncio.get_running_loop().run_in_executor(
-                executor,
-                ServedModel,
-                name,
-                settings.files[name],
-                settings.backend,
-                settings.device,
-                settings.limits.max_batch,
-            )
-        finally:
-            executor.shutdown(wait=False)  # a server that is stopped meanwhile does not wait for the model
-        return ModelInstance(model, settings, self._metrics)
+        return ModelInstance(await load_model(name, self.settings), self.settings, self._metrics)

@@ -9,6 +9,11 @@ from cifarx_serve.server.settings import Settings
 READY: Final = b"ready\n"
 """Sent by a worker when its models are open."""
 
+ALIVE: Final = b"alive\n"
+"""Sent by a worker that is ready, every `ALIVE_INTERVAL_S`, as long as its event loop runs."""
+
+ALIVE_INTERVAL_S: Final = 1.0
+
 ALL_READY: Final = b"all ready\n"
 """Sent by the supervisor to the first workers of a server when all of them are ready."""
 

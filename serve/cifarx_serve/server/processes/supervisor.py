@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from cifarx_serve.errors import CifarxError, UsageError, error_message
-from cifarx_serve.server.processes.messages import ALL_READY, READY, Start
+from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start
 from cifarx_serve.server.processes.socket_filter import drop_new_connections
 from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR, Settings
 from cifarx_serve.system.worker_process import worker_command, worker_environment
@@ -27,6 +27,9 @@ _BACKLOG: Final = 1024
 _WATCH_INTERVAL_S: Final = 1.0
 _MIN_RESTART_DELAY_S: Final = 0.25
 _MAX_RESTART_DELAY_S: Final = 8.0
+_HANG_S: Final = 30.0
+"""How long a worker that was ready may say nothing before it is killed: its event loop does not run."""
+
 _SHUTDOWN_GRACE_S: Final = 5.0
 """How long a worker may take to exit, beyond the time limits of its requests, before it is killed."""
 
@@ -167,10 +170,22 @@ class Supervisor:
         transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_fd, "rb", buffering=0)
         )
-        while line := await stream.readline():
+        limit_s = None
+        while True:
+            try:
+                line = await asyncio.wait_for(stream.readline(), limit_s)
+            except TimeoutError:
+                if not self._stopping.is_set():
+                    error = CifarxError(f"worker {number} has not responded for {_HANG_S:g} s", "see its output")
+                    _send_signal(self._workers[number], signal.SIGKILL)
+                limit_s = None  # the end of the pipe follows
+                continue
+            if not line:
+                break
             if line == READY:
                 self._on_ready(number)
-            else:
+                limit_s = _HANG_S
+            elif line != ALIVE:
                 error = CifarxError(*msgspec.json.decode(line, type=tuple[str, str]))
         transport.close()
         return error

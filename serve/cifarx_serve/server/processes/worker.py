@@ -20,7 +20,7 @@ from cifarx_serve.images.reader import suppress_pillow_warnings
 from cifarx_serve.server.app import configure_process, create_app
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.listener import Listener
-from cifarx_serve.server.processes.messages import ALL_READY, READY, Start
+from cifarx_serve.server.processes.messages import ALIVE, ALIVE_INTERVAL_S, ALL_READY, READY, Start
 
 _RECHECK_INTERVAL_S: Final = 1.0
 _MAX_RECHECKS: Final = 5
@@ -51,12 +51,12 @@ class Worker:
         Raises:
             CifarxError: a model cannot be opened.
         """
-        reloads: set[asyncio.Task[None]] = set()
+        tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
 
         def reload() -> None:
             task = asyncio.create_task(self._repository.reload(_log_event))
-            reloads.add(task)  # the event loop keeps only a weak reference
-            task.add_done_callback(reloads.discard)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
@@ -72,6 +72,7 @@ class Worker:
             if not self._accept_while_opening:
                 self._listener.start()
             os.write(self._status_fd, READY)
+            tasks.add(asyncio.create_task(self._report_alive()))  # it also runs during the shutdown
             health = asyncio.create_task(self._monitor_health())
             await stopping
             health.cancel()
@@ -93,6 +94,13 @@ class Worker:
             failures = 0 if await self._repository.recheck_failed() else failures + 1
         self._failed = True
         self._stopping.set()
+
+    async def _report_alive(self) -> None:
+        """Tell the supervisor that the event loop runs."""
+        while True:
+            await asyncio.sleep(ALIVE_INTERVAL_S)
+            with suppress(OSError):  # the supervisor has exited
+                os.write(self._status_fd, ALIVE)
 
     def _read_stdin(self) -> None:
         """Handle `ALL_READY`, or the end of standard input, which means that the supervisor has exited."""

@@ -5,17 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 
-from cifarx_serve.errors import ModelFileError
+from cifarx_serve.backends.registry import registered_backends
+from cifarx_serve.errors import DeviceMemoryError, ModelFileError
 from cifarx_serve.server.inference.deadline import Deadline
-from cifarx_serve.server.inference.errors import InvalidInput, ModelFailed, ModelNotFound, ModelNotReady
+from cifarx_serve.server.inference.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModelFailed,
+    ModelNotFound,
+    ModelNotReady,
+)
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
 from tests.support.color_model import write_onnx
-from tests.support.faulty_backend import BOMB, POISON, FaultyBackend, register_faulty_backend, write_faulty_model
+from tests.support.faulty_backend import BOMB, LARGE, POISON, FaultyBackend, register_faulty_backend, write_faulty_model
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +42,9 @@ def run_with_repository(
 
     async def run() -> None:
         files = {path.stem: str(path) for path in paths}
-        settings = Settings(files=files, device="cpu", limits=Limits(max_batch=2, **limits))
+        settings = Settings(
+            files=files, device="cpu", limits=Limits(max_batch=2, **limits), registered_backends=registered_backends()
+        )
         repository = ModelRepository(settings, Metrics())
         if is_open:
             await repository.open()
@@ -165,6 +175,72 @@ def test_reload_keeps_the_old_version_of_a_file_that_does_not_load(tmp_path: Pat
     run_with_repository(test, path, other)
 
 
+@pytest.mark.parametrize("kind", ["opening", "running"])
+def test_reload_goes_on_after_a_model_that_never_returns(tmp_path: Path, kind: str) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
+    other = write_faulty_model(tmp_path / "b.faulty")
+
+    async def test(repository: ModelRepository) -> None:
+        version = repository.get("a").model.version
+        events: list[str] = []
+        write_faulty_model(path, "endless" if kind == "opening" else "new")
+        path.with_suffix(".slow").touch()
+        write_faulty_model(other, "new")
+        reloading = asyncio.create_task(repository.reload(events.append))
+        async with asyncio.timeout(60):
+            while not events:
+                await asyncio.sleep(0.01)
+        what = "was not opened" if kind == "opening" else "has not run a batch of its warm-up"
+        assert events[0] == f"kept a at version {version}: {path} {what} within 0.3 s: raise --load-timeout-s"
+        path.with_suffix(".slow").unlink()
+        assert await best_class(repository.get("a")) == 0
+        await reloading
+        assert events[1].startswith("reloaded b from version ")
+        assert FaultyBackend.open_count == 2
+        write_faulty_model(path, "newer")
+        await repository.reload(events.append)
+        assert events[2].startswith("reloaded a from version ")
+
+    run_with_repository(test, path, other, load_timeout_s=0.3)
+    assert not [child for child in psutil.Process().children() if "trial_process" in " ".join(child.cmdline())]
+
+
+def test_a_model_that_never_returns_is_an_error_at_the_start(tmp_path: Path) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
+    path.with_suffix(".slow").touch()
+
+    async def test(repository: ModelRepository) -> None:
+        with pytest.raises(ModelFileError, match=r"has not run a batch of its warm-up within 0\.3 s"):
+            await repository.open()
+        path.with_suffix(".slow").unlink()
+        async with asyncio.timeout(20):
+            while FaultyBackend.open_count:  # the model is released when it returns
+                await asyncio.sleep(0.01)
+
+    run_with_repository(test, path, is_open=False, load_timeout_s=0.3)
+
+
+def test_a_batch_that_never_returns_makes_the_model_fail(tmp_path: Path) -> None:
+    path = write_faulty_model(tmp_path / "a.faulty")
+
+    async def test(repository: ModelRepository) -> None:
+        path.with_suffix(".slow").touch()
+        with pytest.raises(DeadlineExceeded):
+            await repository.get("a").infer(image(), Deadline(time.perf_counter(), 0.1), lambda: False)
+        async with asyncio.timeout(20):
+            while repository.state == "ready":
+                await asyncio.sleep(0.01)
+        assert repository.state == "failed"
+        assert not await repository.recheck_failed()
+        path.with_suffix(".slow").unlink()
+        async with asyncio.timeout(20):
+            while repository.state == "failed":
+                await asyncio.sleep(0.01)
+        assert await best_class(repository.get("a")) == 0
+
+    run_with_repository(test, path, deadline_s=0.2)
+
+
 def test_requests_of_the_old_version_are_answered_by_it(tmp_path: Path) -> None:
     """Both those in its queue and those whose body is still being received."""
     path = write_faulty_model(tmp_path / "a.faulty")
@@ -256,6 +332,15 @@ def test_images_that_the_model_cannot_run_on_are_invalid_input(tmp_path: Path) -
                 await best_class(repository.get("a"), color)
             assert isinstance(invalid.value.__cause__, ModelFileError)
             assert repository.state == "ready"
+
+    run_with_repository(test, write_faulty_model(tmp_path / "a.faulty"))
+
+
+def test_images_that_do_not_fit_into_the_memory_are_not_invalid(tmp_path: Path) -> None:
+    async def test(repository: ModelRepository) -> None:
+        with pytest.raises(DeviceMemoryError, match=r"^cuda:0 is out of memory \(3.0 MiB requested\)"):
+            await best_class(repository.get("a"), LARGE)
+        assert repository.state == "ready"
 
     run_with_repository(test, write_faulty_model(tmp_path / "a.faulty"))
 

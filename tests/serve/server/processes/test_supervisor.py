@@ -16,6 +16,7 @@ from cifarx_serve.server.inference.model import file_version
 from cifarx_serve.server.processes.supervisor import listen
 from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import write_onnx
+from tests.support.endless_model import write_endless_model
 from tests.support.faulty_backend import write_faulty_model
 from tests.support.server_process import (
     PROGRAM,
@@ -331,3 +332,42 @@ def test_answers_a_hundred_clients_at_once(tmp_path: Path, onnx: Path) -> None:
         for thread in threads:
             thread.join()
         assert statuses == [200] * 100
+
+
+# What never ends
+
+
+def test_a_reload_goes_on_after_a_model_that_never_returns(tmp_path: Path, onnx: Path) -> None:
+    version = file_version(str(onnx))
+    with two_workers(tmp_path, onnx, "--load-timeout-s", 2) as server:
+        write_endless_model(tmp_path / "new.onnx").replace(onnx)
+        server.signal(signal.SIGHUP)
+        server.wait_for(f"kept colors at version {version}: ", 2)
+        assert "has not run a batch of its warm-up within 2 s: raise --load-timeout-s" in server.err
+        assert server.predict().status == 200
+        write_onnx(tmp_path / "new.onnx", order=(2, 1, 0)).replace(onnx)
+        server.signal(signal.SIGHUP)
+        server.wait_for("reloaded colors from version", 2)
+        assert server.predict().json["predictions"][0]["label"] == "blue"
+        server.signal(signal.SIGTERM)
+        assert stopped_cleanly(server)
+
+
+def test_a_server_whose_model_never_returns_does_not_start(tmp_path: Path) -> None:
+    path = write_endless_model(tmp_path / "endless.onnx")
+    with start_server(tmp_path / "server", path, "--workers", 2, "--load-timeout-s", 2) as server:
+        assert server.wait() == 2
+        assert server.err == (f"error: {path} has not run a batch of its warm-up within 2 s: raise --load-timeout-s\n")
+        assert not server.leftovers()
+
+
+def test_a_worker_whose_event_loop_does_not_run_is_replaced(tmp_path: Path, onnx: Path) -> None:
+    with two_workers(tmp_path, onnx) as server:
+        hanging = server.workers()[0]
+        hanging.suspend()
+        server.wait_for("has not responded for 30 s")
+        server.wait_for("is ready again")
+        assert not hanging.is_running()
+        assert len(server.workers()) == 2
+        server.signal(signal.SIGTERM)
+        assert stopped_cleanly(server)
