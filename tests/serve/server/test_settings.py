@@ -89,6 +89,7 @@ def test_limit_options() -> None:
         "max_pixels": (1, 50_000_000),
         "max_images": (1, 64),
         "max_connections": (1, 1024),
+        "load_timeout_s": (1, 30),
     }
     assert all(option.help.endswith(".") for option in limit_options())
 
