@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cifarx_serve.devices import Device
 from cifarx_serve.errors import CheckFailed, CifarxError, DataError, DeviceMemoryError, FallbackWarning, OutputError
+from cifarx_serve.predictor import Predictor
 from cifarx_serve.spec import DataRecord, InputSpec, TrainingRecord
 from cifarx_serve.system.versions import library_versions
 from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo
@@ -24,7 +26,9 @@ from cifarx_train.data.loaders.device import DeviceLoader
 from cifarx_train.data.selection import select_dataset
 from cifarx_train.distributed import Distributed
 from cifarx_train.evaluation import Evaluator
+from cifarx_train.models.options import ModelOptions, SpecOverrides
 from cifarx_train.models.registry import get_architecture
+from cifarx_train.pytorch_backend import PyTorchBackend
 from cifarx_train.recipes import RECIPES, load_recipe
 from cifarx_train.train import train
 from cifarx_train.trainer import TrainResult
@@ -553,3 +557,39 @@ def find_float64(data: Path, out: Path) -> list[str]:
 
 def test_nothing_on_the_device_is_float64(color_folder: Path, tmp_path: Path, gpu_process: SimulatedGpuProcess) -> None:
     assert gpu_process.call(find_float64, color_folder, tmp_path) == []  # Apple's GPUs do not support it
+
+
+_ANY_INPUT = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, channels, channels_first):
+        super().__init__()
+        self.channels_first = channels_first
+        self.head = nn.Linear(16 * channels, num_classes)
+
+    def forward(self, images):
+        images = images if self.channels_first else images.permute(0, 3, 1, 2)
+        return self.head(nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))
+"""
+
+
+@pytest.mark.parametrize(("color", "layout"), [("L", "NCHW"), ("BGR", "NHWC")])
+def test_a_network_of_any_color_and_layout_is_trained(tmp_path: Path, color: str, layout: str) -> None:
+    """The accuracy of training is that of the predictor on the image files, with a crop and every augmentation."""
+    (tmp_path / "net.py").write_text(_ANY_INPUT)
+    data, size = write_image_folder(tmp_path / "data"), {"height": 24, "width": 32}
+    overrides = SpecOverrides(
+        {"input": {**size, "color": color, "layout": layout, "resize": "shorter_side", "resize_to": 26}}
+    )
+    arguments = {"channels": 1 if color == "L" else 3, "channels_first": layout == "NCHW"}
+    options = ModelOptions(f"{tmp_path / 'net.py'}:Net", arguments, overrides=overrides)
+    augmentation = {"normalize": True, "flip": True, "crop": 2, "jitter": 0.2, "cutout": 4}
+    done = run(data, tmp_path / "out", model=options, epochs=4, **augmentation)
+    with Predictor(PyTorchBackend(done.checkpoints[-1], Device("cpu"), options)) as predictor:
+        spec = predictor.spec.input
+        assert (spec.color, spec.layout, spec.resize_to, len(spec.mean)) == (color, layout, 26, spec.channels)
+        files = sorted(data.glob("test/*/*.png"))
+        right = [found.label == file.parent.name for found, file in zip(predictor.predict(files), files, strict=True)]
+    assert done.test_accuracy == pytest.approx(np.mean(right))
+    assert done.test_accuracy > 0.6
