@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from cifarx_serve.errors import UsageError
-from cifarx_serve.spec import InputSpec, ModelSource
+from cifarx_serve.spec import Activation, InputSpec, ModelSource
 from cifarx_train.models.outputs import outputs_error, require_outputs
 
 Stem: TypeAlias = Literal["own", "small"]
 Builder: TypeAlias = Callable[[int], nn.Module]
 SizedBuilder: TypeAlias = Callable[[int, InputSpec], nn.Module]
-WeightsLoader: TypeAlias = Callable[[], dict[str, Any]]
 Initialize: TypeAlias = Callable[[nn.Module, Tensor], None]
 
 RESNET_PREFIXES = ("resnet", "resnext", "wide_resnet")
@@ -22,6 +21,18 @@ RESNET_PREFIXES = ("resnet", "resnext", "wide_resnet")
 _REGISTRY_KINDS = ("builtin", "torchvision")
 _TRIAL_OUTPUTS = (7, 11)  # no layer of a network has these sizes for another reason
 _SIZE_STEP = 32  # suggested sizes are multiples of this, because most networks halve the image five times
+
+
+class SourceWeights(NamedTuple):
+    """The weights that come with the source of a network.
+
+    Attributes:
+        load: returns the state dict.
+        num_outputs: the number of outputs of the network with these weights; None if it is not known.
+    """
+
+    load: Callable[[], dict[str, Any]]
+    num_outputs: int | None
 
 
 class Architecture(NamedTuple):
@@ -37,8 +48,9 @@ class Architecture(NamedTuple):
             images as network inputs, float32 (N, 3, H, W), at most 5,000. None if there is nothing to initialize.
         class_names: the classes that the source states, in the order of their labels.
         states_input: whether `input` is what the source states, instead of a default.
+        activation: what turns the outputs into scores, if the source states it.
         num_outputs: the number of outputs, if the builder cannot change it.
-        weights: returns the weights that come with the source, if there are any.
+        weights: the weights that come with the source, if there are any.
     """
 
     name: str
@@ -49,8 +61,9 @@ class Architecture(NamedTuple):
     initialize: Initialize | None = None
     class_names: tuple[str, ...] | None = None
     states_input: bool = False
+    activation: Activation | None = None
     num_outputs: int | None = None
-    weights: WeightsLoader | None = None
+    weights: SourceWeights | None = None
 
     @property
     def is_registered(self) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from cifarx_serve.errors import ModelFileError, UsageError, error_message
 from cifarx_serve.spec import InputSpec, ModelSource
-from cifarx_train.models.architecture import Architecture
+from cifarx_train.models.architecture import Architecture, SourceWeights
 from cifarx_train.models.image_processor import processor_input
 
 try:
@@ -69,7 +69,7 @@ def directory_architecture(name: str, arguments: Mapping[str, Any]) -> Architect
     return _architecture(config, source, size)._replace(
         class_names=_class_names(config),
         states_input=size is not None,
-        weights=(lambda: _read_weights(directory, config)) if weights_file(directory) else None,
+        weights=_source_weights(directory, config),
     )
 
 
@@ -110,7 +110,8 @@ def _architecture(config: Any, source: ModelSource, size: InputSpec | None) -> A
         return _build(changed, source)
 
     name = source.name.lower()
-    return Architecture(name, "own", default, build, source)
+    several = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    return Architecture(name, "own", default, build, source, activation="sigmoid" if several else "softmax")
 
 
 def _build(config: Any, source: ModelSource) -> nn.Module:
@@ -152,6 +153,12 @@ def _class_names(config: Any) -> tuple[str, ...] | None:
     names = tuple(str(config.id2label[label]) for label in sorted(config.id2label))
     placeholders = tuple(f"LABEL_{label}" for label in range(len(names)))
     return None if names == placeholders or len(names) < 2 else names
+
+
+def _source_weights(directory: Path, config: Any) -> SourceWeights | None:
+    if weights_file(directory) is None:
+        return None
+    return SourceWeights(lambda: _read_weights(directory, config), config.num_labels)
 
 
 def _read_weights(directory: Path, config: Any) -> dict[str, Any]:

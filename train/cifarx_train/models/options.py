@@ -39,6 +39,13 @@ class SpecOverrides(NamedTuple):
     whole_input: bool = False
     origins: Mapping[str, str] = _NOTHING
 
+    @property
+    def output(self) -> str | int | None:
+        """The key or the position of the logits among the outputs of the network, if the user states it."""
+        source = self.fields.get("source")
+        output = source.get("output") if isinstance(source, Mapping) else None
+        return output if isinstance(output, str | int) else None
+
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """Return the spec with the fields replaced.
 
@@ -121,13 +128,6 @@ class ModelOptions(NamedTuple):
     arguments: Mapping[str, Any] = _NOTHING
     weights_key: str | None = None
     overrides: SpecOverrides = SpecOverrides()
-
-    @property
-    def output(self) -> str | int | None:
-        """The key or the position of the logits among the outputs of the network, if the user states it."""
-        source = self.overrides.fields.get("source")
-        output = source.get("output") if isinstance(source, Mapping) else None
-        return output if isinstance(output, str | int) else None
 
 
 NO_OPTIONS = ModelOptions()

@@ -116,7 +116,7 @@ def _user_architecture(options: ModelOptions) -> Architecture:
         name=reference.portable,
         arguments=dict(options.arguments),
         sha256=source_sha256(options.model),
-        output=options.output,
+        output=options.overrides.output,
     )
     return callable_architecture(_short_name(reference.name), target, source, reference)
 
@@ -156,7 +156,9 @@ def _entry_point_architecture(name: str, options: ModelOptions) -> Architecture:
         raise UsageError(
             f"model {name} ({target}) cannot be loaded ({error})", "fix or reinstall its package"
         ) from error
-    source = ModelSource(kind="entry_point", name=name, arguments=dict(options.arguments), output=options.output)
+    source = ModelSource(
+        kind="entry_point", name=name, arguments=dict(options.arguments), output=options.overrides.output
+    )
     return callable_architecture(re.sub(r"\W", "_", name), loaded, source)
 
 

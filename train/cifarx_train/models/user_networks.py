@@ -8,9 +8,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from cifarx_serve.errors import UsageError, unknown_name_error
+from cifarx_serve.errors import UsageError, error_message, unknown_name_error
 from cifarx_serve.spec import InputSpec, ModelSource
-from cifarx_train.models.architecture import Architecture
+from cifarx_train.models.architecture import Architecture, SourceWeights
+from cifarx_train.models.options import SpecOverrides
 from cifarx_train.models.outputs import count_outputs, runs_with
 from cifarx_train.models.user_code import Reference, running_user_code
 
@@ -64,7 +65,9 @@ def callable_architecture(
                 f"{source.name} is a module, which takes no argument {next(iter(source.arguments))}",
                 "leave out --model-arg, or name its class",
             )
-        return _architecture(name, lambda _outputs: deepcopy(target), source, reference, fixed=True)
+        architecture = _architecture(name, lambda _outputs: deepcopy(target), source, reference, fixed=True)
+        weights = SourceWeights(lambda: dict(target.state_dict()), architecture.num_outputs)
+        return architecture._replace(weights=weights)
     if not callable(target):
         raise UsageError(
             f"{source.name} is {type(target).__name__} {target!r}"[:200], "name a class, a function or a module"
@@ -84,14 +87,37 @@ def callable_architecture(
     return _architecture(name, build, source, reference, fixed=parameter is None)
 
 
-def module_architecture(name: str, module: nn.Module, source: ModelSource, size: InputSpec) -> Architecture:
-    """Return the architecture of a module in memory, whose number of outputs is found by running it with an input.
+def module_architecture(module: nn.Module, overrides: SpecOverrides) -> Architecture:
+    """Return the architecture of a module in memory, with a copy of the module, in fp32 and on the CPU.
+
+    Args:
+        module: the module, which is not changed.
+        overrides: what the user states about its input, and which of several outputs is the logits.
 
     Raises:
-        UsageError: the module does not run with this input.
+        UsageError: the module cannot be copied, or does not run with the stated input, or with any usual one.
     """
-    outputs = count_outputs(module, size, source)
-    return Architecture(name, "own", size, lambda _outputs, _size: deepcopy(module), source, num_outputs=outputs)
+    inner = getattr(module, "_orig_mod", module)  # of torch.compile
+    inner = inner.module if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel) else inner
+    source = ModelSource(kind="module", name=type(inner).__name__, output=overrides.output)
+    try:
+        copy = deepcopy(inner).cpu().float()
+    except Exception as error:  # attributes of a module can be anything
+        raise UsageError(
+            f"{source.name} cannot be copied ({error_message(error)})", "give a module that copy.deepcopy can copy"
+        ) from error
+    found = find_input(copy)
+    size = overrides.apply_to_input(found or _TRIAL_INPUTS[0])
+    outputs = count_outputs(copy, size, source)
+    return Architecture(
+        name=source.name.lower(),
+        stem="own",
+        input=size,
+        builder=lambda _outputs, _size: deepcopy(copy),
+        source=source,
+        num_outputs=outputs,
+        weights=SourceWeights(lambda: dict(copy.state_dict()), outputs),
+    )
 
 
 def _architecture(
@@ -110,12 +136,17 @@ def _architecture(
 
     with torch.random.fork_rng(devices=[]):
         module = build_for(_TRIAL_OUTPUTS, _TRIAL_INPUTS[0])
-    size = next((trial for trial in _TRIAL_INPUTS if runs_with(module, trial)), None)
+    size = find_input(module)
     if size is None:
         # Such a network needs a size that only the user knows. `Architecture.build` reports why it does not run.
         return Architecture(name, "own", _TRIAL_INPUTS[0], build_for, source)
     outputs = count_outputs(module, size, source) if fixed else None
     return Architecture(name, "own", size, build_for, source, num_outputs=outputs)
+
+
+def find_input(module: nn.Module) -> InputSpec | None:
+    """Return the first of the usual inputs that a module supports, or None. The module is not changed."""
+    return next((trial for trial in _TRIAL_INPUTS if runs_with(module, trial)), None)
 
 
 def _class_parameter(target: Callable[..., Any], source: ModelSource) -> str | None:
