@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -p no:benchmark
 
-.PHONY: help demo test test-slow bench check docs coverage format clean
+.PHONY: help demo test test-slow bench gpu check docs coverage format clean
 
 help:
 	@echo "make demo       train, export, verify, classify and benchmark on the built-in data (one minute)"
 	@echo "make test       run the fast tests"
 	@echo "make test-slow  run the slow tests: whole training runs, servers under load, the wheel in a new environment"
 	@echo "make bench      run every benchmark"
+	@echo "make gpu        run everything that needs a GPU and write benchmarks/results/gpu-*.md, in ten minutes"
 	@echo "make check      run ruff, mypy and the import rules, and build the documentation"
 	@echo "make docs       build the documentation into site/"
 	@echo "make coverage   run the fast tests and report branch coverage"
@@ -42,6 +43,10 @@ test-slow: $(READY)
 bench: $(READY)
 	@echo "== the benchmarks"
 	$(BIN)/pytest $(BENCHMARKS) --limits $(LIMITS) -rx
+
+gpu: $(READY)
+	@echo "== everything that needs a GPU"
+	$(BIN)/python -m benchmarks.gpu
 
 check: $(READY) docs
 	@echo "== ruff, mypy, import rules"

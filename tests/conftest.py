@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,19 @@ def pytest_configure() -> None:
     if number and hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cpus[int(number) % len(cpus)]})
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests that need a GPU on a machine without one."""
+    if item.get_closest_marker("gpu") and not _has_gpu():
+        pytest.skip("needs a GPU that PyTorch can use")
+
+
+@cache
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)

@@ -405,3 +405,57 @@ def test_a_failed_capture_leaves_the_gpu_as_it_was(gpu_process: SimulatedGpuProc
     assert state == expected_state
     assert memory == 0
     assert on_default_stream
+
+
+# --- a GPU
+
+GPU_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "notes": ("lzh", {}),
+    "everything": ("lzh", {**OPTIMIZERS["sgd"], **AUGMENTATION, "ema_decay": 0.99}),
+    "adamw, bf16": ("lzh", {**OPTIMIZERS["adamw"], "precision": "bf16", "channels_last": True}),
+    "adamw, fp16": ("lzh", {**OPTIMIZERS["adamw"], "precision": "fp16", "channels_last": True}),
+    "muon, bf16": ("fastnet", {**OPTIMIZERS["muon"], **AUGMENTATION, "precision": "bf16", "channels_last": True}),
+    "resnet, bf16": ("resnet18", {"momentum": 0.9, "precision": "bf16", "channels_last": True}),
+}
+
+
+def train_on_gpu(model: str, values: dict[str, Any], graphed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train two epochs with odd last batches, and return the losses of the epochs and the weights."""
+    architecture = get_architecture(model, stem="small" if model.startswith("resnet") else "own")
+    torch.manual_seed(0)
+    module = architecture.build(3)
+    recipe = make_recipe(**{"epochs": 2, "batch_size": 64, **values})
+    loop = gpu_loop(module, recipe, side=32)
+    if not graphed:
+        loop._train_step = loop._eager_step
+    torch.manual_seed(1)
+    losses = [result.loss for result in loop.train_epochs(Callback())]
+    assert not graphed or loop._train_step.captured  # type: ignore[attr-defined]
+    return losses, {name: value.float().cpu() for name, value in loop.eval_model.state_dict().items()}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", list(GPU_CASES))
+def test_on_a_gpu_a_captured_step_trains_like_an_eager_one(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    model, values = GPU_CASES[case]
+    losses, weights = train_on_gpu(model, values, graphed=True)
+    expected_losses, expected = train_on_gpu(model, values, graphed=False)
+    again_losses, again = train_on_gpu(model, values, graphed=False)
+    # Two eager runs may differ as well, because some kernels add in any order.
+    spread = max(abs(one - other) for one, other in zip(expected_losses, again_losses, strict=True))
+    assert losses == pytest.approx(expected_losses, abs=10 * spread + 1e-6)
+    assert largest_difference(weights, expected) <= 10 * largest_difference(again, expected) + 1e-6
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_failed_capture_leaves_no_trace() -> None:
+    _, expected_state, _, _ = fail_and_continue(attempt=False)
+    notes, state, memory, on_default_stream = fail_and_continue(attempt=True)
+    assert len(notes) == 1
+    assert "not permitted when stream is capturing" in notes[0]
+    assert (state, memory, on_default_stream) == (expected_state, 0, True)

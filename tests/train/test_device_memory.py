@@ -6,8 +6,6 @@ from cifarx_train.device_memory import free_device_memory, peak_device_memory
 
 CPU = torch.device("cpu")
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
-
 
 def test_on_a_cpu_the_peak_is_that_of_the_process() -> None:
     assert 0.9 * psutil.Process().memory_info().rss <= peak_device_memory(CPU) < psutil.virtual_memory().total
@@ -17,7 +15,7 @@ def test_on_a_cpu_no_free_memory_is_reported() -> None:
     assert free_device_memory(CPU) is None
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_on_a_gpu_the_peak_is_that_of_the_tensors() -> None:
     device = torch.device("cuda")
     before = peak_device_memory(device)
@@ -25,6 +23,6 @@ def test_on_a_gpu_the_peak_is_that_of_the_tensors() -> None:
     assert peak_device_memory(device) >= len(block)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_on_a_gpu_free_memory_is_reported() -> None:
     assert (free_device_memory(torch.device("cuda")) or 0) > 0

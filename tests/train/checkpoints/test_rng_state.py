@@ -51,7 +51,7 @@ def test_the_states_can_be_loaded_with_weights_only(tmp_path: object) -> None:
     set_rng_states(torch.load(f"{tmp_path}/states.pt", weights_only=True), CPU, Distributed())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_random_numbers_on_a_gpu_continue_after_a_restore() -> None:
     device = torch.device("cuda")
     states = get_rng_states(device, Distributed())

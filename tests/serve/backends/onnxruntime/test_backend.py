@@ -262,6 +262,7 @@ def test_the_cpu_has_no_device_time(colors: Path) -> None:
         assert backend.device_time(np.zeros((1, 3, 4, 6), np.float32)) is None
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(provider_error(TENSORRT) is not None, reason="ONNX Runtime cannot use TensorRT here")
 def test_on_tensorrt(colors: Path) -> None:
     batch = np.random.default_rng(0).random((65, 3, 4, 6), np.float32)

@@ -514,6 +514,7 @@ def test_the_device_time_is_measured_in_a_replay(gpu_process: SimulatedGpuProces
     assert (gpu_process.call(_model_time, colors) or 0) > 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(provider_error(CUDA) is not None, reason="ONNX Runtime cannot use CUDA")
 def test_on_a_gpu_with_cuda_graphs(colors: Path) -> None:
     with OnnxRuntimeBackend(colors, CUDA) as backend:

@@ -113,7 +113,7 @@ def test_cuda_without_a_gpu_is_an_error_with_the_reason(made_once: Path) -> None
     assert error.problem.startswith("device cuda:1 was requested, but PyTorch cannot use it (")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
+@pytest.mark.gpu
 def test_on_a_gpu(made_once: Path) -> None:
     with ExportedProgramBackend(made_once, Device("cuda", 0)) as backend:
         assert backend.provider == "cuda:0"

@@ -97,7 +97,7 @@ def test_cuda_without_a_gpu_is_an_error_with_the_reason(made_once: Path) -> None
     assert "--device cpu" in error.remedy
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
+@pytest.mark.gpu
 def test_a_gpu_index_that_does_not_exist(made_once: Path) -> None:
     error = refused(made_once, Device("cuda", 999))
     assert isinstance(error, DeviceError)

@@ -143,7 +143,7 @@ def test_the_images_are_not_changed() -> None:
     assert torch.equal(images, before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_gpu_has_bit_identical_inputs(channels_last: bool) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)

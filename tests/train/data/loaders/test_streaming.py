@@ -202,7 +202,7 @@ def test_images_over_half_of_the_free_memory_are_streamed_with_a_warning(
     assert isinstance(loader, kind)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_batches_on_a_gpu(data: LabeledImages) -> None:
     device = torch.device("cuda")
     order = shuffled(64)
