@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 import pytest
 from PIL import Image
 from selenium.common.exceptions import StaleElementReferenceException
@@ -18,6 +19,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from tests.support.color_model import write_onnx
 from tests.support.server_process import PROGRAM, ServerProcess, run_server
+from tests.support.spec_model import GRAYSCALE, RGB, make_spec, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -315,3 +317,58 @@ def test_the_documentation_has_the_values_of_the_server(browse: Browse, server: 
     spec = page.text("schema-ModelSpec")
     assert "whether the file itself does the preprocessing that input describes" in spec
     assert "Attributes" not in spec
+
+
+def test_several_labels_and_what_was_assumed_are_shown(browse: Browse, directory: Path, tmp_path: Path) -> None:
+    letterbox = msgspec.structs.replace(RGB, resize="letterbox", fill=114)
+    spec = make_spec(letterbox, activation="sigmoid", thresholds=(0.6, 0.9, 0.1), assumed=("class_names", "output"))
+    with run_server(tmp_path / "log", write_model(tmp_path / "labels.onnx", spec), "--workers", 1) as running:
+        page = browse(running)
+        page.wait(lambda: "labels.onnx" in page.text("spec"), "the model is not described")
+        assert page.text("assumed").startswith("ASSUMED: class names, output.")
+        assert "several labels per image, each from a score of 10.0% to 90.0%" in page.text("spec")
+        assert "fits them into 6 \N{MULTIPLICATION SIGN} 4 (bilinear) and pads the rest" in page.text("spec")
+        assert page.texts("#spec .badge") == ["ASSUMED", "ASSUMED"]
+        Select(page.driver.find_element(By.ID, "top-k")).select_by_value("1")
+        page.choose(directory / "greenish.png")
+        prediction = infer(directory, directory / "greenish.png", str(tmp_path / "labels.onnx"))
+        labels = [candidate["label"] for candidate in prediction["labels"]]
+        assert labels == ["blue"]  # not the best one, which does not reach its threshold
+        page.wait_text("best", "blue")
+        assert page.texts("#bars .label") == [prediction["label"], "blue"]
+        assert page.texts("#bars .applies .label") == ["blue"]
+        Image.new("RGB", (6, 4), (61, 54, 0)).save(tmp_path / "none.png")
+        page.choose(tmp_path / "none.png")
+        page.wait_text("best", "No label applies")
+        page.choose(tmp_path / "none.png", directory / "greenish.png")
+        page.wait(lambda: "at a time" in page.text("progress"), "the images are not classified")
+        assert page.texts("#results .quiet") == ["No label applies"]
+        assert page.texts("#results .applies .label") == ["blue"]
+        page.open("/docs")
+        page.wait(lambda: "labels" in page.text("guide"), "no model in the guide")
+        page.wait(lambda: page.driver.find_element(By.ID, "crops").is_displayed(), "the crop is not mentioned")
+
+
+def test_a_grayscale_network_in_nhwc_is_described(browse: Browse, tmp_path: Path) -> None:
+    spec = make_spec(
+        msgspec.structs.replace(GRAYSCALE, layout="NHWC", resize_to=(8, 10)),
+        class_names=("no", "yes"),
+        output="probabilities",
+        activation="sigmoid",
+        outputs=1,
+    )
+    with run_server(tmp_path / "log", write_model(tmp_path / "gray.onnx", spec), "--workers", 1) as running:
+        page = browse(running)
+        page.wait(lambda: "gray.onnx" in page.text("spec"), "the model is not described")
+        assert not page.driver.find_element(By.ID, "assumed").is_displayed()
+        assert "grayscale; the server takes images of any size and resizes them to 10" in page.text("spec")
+        assert "yes from a score of 50.0%, otherwise no" in page.text("spec")
+        Image.new("RGB", (9, 5), "white").save(tmp_path / "white.png")
+        page.choose(tmp_path / "white.png")
+        page.wait_text("best", "yes")
+        page.open("/docs")
+        page.wait(lambda: any('"shape": [1, 4, 6, 1]' in code for code in page.texts("pre")), "no shape in the guide")
+        [example] = [code for code in page.texts("pre") if "InferInput" in code]
+        for words in ('.convert("L")', "[..., None]", 'InferRequestedOutput("probabilities"'):
+            assert words in example
+        assert "transpose" not in example
