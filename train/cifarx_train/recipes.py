@@ -48,9 +48,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         jitter: the largest relative change of brightness, contrast and saturation.
         precision: the precision of the forward and backward passes. Weights and optimizer state stay in fp32. `auto` is
             bf16 on a GPU that computes it in hardware, and fp32 elsewhere.
-        channels_last: whether weights and activations use the channels-last memory format on a GPU. Not set, they use
-            it for bf16 and fp16: tensor cores compute in this format, and convolutions in fp32 are slower with it. On a
-            CPU, activations always use it and weights never do.
+        channels_last: whether weights and activations use the channels-last memory format on a GPU. If it is not set,
+            they use it for bf16 and fp16, because tensor cores compute in this format. On a CPU, activations always
+            use it and weights never do.
         compile: whether to compile the model with `torch.compile`.
         patience: stop after this number of epochs without an improvement in test accuracy.
         max_minutes: stop after this number of minutes of training.
