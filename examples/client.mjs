@@ -9,7 +9,7 @@
 import { readFile } from "node:fs/promises";
 
 /**
- * Return the best classes of an image, best first.
+ * Return the best classes of an image, or all labels that apply if there can be several, best first.
  *
  * @param {Blob} image the content of an image file
  * @param {string} url the address of the server
@@ -26,7 +26,8 @@ async function classify(image, url, topK) {
   if (!response.ok) {
     throw new Error(`${response.status}: ${answer.error}`);
   }
-  return answer.predictions[0].top;
+  const [{ top, labels = top }] = answer.predictions;
+  return labels;
 }
 
 const [path, url = "http://127.0.0.1:8000", topK = "3"] = process.argv.slice(2);
@@ -38,6 +39,9 @@ try {
   const classes = await classify(new Blob([await readFile(path)]), url, Number(topK));
   for (const { label, score } of classes) {
     console.log(`${label} ${score.toFixed(4)}`);
+  }
+  if (!classes.length) {
+    console.log("no label");
   }
 } catch (error) {
   console.error(`error: ${error.cause?.message ?? error.message}`);

@@ -30,10 +30,14 @@ class Candidate(TypedDict):
 
 
 class Prediction(TypedDict):
-    """The best classes of an image, best first; or the reason why it cannot be read."""
+    """The best classes of an image, best first; or the reason why it cannot be read.
+
+    A model with several labels per image also returns the `labels` that apply.
+    """
 
     image: str | None
     top: NotRequired[list[Candidate]]
+    labels: NotRequired[list[Candidate]]
     error: NotRequired[str]
 
 
@@ -69,10 +73,10 @@ class Client:
 
         Args:
             model: the name of the model.
-            pixels: RGB, uint8 (N, height, width, 3), at the input size of the model. The server normalizes them.
+            pixels: uint8 (N, height, width, channels), at the input size of the model. The server normalizes them.
 
         Returns:
-            The logits, float32 (N, classes).
+            The logits or probabilities, float32 (N, outputs).
         """
         tensor = {
             "name": "input",
@@ -99,11 +103,37 @@ def _checked(response: requests.Response) -> requests.Response:
 
 
 def load_pixels(images: Sequence[Path], spec: dict[str, Any]) -> NDArray[np.uint8]:
-    """Return images as RGB pixels at the input size of a model, uint8 (N, height, width, 3)."""
-    size = (spec["input"]["width"], spec["input"]["height"])
-    resample = Image.Resampling[spec["input"]["interpolation"].upper()]
-    opened = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in images]
-    return np.stack([np.asarray(image.resize(size, resample)) for image in opened])
+    """Return images as RGB or grayscale pixels at the input size of a model, uint8 (N, height, width, channels).
+
+    Raises:
+        NotImplementedError: the model crops or pads its images, or resizes them without antialiasing.
+    """
+    taken = spec["input"]
+    if taken["resize"] != "stretch" or taken["resize_to"] or not taken["antialias"]:
+        raise NotImplementedError(
+            "the model crops or pads its images, which this example does not do: send them to /v1/predict"
+        )
+    size, mode = (taken["width"], taken["height"]), "L" if taken["color"] == "L" else "RGB"
+    resample = Image.Resampling[taken["interpolation"].upper()]
+    opened = [ImageOps.exif_transpose(Image.open(path)).convert(mode) for path in images]
+    pixels = np.stack([np.asarray(image.resize(size, resample)) for image in opened])
+    return pixels.reshape(len(images), taken["height"], taken["width"], taken["channels"])
+
+
+def labels_of(outputs: NDArray[np.float32], spec: dict[str, Any]) -> list[str]:
+    """Return the label of each image, or all labels that apply, as one line of text."""
+    names: list[str] = spec["class_names"]
+    if spec["activation"] == "softmax":
+        return [names[best] for best in outputs.argmax(axis=1)]
+    scores = outputs if spec["output"] == "probabilities" else 1 / (1 + np.exp(-outputs))
+    applicable = scores >= np.float32(spec["thresholds"] or 0.5)
+    if spec["outputs"] == 1:
+        return [names[int(row[0])] for row in applicable]
+    return [_join([name for name, applies in zip(names, row, strict=True) if applies]) for row in applicable]
+
+
+def _join(labels: Sequence[str]) -> str:
+    return ", ".join(labels) or "no label"
 
 
 def main() -> None:
@@ -123,19 +153,21 @@ def main() -> None:
 
     print("as a batch of tensors:")
     model = client.first_model()
-    logits = client.infer(model["name"], load_pixels(options.images, model["spec"]))
-    for path, best in zip(options.images, logits.argmax(axis=1), strict=True):
-        print(f"  {path.name}: {model['spec']['class_names'][best]}")
+    outputs = client.infer(model["name"], load_pixels(options.images, model["spec"]))
+    for path, labels in zip(options.images, labels_of(outputs, model["spec"]), strict=True):
+        print(f"  {path.name}: {labels}")
 
 
 def _describe(prediction: Prediction) -> str:
+    """Return the labels that apply, if there can be several, or else the best classes."""
     if "error" in prediction:
         return f"error: {prediction['error']}"
-    return ", ".join(f"{candidate['label']} {candidate['score']:.4f}" for candidate in prediction["top"])
+    candidates = prediction["labels"] if "labels" in prediction else prediction["top"]
+    return _join([f"{candidate['label']} {candidate['score']:.4f}" for candidate in candidates])
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (requests.RequestException, OSError) as error:
+    except (requests.RequestException, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")

@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from PIL import Image
 
+from cifarx_serve.spec import InputSpec, ModelSpec
 from tests.support.color_model import write_onnx
 from tests.support.examples import run_example
 from tests.support.server_process import ServerProcess, run_server
+from tests.support.spec_model import BGR, GRAYSCALE, make_spec, write_model
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,40 @@ def test_the_three_ways_return_the_same_classes(server: ServerProcess, tmp_path:
     assert form[1].startswith("  sea.jpg: blue 0.")
     assert one_file == form[:1]
     assert tensors == ["  leaf.png: green", "  sea.jpg: blue"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "labels"),
+    [
+        (make_spec(GRAYSCALE), ["red", "red"]),
+        (make_spec(msgspec.structs.replace(BGR, layout="NHWC"), output="probabilities"), ["green", "green"]),
+        (make_spec(activation="sigmoid", thresholds=(0.5, 0.5, 0.95)), ["green", "no label"]),
+        (make_spec(class_names=("no", "yes"), activation="sigmoid", outputs=1), ["no", "no"]),
+    ],
+    ids=["grayscale", "BGR, NHWC, probabilities", "labels", "one output"],
+)
+def test_models_of_every_kind(tmp_path: Path, spec: ModelSpec, labels: list[str]) -> None:
+    """All three ways name the same labels. The colors are such that no score is close to a threshold."""
+    images = {"leaf.png": (90, 130, 100), "sea.png": (20, 60, 80)}
+    for name, color in images.items():
+        Image.new("RGB", (6, 4), color).save(tmp_path / name)
+    with run_server(tmp_path / "log", write_model(tmp_path / "means.onnx", spec), "--workers", 1) as running:
+        result = run_example("client.py", *images, "--url", url(running))
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[6:] == [f"  {name}: {label}" for name, label in zip(images, labels, strict=True)]
+    for name, label, form in zip(images, labels, lines[1:3], strict=True):
+        assert form.startswith(f"  {name}: {label}")
+
+
+def test_a_model_that_crops_is_not_sent_tensors(tmp_path: Path) -> None:
+    spec = make_spec(InputSpec(height=4, width=4, resize="shorter_side", resize_to=6))
+    Image.new("RGB", (6, 4)).save(tmp_path / "leaf.png")
+    with run_server(tmp_path / "log", write_model(tmp_path / "means.onnx", spec), "--workers", 1) as running:
+        result = run_example("client.py", "leaf.png", "--url", url(running))
+    assert result.status == 1
+    assert "the model crops or pads its images, which this example does not do" in result.error
+    assert "  leaf.png: red 0." in result.out
 
 
 def test_the_error_of_the_server_is_printed(server: ServerProcess, tmp_path: Path) -> None:

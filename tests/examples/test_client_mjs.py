@@ -11,6 +11,7 @@ from tests.support.color_model import write_onnx
 from tests.support.command_line import CommandResult, run_program
 from tests.support.examples import EXAMPLES
 from tests.support.server_process import ServerProcess, run_server
+from tests.support.spec_model import make_spec, write_model
 
 NODE = shutil.which("node")
 
@@ -33,6 +34,15 @@ def test_prints_the_best_classes(server: ServerProcess, tmp_path: Path) -> None:
     result = run_client("leaf.png", f"http://127.0.0.1:{server.port}", 2)
     assert result.status == 0, result.err
     assert [line.partition(" 0.")[0] for line in result.out.splitlines()] == ["green", "blue"]
+
+
+def test_prints_the_labels_that_apply(tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4), (90, 130, 100)).save(tmp_path / "leaf.png")
+    for thresholds, lines in (((0.5, 0.5, 0.4), ["green", "blue"]), ((1, 1, 1), ["no label"])):
+        spec = make_spec(activation="sigmoid", thresholds=thresholds)
+        with run_server(tmp_path / "log", write_model(tmp_path / "means.onnx", spec), "--workers", 1) as running:
+            result = run_client("leaf.png", f"http://127.0.0.1:{running.port}", 1)
+        assert [line.partition(" 0.")[0] for line in result.out.splitlines()] == lines
 
 
 def test_the_error_of_the_server_is_printed(server: ServerProcess, tmp_path: Path) -> None:
