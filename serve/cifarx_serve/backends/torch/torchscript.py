@@ -3,7 +3,7 @@
 import re
 import warnings
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cifarx_serve.backends.base import parse_spec, require_file
 from cifarx_serve.backends.torch.base import SPEC_FILE, TorchBackend
@@ -11,6 +11,9 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import DeviceMemoryError, ModelFileError, error_message
 from cifarx_serve.files.zip_safety import read_member, read_members, require_safe_archive
 from cifarx_serve.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 # What TorchScript code can use beyond tensors: writing and mapping files, operators of other libraries, and a method
 # that is called while the file is loaded. `torch._C._jit_get_all_schemas()` lists all operators.
@@ -31,26 +34,11 @@ class TorchScriptBackend(TorchBackend):
 
     def __init__(self, path: Path, device: Device) -> None:
         self.spec = self.read_spec(path)
-        _require_safe_code(path)
-        import torch
 
         from cifarx_serve.backends.torch.device import torch_device
-        from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
 
         target = torch_device(device)
-        try:
-            with warnings.catch_warnings(), report_out_of_memory(target):
-                # TorchScript is deprecated since torch 2.11; the user was warned at the export.
-                warnings.simplefilter("ignore", category=FutureWarning)
-                warnings.simplefilter("ignore", category=DeprecationWarning)
-                module = torch.jit.load(str(path), map_location=target)
-        except DeviceMemoryError:
-            raise
-        except Exception as error:  # the exceptions of its C++ code for damaged files have no common base class
-            raise ModelFileError(
-                f"{path} is not a TorchScript file ({error_message(error)})", "export it again"
-            ) from error
-        self._init_module(module, target)
+        self._init_module(load_script_module(path, target), target)
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
@@ -58,6 +46,35 @@ class TorchScriptBackend(TorchBackend):
         require_file(path)
         require_safe_archive(path)
         return parse_spec(read_member(path, f"/extra/{SPEC_FILE}"), path)
+
+
+def load_script_module(path: Path, device: "torch.device") -> Any:
+    """Load a TorchScript file, with or without a spec, after checks of its archive and its code.
+
+    Returns:
+        A `torch.jit.ScriptModule` on the device.
+
+    Raises:
+        ModelFileError: the file is missing or damaged, or its code could do more than compute tensors.
+        DeviceMemoryError: the device does not have enough memory.
+    """
+    require_file(path)
+    require_safe_archive(path)
+    _require_safe_code(path)
+    import torch
+
+    from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
+
+    try:
+        with warnings.catch_warnings(), report_out_of_memory(device):
+            # TorchScript is deprecated since torch 2.11; the user was warned at the export.
+            warnings.simplefilter("ignore", category=FutureWarning)
+            warnings.simplefilter("ignore", category=DeprecationWarning)
+            return torch.jit.load(str(path), map_location=device)
+    except DeviceMemoryError:
+        raise
+    except Exception as error:  # the exceptions of its C++ code for damaged files have no common base class
+        raise ModelFileError(f"{path} is not a TorchScript file ({error_message(error)})", "export it again") from error
 
 
 def _require_safe_code(path: Path) -> None:
