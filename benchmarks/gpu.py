@@ -108,7 +108,7 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> str:
     try:
         status = process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # pytest then prints the results so far
         with suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_S)
         return f"ended after {limit_s:.0f} s"

@@ -27,7 +27,7 @@ HANGS = Part(
     1,
     python(
         "import signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)"
@@ -63,6 +63,16 @@ def test_the_limit_ends_all_processes_of_a_part(tmp_path: Path, monkeypatch: pyt
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end, "the process that the part started is still running"
         time.sleep(0.05)
+
+
+def test_an_interrupted_part_may_print_its_results(tmp_path: Path) -> None:
+    code = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('results so far')"
+    )
+    (result,) = run(Part("slow", 1, python(code)), directory=tmp_path)
+    assert (result.status, result.output) == ("ended after 1 s", "results so far")
 
 
 def test_the_total_limit_shortens_and_skips_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
