@@ -4,15 +4,14 @@ A command receives them together: it has one parameter `flags`, and a decorator 
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_type_hints
 
+import msgspec
 import typer
 
-from cifarx.option_values import parse_classes, parse_image_size, parse_numbers, parse_preprocessing
 from cifarx_serve.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,8 +75,7 @@ ActivationName: TypeAlias = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputFlags:
+class InputFlags(msgspec.Struct, frozen=True, kw_only=True):
     """The options of a command that builds a new network."""
 
     model_arg: ModelArguments = None
@@ -89,8 +87,7 @@ class InputFlags:
     color: ColorName = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags(InputFlags):
+class ModelFlags(InputFlags, frozen=True, kw_only=True):
     """The options of a command that reads the weights of a network."""
 
     weights_key: WeightsKey = None
@@ -157,43 +154,53 @@ def model_options(model: str | None, flags: InputFlags) -> "ModelOptions":
     return ModelOptions(model, arguments, weights_key, spec_overrides(flags))
 
 
-def read_stated_spec(file: str, model: str | None, flags: ModelFlags) -> "ModelSpec":
-    """Return the spec of a file, with what the options state about it.
+def read_stated_spec(file: str, options: "ModelOptions | None") -> "ModelSpec":
+    """Return the spec of a file; for a checkpoint, with what the options state about it.
 
     Raises:
-        UsageError: options that describe a checkpoint were given for another file, or see `model_options`.
+        UsageError: no backend opens such a file, or the options name no network that fits.
         ModelFileError: the file is missing or damaged, or contains no spec.
         SpecError: the spec is malformed, or what is stated is not valid.
     """
     from cifarx_serve.backends.registry import read_spec
 
-    if model is None and not flags.are_given:
+    if not Path(file).is_dir() and (options is None or not is_checkpoint(file)):
         return read_spec(file)
-    require_checkpoint(file)
-    from cifarx_train.checkpoints.checkpoint import load_checkpoint
+    from cifarx_train.checkpoints.source_weights import load_model
+    from cifarx_train.models.options import NO_OPTIONS
 
-    return load_checkpoint(Path(file), model_options(model, flags)).spec
+    return load_model(Path(file), options or NO_OPTIONS).spec
 
 
-def require_checkpoint(file: str) -> None:
-    """Check that a file is a checkpoint, which the options can describe; an artifact describes itself.
+def stated_options(files: Sequence[str], model: str | None, flags: ModelFlags) -> "ModelOptions | None":
+    """Return what the user states about the checkpoints among files, or None if no option was given.
 
     Raises:
-        UsageError: the file is another one.
-        ModelFileError: there is no such file.
+        UsageError: none of the files is a checkpoint, or see `model_options`.
+        ModelFileError: a file does not exist.
+    """
+    if model is None and not flags.are_given:
+        return None
+    if not any(map(is_checkpoint, files)):
+        verb = "contains its" if len(files) == 1 else "contain their"
+        raise UsageError(f"{', '.join(files)} {verb} own spec", "give what describes a model only with a checkpoint")
+    return model_options(model, flags)
+
+
+def is_checkpoint(file: str) -> bool:
+    """Return whether a file is a checkpoint. An artifact, in contrast, contains its own spec.
+
+    Raises:
+        ModelFileError: the file does not exist.
     """
     from cifarx_serve.backends.base import require_file
     from cifarx_serve.backends.registry import backend_for, model_file
 
     path = model_file(Path(file))
     if path.is_dir():
-        return
+        return True
     require_file(path)
-    if (name := backend_for(path).name) != "pytorch":
-        raise UsageError(
-            f"{file} is a file for {name}, which contains its own spec",
-            "give --model and what describes it only with a checkpoint",
-        )
+    return backend_for(path).name == "pytorch"
 
 
 def spec_overrides(flags: InputFlags) -> "SpecOverrides":
@@ -202,6 +209,7 @@ def spec_overrides(flags: InputFlags) -> "SpecOverrides":
     Raises:
         UsageError: a value is not valid, or a file cannot be read.
     """
+    from cifarx.option_values import parse_classes
     from cifarx_train.models.options import SpecOverrides
     from cifarx_train.models.spec_file import read_spec_file
 
@@ -223,6 +231,8 @@ def spec_overrides(flags: InputFlags) -> "SpecOverrides":
 
 def _input_fields(flags: InputFlags) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of the input that the options other than `--spec` state, and the names of these options."""
+    from cifarx.option_values import parse_image_size, parse_numbers, parse_preprocessing
+
     size = None if flags.image_size is None else parse_image_size(flags.image_size)
     fields: dict[str, Any] = {}
     if flags.preprocessing is not None:

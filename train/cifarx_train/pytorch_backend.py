@@ -1,7 +1,8 @@
 """The backend that runs a checkpoint in PyTorch. It is the reference of every parity check."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cifarx_serve.backends.torch.base import TorchBackend
 from cifarx_serve.devices import Device
@@ -18,7 +19,7 @@ class PyTorchBackend(TorchBackend):
     """Runs the model of a checkpoint in eval mode, in fp32.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or a directory that Hugging Face's `save_pretrained` wrote.
         device: the device to run on.
         options: what the user states about the model.
     """
@@ -27,11 +28,17 @@ class PyTorchBackend(TorchBackend):
 
     def __init__(self, path: Path, device: Device, options: "ModelOptions | None" = None) -> None:
         from cifarx_serve.backends.torch.device import torch_device
-        from cifarx_train.checkpoints.checkpoint import load_checkpoint
+        from cifarx_train.checkpoints.source_weights import load_model
         from cifarx_train.models.options import NO_OPTIONS
 
         target = torch_device(device)  # fails early: loading a checkpoint takes longer
-        self._open(load_checkpoint(path, options or NO_OPTIONS), target)
+        self._open(load_model(path, options or NO_OPTIONS), target)
+
+    @classmethod
+    def open_stated(cls, path: Path, device: Device, stated: Mapping[str, Any]) -> Self:
+        from cifarx_train.models.options import ModelOptions
+
+        return cls(path, device, ModelOptions.from_document(stated))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: "Checkpoint", device: Device) -> Self:

@@ -7,18 +7,32 @@ import typer
 
 from cifarx.bench_report.baseline import DEFAULT_LIMIT
 from cifarx.bench_report.pick import EXAMPLE, describe_pick, explain_no_pick, parse_bounds, pick
+from cifarx.model_flags import (
+    NO_MODEL_FLAGS,
+    SOURCE_HELP,
+    ModelFlags,
+    read_stated_spec,
+    stated_options,
+    takes_flags,
+)
 from cifarx.options import Broken, DataName, DeviceName, Json, OnError, resolve_on_error
 from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
 
 if TYPE_CHECKING:
     from cifarx_serve.benchmarking.benchmark import BenchmarkReport
+    from cifarx_train.models.options import ModelOptions
 
 
+@takes_flags(ModelFlags)
 def command(
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Checkpoints and artifacts with the same input size.")
     ],
+    model: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help=f"{SOURCE_HELP} For the checkpoints among the files.")
+    ] = None,
+    flags: ModelFlags = NO_MODEL_FLAGS,
     batch: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes to measure.")] = "1,64",
     device: DeviceName = "auto",
     data: DataName = "auto",
@@ -61,7 +75,8 @@ def command(
     batch_sizes = _parse_batch_sizes(batch)
     for path in report or []:
         require_report_path(path)
-    measured = _measure(files, batch_sizes, device, data, resolve_on_error(on_error, broken))
+    options = stated_options(files, model, flags)
+    measured = _measure(files, options, batch_sizes, device, data, resolve_on_error(on_error, broken))
     for path in report or []:
         write_report(measured, path)
         note(f"wrote {path}")
@@ -82,17 +97,30 @@ def command(
 
 
 def _measure(
-    files: list[str], batches: list[int], device: str, data: str, on_error: Literal["raise", "skip"]
+    files: list[str],
+    options: "ModelOptions | None",
+    batches: list[int],
+    device: str,
+    data: str,
+    on_error: Literal["raise", "skip"],
 ) -> "BenchmarkReport":
-    from cifarx_serve.backends.registry import read_spec
     from cifarx_serve.benchmarking.benchmark import benchmark
     from cifarx_train.data.selection import select_dataset_for_model
 
-    spec = read_spec(files[0])
+    spec = read_stated_spec(files[0], options)
     chosen = select_dataset_for_model(spec.training.data if spec.training else None, data, on_error)
     loaded = chosen.load("test", spec.input)
     paths = [Path(file) for file in files]
-    return benchmark(paths, loaded.images, chosen.name, batches, device, labels=loaded.labels, progress=note)
+    return benchmark(
+        paths,
+        loaded.images,
+        chosen.name,
+        batches,
+        device,
+        labels=loaded.labels,
+        progress=note,
+        stated=options.to_document() if options else {},
+    )
 
 
 def _fields(report: "BenchmarkReport") -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from cifarx.model_flags import NO_MODEL_FLAGS, ModelFlags, stated_options, takes_flags
 from cifarx.options import DeviceName, Json
 from cifarx.output.console import note, print_error
 from cifarx.output.predictions import OutputFormat, prediction_writer
@@ -24,6 +25,7 @@ _PROGRESS_THRESHOLD: Final = 100
 """The number of images from which a terminal shows a progress bar."""
 
 
+@takes_flags(ModelFlags)
 def command(
     images: Annotated[
         list[str],
@@ -32,9 +34,15 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Checkpoint or artifact. [default: the newest file here that the backend can run]"
+            metavar="FILE",
+            help="Checkpoint or artifact; with --ckpt, the network of the checkpoint, such as FILE.py:CALLABLE. "
+            "[default: the newest file here that the backend can run]",
         ),
     ] = None,
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", metavar="FILE", help="Checkpoint, if --model names its network.")
+    ] = None,
+    flags: ModelFlags = NO_MODEL_FLAGS,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -60,8 +68,8 @@ def command(
     names = list(find_images(images))
     sheet = _contact_sheet(annotate, names)
     sources = _ImageSources(twice=sheet is not None)
-    path = model or str(find_model(Path(), backend or "onnxruntime"))
-    with load(path, backend, device) as predictor:
+    path = ckpt or model or str(find_model(Path(), backend or "onnxruntime"))
+    with _open(path, model if ckpt else None, backend, device, flags) as predictor:
         description = _describe_model(predictor, path)
         facts = {"model": path, "backend": predictor.backend, "provider": predictor.provider}
         predictions = _with_progress_bar(_predict(predictor, names, sources, top_k), len(names))
@@ -84,6 +92,19 @@ def command(
     if predicted == len(names):
         return 0
     return 1 if predicted else 2
+
+
+def _open(path: str, network: str | None, backend: str | None, device: str, flags: ModelFlags) -> Predictor:
+    """Open a file, or a checkpoint with what the options state about it."""
+    options = stated_options([path], network, flags)
+    if options is None and not Path(path).is_dir():
+        return load(path, backend, device)
+    if backend not in (None, "pytorch"):
+        raise UsageError(f"backend {backend} does not open the checkpoint {path}", "leave out --backend")
+    from cifarx_serve.devices import parse_device
+    from cifarx_train.pytorch_backend import PyTorchBackend
+
+    return Predictor(PyTorchBackend(Path(path), parse_device(device), options))
 
 
 def _output_format(*, json: bool, jsonl: bool, csv: bool) -> OutputFormat:

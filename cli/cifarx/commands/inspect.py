@@ -1,11 +1,19 @@
 """The `cifarx inspect` command."""
 
 from pathlib import Path
-from typing import Annotated
+from textwrap import shorten
+from typing import Annotated, Final
 
 import typer
 
-from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, read_stated_spec, takes_flags
+from cifarx.model_flags import (
+    NO_MODEL_FLAGS,
+    SOURCE_HELP,
+    ModelFlags,
+    read_stated_spec,
+    stated_options,
+    takes_flags,
+)
 from cifarx.options import Json
 from cifarx.output.console import json_result, result
 from cifarx_serve.backends.base import require_file
@@ -14,6 +22,8 @@ from cifarx_serve.errors import CheckFailed, UsageError, error_message
 from cifarx_serve.files.checksum import ChecksumState, damaged_member, read_checksum
 from cifarx_serve.scores import DEFAULT_THRESHOLD
 from cifarx_serve.spec import Assumption, InputSpec, ModelSpec
+
+_ARGUMENT_WIDTH: Final = 80
 
 
 @takes_flags(ModelFlags)
@@ -32,15 +42,15 @@ def command(
         raise UsageError("--spec-template and --json were given together", "choose one of them")
     # The check comes first, because the spec in a damaged file can be wrong.
     checked = [("checksum", _check(model_file(Path(file))))] if check else []
-    spec = read_stated_spec(file, model, flags)
+    spec = read_stated_spec(file, stated_options([file], model, flags))
     if template:
         from cifarx.output.spec_template import spec_template
 
-        result(spec_template(spec, Path(file).name))
+        result(*spec_template(spec, Path(file).name).split("\n"))
     elif json:
         json_result(spec)
     else:
-        result("\n".join(f"{name:<15} {value}" for name, value in [*_facts(spec), *checked]))
+        result(*[f"{name:<15} {value}" for name, value in [*_facts(spec), *checked]])
 
 
 def _check(path: Path) -> str:
@@ -99,7 +109,9 @@ def _source(spec: ModelSpec) -> list[tuple[str, str]]:
     source = spec.source
     if source is None:
         return []
-    arguments = [f"{name}={value!r}" for name, value in source.arguments.items()]
+    arguments = [
+        shorten(f"{name}={value!r}", _ARGUMENT_WIDTH, placeholder=" …") for name, value in source.arguments.items()
+    ]
     output = [] if source.output is None else [f"its output {source.output!r}"]
     sha256 = [f"sha256 {source.sha256}"] if source.sha256 else []
     return [("source", ", ".join([f"{source.kind} {source.name}", *arguments, *output, *sha256]))]

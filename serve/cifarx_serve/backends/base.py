@@ -1,9 +1,10 @@
 """The base class of all backends."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
+
+NOTHING_STATED: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class TensorInfo(NamedTuple):
@@ -54,6 +57,19 @@ class Backend(ABC):
             ModelFileError: this backend cannot run the file, or the file contains no spec.
             DeviceError: the device is not available.
         """
+
+    @classmethod
+    def open_stated(cls, path: Path, device: Device, stated: Mapping[str, Any]) -> Self:  # noqa: ARG003  see below
+        """Open a model file with what the user states about its model, for files that do not say it themselves.
+
+        By default this is ignored, because an artifact contains its own spec.
+
+        Args:
+            path: the file.
+            device: the device to run on.
+            stated: plain data that the backend understands, such as a document of `ModelOptions` for a checkpoint.
+        """
+        return cls(path, device)
 
     @classmethod
     @abstractmethod

@@ -4,15 +4,15 @@ A package provides a backend through the entry-point group `cifarx.backends`. Th
 backend and its value is the `Backend` subclass, as in `tvm = "my_package.tvm_backend:TvmBackend"`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from cifarx_serve.backends.base import Backend, require_file
-from cifarx_serve.devices import parse_device
+from cifarx_serve.backends.base import NOTHING_STATED, Backend, require_file
+from cifarx_serve.devices import Device, parse_device
 from cifarx_serve.errors import ModelFileError, UsageError, unknown_name_error
 from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.spec import ModelSpec
@@ -156,13 +156,16 @@ def read_spec(path: str | Path) -> ModelSpec:
     return backend_for(path).read_spec(path)
 
 
-def open_backend(path: str | Path, backend: str | None = None, device: str = "auto") -> Backend:
+def open_backend(
+    path: str | Path, backend: str | None = None, device: str = "auto", stated: Mapping[str, Any] = NOTHING_STATED
+) -> Backend:
     """Open a model file on a device.
 
     Args:
         path: the model file.
         backend: the name of the backend, or None to select it as `backend_for` does.
         device: the name of the device, as for `parse_device`.
+        stated: what the user states about the model, see `Backend.open_stated`.
 
     Raises:
         UsageError: the backend or device is unknown, or the backend does not open such a file.
@@ -172,13 +175,17 @@ def open_backend(path: str | Path, backend: str | None = None, device: str = "au
     path, parsed = model_file(Path(path)), parse_device(device)
     if not backend:
         require_file(path)
-        return backend_for(path)(path, parsed)
+        return _open(backend_for(path), path, parsed, stated)
     selected = backend_class(backend)
     require_file(path)
     if not _opens(backend, path) and _backend_by_content(path) != backend:
         suffixes = ", ".join(backend_suffixes(backend))
         raise UsageError(f"backend {backend} does not open {path}", f"give a file that ends with {suffixes}")
-    return selected(path, parsed)
+    return _open(selected, path, parsed, stated)
+
+
+def _open(backend: type[Backend], path: Path, device: Device, stated: Mapping[str, Any]) -> Backend:
+    return backend.open_stated(path, device, stated) if stated else backend(path, device)
 
 
 def model_file(path: Path) -> Path:

@@ -1,21 +1,23 @@
 """Benchmarks model files side by side: latency, throughput, and agreement of their predictions."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarx_serve.backends.base import NOTHING_STATED
 from cifarx_serve.benchmarking.process import BenchmarkProcess
 from cifarx_serve.benchmarking.timing import Latency, measure_interleaved
 from cifarx_serve.benchmarking.worker import MemoryUse, Predictions
 from cifarx_serve.errors import UsageError
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.environment import Environment, current_environment
+from cifarx_serve.system.terminal import require_utf8
 
 
 class BenchmarkRow(msgspec.Struct, frozen=True):
@@ -101,6 +103,7 @@ def benchmark(
     seconds: float = 1.0,
     labels: NDArray[np.int64] | None = None,
     progress: Progress = silent,
+    stated: Mapping[str, Any] = NOTHING_STATED,
 ) -> BenchmarkReport:
     """Open each file in its own process, measure the files in turns, and compare their predictions on all images.
 
@@ -113,6 +116,7 @@ def benchmark(
         seconds: how long to measure each file at each batch size; up to three times as long if a file is unstable.
         labels: int64 (N,), to measure the accuracy.
         progress: called with a line of text for each step.
+        stated: what the user states about the checkpoints among the files, see `Backend.open_stated`.
 
     Raises:
         UsageError: there is no file, a batch size is less than 1 or more than the number of images, or the models have
@@ -122,12 +126,13 @@ def benchmark(
     """
     if not files:
         raise UsageError("no file to measure", "give at least one model file")
+    require_utf8(*files)
     if invalid := [batch for batch in batch_sizes if not 1 <= batch <= len(images)]:
         raise UsageError(f"batch size {invalid[0]} is out of range", f"give 1 to {len(images)}, the number of images")
     with tempfile.TemporaryDirectory(prefix="cifarx-bench-") as folder, ExitStack() as stack:
         images_file = Path(folder) / "images.npy"
         np.save(images_file, images)
-        processes = [stack.enter_context(closing(_open(path, device, images_file, progress))) for path in files]
+        processes = [stack.enter_context(closing(_open(path, device, images_file, stated, progress))) for path in files]
         latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batch_sizes}
         compared = _compare(processes, labels, progress)
         rows = [
@@ -139,9 +144,11 @@ def benchmark(
         return BenchmarkReport(current_environment(), data_name, len(images), tuple(rows), multi_label)
 
 
-def _open(path: Path, device: str, images_file: Path, progress: Progress) -> BenchmarkProcess:
+def _open(
+    path: Path, device: str, images_file: Path, stated: Mapping[str, Any], progress: Progress
+) -> BenchmarkProcess:
     progress(f"opening {path}")
-    return BenchmarkProcess(path, device, images_file)
+    return BenchmarkProcess(path, device, images_file, stated)
 
 
 def _measure(processes: Sequence[BenchmarkProcess], batch: int, seconds: float, progress: Progress) -> list[Latency]:

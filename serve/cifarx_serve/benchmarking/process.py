@@ -1,6 +1,7 @@
 """Runs `benchmarking.worker` in a process and sends it requests."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve import errors
+from cifarx_serve.backends.base import NOTHING_STATED
 from cifarx_serve.backends.registry import registered_backends
 from cifarx_serve.benchmarking.worker import (
     MeasureDeviceTimes,
@@ -40,6 +42,7 @@ class BenchmarkProcess:
         path: the model file.
         device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
         images_file: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
+        stated: what the user states about the model, see `Backend.open_stated`.
 
     Attributes:
         opened: what runs the file, and how long opening it took.
@@ -50,11 +53,11 @@ class BenchmarkProcess:
         DeviceError: the device is not available.
     """
 
-    def __init__(self, path: Path, device: str, images_file: Path) -> None:
+    def __init__(self, path: Path, device: str, images_file: Path, stated: Mapping[str, Any] = NOTHING_STATED) -> None:
         self.path = path
         self._process = WorkerProcess(_PROGRAM)
         try:
-            request = OpenModel(str(path), device, str(images_file), registered_backends())
+            request = OpenModel(str(path), device, str(images_file), registered_backends(), dict(stated))
             self.opened = self._request(request, OpenedModel)
         except BaseException:
             self.close()

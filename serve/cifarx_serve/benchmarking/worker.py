@@ -33,12 +33,14 @@ class OpenModel(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         images: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
         registered: the backends that the parent process has registered.
+        stated: what the user states about the model, see `Backend.open_stated`.
     """
 
     path: str
     device: str
     images: str
     registered: tuple[RegisteredBackend, ...]
+    stated: dict[str, Any] = {}
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag=True):
@@ -134,7 +136,7 @@ class _Model:
             warnings.simplefilter("always", FallbackWarning)
             before = used_gpu_memory()
             started = time.perf_counter()
-            self._backend = open_backend(request.path, device=request.device)
+            self._backend = open_backend(request.path, device=request.device, stated=request.stated)
             load_ms = (time.perf_counter() - started) * 1e3
         self._require_size(request.path)
         require_interface(self._backend, request.path)

@@ -5,12 +5,22 @@ from pathlib import Path
 from torch import nn
 
 from cifarx_serve.errors import UsageError
-from cifarx_train.checkpoints.checkpoint import Checkpoint
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from cifarx_train.models.architecture import Architecture
 from cifarx_train.models.initial_spec import initial_spec
-from cifarx_train.models.options import ModelOptions, SpecOverrides
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions, SpecOverrides
 from cifarx_train.models.sources import HUGGING_FACE_PREFIX, find_architecture
 from cifarx_train.models.user_networks import module_architecture
+
+
+def load_model(path: Path, options: ModelOptions = NO_OPTIONS) -> Checkpoint:
+    """Load a checkpoint as `load_checkpoint` does, or a directory that Hugging Face's `save_pretrained` wrote."""
+    if not path.is_dir():
+        return load_checkpoint(path, options)
+    model = f"{HUGGING_FACE_PREFIX}{path}"
+    if options.model not in (None, model):
+        raise UsageError(f"{path} is a directory with its own network, not {options.model}", "leave out --model")
+    return load_source_weights(options._replace(model=model))
 
 
 def load_source_weights(options: ModelOptions) -> Checkpoint:

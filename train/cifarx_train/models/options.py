@@ -129,5 +129,19 @@ class ModelOptions(NamedTuple):
     weights_key: str | None = None
     overrides: SpecOverrides = SpecOverrides()
 
+    def to_document(self) -> dict[str, Any]:
+        """Return plain data from which `from_document` makes the same options in another process."""
+        overrides = {
+            "fields": dict(self.overrides.fields),
+            "whole_input": self.overrides.whole_input,
+            "origins": dict(self.overrides.origins),
+        }
+        return {**self._asdict(), "arguments": dict(self.arguments), "overrides": overrides}
+
+    @staticmethod
+    def from_document(document: Mapping[str, Any]) -> "ModelOptions":
+        """Return the options of `to_document`."""
+        return ModelOptions(**{**document, "overrides": SpecOverrides(**document["overrides"])})
+
 
 NO_OPTIONS = ModelOptions()
