@@ -16,8 +16,11 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from cifarx_export.formats.conversion_errors import reporting_conversion_errors
+from cifarx_export.formats.exported_program import export_program
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.traced_module import module_to_trace
 from cifarx_serve.backends.torch.aot_inductor import CPU_KEY, target_machine, trust_package
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import UsageError
@@ -73,7 +76,8 @@ def convert_to_aot_inductor(source: ConversionSource) -> list[AotInductorArtifac
     """Compile the network, which takes about a minute. Returns one artifact.
 
     Raises:
-        UsageError: there is no C++ compiler, or this machine is not of a kind that packages are compiled for.
+        UsageError: there is no C++ compiler, this machine is not of a kind that packages are compiled for, or the
+            network cannot be compiled.
     """
     machine = target_machine()
     if machine is None:
@@ -101,9 +105,9 @@ def _require_compiler() -> None:
 
 
 def _compile(source: ConversionSource, folder: Path) -> Path:
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():  # freezing requires inference
-        program = torch.export.export(source.build_module(), (source.example_input(),), dynamic_shapes=({0: batch},))
+    module, example = module_to_trace(source), source.example_input()
+    program = export_program(module, example, "aotinductor")
+    with reporting_conversion_errors("aotinductor", module, example), torch.no_grad():  # freezing requires inference
         try:
             package = torch._inductor.aoti_compile_and_package(
                 program,

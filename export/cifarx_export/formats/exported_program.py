@@ -1,15 +1,17 @@
 """The `ExportedProgram` of `torch.export`, a graph of operators with a dynamic batch size, in a PyTorch 2 archive."""
 
 import io
-import warnings
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cifarx_export.formats.fp16 import convert_module_to_fp16
+from cifarx_export.formats.conversion_errors import reporting_conversion_errors
+from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.traced_module import module_to_trace
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.spec import ModelSpec
 
@@ -34,17 +36,40 @@ def convert_to_exported_program(source: ConversionSource) -> list[ExportedProgra
     """Export the network with a dynamic batch size of at least one. Height and width are fixed. Returns one artifact.
 
     Raises:
-        UsageError: a weight is outside the range of float16.
+        UsageError: a weight is outside the range of float16, or the network cannot be exported.
     """
-    module = source.build_module()
-    if source.spec.precision == "fp16":
-        module = convert_module_to_fp16(module, source.spec.input.layout)
-    with warnings.catch_warnings(), torch.no_grad():
-        # The parity check covers what the exporter warns about.
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, (source.example_input(),), dynamic_shapes=({0: Dim("batch", min=1)},))
+    program = export_program(module_to_trace(source), source.example_input(), "pt2")
+    _replace_views(program)
     _strip_debug_metadata(program)
     return [ExportedProgramArtifact(program)]
+
+
+def export_program(module: nn.Module, example: Tensor, target: str) -> ExportedProgram:
+    """Export a module with a dynamic batch size of at least one.
+
+    Args:
+        module: the module.
+        example: the images to export it with.
+        target: what the program is made for, for messages.
+
+    Raises:
+        UsageError: the module cannot be exported. The message names the line of its code.
+    """
+    # The parity check covers what the exporter warns about.
+    with reporting_conversion_errors(target, module, example), quiet(), torch.no_grad():
+        return torch.export.export(module, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
+
+
+def _replace_views(program: ExportedProgram) -> None:
+    """Replace `view` by `reshape`, which copies a tensor whose strides do not permit a view.
+
+    The exporter leaves out `contiguous` where a tensor is contiguous on the CPU. On a GPU it may not be: the strides of
+    `scaled_dot_product_attention` are others there.
+    """
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    program.graph_module.recompile()
 
 
 def _strip_debug_metadata(program: ExportedProgram) -> None:

@@ -7,16 +7,32 @@ import io
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.jit._trace import TracerWarning
 
-from cifarx_export.formats.fp16 import convert_module_to_fp16
+from cifarx_export.formats.conversion_errors import is_user_code, reporting_conversion_errors
 from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.traced_module import module_to_trace
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
+
+_KEPT: Final = {
+    "Converting a tensor to a Python boolean": "the branch that was taken",
+    "Converting a tensor to a Python list": "the values that were computed",
+    "Converting a tensor to a NumPy array": "the values that were computed",
+    "Converting a tensor to a Python": "the number that was computed",
+    "torch.from_numpy": "the values that were computed",
+    "Iterating over a tensor": "the number of steps that was taken",
+}
+"""What a traced network keeps for all images, by the start of the tracer's warning."""
+
+_MAX_NOTES: Final = 5
 
 _ARITHMETIC: Final = frozenset(f"aten::{name}" for name in ("add", "div", "floor_divide", "mul", "remainder", "sub"))
 """Operators that take a number in place of a tensor as their second operand."""
@@ -41,22 +57,46 @@ class TorchScriptArtifact(Artifact):
 def convert_to_torchscript(source: ConversionSource) -> list[TorchScriptArtifact]:
     """Trace the network with a batch of two and freeze it. Returns one artifact.
 
+    The tracer follows the control flow of Python only for the images that it is given. A note names each line of the
+    network's code where it warns about that; the parity check finds whether it matters.
+
     Raises:
-        UsageError: PyTorch does not support TorchScript on this version of Python, or a weight is outside the range of
-            float16.
+        UsageError: PyTorch does not support TorchScript on this version of Python, a weight is outside the range of
+            float16, or the network cannot be traced.
     """
     if sys.version_info >= (3, 14):
         raise UsageError("TorchScript is not supported on Python 3.14 and later", "use --format onnx")
-    module = source.build_module()
-    if source.spec.precision == "fp16":
-        module = convert_module_to_fp16(module, source.spec.input.layout)
-    with warnings.catch_warnings(), torch.no_grad():
-        # The command has already reported the deprecation, and the parity check covers what the tracer warns about.
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(module, source.example_input(), check_trace=False)
-        frozen = torch.jit.freeze(traced.eval())
-        _replace_integer_tensors(frozen.graph)
-        return [TorchScriptArtifact(frozen)]
+    module, example = module_to_trace(source), source.example_input()
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():  # also the deprecation, already reported
+        warnings.simplefilter("always")
+        with reporting_conversion_errors("TorchScript", module, example), redirect_stdout(io.StringIO()):
+            traced = torch.jit.trace(module, example, check_trace=False)
+            frozen = torch.jit.freeze(traced.eval())
+    for line in tracer_notes(caught):
+        source.progress(line)
+    _replace_integer_tensors(frozen.graph)
+    return [TorchScriptArtifact(frozen)]
+
+
+def tracer_notes(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """Return a note for each line of the user's code that the tracer warns about, at most `_MAX_NOTES` and a count.
+
+    Packages such as torchvision compare sizes in ways that the tracer warns about too, but those do not vary.
+    """
+    warned = [entry for entry in caught if issubclass(entry.category, TracerWarning)]
+    lines = {
+        f"{Path(entry.filename).name} line {entry.lineno}: TorchScript keeps {_kept(str(entry.message))}"
+        for entry in warned
+        if is_user_code(entry.filename)
+    }
+    notes = [f"note: {line}" for line in sorted(lines)]
+    rest = len(notes) - _MAX_NOTES
+    return [*notes[:_MAX_NOTES], f"note: {rest} more lines like these"] if rest > 0 else notes
+
+
+def _kept(warning: str) -> str:
+    kept = next((kept for start, kept in _KEPT.items() if warning.startswith(start)), "what happened")
+    return f"{kept} for the traced images"
 
 
 def _replace_integer_tensors(graph: Any) -> None:

@@ -1,6 +1,8 @@
 """TorchScript archives: their content, and that they are reproducible as far as PyTorch allows."""
 
+import dataclasses
 import getpass
+import inspect
 import re
 import socket
 import sys
@@ -13,8 +15,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from torch.jit._trace import TracerWarning
 
-from cifarx_export.formats.torchscript import TorchScriptArtifact, convert_to_torchscript
+from cifarx_export.formats.torchscript import TorchScriptArtifact, convert_to_torchscript, tracer_notes
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
@@ -216,6 +219,62 @@ def test_converting_prints_nothing_and_does_not_modify_the_network(
     assert all(parameter.requires_grad for parameter in module.parameters())
     for name, value in module.state_dict().items():
         assert torch.equal(value, loaded.weights[name])
+
+
+class FollowsValues(torch.nn.Module):
+    """A network with control flow that the tracer does not follow."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.mean() > 0.5:
+            images = 1 - images
+        for _ in range(int(images.amax())):
+            images = images * 2
+        return images.mean((2, 3)).repeat(1, 4)[:, :10]
+
+
+@needs_torchscript
+def test_a_note_names_each_line_that_the_tracer_does_not_follow(loaded: Checkpoint) -> None:
+    lines: list[str] = []
+    source = conversion_source(loaded, module=FollowsValues().eval())
+    convert_to_torchscript(dataclasses.replace(source, progress=lines.append))
+    _, first = inspect.getsourcelines(FollowsValues)
+    assert lines == [
+        f"note: {Path(__file__).name} line {first + 4}: TorchScript keeps the branch that was taken for the traced "
+        "images",
+        f"note: {Path(__file__).name} line {first + 6}: TorchScript keeps the number that was computed for the traced "
+        "images",
+    ]
+
+
+@needs_torchscript
+def test_lines_of_packages_have_no_note(loaded: Checkpoint) -> None:
+    """The tracer warns about lines of PyTorch's LSTM, which compare sizes."""
+
+    class Recurrent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(96, 10, batch_first=True)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = self.lstm(images.permute(0, 2, 1, 3).flatten(2))[0]
+            return outputs[:, -1]
+
+    lines: list[str] = []
+    source = conversion_source(loaded, module=Recurrent().eval())
+    convert_to_torchscript(dataclasses.replace(source, progress=lines.append))
+    assert lines == []
+
+
+def test_many_notes_are_counted() -> None:
+    warned = [
+        warnings.WarningMessage(
+            TracerWarning(f"Iterating over a tensor might cause {line}"), TracerWarning, "m.py", line
+        )
+        for line in range(8)
+    ]
+    notes = tracer_notes(warned)
+    assert notes[0] == "note: m.py line 0: TorchScript keeps the number of steps that was taken for the traced images"
+    assert notes[5:] == ["note: 3 more lines like these"]
 
 
 @pytest.mark.parametrize("version", [(3, 14, 0), (3, 15, 1)])
