@@ -14,58 +14,61 @@ _CUBIC: Final = np.float32(-0.75)
 """The parameter of PyTorch's bicubic filter without antialiasing, as in OpenCV. Pillow's is -0.5."""
 
 
-def interpolate(pixels: NDArray[np.uint8], size: tuple[int, int], interpolation: Interpolation) -> NDArray[np.uint8]:
-    """Resize pixels without antialiasing.
+def interpolate(
+    pixels: NDArray[np.uint8], size: tuple[int, int], kept: tuple[slice, slice], interpolation: Interpolation
+) -> NDArray[np.uint8]:
+    """Resize pixels without antialiasing, and crop them.
 
     Args:
         pixels: uint8 of shape (H, W) or (H, W, channels).
         size: the new width and height.
+        kept: the rows and columns of the resized pixels to return.
         interpolation: nearest, bilinear or bicubic.
     """
     width, height = size
-    if pixels.shape[:2] == (height, width):
-        return pixels
+    kept_rows, kept_columns = (np.arange(part.start, part.stop, dtype=np.float32) for part in kept)
+    scale_y = np.float32(pixels.shape[0]) / np.float32(height)
+    scale_x = np.float32(pixels.shape[1]) / np.float32(width)
     if interpolation == "nearest":
-        return pixels[_nearest(pixels.shape[0], height)][:, _nearest(pixels.shape[1], width)]
+        nearest_rows = pixels[_nearest(kept_rows, scale_y, pixels.shape[0])]
+        return nearest_rows[:, _nearest(kept_columns, scale_x, pixels.shape[1])]
     taps = _cubic_taps if interpolation == "bicubic" else _linear_taps
-    columns = taps(pixels.shape[1], width)
+    columns = taps(_centers(kept_columns, scale_x), pixels.shape[1])
+    first, last = columns[0][0][0], columns[-1][0][-1]
+    pixels = pixels[:, first : last + 1]  # a crop of a panorama needs only a few of its columns
     extra = (1,) * (pixels.ndim - 2)  # the axis of the channels, if any
-    result = np.zeros((height, width, *pixels.shape[2:]), np.float32)
-    for row_indices, row_weights in taps(pixels.shape[0], height):
+    result = np.zeros((len(kept_rows), len(kept_columns), *pixels.shape[2:]), np.float32)
+    for row_indices, row_weights in taps(_centers(kept_rows, scale_y), pixels.shape[0]):
         rows = pixels.take(row_indices, axis=0)
         line = np.zeros_like(result)
         for indices, weights in columns:
-            line += rows.take(indices, axis=1) * weights.reshape(1, -1, *extra)
+            line += rows.take(indices - first, axis=1) * weights.reshape(1, -1, *extra)
         line *= row_weights.reshape(-1, 1, *extra)
         result += line
     return result.round().clip(0, 255).astype(np.uint8)
 
 
-def _nearest(size: int, target: int) -> NDArray[np.intp]:
-    """Return the index of the source of each pixel along an axis."""
-    scale = np.float32(size) / np.float32(target)
-    positions = np.arange(target, dtype=np.float32) * scale
-    return np.minimum(positions.astype(np.intp), size - 1)
+def _nearest(kept: NDArray[np.float32], scale: np.float32, size: int) -> NDArray[np.intp]:
+    """Return the index of the source of each kept pixel along an axis of `size` pixels."""
+    return np.minimum((kept * scale).astype(np.intp), size - 1)
 
 
-def _positions(size: int, target: int) -> NDArray[np.float32]:
-    """Return where the center of each pixel along an axis is in the source, with the center of its first pixel at 0."""
-    scale = np.float32(size) / np.float32(target)
-    return scale * (np.arange(target, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+def _centers(kept: NDArray[np.float32], scale: np.float32) -> NDArray[np.float32]:
+    """Return where the center of each kept pixel is in the source, with the center of its first pixel at 0."""
+    return scale * (kept + np.float32(0.5)) - np.float32(0.5)
 
 
-def _linear_taps(size: int, target: int) -> list[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-    """Return the index and weight of each of the two sources of each pixel along an axis."""
-    positions = np.maximum(_positions(size, target), np.float32(0))
+def _linear_taps(positions: NDArray[np.float32], size: int) -> list[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    """Return the index and weight of each of the two sources of each position along an axis of `size` pixels."""
+    positions = np.maximum(positions, np.float32(0))
     lower = np.minimum(positions.astype(np.intp), size - 1)
     upper = np.minimum(lower + 1, size - 1)
     fraction = (positions - lower.astype(np.float32)).clip(0, 1)
     return [(lower, 1 - fraction), (upper, fraction)]
 
 
-def _cubic_taps(size: int, target: int) -> list[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-    """Return the index and weight of each of the four sources of each pixel along an axis."""
-    positions = _positions(size, target)
+def _cubic_taps(positions: NDArray[np.float32], size: int) -> list[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    """Return the index and weight of each of the four sources of each position along an axis of `size` pixels."""
     lower = np.minimum(np.floor(positions).astype(np.intp), size - 1)
     fraction = (positions - lower.astype(np.float32)).clip(0, 1)
     distances = (fraction + 1, fraction, 1 - fraction, 2 - fraction)

@@ -15,12 +15,15 @@ A crop starts at `round((size - crop) / 2)`, where halves are rounded to even, a
 of them above or on the left. That is `CenterCrop`, and also `round(n / 2 - 0.1)` of `LetterBox`.
 """
 
+import math
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cifarx_serve.images.inner_sizes import require_pixels
+from cifarx_serve.images.reader import MAX_PIXELS
 from cifarx_serve.spec import InputSpec, ModelSpec
 
 _FILTERS: Final = {
@@ -31,14 +34,24 @@ _FILTERS: Final = {
 }
 
 
+_FILTER_RADIUS: Final = 3
+"""The radius of the widest filter, Lanczos, in pixels of the larger of the two images."""
+
+MAX_RESIZED_PIXELS: Final = 1 << 24
+"""A panorama that would have more pixels, and 16 times those of the input, is resized within the crop only.
+
+An image of 1x5,000 pixels whose shorter side is resized to 256 would have 328 million.
+"""
+
+
 def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
     """Resize an RGB image to the input size of the network, and crop or pad it as the spec says.
 
-    With `antialias`, the pixels equal those of torchvision on a Pillow image bit for bit. Without it, they equal those
-    of torchvision's `resize(..., antialias=False)` on a float tensor, rounded: exactly for nearest, and up to one level
-    in about one of a thousand values for bilinear and bicubic, because sums are ordered differently. On some CPUs,
-    torchvision's v2 resizes uint8 tensors in fixed point, which differs more: by one level in a tenth of the values for
-    bilinear, and by its own bicubic filter.
+    With `antialias`, the pixels equal those of torchvision on a Pillow image bit for bit, or up to one level for the
+    panoramas of `MAX_RESIZED_PIXELS`. Without it, they equal those of torchvision's `resize(..., antialias=False)` on a
+    float tensor, rounded: exactly for nearest, and up to one level in about one of a thousand values for bilinear and
+    bicubic, because sums are ordered differently. On some CPUs, torchvision's v2 resizes uint8 tensors in fixed point,
+    which differs more: by one level in a tenth of the values for bilinear, and by its own bicubic filter.
 
     Returns:
         uint8 of shape (height, width, channels): RGB, or grayscale as of Pillow's mode L.
@@ -46,15 +59,45 @@ def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
     if spec.color == "L":
         image = image.convert("L")
     size = resized_size(*image.size, spec)
-    if spec.antialias:
-        pixels = np.asarray(image if image.size == size else image.resize(size, _FILTERS[spec.interpolation]))
-    else:
+    if image.size == size:
+        pixels = np.asarray(image)
+    elif not spec.antialias:
         from cifarx_serve.images.interpolate import interpolate
 
-        pixels = interpolate(np.asarray(image), size, spec.interpolation)
+        pixels = interpolate(np.asarray(image), size, _kept(size, spec), spec.interpolation)
+    elif spec.resize == "shorter_side" and math.prod(size) > max(MAX_RESIZED_PIXELS, 16 * spec.height * spec.width):
+        pixels = _resize_crop(image, size, spec)
+    else:
+        pixels = np.asarray(image.resize(size, _FILTERS[spec.interpolation]))
     if spec.color == "L":
         pixels = pixels[..., None]
-    return pixels if size == (spec.width, spec.height) else _crop_or_pad(pixels, spec)
+    return pixels if pixels.shape[:2] == (spec.height, spec.width) else _crop_or_pad(pixels, spec)
+
+
+def _resize_crop(image: Image.Image, size: tuple[int, int], spec: InputSpec) -> NDArray[np.uint8]:
+    """Resize only the part of an image that the crop keeps, with the pixels around it that the filter needs."""
+    rows, columns = _kept(size, spec)
+    left, right, x = _source_span(columns, image.width, size[0])
+    top, bottom, y = _source_span(rows, image.height, size[1])
+    box = (x.start, y.start, x.stop, y.stop)
+    target = (columns.stop - columns.start, rows.stop - rows.start)
+    part = image.crop((left, top, right, bottom))
+    return np.asarray(part.resize(target, _FILTERS[spec.interpolation], box=box))
+
+
+def _source_span(kept: slice, before: int, after: int) -> tuple[int, int, slice]:
+    """Return which pixels of an axis the filter needs, and what becomes `kept`, relative to the first of them.
+
+    Args:
+        kept: the pixels to make.
+        before, after: the length of the axis before and after it is resized.
+    """
+    scale = before / after
+    radius = _FILTER_RADIUS * max(1.0, scale) + 1
+    first = max(0, math.floor(kept.start * scale - radius))
+    last = min(before, math.ceil(kept.stop * scale + radius))
+    # Relative, because Pillow stores these numbers in single precision.
+    return first, last, slice(kept.start * scale - first, min(kept.stop * scale, last) - first)
 
 
 def resized_size(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
@@ -72,17 +115,32 @@ def resized_size(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
     return (shorter, longer) if width <= height else (longer, shorter)
 
 
+def peak_pixels(width: int, height: int, spec: InputSpec) -> int:
+    """Return the number of pixels that an image has before or after its shorter side is resized, whichever is more.
+
+    A model with embedded preprocessing needs memory for them. Other ways to resize always have the same size.
+    """
+    if spec.resize != "shorter_side":
+        return width * height
+    return max(width * height, math.prod(resized_size(width, height, spec)))
+
+
 def is_unchanged(shape: tuple[int, ...], spec: InputSpec) -> bool:
     """Return whether pixels of this shape, (height, width, channels), are already those that `resize` would return."""
     size = (spec.width, spec.height)
     return shape == (spec.height, spec.width, spec.channels) and resized_size(*size, spec) == size
 
 
+def _kept(size: tuple[int, int], spec: InputSpec) -> tuple[slice, slice]:
+    """Return the rows and the columns of an image of this width and height that the center crop keeps."""
+    rows, columns = _centered(size[1], spec.height)[0], _centered(size[0], spec.width)[0]
+    return rows, columns
+
+
 def _crop_or_pad(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
     """Crop and pad pixels to (height, width) around their center."""
-    (rows, target_rows), (columns, target_columns) = (
-        _centered(size, target) for size, target in zip(pixels.shape[:2], (spec.height, spec.width), strict=True)
-    )
+    rows, target_rows = _centered(pixels.shape[0], spec.height)
+    columns, target_columns = _centered(pixels.shape[1], spec.width)
     result = np.empty((spec.height, spec.width, spec.channels), np.uint8)
     result[:] = rgb_fill(spec)
     result[target_rows, target_columns] = pixels[rows, columns]
@@ -93,9 +151,9 @@ def _centered(size: int, target: int) -> tuple[slice, slice]:
     """Return the part of an axis of length `size` that is kept, and where in the axis of length `target` it goes."""
     if size >= target:
         start = round((size - target) / 2)
-        return slice(start, start + target), slice(None)
+        return slice(start, start + target), slice(0, target)
     start = (target - size) // 2
-    return slice(None), slice(start, start + size)
+    return slice(0, size), slice(start, start + size)
 
 
 def rgb_fill(spec: InputSpec) -> NDArray[np.uint8]:
@@ -162,15 +220,24 @@ def normalize(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]
     return batch
 
 
-def model_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.uint8]:
+def model_pixels(image: Image.Image, spec: ModelSpec, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Return the pixels that `pixels_to_input` takes for an RGB image.
+
+    Args:
+        image: the image.
+        spec: the model's spec.
+        max_pixels: the largest number of pixels to which a model with embedded preprocessing may resize the image.
 
     Returns:
         uint8 of shape (height, width, channels): those of the whole image for a model with embedded preprocessing, or
         else those that `resize` returns.
+
+    Raises:
+        TooManyPixels: the model would resize the image, before it crops it, to more than `max_pixels` pixels.
     """
     if not spec.embedded_preprocessing:
         return resize(image, spec.input)
+    require_pixels(*resized_size(*image.size, spec.input), "the image", max_pixels, "is resized to")
     return np.asarray(image.convert("L"))[..., None] if spec.input.color == "L" else np.asarray(image)
 
 

@@ -1,6 +1,7 @@
 """Preprocessing equals the transforms of torchvision bit for bit, because models are trained with those."""
 
 import io
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_serve.images.preprocess import is_unchanged, model_input, model_pixels, normalize, resize, undo_crop
+from cifarx_serve.images.preprocess import (
+    is_unchanged,
+    model_input,
+    model_pixels,
+    normalize,
+    peak_pixels,
+    resize,
+    undo_crop,
+)
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec, ModelSpec
 
@@ -205,13 +214,58 @@ def test_equals_torchvision_with_crops_and_padding(torchvision_batch: Reference,
     ids=lambda spec: f"{spec.color} {spec.resize} {spec.resize_to}",
 )
 def test_equals_torchvision_for_a_thousand_images(torchvision_batch: Reference, spec: InputSpec) -> None:
+    """No image is wider than 64 times its height, or the other way round. Panoramas are tested below."""
     drawings = (noise, gradient, extremes, photographic)
+    sizes = (size for seed in range(2000) if max(size := random_size(seed)) <= 64 * min(size))
     differing = []
-    for seed in range(1000):
-        images = [drawn(drawings[seed % 4], seed, random_size(seed))]
+    for seed, size in zip(range(1000), sizes, strict=False):
+        images = [drawn(drawings[seed % 4], seed, size)]
         if not bitwise_equal(preprocess(images, model(spec)), torchvision_batch(images, spec)):
             differing.append(seed)
     assert differing == []
+
+
+@pytest.mark.parametrize("filter_name", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(1, 700), (700, 1), (3, 900), (1200, 4)])
+def test_a_panorama_equals_torchvision_up_to_one_level(
+    filter_name: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = InputSpec(height=30, width=28, resize="shorter_side", resize_to=33, interpolation=filter_name)
+    image = drawn(noise, 0, size)
+    whole = resize(image, spec).astype(int)
+    monkeypatch.setattr("cifarx_serve.images.preprocess.MAX_RESIZED_PIXELS", 1000)
+    within = resize(image, spec)
+    assert within.shape == (30, 28, 3)
+    assert np.abs(within - whole).max() <= 1
+
+
+def test_a_crop_larger_than_a_panorama_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = InputSpec(height=48, width=40, resize="shorter_side", resize_to=33, fill=(1, 2, 3))
+    whole = resize(drawn(noise, 0, (900, 3)), spec).astype(int)
+    monkeypatch.setattr("cifarx_serve.images.preprocess.MAX_RESIZED_PIXELS", 1000)
+    within = resize(drawn(noise, 0, (900, 3)), spec)
+    assert np.abs(within - whole).max() <= 1
+    assert (within[:, 0] == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"antialias": False}, {"interpolation": "nearest"}])
+def test_a_long_panorama_takes_little_memory(fields: dict[str, Any]) -> None:
+    """Resized as a whole, it would take 65 GB."""
+    spec = InputSpec(height=224, width=224, resize="shorter_side", resize_to=256, **fields)
+    for size in ((1, 1_000_000), (1_000_000, 1)):
+        tracemalloc.start()
+        pixels = resize(Image.new("RGB", size, (10, 20, 30)), spec)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (pixels == (10, 20, 30)).all()
+        assert peak < 64 << 20
+
+
+def test_the_pixels_before_the_crop_are_counted() -> None:
+    spec = InputSpec(height=224, width=224, resize="shorter_side", resize_to=256)
+    assert peak_pixels(1, 1000, spec) == 256 * 256_000
+    assert peak_pixels(2000, 1000, spec) == 2000 * 1000
+    assert peak_pixels(10, 10, InputSpec(height=20, width=30)) == 100
 
 
 def test_padded_pixels_have_the_fill_value_in_the_order_of_the_color() -> None:

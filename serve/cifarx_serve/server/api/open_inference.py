@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
 
+from cifarx_serve.images.preprocess import peak_pixels
 from cifarx_serve.server.api.open_inference_schemas import (
     INPUT,
     AnyRequest,
@@ -92,7 +93,7 @@ def parse_infer(
             start of the body; None without the header, when the whole body is JSON.
         spec: the model's spec.
         max_images: the maximum number of images, N.
-        max_pixels: the maximum number of pixels of all images together, N * H * W.
+        max_pixels: the maximum number of pixels of all images together, N * H * W, also before the model crops them.
 
     Raises:
         RequestError: there are too many images or pixels (413), or the request is not valid for the protocol or the
@@ -181,7 +182,8 @@ def _check_shape(tensor_input: Input[list[Any]], spec: ModelSpec, max_images: in
     if shape[0] > max_images:
         raise _too_large(f"{shape[0]} images in one request", f"send at most {max_images}")
     height, width = (spec.input.height, spec.input.width) if datatype == "FP32" else shape[1:3]
-    if (pixels := shape[0] * height * width) > max_pixels:
+    per_image = peak_pixels(width, height, spec.input) if spec.embedded_preprocessing else width * height
+    if (pixels := shape[0] * per_image) > max_pixels:
         raise _too_large(f"{shape[0]} images of {width} x {height} have {pixels} pixels", f"send at most {max_pixels}")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import ImageError
+from cifarx_serve.images.preprocess import peak_pixels
 from cifarx_serve.predictor import Prediction
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.decoder_pool import DecoderPool
@@ -97,7 +98,8 @@ class ImageClassifier:
     ) -> list[_Decoded]:
         """Decode the images, one after the other.
 
-        Images that the model resizes itself are all in memory at full size, so `max_pixels` limits them together.
+        Images that the model resizes itself are all in memory at full size, and at the size before the crop, so
+        `max_pixels` limits them together.
         """
         spec, pixels_left = instance.model.spec, self._max_pixels
         decoded: list[_Decoded] = []
@@ -108,7 +110,9 @@ class ImageClassifier:
                 decoded.append(error)
             else:
                 decoded.append(pixels)
-                pixels_left -= pixels.size // spec.input.channels if spec.embedded_preprocessing else 0
+                if spec.embedded_preprocessing:
+                    height, width, _ = pixels.shape
+                    pixels_left = max(0, pixels_left - peak_pixels(width, height, spec.input))
         return decoded
 
 

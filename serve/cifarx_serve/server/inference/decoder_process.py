@@ -71,7 +71,7 @@ def _decode(data: bytes, max_pixels: int, spec: ModelSpec) -> tuple[DecodeReply,
         _limit_cpu(cpu_limit_s(0))
         image = open_image(data, max_pixels)
         _limit_cpu(cpu_limit_s(image.width * image.height))
-        pixels = model_pixels(read_image(image), spec)
+        pixels = model_pixels(read_image(image), spec, max_pixels)
     except ImageError as error:
         return DecodeReply(error=(error.problem, error.remedy), too_many_pixels=isinstance(error, TooManyPixels)), b""
     finally:

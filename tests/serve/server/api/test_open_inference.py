@@ -21,6 +21,7 @@ from cifarx_serve.server.api.open_inference import (
     server_metadata,
 )
 from cifarx_serve.server.errors import RequestError
+from cifarx_serve.spec import InputSpec
 from tests.support.color_model import SPEC
 from tests.support.spec_model import GRAYSCALE, RGB, make_spec
 
@@ -192,6 +193,15 @@ def test_the_limit_of_pixels_counts_images_of_every_layout() -> None:
         assert parse_infer(body, None, spec, MAX_IMAGES, max_pixels=72).tensor.shape == shape
         with pytest.raises(RequestError, match="3 images of 6 x 4 have 72 pixels"):
             parse_infer(body, None, spec, MAX_IMAGES, max_pixels=71)
+
+
+def test_the_limit_of_pixels_counts_those_before_the_model_crops_an_image() -> None:
+    spec = make_spec(InputSpec(height=4, width=6, resize="shorter_side", resize_to=20), embedded_preprocessing=True)
+    body = request(tensor_input(np.zeros((1, 2, 20, 3), np.uint8)))
+    assert parse_infer(body, None, spec, MAX_IMAGES, max_pixels=4000).tensor.shape == (1, 2, 20, 3)
+    with pytest.raises(RequestError, match="1 images of 20 x 2 have 4000 pixels") as raised:
+        parse_infer(body, None, spec, MAX_IMAGES, max_pixels=3999)
+    assert raised.value.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 def test_the_output_has_the_name_of_the_spec() -> None:

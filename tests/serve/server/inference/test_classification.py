@@ -17,8 +17,10 @@ from cifarx_serve.server.inference.errors import DeadlineExceeded, QueueFull
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
+from cifarx_serve.spec import InputSpec
 from tests.support.asgi_client import encode_image
 from tests.support.faulty_backend import register_faulty_backend, write_faulty_model
+from tests.support.spec_model import make_spec, write_model
 
 RED, GREEN, BLUE = (encode_image(Image.new("RGB", (9, 5), color)) for color in ("red", "lime", "blue"))
 
@@ -97,6 +99,19 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(path: Path) -> No
             await classify(large, b"no image")
 
     run_with_classifier(path, test)
+
+
+def test_the_pixels_before_the_crop_of_all_images_are_limited_together(tmp_path: Path) -> None:
+    """Each image has 20 pixels, and 4,000 once its shorter side is resized to 20."""
+    spec = InputSpec(height=4, width=6, resize="shorter_side", resize_to=20)
+    path = write_model(tmp_path / "means.onnx", make_spec(spec, embedded_preprocessing=True))
+    panorama = encode_image(Image.new("RGB", (2, 20)))
+
+    async def test(classify: Classify, _: Metrics) -> None:
+        result = await classify(panorama, panorama, panorama)
+        assert [type(prediction) for prediction in result.predictions] == [Prediction, Prediction, TooManyPixels]
+
+    run_with_classifier(path, test, max_pixels=10_000)
 
 
 def test_a_request_that_does_not_fit_into_the_queue_is_not_decoded(path: Path) -> None:

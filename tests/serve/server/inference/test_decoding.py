@@ -18,7 +18,7 @@ from cifarx_serve.server.inference import decoding
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.decoder_pool import DecoderPool
 from cifarx_serve.server.inference.decoding import decode_image
-from cifarx_serve.spec import ModelSpec
+from cifarx_serve.spec import InputSpec, ModelSpec
 from tests.support.asgi_client import encode_image
 from tests.support.color_model import SPEC
 from tests.support.hostile_images import decode_bombs
@@ -55,6 +55,27 @@ def test_pixels_are_those_of_the_image_reader(image_format: str, size: tuple[int
 
 
 SMALL = encode_image(noise(32, 32))
+
+
+CROPPED = msgspec.structs.replace(SPEC, input=InputSpec(height=32, width=32, resize="shorter_side", resize_to=36))
+EMBEDDED_CROPPED = msgspec.structs.replace(CROPPED, embedded_preprocessing=True)
+
+
+def test_an_image_that_the_model_would_resize_to_too_many_pixels_is_refused(decode: Decode) -> None:
+    panorama = encode_image(Image.new("RGB", (2000, 1)))
+    assert decode(panorama, CROPPED).shape == (32, 32, 3)
+    with pytest.raises(TooManyPixels, match="the image is resized to 72000x36 pixels, over the limit of 1,000,000"):
+        decode(panorama, EMBEDDED_CROPPED)
+    assert decode(panorama, EMBEDDED_CROPPED, max_pixels=2_600_000).shape == (1, 2000, 3)
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
+def test_panoramas_are_not_resized_in_the_event_loop(
+    size: tuple[int, int], decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "read_image", lambda _: pytest.fail("it is decoded in the event loop"))
+    image = Image.new("RGB", size, (1, 2, 3))
+    assert (decode(encode_image(image), CROPPED) == (1, 2, 3)).all()
 
 
 @pytest.mark.parametrize(
