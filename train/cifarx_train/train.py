@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from cifarx_serve.backends.torch.out_of_memory import report_out_of_memory
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import require_writable
+from cifarx_serve.files.directory_lock import lock_directory
 from cifarx_serve.spec import DataRecord, InputSpec
 from cifarx_serve.system.cpus import available_cpus
 from cifarx_train.callbacks.base import Callback, CallbackList
@@ -89,8 +90,8 @@ def train(
         The checkpoints and the test accuracy.
 
     Raises:
-        UsageError, DataError, DeviceError, OutputError, ModelFileError: an argument is invalid. These errors are raised
-            before training starts.
+        UsageError, DataError, DeviceError, OutputError, ModelFileError: an argument is invalid, or another run writes
+            into `out`. These errors are raised before training starts.
         CheckFailed: the loss is not finite.
         DeviceMemoryError: the device has too little memory for the model and the batch size.
         Interrupted: SIGINT or SIGTERM was received; the training state is saved.
@@ -141,7 +142,7 @@ def train(
             loop = TrainingLoop(module, train_images, spec, recipe, device=target, seed=seed, distributed=distributed)
             return Trainer(plan, loop, evaluator, directory, callback).fit(splits.test, point)
 
-    with init_distributed() as distributed:
+    with init_distributed() as distributed, lock_directory(out) if distributed.is_main_process else nullcontext():
         return run(distributed)  # a function, so that the DDP model is freed before the process group is destroyed
 
 

@@ -1,12 +1,22 @@
 """Write files and directories atomically: the target either has its whole content or does not change."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from cifarx_serve.errors import OutputError, error_message
+
+# Errors that have nothing to do with the space on the disk.
+_WRONG_PATH: Final = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+        *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    }
+)
 
 
 @contextmanager
@@ -24,7 +34,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
-            raise IsADirectoryError(None, "Is a directory", str(target))
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(target))
         descriptor, name = tempfile.mkstemp(prefix=".", suffix=f".partial{target.suffix}", dir=target.parent)
         os.close(descriptor)
         temporary = Path(name)
@@ -53,7 +63,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file():
-            raise NotADirectoryError(None, "Is a file", str(target))
+            raise NotADirectoryError(errno.ENOTDIR, "Is a file", str(target))
         with tempfile.TemporaryDirectory(prefix=".", suffix=f".partial{target.suffix}", dir=target.parent) as place:
             new, old = Path(place) / "new", Path(place) / "old"
             new.mkdir()
@@ -98,7 +108,12 @@ def require_writable(directory: Path) -> None:
 
 def write_error(target: Path, error: OSError) -> OutputError:
     """Return the exception for a path that the system could not write."""
-    return OutputError(f"cannot write {target} ({error_message(error)})", "free some space or choose another path")
+    reason = error_message(error)
+    with suppress(OSError):  # a name that is too long, among others
+        if target.is_symlink() and not target.exists():
+            reason = f"{reason}: it is a link to {target.readlink()}, which does not exist"
+    remedy = "choose another path" if error.errno in _WRONG_PATH else "free some space or choose another path"
+    return OutputError(f"cannot write {target} ({reason})", remedy)
 
 
 def _flush(path: Path) -> None:

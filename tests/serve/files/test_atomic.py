@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -305,3 +306,20 @@ def test_a_killed_process_leaves_the_old_directory(tmp_path: Path) -> None:
     assert ran.returncode == -signal.SIGKILL
     assert tree(target) == {"model/1/model.onnx": OLD}
     assert all(path == target or path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [atomic_path, atomic_directory])
+def test_the_remedy_for_a_wrong_path_is_another_path(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*: choose another path$"), write(tmp_path / "file" / "x"):
+        pass
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("absent/directory")
+    with pytest.raises(OutputError) as raised:
+        require_writable(tmp_path / "out")
+    assert str(raised.value) == (
+        f"cannot write {tmp_path / 'out'} (File exists: it is a link to absent/directory, which does not exist): "
+        "choose another path"
+    )
