@@ -1,5 +1,6 @@
 """Runs the command line, and reports every error as one line and an exit status."""
 
+import io
 import os
 import sys
 import warnings
@@ -24,6 +25,7 @@ _TRAIN_PACKAGES: Final = frozenset(
 def main() -> NoReturn:
     """Run the command line and exit: with 0 on success, 1 if a check failed, 2 if the input or the usage is wrong."""
     _show_warnings_as_notes()
+    _escape_unencodable_output()
     if os.environ.get("CIFARX_DEBUG"):
         sys.exit(app(standalone_mode=False))
     sys.exit(_run())
@@ -55,12 +57,18 @@ def _describe(error: BaseException) -> tuple[str, int]:
             return _missing_package_message(error), 2
         case KeyboardInterrupt() | typer.Abort():
             return "interrupted: finished work is kept", _INTERRUPTED
-        case OSError():
-            problem = f"cannot access {error.filename}" if error.filename else "input or output failed"
-            return f"{problem} ({error_message(error)}): check the path and the disk", 2
+        case OSError() | UnicodeEncodeError():
+            return _system_message(error), 2
         case _:
             what = f"{type(error).__name__} {error}"
             return f"internal error ({what}): run it again with CIFARX_DEBUG=1 and report the traceback", 2
+
+
+def _system_message(error: OSError | UnicodeEncodeError) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return f"a name is not valid UTF-8 ({ascii(error.object)[:200]}): rename the file or directory"
+    problem = f"cannot access {error.filename}" if error.filename else "input or output failed"
+    return f"{problem} ({error_message(error)}): check the path and the disk"
 
 
 def _usage_message(error: Exception) -> str:
@@ -76,6 +84,12 @@ def _missing_package_message(error: ModuleNotFoundError) -> str:
     if name not in _TRAIN_PACKAGES:
         return f"the Python package {name or error} is not installed: reinstall cifarx"
     return f'this command needs {name}, which is not installed: pip install "cifarx[train]"'
+
+
+def _escape_unencodable_output() -> None:
+    """Print characters that the encoding of standard output lacks as escapes, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _show_warnings_as_notes() -> None:

@@ -25,6 +25,7 @@ from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.files.atomic import require_writable, write_error
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import Precision
+from cifarx_serve.system.terminal import require_utf8
 from cifarx_serve.system.versions import library_versions
 from cifarx_train.checkpoints.checkpoint import SUFFIX as CHECKPOINT_SUFFIX
 from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint, weights_sha256
@@ -83,6 +84,7 @@ def export(
     for name, precision in chosen:
         require_supported(name, precision, options)
     require_html_path(html_report)
+    require_utf8(checkpoint, out)  # the report and the specs name them
     progress(f"reading {path}")
     loaded = load_checkpoint(path, ModelOptions(model))
     tolerances = {precision: get_tolerance(precision, atol, rtol, loaded.spec.output) for _, precision in chosen}

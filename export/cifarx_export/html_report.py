@@ -1,7 +1,8 @@
 """Self-contained HTML reports: the Jinja environment and the base template that all report pages share."""
 
-import unicodedata
 from collections.abc import Callable, Mapping
+
+from cifarx_serve.system.terminal import printable
 
 BASE_PACKAGE = "cifarx_export"
 """The package whose `templates` folder holds `report_base.html`."""
@@ -11,7 +12,7 @@ def render_page(package: str, template: str, filters: Mapping[str, Callable[...,
     """Render one page as text.
 
     The names of files, classes and datasets in a report come from anywhere, so all text is escaped, and characters
-    that neither XML nor UTF-8 can hold are replaced.
+    that are not safe to print are replaced.
 
     Args:
         package: the package whose `templates` folder holds the template, which extends `report_base.html`.
@@ -31,8 +32,3 @@ def render_page(package: str, template: str, filters: Mapping[str, Callable[...,
     )
     environment.filters.update(filters)
     return environment.get_template(template).render(context)
-
-
-def printable(text: str) -> str:
-    """Return the text with every control character, surrogate and unassigned code point replaced by U+FFFD."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(letter)[0] == "C" else letter for letter in text)

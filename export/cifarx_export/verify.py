@@ -31,6 +31,7 @@ from cifarx_serve.backends.registry import backend_for, model_file, open_backend
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import CifarxError, DataError, DeviceMemoryError, ModelFileError, UsageError, error_message
 from cifarx_serve.progress import Progress, silent
+from cifarx_serve.system.terminal import require_utf8
 from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint, weights_sha256
 from cifarx_train.data.dataset import OnError
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
@@ -80,6 +81,7 @@ def verify(
     if (reference is None) == (checkpoint is None):
         raise UsageError("verify needs exactly one reference", "give a second file or --ckpt")
     require_html_path(html_report)
+    require_utf8(artifact, reference, checkpoint)  # the report names them
     with ExitStack() as stack:
         paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, ModelOptions(model))
         if locate:

@@ -19,7 +19,7 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.images.reader import suppress_pillow_warnings
 from cifarx_serve.server.app import configure_process, create_app
 from cifarx_serve.server.http.request import Message, Receive, Scope, Send
-from cifarx_serve.server.settings import Settings, files_by_name, limit_options, limits_from_options
+from cifarx_serve.server.settings import Settings, absolute_path, files_by_name, limit_options, limits_from_options
 
 try:
     import ray
@@ -164,7 +164,7 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
         backend=parsed.backend,
         device=parsed.device,
         limits=limits_from_options({option.name: getattr(parsed, option.name) for option in _LIMIT_OPTIONS}),
-        api_key_file=parsed.api_key_file and str(Path(parsed.api_key_file).absolute()),
+        api_key_file=parsed.api_key_file and absolute_path(Path(parsed.api_key_file)),
     )
 
 

@@ -24,8 +24,8 @@ from matplotlib.ticker import NullLocator
 from cifarx.bench_report.axes import label_points, log_axis, percent_axis
 from cifarx.bench_report.summary import environment_line, title
 from cifarx.bench_report.svg import svg_element
-from cifarx_export.html_report import printable
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, BenchmarkRow
+from cifarx_serve.system.terminal import printable
 
 PNG_WIDTH: Final = 1800
 """Width of the PNG in pixels; its height grows with the number of files."""

@@ -18,7 +18,8 @@ from cifarx.bench_report.summary import (
     scenario_lines,
     title,
 )
-from cifarx.output.console import result, table, table_width
+from cifarx.output.console import json_document, result, table, table_width
+from cifarx.output.escaping import csv_cell, markdown_text
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import atomic_path, require_writable
@@ -66,11 +67,11 @@ def markdown(report: BenchmarkReport) -> str:
     """Return a Markdown table with its title above, and the scenarios and the environment below."""
     shown = columns(report)
     headings = " | ".join(column.heading for column in shown)
-    lines = [title(report), "", f"| {headings} |", f"|{' --- |' * 3}{' ---: |' * (len(shown) - 3)}"]
+    lines = [markdown_text(title(report)), "", f"| {headings} |", f"|{' --- |' * 3}{' ---: |' * (len(shown) - 3)}"]
     for row in report.rows:
-        cells = [column.text(row).replace("|", "\\|") for column in shown]
+        cells = [markdown_text(column.text(row)) for column in shown]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n\n".join(["\n".join(lines), *_lines_below_table(report)])
+    return "\n\n".join(["\n".join(lines), *map(markdown_text, _lines_below_table(report))])
 
 
 def _lines_below_table(report: BenchmarkReport) -> list[str]:
@@ -78,7 +79,7 @@ def _lines_below_table(report: BenchmarkReport) -> list[str]:
 
 
 def _write_json(report: BenchmarkReport, path: Path) -> None:
-    path.write_text(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n", encoding="utf-8")
+    path.write_text(json_document(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_csv(report: BenchmarkReport, path: Path) -> None:
@@ -89,7 +90,8 @@ def _write_csv(report: BenchmarkReport, path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: csv_cell(value) if isinstance(value, str) else value for name, value in row.items()})
     path.write_text(text.getvalue(), encoding="utf-8")
 
 

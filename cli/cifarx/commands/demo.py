@@ -40,14 +40,16 @@ def command(
         f"bench {stem}.pth {torchscript} {onnx} --report {shlex.quote(str(out))}/bench.md",
     ):
         _run(line)
-    note(f"\nfinished in {time.perf_counter() - started:.0f} s; the files are in {out}")
+    note("")
+    note(f"finished in {time.perf_counter() - started:.0f} s; the files are in {out}")
 
 
 def _run(line: str) -> None:
     """Run a command in this process, so that PyTorch is loaded only once."""
     from cifarx.app import app
 
-    note(f"\n$ cifarx {line}")
+    note("")
+    note(f"$ cifarx {line}")
     if status := app(shlex.split(line), standalone_mode=False):
         raise CheckFailed(f"the demo stopped at `cifarx {line}` with exit status {status}", "see the output above")
 

@@ -29,7 +29,7 @@ def command(json: Json = False) -> int:
     if json:
         json_result(findings)
     else:
-        result("\n".join(f"{tick(finding.works)} {finding.name:<22} {finding.found}" for finding in findings))
+        result(*[f"{tick(finding.works)} {finding.name:<22} {finding.found}" for finding in findings])
     return 0 if all(finding.works for finding in findings if finding.required) else 1
 
 

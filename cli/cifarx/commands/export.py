@@ -17,7 +17,7 @@ from cifarx.options import (
     RelativeTolerance,
     resolve_on_error,
 )
-from cifarx.output.console import json_result, note, print_error, result
+from cifarx.output.console import json_result, note, print_error, styled_result
 from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, get_format
 from cifarx_serve.backends.registry import model_file
 
@@ -86,7 +86,7 @@ def command(
     else:
         from cifarx.output.parity import parity_lines
 
-        result("\n".join(parity_lines(artifact.report) for artifact in exported))
+        styled_result("\n".join(parity_lines(artifact.report) for artifact in exported))
     for artifact in exported:
         if artifact.report.summary.passed:
             size = model_file(artifact.path).stat().st_size

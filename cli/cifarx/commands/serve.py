@@ -20,7 +20,14 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.listener import create_ssl_context
 from cifarx_serve.server.processes.supervisor import Supervisor, listen
-from cifarx_serve.server.settings import LimitOption, Settings, files_by_name, limit_options, limits_from_options
+from cifarx_serve.server.settings import (
+    LimitOption,
+    Settings,
+    absolute_path,
+    files_by_name,
+    limit_options,
+    limits_from_options,
+)
 from cifarx_serve.system.cpus import available_cpus
 
 _SECOND_GROUP: Final = "max_body_mb"
@@ -142,4 +149,4 @@ def _is_loopback(host: str) -> bool:
 
 
 def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.absolute())
+    return None if path is None else absolute_path(path)

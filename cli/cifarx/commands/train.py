@@ -147,4 +147,4 @@ def _print_recipe(name: str, model: str | None, overrides: dict[str, Any], json:
     if json:
         json_result(chosen)
     else:
-        result(chosen.to_toml())
+        result(*chosen.to_toml().split("\n"))

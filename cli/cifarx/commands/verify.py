@@ -17,7 +17,7 @@ from cifarx.options import (
     RelativeTolerance,
     resolve_on_error,
 )
-from cifarx.output.console import json_result, note, print_error, result
+from cifarx.output.console import json_result, note, print_error, styled_result
 
 
 def command(
@@ -73,7 +73,7 @@ def command(
     else:
         from cifarx.output.parity import parity_lines
 
-        result(parity_lines(report))
+        styled_result(parity_lines(report))
     if html_report:
         note(f"wrote {html_report}")
     if json and locate:

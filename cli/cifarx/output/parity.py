@@ -12,6 +12,7 @@ from cifarx_export.parity.checks import Check
 from cifarx_export.parity.error_analysis import ErrorAnalysis
 from cifarx_export.parity.report import ParityReport
 from cifarx_export.parity.spec_checks import ASSUMED
+from cifarx_serve.system.terminal import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,7 @@ def parity_lines(report: ParityReport) -> str:
     outcome = "parity check passed" if summary.passed else "parity check FAILED"
     assumed = f" ({ASSUMED}: {', '.join(report.assumed)})" if report.assumed else ""
     title = f"{tick(summary.passed)} {report.artifact}: {report.format} {report.precision}, {outcome}{assumed}"
-    console.print(Text(_printable(title), f"bold {_color(summary.passed)}"), overflow="fold")
+    console.print(Text(printable(title), f"bold {_color(summary.passed)}"), overflow="fold")
     console.print(_table(report))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
@@ -48,13 +49,13 @@ def _table(report: ParityReport) -> "Table":
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in _comparison(report):
-        grid.add_row("", Text(name, "dim"), Text(_printable(text), "dim"))
+        grid.add_row("", Text(name, "dim"), Text(printable(text), "dim"))
     for check in report.checks:
         mark = _mark(check)
-        found = Text(_printable(check.found), "" if mark else _color(mark))
+        found = Text(printable(check.found), "" if mark else _color(mark))
         grid.add_row(Text(tick(mark), _color(mark)), Text(check.name), found)
     for name, text in _metrics(report):
-        grid.add_row("", Text(name, "dim"), Text(_printable(text)))
+        grid.add_row("", Text(name, "dim"), Text(printable(text)))
     return grid
 
 
@@ -98,7 +99,3 @@ def _mark(check: Check) -> bool | None:
 
 def _color(passed: bool | None) -> str:
     return "yellow" if passed is None else "green" if passed else "red"
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "�" for letter in text)

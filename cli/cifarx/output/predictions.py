@@ -5,9 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeAlias
 
-import msgspec
-
-from cifarx.output.console import result
+from cifarx.output.console import json_output, result, styled_result
+from cifarx.output.escaping import csv_cell
 from cifarx_serve.errors import ImageError
 from cifarx_serve.predictor import Candidate, Prediction
 
@@ -78,18 +77,17 @@ class _JsonWriter(PredictionWriter):
         self._separator = "["
 
     def write(self, image: str, prediction: Prediction | ImageError) -> None:
-        document = msgspec.json.format(msgspec.json.encode(self._to_dict(image, prediction)), indent=2).decode()
-        indented = document.replace("\n", "\n  ")
+        indented = json_output(self._to_dict(image, prediction), indent=2).replace("\n", "\n  ")
         sys.stdout.write(f"{self._separator}\n  {indented}")
         self._separator = ","
 
     def close(self) -> None:
-        result("[]" if self._separator == "[" else "\n]")
+        styled_result("[]" if self._separator == "[" else "\n]")
 
 
 class _JsonLinesWriter(PredictionWriter):
     def write(self, image: str, prediction: Prediction | ImageError) -> None:
-        result(msgspec.json.encode(self._to_dict(image, prediction)).decode())
+        styled_result(json_output(self._to_dict(image, prediction)))
 
 
 class _CsvWriter(PredictionWriter):
@@ -106,12 +104,15 @@ class _CsvWriter(PredictionWriter):
 
     def write(self, image: str, prediction: Prediction | ImageError) -> None:
         if isinstance(prediction, ImageError):
-            self._rows.writerow([image, *[""] * (3 * self._top_k + self._multi_label), str(prediction)])
+            empty = [""] * (3 * self._top_k + self._multi_label)
+            self._rows.writerow([csv_cell(image), *empty, csv_cell(str(prediction))])
             return
-        cells = [cell for found in prediction.top for cell in (found.label, found.index, f"{found.score:.6g}")]
+        cells: list[str | int] = []
+        for found in prediction.top:
+            cells += [csv_cell(found.label), found.index, f"{found.score:.6g}"]
         if prediction.labels is not None:
-            cells.append(";".join(candidate.label for candidate in prediction.labels))
-        self._rows.writerow([image, *cells, ""])
+            cells.append(csv_cell(";".join(candidate.label for candidate in prediction.labels)))
+        self._rows.writerow([csv_cell(image), *cells, ""])
 
 
 _WRITERS: Final[dict[OutputFormat, type[PredictionWriter]]] = {

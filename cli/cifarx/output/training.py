@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cifarx.output.console import note
+from cifarx_serve.system.terminal import printable
 from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo, StepReport
 
 _REFRESH_S: Final = 0.1
@@ -70,7 +71,7 @@ class _ProgressBar(_EpochTable):
         self._progress.stop()
 
     def _print(self, line: str) -> None:
-        self._progress.console.print(line, soft_wrap=True)
+        self._progress.console.print(printable(line), soft_wrap=True, markup=False)
 
 
 def _describe(run: RunInfo) -> str:

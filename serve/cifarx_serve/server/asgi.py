@@ -16,6 +16,7 @@ from cifarx_serve.server.http.request import Receive, Request, Scope, Send
 from cifarx_serve.server.http.response import JSON, Response, error_body
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
+from cifarx_serve.system.terminal import printable
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -207,7 +208,7 @@ class Application:
                 id=request.id,
                 client=client[0] if client else "",
                 method=request.method,
-                path=request.path,
+                path=request.path if request.path.isascii() else printable(request.path),
                 status=int(response.status),
                 ms=round(seconds * 1e3, 3),
                 bytes=len(response.body),

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from cifarx_serve.backends.registry import RegisteredBackend
 from cifarx_serve.errors import UsageError
+from cifarx_serve.system.terminal import printable, require_utf8
 
 PROMETHEUS_MULTIPROC_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The environment variable that names the directory in which workers share their metrics.
@@ -171,21 +172,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 def files_by_name(paths: list[Path]) -> dict[str, str]:
     """Return the absolute paths of model files by model name, in order.
 
-    The name is the file name without its suffix. Files that would have the same name keep the suffix, and those that
-    still would are numbered.
+    The name is the file name without its suffix, and with a replacement for characters that are not safe to print.
+    Files that would have the same name keep the suffix, and those that still would are numbered.
 
     Raises:
-        UsageError: there is no file, or one is named twice.
+        UsageError: there is no file, one is named twice, or a path is not valid UTF-8.
     """
     if not paths:
         raise UsageError("no file to serve", "name at least one model file")
     if repeated := [path for number, path in enumerate(paths) if path in paths[:number]]:
         raise UsageError(f"{repeated[0]} is named twice", "name each file once")
-    file_names = [path.absolute().name for path in paths]  # absolute, because the name of "." is empty
+    file_names = [printable(path.absolute().name) for path in paths]  # absolute, because the name of "." is empty
     stems = [name.rpartition(".")[0] or name for name in file_names]
     names = [
         stem if stems.count(stem) == 1 else name.replace(".", "-") for stem, name in zip(stems, file_names, strict=True)
     ]
     if len(set(names)) != len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names)]
-    return dict(zip(names, (str(path.absolute()) for path in paths), strict=True))
+    return dict(zip(names, map(absolute_path, paths), strict=True))
+
+
+def absolute_path(path: Path) -> str:
+    """Return the absolute path of a file of the settings.
+
+    Raises:
+        UsageError: the path is not valid UTF-8. The settings are sent to the workers as JSON.
+    """
+    require_utf8(path.absolute())
+    return str(path.absolute())

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from cifarx.bench_report.plots import PNG_WIDTH, Plot, file_series, legend_swatches, render_plots, write_png
-from cifarx_export.html_report import printable
+from cifarx_serve.system.terminal import printable
 from tests.support.benchmark_reports import report, row
 
 HOSTILE = ("$\\frac{$.onnx", "_hidden.onnx", "<b>&]]>--.onnx", "模型.onnx", "two\nlines\x00\udcff.onnx", "%s {x} .onnx")

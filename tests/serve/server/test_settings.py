@@ -1,3 +1,4 @@
+import os
 import string
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def test_model_names_are_unique(paths: list[str]) -> None:
     files = files_by_name([Path(path) for path in paths])
     assert list(files.values()) == [str(Path(path).absolute()) for path in paths]
     assert all(name and "/" not in name for name in files)
+
+
+def test_names_are_safe_to_print() -> None:
+    assert list(files_by_name([Path("a\x1b[31m\nb.onnx"), Path("\u202ec.onnx")])) == ["a�[31m�b", "�c"]
+
+
+def test_a_path_that_is_not_utf_8_is_refused() -> None:
+    with pytest.raises(UsageError, match="is not valid UTF-8: rename the file or its directory"):
+        files_by_name([Path(os.fsdecode(b"/models/\xff/a.onnx"))])
 
 
 def test_settings_round_trip_through_json() -> None:

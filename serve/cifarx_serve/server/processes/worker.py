@@ -21,6 +21,7 @@ from cifarx_serve.server.app import configure_process, create_app
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.listener import Listener
 from cifarx_serve.server.processes.messages import ALIVE, ALIVE_INTERVAL_S, ALL_READY, READY, Start
+from cifarx_serve.system.terminal import printable
 
 _RECHECK_INTERVAL_S: Final = 1.0
 _MAX_RECHECKS: Final = 5
@@ -113,7 +114,7 @@ class Worker:
 
 def _log_event(event: str) -> None:
     with suppress(OSError):  # standard error may no longer be read
-        print(f"note: worker {os.getpid()} {event}", file=sys.stderr, flush=True)  # noqa: T201
+        print(printable(f"note: worker {os.getpid()} {event}"), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main() -> int:
