@@ -58,8 +58,9 @@ def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
     """
     if spec.color == "L":
         image = image.convert("L")
-    size = resized_size(*image.size, spec)
-    if image.size == size:
+    before = image.size
+    size = resized_size(*before, spec)
+    if before == size:
         pixels = np.asarray(image)
     elif not spec.antialias:
         from cifarx_serve.images.interpolate import interpolate
@@ -71,7 +72,7 @@ def resize(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
         pixels = np.asarray(image.resize(size, _FILTERS[spec.interpolation]))
     if spec.color == "L":
         pixels = pixels[..., None]
-    return pixels if pixels.shape[:2] == (spec.height, spec.width) else _crop_or_pad(pixels, spec)
+    return pixels if size == (spec.width, spec.height) else _crop_or_pad(pixels, spec)
 
 
 def _resize_crop(image: Image.Image, size: tuple[int, int], spec: InputSpec) -> NDArray[np.uint8]:
@@ -103,9 +104,10 @@ def _source_span(kept: slice, before: int, after: int) -> tuple[int, int, slice]
 def resized_size(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
     """Return the width and height to which an image is resized, before it is cropped or padded."""
     if spec.resize == "stretch":
-        target = spec.resize_to or (spec.height, spec.width)
-        assert isinstance(target, tuple), "the spec allows no number here"
-        return target[1], target[0]
+        if spec.resize_to is None:
+            return spec.width, spec.height
+        assert isinstance(spec.resize_to, tuple), "the spec allows no number here"
+        return spec.resize_to[1], spec.resize_to[0]
     if spec.resize == "letterbox":
         scale = min(spec.height / height, spec.width / width)
         return max(1, round(scale * width)), max(1, round(scale * height))

@@ -145,9 +145,17 @@ def test_the_images_are_not_changed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_gpu_has_bit_identical_inputs(channels_last: bool) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
-    spec = InputSpec(height=32, width=32, mean=(0.49, 0.48, 0.44), std=(0.2, 0.2, 0.25))
+@pytest.mark.parametrize(
+    "spec",
+    [
+        InputSpec(height=32, width=32, mean=(0.49, 0.48, 0.44), std=(0.2, 0.2, 0.25)),
+        InputSpec(height=32, width=32, color="BGR", layout="NHWC", mean=(0.49, 0.48, 0.44), std=(0.2, 0.2, 0.25)),
+        InputSpec(height=32, width=32, channels=1, color="L", value_range=(-1.0, 1.0), mean=(0.13,), std=(0.31,)),
+    ],
+    ids=["RGB", "BGR, NHWC", "grayscale"],
+)
+def test_a_gpu_has_bit_identical_inputs(spec: InputSpec, channels_last: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, spec.channels), dtype=np.uint8)
     device = torch.device("cuda")
     loader = DeviceLoader(LabeledImages(pixels, np.zeros(50, np.int64)), device)
     images, _ = next(iter(loader.batches([torch.arange(50)])))
