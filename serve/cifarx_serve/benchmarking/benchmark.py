@@ -18,7 +18,6 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.environment import Environment, current_environment
 from cifarx_serve.system.terminal import require_utf8
-from cifarx_serve.system.terminal import require_utf8
 
 
 class BenchmarkRow(msgspec.Struct, frozen=True):
@@ -127,7 +126,6 @@ def benchmark(
     """
     if not files:
         raise UsageError("no file to measure", "give at least one model file")
-    require_utf8(*files)
     require_utf8(*files)
     if invalid := [batch for batch in batch_sizes if not 1 <= batch <= len(images)]:
         raise UsageError(f"batch size {invalid[0]} is out of range", f"give 1 to {len(images)}, the number of images")
