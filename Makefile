@@ -6,13 +6,16 @@ BENCHMARKS ?= benchmarks/ --all
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -p no:benchmark
+OLD_TORCH := .venv-torch-2.11
 
-.PHONY: help demo test test-slow bench gpu check docs coverage format clean
+.PHONY: help demo test test-slow test-torch-2.11 bench gpu check docs coverage format clean
 
 help:
 	@echo "make demo       train, export, verify, classify and benchmark on the built-in data (one minute)"
 	@echo "make test       run the fast tests"
 	@echo "make test-slow  run the slow tests: whole training runs, servers under load, the wheel in a new environment"
+	@echo "make test-torch-2.11"
+	@echo "                run the tests of CUDA with the oldest supported PyTorch, in an environment of its own"
 	@echo "make bench      run every benchmark"
 	@echo "make gpu        run everything that needs a GPU and write benchmarks/results/gpu-*.md, in ten minutes"
 	@echo "make check      run ruff, mypy and the import rules, and build the documentation"
@@ -39,6 +42,19 @@ test: $(READY)
 test-slow: $(READY)
 	@echo "== the slow tests"
 	$(PYTEST) -m slow --durations 10
+
+$(OLD_TORCH)/.ready: pyproject.toml constraints.txt
+	@echo "== creating the environment in $(OLD_TORCH): once, a few minutes, 6 GB including the CUDA libraries of PyTorch"
+	$(PYTHON) -m venv $(OLD_TORCH)
+	grep -vE '^(torch|torchvision|triton|cuda-.*|nvidia-.*)==' constraints.txt > $(OLD_TORCH)/constraints.txt
+	$(OLD_TORCH)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		-c $(OLD_TORCH)/constraints.txt -e ".[dev]" "torch==2.11.*" "torchvision==0.26.*"
+	@touch $@
+
+test-torch-2.11: $(OLD_TORCH)/.ready
+	@echo "== the tests of CUDA, with PyTorch 2.11 and torchvision 0.26"
+	$(OLD_TORCH)/bin/pytest -n logical --dist loadfile -p no:benchmark -m simulated_gpu tests/train tests/export tests/serve
+	$(OLD_TORCH)/bin/pytest -p no:benchmark -m "not simulated_gpu" tests/train/test_cuda_graph.py
 
 bench: $(READY)
 	@echo "== the benchmarks"
@@ -69,4 +85,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD_TORCH) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -34,6 +34,13 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, {cpus[int(number) % len(cpus)]})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use simulated CUDA libraries, directly or through another fixture."""
+    for item in items:
+        if "simulated_gpu_libraries" in getattr(item, "fixturenames", ()):
+            item.add_marker("simulated_gpu")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests that need a GPU on a machine without one."""
     if item.get_closest_marker("gpu") and not _has_gpu():

@@ -4,16 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cifarx_export.formats.registry import FORMATS
+from cifarx_export.formats.registry import FORMATS, NO_OPTIONS, ConversionSource
 from cifarx_serve.backends.registry import open_backend
+from cifarx_serve.progress import silent
 from cifarx_serve.spec import Precision
-from tests.support.conversion import write_artifact
-from tests.support.int8_networks import residual_network
+from tests.support.int8_networks import SPEC, color_blobs, residual_network
 from tests.support.simulated_gpu.counters import changes, counters
 from tests.support.simulated_gpu.process import SimulatedGpuProcess
 
@@ -51,7 +52,6 @@ def _vision_transformer() -> nn.Module:
 @pytest.mark.parametrize("build", [residual_network, _vision_transformer])
 @pytest.mark.parametrize(("name", "precision"), _FORMATS)
 def test_a_run_waits_only_for_its_copies_and_uses_only_its_gpu(
-    checkpoint: Path,
     tmp_path: Path,
     gpu_process: SimulatedGpuProcess,
     build: Callable[[], nn.Module],
@@ -59,7 +59,11 @@ def test_a_run_waits_only_for_its_copies_and_uses_only_its_gpu(
     precision: Precision,
 ) -> None:
     path = tmp_path / FORMATS[name].file_name("model", precision)
-    write_artifact(checkpoint, name, path, lambda _: build(), precision)
+    source = ConversionSource(
+        build, msgspec.structs.replace(SPEC, precision=precision), NO_OPTIONS, color_blobs, silent
+    )
+    artifact = next(iter(FORMATS[name].convert(source)))
+    artifact.save(path, artifact.complete_spec(source.spec))
     first, second = gpu_process.call(_run_on_second_gpu, path)
     assert not first
     assert second["copies_to_device"] == second["copies_to_host"] == 1

@@ -1,74 +1,57 @@
-// cuBLASLt: descriptors without content, one algorithm for every product, and one kernel per product.
+// cuBLASLt: descriptors without content, one algorithm for every product, and one kernel per product. Its header is not
+// included, because NVIDIA's packages of some versions lack a header that it needs.
 
 #include "simulated_gpu.h"
 
-#include <cublasLt.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define DESCRIPTOR_SIZE 256
+#define HEURISTIC_RESULT_SIZE 96  // of cublasLtMatmulHeuristicResult_t
 
-cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
-    simulated_create_handle();
-    *handle = calloc(1, DESCRIPTOR_SIZE);
-    return CUBLAS_STATUS_SUCCESS;
-}
-
-cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
-    simulated_destroy_handle();
-    free(handle);
-    return CUBLAS_STATUS_SUCCESS;
-}
-
-size_t cublasLtGetVersion(void) { return CUBLAS_VERSION; }
-
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *descriptor, cublasComputeType_t compute_type,
-                                        cudaDataType_t scale_type) {
+static int create(void **descriptor) {
     *descriptor = calloc(1, DESCRIPTOR_SIZE);
-    return CUBLAS_STATUS_SUCCESS;
+    return 0;
 }
 
-cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t descriptor) {
+static int destroy(void *descriptor) {
     free(descriptor);
-    return CUBLAS_STATUS_SUCCESS;
+    return 0;
 }
 
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type, uint64_t rows,
-                                          uint64_t columns, int64_t leading_dimension) {
-    *layout = calloc(1, DESCRIPTOR_SIZE);
-    return CUBLAS_STATUS_SUCCESS;
+int cublasLtCreate(void **handle) {
+    simulated_create_handle();
+    return create(handle);
 }
 
-cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
-    free(layout);
-    return CUBLAS_STATUS_SUCCESS;
+int cublasLtDestroy(void *handle) {
+    simulated_destroy_handle();
+    return destroy(handle);
 }
 
-cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
-    *preference = calloc(1, DESCRIPTOR_SIZE);
-    return CUBLAS_STATUS_SUCCESS;
-}
+size_t cublasLtGetVersion(void) { return CUDART_VERSION * 10; }
 
-cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
-    free(preference);
-    return CUBLAS_STATUS_SUCCESS;
-}
+int cublasLtMatmulDescCreate(void **descriptor, int compute_type, int scale_type) { return create(descriptor); }
+int cublasLtMatmulDescDestroy(void *descriptor) { return destroy(descriptor); }
 
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t operation,
-                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                              cublasLtMatmulPreference_t preference, int requested,
-                                              cublasLtMatmulHeuristicResult_t results[], int *found) {
-    memset(results, 0, requested * sizeof *results);
+int cublasLtMatrixLayoutCreate(void **layout, int type, unsigned long long rows, unsigned long long columns,
+                               long long leading_dimension) {
+    return create(layout);
+}
+int cublasLtMatrixLayoutDestroy(void *layout) { return destroy(layout); }
+
+int cublasLtMatmulPreferenceCreate(void **preference) { return create(preference); }
+int cublasLtMatmulPreferenceDestroy(void *preference) { return destroy(preference); }
+
+int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void *b, void *c, void *d, void *preference,
+                                   int requested, void *results, int *found) {
+    memset(results, 0, (size_t)requested * HEURISTIC_RESULT_SIZE);
     *found = requested > 0;
-    return CUBLAS_STATUS_SUCCESS;
+    return 0;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, const void *alpha,
-                              const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
-                              cublasLtMatrixLayout_t b_layout, const void *beta, const void *c,
-                              cublasLtMatrixLayout_t c_layout, void *d, cublasLtMatrixLayout_t d_layout,
-                              const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_size,
-                              cudaStream_t stream) {
-    return simulated_launch(stream) ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS;
+int cublasLtMatmul(void *handle, void *operation, const void *alpha, const void *a, void *a_layout, const void *b,
+                   void *b_layout, const void *beta, const void *c, void *c_layout, void *d, void *d_layout,
+                   const void *algorithm, void *workspace, size_t workspace_size, cudaStream_t stream) {
+    return simulated_launch(stream);
 }
