@@ -18,7 +18,7 @@ from traceback import walk_tb
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
-from cifarx_serve.errors import UsageError, error_message, unknown_name_error
+from cifarx_serve.errors import CifarxError, UsageError, error_message, unknown_name_error
 
 FILE_SUFFIX: Final = ".py"
 
@@ -111,7 +111,7 @@ def load_user_object(text: str) -> Any:
     found: Any = module
     for part in reference.name.split("."):
         if not hasattr(found, part):
-            raise unknown_name_error(f"callable of {reference.module}", reference.name, _public_names(found, module))
+            raise _unknown_error(reference, _public_names(found, module))
         found = getattr(found, part)
     return found
 
@@ -151,7 +151,7 @@ def running_user_code(reference: Reference) -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr):
             yield
-    except (UsageError, KeyboardInterrupt, MemoryError):
+    except (CifarxError, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # also SystemExit, from a script that parses arguments
         raise _user_error(reference, error) from error
@@ -203,6 +203,12 @@ def _public_names(container: Any, module: ModuleType) -> list[str]:
     names = [name for name, value in vars(container).items() if callable(value) and not name.startswith("_")]
     own = [name for name in names if getattr(vars(container)[name], "__module__", None) == module.__name__]
     return own or names
+
+
+def _unknown_error(reference: Reference, names: list[str]) -> UsageError:
+    if names:
+        return unknown_name_error(f"callable of {reference.module}", reference.name, names)
+    return UsageError(f"{reference.module} has no callable {reference.name}", "it defines no class and no function")
 
 
 def _user_error(reference: Reference, error: BaseException) -> UsageError:
