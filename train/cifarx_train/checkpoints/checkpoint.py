@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import io
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,19 +13,25 @@ import torch
 from torch import nn
 
 from cifarx_serve.backends.base import require_file
-from cifarx_serve.errors import ModelFileError, UsageError
+from cifarx_serve.errors import FallbackWarning, ModelFileError
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.files.checksum import write_checksum
+from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.spec import ModelSpec
-from cifarx_train.checkpoints.legacy.reader import read_legacy_checkpoint
-from cifarx_train.checkpoints.legacy.safe_unpickle import as_plain_dict, safe_load
+from cifarx_train.checkpoints.external.module_stub import as_plain_dict
+from cifarx_train.checkpoints.external.reader import read_external_checkpoint
+from cifarx_train.checkpoints.external.safetensors_file import load_safetensors
+from cifarx_train.checkpoints.external.torch_file import load_torch_file
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
-from cifarx_train.models.registry import get_architecture
+from cifarx_train.models.sources import rebuild_architecture
 from cifarx_train.recipes import rename_old_fields
 
 StateDict: TypeAlias = dict[str, Any]
 
 SUFFIX = ".pth"
+
+SPEC_KEY = "cifarx.spec"
+"""The key of the model spec in the metadata of a safetensors file."""
 
 
 class Checkpoint(NamedTuple):
@@ -33,21 +41,22 @@ class Checkpoint(NamedTuple):
         spec: what the model is and how it was trained.
         weights: the state dict of the model, on the CPU.
         training: the training state, from which a run resumes bit for bit: optimizer, random generators, step.
+        module: returns a new module for the weights; None if the spec says what builds it.
     """
 
     spec: ModelSpec
     weights: StateDict
     training: StateDict
+    module: Callable[[], nn.Module] | None = None
 
     def build(self) -> nn.Module:
         """Build the model and load its weights, on the CPU and in eval mode.
 
         Raises:
-            UsageError: this version does not know the model.
+            UsageError: this version does not know the model, or the user has to name its code.
             ModelFileError: the weights do not match the model that the spec names.
         """
-        architecture = get_architecture(self.spec.model, stem=self.spec.stem)
-        module = architecture.build(len(self.spec.class_names), self.spec.input)
+        module = self.module() if self.module else _rebuild(self.spec, NO_OPTIONS)
         try:
             module.load_state_dict(self.weights)
         except (RuntimeError, AttributeError) as error:  # AttributeError for keys that are not strings
@@ -95,30 +104,74 @@ def _copy_to_cpu(value: Any) -> Any:
 
 
 def load_checkpoint(path: Path, options: ModelOptions = NO_OPTIONS) -> Checkpoint:
-    """Load a checkpoint, or a legacy `.pth` file of the training notes, onto the CPU.
+    """Load a checkpoint of cifarx or of another program onto the CPU. No code in the file runs.
+
+    A `FallbackWarning` says what was done with the weights of another program, and what is only assumed about them.
 
     Args:
-        path: the file.
+        path: the file, whatever its name is: of `torch.save` or in the safetensors format.
         options: what the user states about the model.
 
     Raises:
-        ModelFileError: the file is missing or damaged, or does not contain the weights of a known model.
-        SpecError: the spec in the file is malformed or has a newer schema.
-        UsageError: the weights fit several models, or the stated model is unknown or not the one in the file.
+        ModelFileError: the file is missing or damaged, or does not contain the weights of the network.
+        SpecError: the spec in the file is malformed or has a newer schema, or what is stated is not valid.
+        UsageError: the network or the weights have to be stated, or are not those in the file.
     """
     require_file(path)
-    model = options.model
-    content = safe_load(path, allow_any_class=model is not None)
-    fields = as_plain_dict(content) or {}
-    if not isinstance(fields.get("spec"), str):
-        spec, weights = read_legacy_checkpoint(path, content, model)
-        return Checkpoint(options.overrides.apply(spec), weights, {})
-    spec = _with_current_recipe(ModelSpec.from_json(fields["spec"], str(path)))
-    if not isinstance(fields.get("model"), dict) or not isinstance(fields.get("training"), dict):
+    if detect_format(path) is FileFormat.SAFETENSORS:
+        weights, metadata = load_safetensors(path)
+        if SPEC_KEY in metadata:
+            return _own_checkpoint(path, metadata[SPEC_KEY], weights, {}, options)
+        return _external_checkpoint(path, weights, options, metadata)
+    content = load_torch_file(path)
+    if _is_own(content):
+        return _read_own(path, content, options)
+    return _external_checkpoint(path, content, options, {})
+
+
+def load_training_checkpoint(path: Path) -> Checkpoint:
+    """Load a checkpoint of `cifarx train`, from which a run can resume.
+
+    Raises:
+        ModelFileError: the file is missing or damaged, or another program wrote it.
+        SpecError: the spec in the file is malformed or has a newer schema.
+    """
+    require_file(path)
+    content = load_torch_file(path)
+    if not _is_own(content):
+        raise ModelFileError(f"{path} contains no training state", "start a new run without --resume")
+    return _read_own(path, content, NO_OPTIONS)
+
+
+def _is_own(content: Any) -> bool:
+    """Return whether `save_checkpoint` wrote this content."""
+    return isinstance((as_plain_dict(content) or {}).get("spec"), str)
+
+
+def _read_own(path: Path, content: dict[str, Any], options: ModelOptions) -> Checkpoint:
+    if not isinstance(content.get("model"), dict) or not isinstance(content.get("training"), dict):
         raise ModelFileError(f"{path} contains no weights", "use a .pth file written by `cifarx train`")
-    if model is not None and model != spec.model:
-        raise UsageError(f"{path} is a checkpoint of {spec.model}, not of {model}", "leave out --model")
-    return Checkpoint(options.overrides.apply(spec), fields["model"], fields["training"])
+    return _own_checkpoint(path, content["spec"], content["model"], content["training"], options)
+
+
+def _own_checkpoint(
+    path: Path, document: str, weights: StateDict, training: StateDict, options: ModelOptions
+) -> Checkpoint:
+    spec = options.overrides.apply(_with_current_recipe(ModelSpec.from_json(document, str(path))))
+    if options.model is not None:
+        rebuild_architecture(spec, options)  # fails early if it is not the model of the file
+    return Checkpoint(spec, weights, training, lambda: _rebuild(spec, options))
+
+
+def _external_checkpoint(path: Path, content: Any, options: ModelOptions, metadata: dict[str, str]) -> Checkpoint:
+    external = read_external_checkpoint(path, content, options, metadata)
+    for note in external.notes:
+        warnings.warn(note, FallbackWarning, stacklevel=3)
+    return Checkpoint(external.spec, external.weights, {}, external.build)
+
+
+def _rebuild(spec: ModelSpec, options: ModelOptions) -> nn.Module:
+    return rebuild_architecture(spec, options).build(spec.output_size, spec.input)
 
 
 def _with_current_recipe(spec: ModelSpec) -> ModelSpec:

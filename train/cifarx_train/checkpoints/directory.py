@@ -8,7 +8,13 @@ from pathlib import Path
 
 from cifarx_serve.errors import FallbackWarning, ModelFileError, SpecError
 from cifarx_serve.files.atomic import atomic_path, remove_partial_files
-from cifarx_train.checkpoints.checkpoint import SUFFIX, Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from cifarx_train.checkpoints.checkpoint import (
+    SUFFIX,
+    Checkpoint,
+    checkpoint_path,
+    load_training_checkpoint,
+    save_checkpoint,
+)
 
 
 class CheckpointDirectory:
@@ -74,7 +80,7 @@ class CheckpointDirectory:
         # The best checkpoint may be a hard link to that of an epoch, with the same time. The epoch's name goes first.
         for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path != self.best_path), reverse=True):
             try:
-                return path, load_checkpoint(path)
+                return path, load_training_checkpoint(path)
             except (ModelFileError, SpecError) as error:
                 warnings.warn(f"skipping a damaged checkpoint: {error.problem}", FallbackWarning, stacklevel=2)
         return None

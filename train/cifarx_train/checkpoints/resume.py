@@ -9,7 +9,7 @@ import torch
 
 from cifarx_serve.errors import FallbackWarning, ModelFileError, UsageError
 from cifarx_serve.spec import TrainingRecord
-from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_training_checkpoint
 from cifarx_train.checkpoints.directory import CheckpointDirectory
 from cifarx_train.distributed import Distributed
 from cifarx_train.recipes import Recipe, build_recipe, load_recipe
@@ -50,7 +50,7 @@ def find_resume_point(resume: str, directory: CheckpointDirectory) -> ResumePoin
             return None
         path, checkpoint = found
     else:
-        path, checkpoint = Path(resume), load_checkpoint(Path(resume))
+        path, checkpoint = Path(resume), load_training_checkpoint(Path(resume))
     if checkpoint.spec.training is None or "shuffle" not in checkpoint.training or "done" not in checkpoint.training:
         raise ModelFileError(f"{path} contains weights but no training state", "start a new run without --resume")
     return ResumePoint(path, checkpoint, checkpoint.spec.training)

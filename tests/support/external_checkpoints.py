@@ -1,4 +1,4 @@
-"""Legacy checkpoints for tests: `.pth` files as other programs write them."""
+"""External checkpoints for tests: files as other programs write them."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from torch import nn
 
 from cifarx_serve.errors import FallbackWarning
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from cifarx_train.models.options import ModelOptions
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.models.registry import get_architecture
 
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
@@ -64,10 +64,20 @@ def save(content: Any, path: Path, zipped: bool = True) -> Path:
     return path
 
 
-def load_legacy(path: Path, model: str | None = None) -> Checkpoint:
-    """Load a legacy checkpoint and assert that a warning states the assumptions."""
-    with pytest.warns(FallbackWarning, match="the file does not describe its classes and images"):
-        return load_checkpoint(path, ModelOptions(model))
+def load_with_notes(path: Path, options: ModelOptions = NO_OPTIONS) -> tuple[Checkpoint, list[str]]:
+    """Load a checkpoint, and return it with the notes about it, without the name of the file."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint = load_checkpoint(path, options)
+    assert all(warning.category is FallbackWarning for warning in caught)
+    return checkpoint, [str(warning.message).removeprefix(f"{path}: ") for warning in caught]
+
+
+def load_external(path: Path, model: str | None = None) -> Checkpoint:
+    """Load a checkpoint without any note."""
+    checkpoint, notes = load_with_notes(path, ModelOptions(model))
+    assert not notes
+    return checkpoint
 
 
 def same_outputs(checkpoint: Checkpoint, module: nn.Module) -> bool:

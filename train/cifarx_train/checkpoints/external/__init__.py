@@ -1,0 +1,1 @@
+"""External checkpoints: files that other programs wrote, read without running any code in them."""
