@@ -2,11 +2,13 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Dataset, LabeledImages, fingerprint
 from cifarx_train.data.decoded_cache import cache_key
 from cifarx_train.data.image_folder import open_image_dataset
+from tests.support.file_owner import pretend_other_owner
 from tests.support.image_datasets import pack_archive, write_image_folder
 
 SPEC = InputSpec(height=32, width=32)
@@ -306,6 +309,49 @@ def test_half_of_an_entry_is_ignored(folder: Path, cache: Path, reads: Reads, su
     files(cache, suffix)[0].unlink()
     load(folder)
     assert reads.count() == 30
+
+
+def test_a_changed_pixel_is_detected(folder: Path, cache: Path, reads: Reads) -> None:
+    expected = load(folder).images.copy()  # the file is mapped
+    reads.count()
+    (images,) = files(cache, ".npy")
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    assert np.array_equal(load(folder).images, expected)
+    assert reads.count() == 15
+    assert np.array_equal(load(folder).images, expected)
+    assert reads.count() == 0
+
+
+def test_the_fingerprint_of_a_cached_split_is_not_computed_again(folder: Path, cache: Path) -> None:
+    del cache
+    names = open_image_dataset(folder).class_names
+    decoded, cached = load(folder), load(folder)
+    for split in (decoded, cached):
+        assert split.known_fingerprint == (names, fingerprint(replace(split, known_fingerprint=None), names))
+        assert fingerprint(split, names) == split.known_fingerprint.sha256
+        assert fingerprint(split, names[::-1]) != split.known_fingerprint.sha256
+
+
+@pytest.mark.parametrize("owned", ["cifarx", "decoded", ".npy", ".record"])
+def test_files_of_another_user_are_not_used(
+    folder: Path, cache: Path, reads: Reads, owned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load(folder)
+    reads.count()
+    path = files(cache, owned)[0] if owned.startswith(".") else {"cifarx": cache.parent, "decoded": cache}[owned]
+    pretend_other_owner(monkeypatch, path)
+    with pytest.warns(FallbackWarning, match="belongs to another user, who could change what is cached"):
+        assert np.array_equal(load(folder).images, expected.images)
+    assert reads.count() >= 15
+
+
+def test_the_folder_is_private(folder: Path, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    load(folder)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, cache.parent)] == [0o700, 0o700]
 
 
 def test_images_of_another_shape_are_replaced(folder: Path, cache: Path, reads: Reads) -> None:

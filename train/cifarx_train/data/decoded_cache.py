@@ -1,8 +1,9 @@
 """A cache of decoded splits on disk, whose images are memory-mapped.
 
 An entry is a pair of files named after a key: `<key>.npy` contains the images, uint8 (N, height, width, channels), and
-`<key>.record` the labels and class names. The record is written last: images without a record are not an entry. Several
-processes can write the same entry at once, because each renames complete files with equal contents to the same names.
+`<key>.record` the labels, the class names and a checksum of everything. The record is written last: images without a
+record are not an entry. Several processes can write the same entry at once, because each renames complete files with
+equal contents to the same names. Files of another user are not used.
 """
 
 import errno
@@ -16,6 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, Final, TypeAlias
@@ -25,15 +27,18 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from cifarx_serve.errors import FallbackWarning, OutputError
+from cifarx_serve.errors import FallbackWarning, OutputError, error_message
 from cifarx_serve.files.atomic import atomic_path, write_error
+from cifarx_serve.files.cache_directory import cache_directory, create_cache_directory, require_own
 from cifarx_serve.images.preprocess import rgb_fill
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import LabeledImages
+from cifarx_train.data.dataset import KnownFingerprint, LabeledImages, fingerprint
+
+_NAME: Final = "decoded"
 
 # Increase this whenever the same files result in different pixels, labels or records than before, including after a
 # change to `read_image` or `resize`.
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 _MIN_IMAGES: Final = 1000  # decoding fewer images takes less time than managing an entry
 _MAX_UNUSED_S: Final = 30 * 24 * 3600.0
@@ -60,11 +65,13 @@ class DecodedSplit(msgspec.Struct, frozen=True):
         class_names: in label order.
         labels: one per image.
         broken: the files that are not among the images and labels.
+        fingerprint: the fingerprint of the split, in a record.
     """
 
     class_names: tuple[str, ...]
     labels: list[int]
     broken: list[BrokenImage] = []
+    fingerprint: str = ""
 
 
 class ImageBuffer(ABC):
@@ -109,17 +116,32 @@ def cache_key(origin: object, spec: InputSpec) -> str:
 
 
 def find(key: str, spec: InputSpec) -> tuple[LabeledImages, DecodedSplit] | None:
-    """Return an entry, with its images memory-mapped read-only, or None if it does not exist or is damaged."""
+    """Return an entry, with its images memory-mapped read-only, or None if it does not exist or is damaged.
+
+    All of the images are read, because a changed pixel would go unnoticed otherwise. Training reads them anyway for the
+    fingerprint, which is not computed again.
+    """
     try:
-        folder = _folder()
-        record = folder / f"{key}.record"
-        decoded = _decode_record(record.read_bytes())
-        images = _map(folder / f"{key}.npy", (len(decoded.labels), spec.height, spec.width, spec.channels))
-        with suppress(OSError):  # a read-only folder is sufficient
-            os.utime(record)  # the time of the last use
-    except (OSError, ValueError, OutputError):
+        entry = _read_entry(key, spec)
+    except (OSError, ValueError):
         return None
-    return LabeledImages(images, np.array(decoded.labels, np.int64), folder / f"{key}.npy"), decoded
+    images, decoded = entry
+    unverified = replace(images, known_fingerprint=None)
+    return entry if fingerprint(unverified, decoded.class_names) == decoded.fingerprint else None
+
+
+def _read_entry(key: str, spec: InputSpec) -> tuple[LabeledImages, DecodedSplit]:
+    """Return an entry without verifying its images. Raise an OSError or a ValueError if it is missing or damaged."""
+    folder = cache_directory(_NAME)
+    record, file = folder / f"{key}.record", folder / f"{key}.npy"
+    for path in (folder.parent, folder, record, file):
+        require_own(path)
+    decoded = _decode_record(record.read_bytes())
+    images = _map(file, (len(decoded.labels), spec.height, spec.width, spec.channels))
+    with suppress(OSError):  # a read-only folder is sufficient
+        os.utime(record)  # the time of the last use
+    known = KnownFingerprint(decoded.class_names, decoded.fingerprint)
+    return LabeledImages(images, np.array(decoded.labels, np.int64), file, known), decoded
 
 
 def decode(key: str, count: int, spec: InputSpec, function: DecodeFunction) -> tuple[LabeledImages, DecodedSplit]:
@@ -131,11 +153,11 @@ def decode(key: str, count: int, spec: InputSpec, function: DecodeFunction) -> t
     if count >= _MIN_IMAGES:
         try:
             _write_entry(key, count, spec, function)
-            if cached := find(key, spec):
-                return cached
-            reason = "the written files could not be read back"
+            return _read_entry(key, spec)
         except OutputError as error:
             reason = error.problem
+        except (OSError, ValueError) as error:
+            reason = f"the written files cannot be read ({error_message(error)})"
         warnings.warn(
             f"decoded images are not cached, so the next run will decode them again: {reason}; "
             "set XDG_CACHE_HOME to use another folder",
@@ -151,9 +173,12 @@ def _write_entry(key: str, count: int, spec: InputSpec, function: DecodeFunction
     """Decode a split into a new entry.
 
     Raises:
-        OutputError: the folder is not writable or does not have enough space.
+        OutputError: the folder is not writable, does not have enough space, or belongs to another user.
     """
-    folder = _folder()
+    try:
+        folder = create_cache_directory(_NAME)
+    except OSError as error:
+        raise write_error(Path(error.filename or _NAME), error) from error
     shape = (count, spec.height, spec.width, spec.channels)
     with atomic_path(folder / f"{key}.npy") as path:
         _require_space(folder, shape)
@@ -161,19 +186,12 @@ def _write_entry(key: str, count: int, spec: InputSpec, function: DecodeFunction
             buffer = _NpyFileBuffer(file, shape)
             decoded = function(buffer)
             buffer.finish(len(decoded.labels))
+        images = _map(path, (len(decoded.labels), *shape[1:]))
+        split = LabeledImages(images, np.array(decoded.labels, np.int64))
+        decoded = msgspec.structs.replace(decoded, fingerprint=fingerprint(split, decoded.class_names))
     with atomic_path(folder / f"{key}.record") as path:
         path.write_bytes(_encode_record(decoded))
     _remove_old_entries(folder)
-
-
-def _folder() -> Path:
-    """Return the folder of all entries. The XDG base directory specification requires relative paths to be ignored."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        base = cache_home if cache_home.is_absolute() else Path.home() / ".cache"
-    except RuntimeError as error:  # the user has no home directory
-        raise write_error(Path("~/.cache"), OSError(errno.ENOENT, str(error))) from error
-    return base / "cifarx" / "decoded"
 
 
 def _require_space(folder: Path, shape: tuple[int, int, int, int]) -> None:

@@ -1,16 +1,19 @@
 """Cache TensorRT engines on disk. Building an engine takes tens of seconds, and loading one takes less than one."""
 
 import hashlib
-import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from cifarx_serve.backends.onnxruntime import tensorrt_libraries
 from cifarx_serve.errors import FallbackWarning
+from cifarx_serve.files.cache_directory import cache_directory, create_cache_directory, require_own
+
+_NAME: Final = "tensorrt"
 
 
 @contextmanager
@@ -22,18 +25,21 @@ def engine_cache(model: Path) -> Iterator[dict[str, str]]:
     load. The timings of the kernels are kept for other models with similar layers. Another version of TensorRT, of ONNX
     Runtime or of the file uses another directory, and another kind of GPU uses another engine in the same directory.
 
-    If the cache cannot be written, a FallbackWarning is issued and the engine is built each time.
+    If the cache cannot be written, or belongs to another user, whose engine would be code that this process runs, a
+    FallbackWarning is issued and the engine is built each time.
     """
     with model.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     temporary: Path | None = None
     try:
-        folder = engine_cache_dir() / _versions()
+        folder = create_cache_directory(_NAME) / _versions()
         if not (cached := folder / digest).is_dir():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder))
             _copy_timings(folder, temporary)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        else:
+            require_own(cached)
+    except OSError as error:
         _remove(temporary)
         yield {}
         message = f"the TensorRT engine of {model} is built each time: it cannot be cached ({error})"
@@ -51,15 +57,8 @@ def engine_cache(model: Path) -> Iterator[dict[str, str]]:
 
 
 def engine_cache_dir() -> Path:
-    """Return the directory of all engines, according to the XDG base directory specification.
-
-    As specified, `XDG_CACHE_HOME` is ignored if it is not an absolute path.
-
-    Raises:
-        RuntimeError: the user has no home directory.
-    """
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache_home if cache_home.is_absolute() else Path.home() / ".cache") / "cifarx" / "tensorrt"
+    """Return the directory of all engines; see `cache_directory`."""
+    return cache_directory(_NAME)
 
 
 def _versions() -> str:

@@ -1,13 +1,15 @@
 """These tests write files in place of ONNX Runtime."""
 
+import os
 from pathlib import Path
 
 import onnxruntime
 import pytest
 
-from cifarx_serve.backends.onnxruntime import tensorrt_engines, tensorrt_libraries
+from cifarx_serve.backends.onnxruntime import tensorrt_libraries
 from cifarx_serve.backends.onnxruntime.tensorrt_engines import engine_cache, engine_cache_dir
 from cifarx_serve.errors import FallbackWarning
+from tests.support.file_owner import pretend_other_owner
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +85,18 @@ def test_the_cache_is_readable_only_by_the_user(model: Path) -> None:
     assert folder.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the system has no user IDs")
+@pytest.mark.parametrize("owned", ["cifarx", "tensorrt", "engine"])
+def test_an_engine_of_another_user_is_not_loaded(model: Path, monkeypatch: pytest.MonkeyPatch, owned: str) -> None:
+    """An engine is code that this process would run."""
+    assert not open_once(model)
+    (engine,) = (path for path in engine_cache_dir().glob("*/*") if path.is_dir())
+    other = {"cifarx": engine_cache_dir().parent, "tensorrt": engine_cache_dir(), "engine": engine}[owned]
+    pretend_other_owner(monkeypatch, other)
+    with pytest.warns(FallbackWarning, match="belongs to another user"), engine_cache(model) as options:
+        assert options == {}
+
+
 @pytest.mark.parametrize("fault", ["no directory", "no version", "no home"])
 def test_without_a_cache_the_engine_is_built_each_time_with_a_warning(
     model: Path, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -93,7 +107,8 @@ def test_without_a_cache_the_engine_is_built_each_time_with_a_warning(
     elif fault == "no version":
         monkeypatch.setattr(tensorrt_libraries, "version", lambda: None)
     else:
-        monkeypatch.setattr(tensorrt_engines, "engine_cache_dir", lambda: raises(RuntimeError("no home")))
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: raises(RuntimeError("no home")))
     with (
         pytest.warns(FallbackWarning, match=r"is built each time: it cannot be cached"),
         engine_cache(model) as options,
