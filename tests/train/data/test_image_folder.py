@@ -1,5 +1,7 @@
 import io
+import os
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -406,3 +408,40 @@ def test_the_jpeg_copy_of_cifar10_is_complete(cifar10_jpeg: Path) -> None:
     )
     assert test.images.shape == (10_000, 32, 32, 3)
     assert np.bincount(test.labels).tolist() == [1000] * 10
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes need POSIX")
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, target: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "data.tar").symlink_to(target)
+    with pytest.raises(DataError, match=r"is not a folder or a .tar.gz of one \(not a regular file\)"):
+        open_image_dataset(tmp_path / "data.tar")
+
+
+def test_a_sparse_member_is_not_read(folder: Path, tmp_path: Path) -> None:
+    """It declares gigabytes of zeros, which take no space in the archive."""
+    header = tarfile.TarInfo("colors/train/blue/huge.png")
+    header.size, header.type = 0, tarfile.GNUTYPE_SPARSE
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[483:495] = b"%011o\0" % (1 << 33)  # realsize, of the old GNU format of sparse files
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    archive = tmp_path / "colors.tar"
+    with tarfile.open(archive, "w") as packed:
+        packed.add(folder, "colors")
+    content = archive.read_bytes()
+    end = len(content.rstrip(b"\0")) + 511 & -512
+    archive.write_bytes(content[:end] + block + bytes(1024))
+    with pytest.raises(DataError, match=r"huge\.png in .* has 8,589,934,592 bytes, too many for an image: remove it"):
+        open_image_dataset(archive).load("train", InputSpec(height=4, width=4))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system accepts only UTF-8")
+def test_a_class_name_that_is_not_utf_8_is_an_error(folder: Path) -> None:
+    for split in ("train", "test"):
+        (folder / split / "blue").rename(folder / split / os.fsdecode(b"bl\xff"))
+    with pytest.raises(
+        DataError, match="the class folder bl\N{REPLACEMENT CHARACTER} of .* is not valid UTF-8: rename"
+    ):
+        _ = open_image_dataset(folder).class_names

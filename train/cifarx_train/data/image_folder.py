@@ -17,11 +17,13 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 from PIL import Image
 
 from cifarx_serve.errors import DataError, FallbackWarning, ImageError, error_message
+from cifarx_serve.files.regular_file import require_regular_file
 from cifarx_serve.images.preprocess import resize
-from cifarx_serve.images.reader import read_image
+from cifarx_serve.images.reader import MAX_BYTES, read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.cpus import available_cpus
 from cifarx_serve.system.prefetch import batched, prefetch
+from cifarx_serve.system.terminal import encodable
 from cifarx_train.data import decoded_cache
 from cifarx_train.data.dataset import Dataset, LabeledImages, OnError, Split
 from cifarx_train.data.decoded_cache import BrokenImage, DecodedSplit, ImageBuffer
@@ -63,7 +65,7 @@ class _ImageFileDataset(Dataset):
     def __init__(self, path: Path, on_error: OnError = "raise") -> None:
         self.path = path
         self.on_error = on_error
-        self.name = Path(os.path.abspath(path)).name  # noqa: PTH100 - unlike resolve(), this keeps the name of a symbolic link
+        self.name = encodable(Path(os.path.abspath(path)).name)  # noqa: PTH100 - unlike resolve(), this keeps the name of a symbolic link
 
     @abstractmethod
     def _identity(self, split: Split) -> object:
@@ -93,6 +95,11 @@ class _ImageFileDataset(Dataset):
             raise DataError(
                 f"{self.path} has classes in only one split ({', '.join(unmatched)})",
                 f"create the same class folders in {train}/ and {test}/",
+            )
+        if unencodable := sorted(name for name in classes[train] if encodable(name) != name):
+            raise DataError(
+                f"the class folder {encodable(unencodable[0])} of {self.path} has a name that is not valid UTF-8",
+                "rename it",
             )
         return tuple(sorted(classes[train]))
 
@@ -129,7 +136,8 @@ class _ImageFileDataset(Dataset):
                 # The message starts with the path or the size of the content, but an archive member has a better name.
                 subject = str(content) if isinstance(content, Path) else f"{len(content)} bytes"
                 reason = error.problem.removeprefix(f"{subject} is ")
-                broken[positions[file]] = BrokenImage(_printable(f"{folder}/{file.class_name}/{file.name}"), reason)
+                name = f"{folder}/{file.class_name}/{file.name}"
+                broken[positions[file]] = BrokenImage(encodable(name), encodable(reason))
 
         _for_each_in_threads(decode, self._contents(folder))
         if self._identity(split) != identity:
@@ -229,6 +237,9 @@ class ImageArchiveDataset(_ImageFileDataset):
             image = _parse_member(member)
             if image is None or image[0] != folder or self._members.get(image) != index:
                 continue
+            if member.size > MAX_BYTES:  # a sparse member takes no space in the archive
+                problem = f"{member.name} in {self.path} has {member.size:,} bytes, too many for an image"
+                raise DataError(problem, "remove it")
             if content := archive.extractfile(member):
                 yield image[1], content.read()
 
@@ -263,10 +274,11 @@ def open_image_dataset(path: Path, on_error: OnError = "raise") -> Dataset:
     if path.is_dir():
         return ImageFolderDataset(path, on_error)
     try:
+        require_regular_file(path)
         with tarfile.open(path) as archive:
             next(islice(archive, 1), None)
     except _DAMAGED_ARCHIVE as error:
-        reason = str(error).split(":\n")[0]  # the following lines list every compression that tarfile tried
+        reason = error_message(error).rstrip(":")  # the following lines list every compression that tarfile tried
         raise DataError(f"{path} is not a folder or a .tar.gz of one ({reason})", f"use the layout {LAYOUT}") from error
     return ImageArchiveDataset(path, on_error)
 
@@ -311,8 +323,3 @@ def _parse_member(member: tarfile.TarInfo) -> tuple[SplitFolder, ImageFile] | No
         ):
             return folder, ImageFile(class_name, name)
     return None
-
-
-def _printable(name: str) -> str:
-    """Replace the surrogates of a file name that is not valid UTF-8."""
-    return name.encode("utf-8", "replace").decode()
