@@ -64,7 +64,8 @@ class ArtifactWriter(NamedTuple):
             with (atomic_directory if row.directory_suffix else atomic_path)(target) as temporary:
                 artifact.save(temporary, spec)
                 with backend_class(row.backend)(model_file(temporary), CPU) as backend:
-                    parity = check_parity(self.reference, backend, tolerance, self.progress, self.batch_sizes)
+                    compared = check_parity(self.reference, backend, tolerance, self.progress, self.batch_sizes)
+                    parity = compared.with_checks(artifact.checks)
                     checked_logits = self._run_first_batch(backend) if parity.passed else None
                 if checked_logits is None:
                     raise _ParityFailedError(parity)

@@ -198,9 +198,9 @@ def _with_weights_check(result: ParityResult, opened: _Opened) -> ParityResult:
     if recorded is None or opened.weights_sha256 is None:
         return result
     same = recorded == opened.weights_sha256
-    check = Check("weights", same, "same as the checkpoint's" if same else "exported from other weights")
-    summary = msgspec.structs.replace(result.summary, passed=result.passed and same)
-    return msgspec.structs.replace(result, checks=(check, *result.checks), summary=summary)
+    return result.with_checks(
+        [Check("weights", same, "same as the checkpoint's" if same else "exported from other weights")]
+    )
 
 
 def _layer_check(opened: _Opened, images: NDArray[np.uint8], options: ModelOptions) -> Check:

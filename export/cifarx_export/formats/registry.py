@@ -4,8 +4,9 @@ A new format needs one converter module and one row in `FORMATS`. The command li
 tests all read the rows.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,10 @@ from cifarx_serve.spec import ModelSpec, Precision
 if TYPE_CHECKING:  # `cifarx export --help` reads this module and must not import PyTorch
     import numpy as np
     from numpy.typing import NDArray
+    from onnx import ModelProto
     from torch import Tensor, nn
+
+    from cifarx_export.parity.checks import Check
 
 T = TypeVar("T")
 
@@ -29,6 +33,11 @@ PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 OPSETS: Final = range(11, 24)
 """Supported ONNX opsets. PyTorch's exporter writes 18 and newer; its model is converted to older ones. 23 is the newest
 tested with ONNX Runtime."""
+
+_MAX_TEST_INPUTS: Final = 4096
+"""Number of test images that float16 is checked on: a few disagreements among them say enough."""
+
+_TEST_BATCH_SIZE: Final = 64
 
 _MIN_INT8_OPSET: Final = 13
 """The lowest opset in which weights can have one scale per channel."""
@@ -68,6 +77,10 @@ class ConversionSource:
         load_training_images: returns the requested number of images, spread evenly over the training split: uint8,
             (N, height, width, channels).
         progress: called with a line of text at each step.
+        load_onnx: returns a new copy of the model if the network is an ONNX file, which has no module and is converted
+            only to the formats of ONNX.
+        test_images: images of the test split at the network's input size: uint8, (N, height, width, channels). None if
+            there are none.
     """
 
     build_module: "Callable[[], nn.Module]"
@@ -75,6 +88,8 @@ class ConversionSource:
     options: ExportOptions
     load_training_images: "Callable[[int], NDArray[np.uint8]]"
     progress: Progress
+    load_onnx: "Callable[[], ModelProto] | None" = None
+    test_images: "NDArray[np.uint8] | None" = None
     _shared: "dict[Callable[[ConversionSource], Any], Any]" = field(default_factory=dict, init=False, repr=False)
 
     def example_input(self) -> "Tensor":
@@ -86,6 +101,23 @@ class ConversionSource:
 
         return torch.rand(2, *self.spec.input.shape, generator=torch.Generator().manual_seed(0))
 
+    def test_inputs(self) -> "Iterator[NDArray[np.float32]]":
+        """Yield a black and a white image, and up to `_MAX_TEST_INPUTS` test images, as the network takes them.
+
+        Batches of at most 64, float32 (N, *input.shape). The images are spread evenly over the split.
+        """
+        import numpy as np
+
+        from cifarx_serve.images.preprocess import normalize  # the help needs neither of them
+
+        size = self.spec.input
+        shape = (1, size.height, size.width, size.channels)
+        yield normalize(np.concatenate([np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8)]), size)
+        if self.test_images is not None:
+            images = self.test_images[:: math.ceil(len(self.test_images) / _MAX_TEST_INPUTS) or 1]
+            for start in range(0, len(images), _TEST_BATCH_SIZE):
+                yield normalize(images[start : start + _TEST_BATCH_SIZE], size)
+
     def compute_once(self, function: "Callable[[ConversionSource], T]") -> T:
         """Return `function(self)`. The first call computes it; the formats that share this source reuse the result."""
         if function not in self._shared:
@@ -95,7 +127,13 @@ class ConversionSource:
 
 
 class Artifact(ABC):
-    """A converted model that can be written to a file."""
+    """A converted model that can be written to a file.
+
+    Attributes:
+        checks: what the conversion itself found about the model, in addition to the parity check.
+    """
+
+    checks: "Sequence[Check]" = ()
 
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
         """Return `spec` with the facts that only the conversion knows, such as the opset. By default there are none."""

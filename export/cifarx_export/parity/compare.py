@@ -67,6 +67,12 @@ class ParityResult(msgspec.Struct, frozen=True):
         """The checks that failed."""
         return [check for check in self.checks if not check.passed]
 
+    def with_checks(self, checks: Sequence[Check]) -> "ParityResult":
+        """Return the result with other checks in front of its own. All of them have to pass."""
+        passed = self.passed and all(check.passed for check in checks)
+        summary = msgspec.structs.replace(self.summary, passed=passed)
+        return msgspec.structs.replace(self, checks=(*checks, *self.checks), summary=summary)
+
 
 class OutputShapeError(Exception):
     """Raised when a backend returns something else than logits of the right shape. The message names both."""

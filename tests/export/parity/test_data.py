@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cifarx_export.parity.data import load_parity_data, load_training_images
+from cifarx_export.parity.data import load_parity_data, load_training_images, name_classes
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
@@ -66,9 +66,50 @@ def test_there_are_no_labels_for_other_classes(
     assert other.fingerprint != same.fingerprint
 
 
-def test_there_are_no_labels_for_classes_in_another_order(spec: ModelSpec, image_folder: Path) -> None:
+def test_labels_follow_the_names_of_the_classes(spec: ModelSpec, image_folder: Path) -> None:
+    same = load_parity_data(spec, str(image_folder)).labels
+    assert same is not None
     reordered = msgspec.structs.replace(spec, class_names=spec.class_names[::-1])
-    assert load_parity_data(reordered, str(image_folder)).labels is None
+    labels = load_parity_data(reordered, str(image_folder)).labels
+    assert labels is not None
+    assert np.array_equal(labels, 9 - same)
+    more = msgspec.structs.replace(spec, class_names=("zebra", *spec.class_names))
+    labels = load_parity_data(more, str(image_folder)).labels
+    assert labels is not None
+    assert np.array_equal(labels, same + 1)
+
+
+def test_there_are_no_labels_if_a_class_is_missing_or_ambiguous(spec: ModelSpec, image_folder: Path) -> None:
+    for names in (spec.class_names[1:], ("another", *spec.class_names[1:]), (*spec.class_names, spec.class_names[0])):
+        other = msgspec.structs.replace(spec, class_names=names)
+        assert load_parity_data(other, str(image_folder)).labels is None
+
+
+# Class names of the data, for a network whose names nobody stated.
+
+
+def unnamed(spec: ModelSpec, classes: int = 10) -> ModelSpec:
+    names = tuple(f"class {index}" for index in range(classes))
+    return msgspec.structs.replace(spec, class_names=names, assumed=("class_names", "preprocessing"), training=None)
+
+
+def test_a_dataset_that_is_named_states_the_class_names(spec: ModelSpec, image_folder: Path) -> None:
+    named = name_classes(unnamed(spec), str(image_folder))
+    assert (named.class_names, named.assumed) == (spec.class_names, ("preprocessing",))
+
+
+def test_class_names_stay_assumed_where_the_dataset_does_not_state_them(
+    spec: ModelSpec, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nine = unnamed(spec, classes=9)
+    assert name_classes(nine, str(image_folder)) == nine
+    monkeypatch.setenv("CIFARX_DATA", str(image_folder))
+    for stand_in in ("builtin", "auto"):
+        assert name_classes(unnamed(spec), stand_in) == unnamed(spec)
+
+
+def test_stated_class_names_are_kept(spec: ModelSpec, relabeled_image_folder: Path) -> None:
+    assert name_classes(spec, str(relabeled_image_folder)) == spec
 
 
 @pytest.mark.parametrize("name", ["nowhere", "buildin"])

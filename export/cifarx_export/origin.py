@@ -1,0 +1,140 @@
+"""What is exported: the network of a checkpoint, or an ONNX file that has a spec."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from cifarx_export.formats.registry import FORMATS, ExportOptions
+from cifarx_serve.backends.base import Backend
+from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
+from cifarx_serve.devices import Device
+from cifarx_serve.errors import UsageError
+from cifarx_serve.files.file_format import FileFormat, detect_format
+from cifarx_serve.spec import ModelSpec, Precision
+from cifarx_train.checkpoints.checkpoint import SUFFIX, Checkpoint, file_sha256, load_checkpoint, weights_sha256
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions
+from cifarx_train.pytorch_backend import PyTorchBackend
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
+
+CPU = Device("cpu")
+
+ONNX_SUFFIX = ".onnx"
+
+
+class Origin(NamedTuple):
+    """A network to export.
+
+    Attributes:
+        name: the name of its file, for reports.
+        stem: the start of the names of its artifacts.
+        spec: its spec, with the hash of the file and of the weights.
+        sha256: the hash of the file.
+        open: opens the reference of its artifacts, on the CPU.
+        build_module: returns a new copy of the network.
+        load_onnx: returns the model of an ONNX file; None for a network of PyTorch.
+        trained_here: whether `cifarx train` trained the network, and the user states nothing else about its images.
+    """
+
+    name: str
+    stem: str
+    spec: ModelSpec
+    sha256: str
+    open: Callable[[], Backend]
+    build_module: "Callable[[], nn.Module]"
+    load_onnx: "Callable[[], ModelProto] | None"
+    trained_here: bool
+
+
+def open_origin(path: Path, options: ModelOptions) -> Origin:
+    """Open the network to export: a checkpoint, or an ONNX file of `cifarx export` or `cifarx adopt`.
+
+    Args:
+        path: the file.
+        options: what the user states about it.
+
+    Raises:
+        UsageError, ModelFileError, SpecError: the file cannot be exported, or see `load_checkpoint`.
+    """
+    if detect_format(path) is FileFormat.ONNX:
+        return _onnx_origin(path, options)
+    loaded = load_checkpoint(path, options)
+    return checkpoint_origin(path.name, file_sha256(path), loaded, options)
+
+
+def checkpoint_origin(name: str, sha256: str, checkpoint: Checkpoint, options: ModelOptions) -> Origin:
+    """Return the origin for a checkpoint in memory. For the arguments see `Origin`."""
+    # Free the optimizer state, which can be twice as large as the weights.
+    loaded = checkpoint._replace(training={})
+    spec = msgspec.structs.replace(loaded.spec, checkpoint_sha256=sha256, weights_sha256=weights_sha256(loaded.weights))
+    return Origin(
+        name,
+        name.removesuffix(SUFFIX),
+        spec,
+        sha256,
+        lambda: PyTorchBackend.from_checkpoint(loaded, CPU),
+        loaded.build,
+        None,
+        spec.training is not None and not options.overrides.fields,
+    )
+
+
+def _onnx_origin(path: Path, options: ModelOptions) -> Origin:
+    if options != NO_OPTIONS:
+        raise UsageError(f"{path} contains its own spec", "leave out --model, --spec and the other fields of the spec")
+    spec = OnnxRuntimeBackend.read_spec(path)
+    if spec.precision != "fp32" or spec.embedded_preprocessing:
+        kind = "embedded preprocessing" if spec.embedded_preprocessing else f"precision {spec.precision}"
+        raise UsageError(f"{path} has {kind}", "give the fp32 file that it was made from")
+    sha256 = file_sha256(path)
+    return Origin(
+        path.name,
+        path.name.removesuffix(ONNX_SUFFIX),
+        msgspec.structs.replace(spec, checkpoint_sha256=sha256, parity=None),
+        sha256,
+        lambda: OnnxRuntimeBackend(path, CPU),
+        _no_module,
+        lambda: _load_onnx(path),
+        spec.training is not None,
+    )
+
+
+def _no_module() -> "nn.Module":
+    raise AssertionError("an ONNX file has no module: `require_convertible` refuses formats that need one")
+
+
+def _load_onnx(path: Path) -> "ModelProto":
+    import onnx
+
+    return onnx.load(path)
+
+
+def require_convertible(origin: Origin, name: str, precision: Precision, options: ExportOptions) -> None:
+    """Check that an origin can be exported to a format.
+
+    Args:
+        origin: the network.
+        name: the name of the format.
+        precision: the precision of the artifact.
+        options: the options of the conversion.
+
+    Raises:
+        UsageError: it is an ONNX file, and the format is not one of ONNX, or the artifact would be the same model.
+    """
+    if origin.load_onnx is None:
+        return
+    formats = [other for other, row in FORMATS.items() if row.backend == OnnxRuntimeBackend.name]
+    if name not in formats:
+        raise UsageError(
+            f"{origin.name} is an ONNX file and cannot become {name}", f"export it to {' or '.join(formats)}"
+        )
+    if options.opset is not None:
+        raise UsageError(f"{origin.name} is an ONNX file, whose opset is not changed", "leave --opset out")
+    if name == "onnx" and precision == "fp32" and not options.embed_preprocessing:
+        raise UsageError(
+            f"{origin.name} is an ONNX file in fp32 already", "add --precision int8 or fp16, or --embed-preprocessing"
+        )
