@@ -21,6 +21,7 @@ PixelValue = Annotated[int, Meta(ge=0, le=255)]
 Color: TypeAlias = Literal["RGB", "BGR", "L"]
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ResizeMode: TypeAlias = Literal["stretch", "shorter_side", "letterbox"]
+CropOffset: TypeAlias = Literal["round", "floor"]
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
 Activation: TypeAlias = Literal["softmax", "sigmoid"]
 Assumption: TypeAlias = Literal["architecture", "class_names", "preprocessing", "output"]
@@ -44,6 +45,8 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
         resize_to: the size before a center crop to (height, width): the shorter side for "shorter_side", (height,
             width) for "stretch". The default is the network's input size. Where the crop is larger than the resized
             image, the image is padded with `fill`.
+        crop_offset: where the center crop starts if the number of pixels that it cuts off is odd: half of it, rounded
+            to even as torchvision and timm do, or rounded down as Hugging Face's processors do.
         interpolation: the filter that resizes.
         antialias: whether the filter is widened when an image is made smaller, as Pillow does. Without it, images are
             resized as PyTorch's `interpolate` and torchvision resize tensors, which have no Lanczos filter.
@@ -62,6 +65,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     resize: ResizeMode = "stretch"
     # msgspec 0.22 crashes on a union of a constrained int and a tuple of a fixed length.
     resize_to: PositiveInt | tuple[PositiveInt, ...] | None = None
+    crop_offset: CropOffset = "round"
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
     fill: PixelValue | tuple[PixelValue, ...] = 0

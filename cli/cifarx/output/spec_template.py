@@ -21,6 +21,7 @@ _COMMENTS: Final = {
     "mean": "one value per channel, in the order of color",
     "resize": "stretch, shorter_side (then a center crop) or letterbox",
     "resize_to": "the size before the center crop: one number for shorter_side, [height, width] for stretch",
+    "crop_offset": "where an odd number of pixels is cut off: round as torchvision, floor as Hugging Face",
     "interpolation": "nearest, bilinear, bicubic or lanczos",
     "antialias": "true as Pillow resizes images, false as PyTorch resizes tensors by default",
     "fill": "the value of padded pixels, 0 to 255",

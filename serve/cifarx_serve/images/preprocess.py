@@ -11,8 +11,9 @@ of the libraries that people train with:
 - `letterbox` scales by `r = min(height / H, width / W)` to `round(r * H)` by `round(r * W)` pixels, as `LetterBox` of
   Ultralytics does, and pads the rest with `fill`.
 
-A crop starts at `round((size - crop) / 2)`, where halves are rounded to even, and a padding of `n` pixels has `n // 2`
-of them above or on the left. That is `CenterCrop`, and also `round(n / 2 - 0.1)` of `LetterBox`.
+A crop starts at `round((size - crop) / 2)`, where halves are rounded to even as in `CenterCrop`, or rounded down for
+the `crop_offset` "floor". A padding of `n` pixels has `n // 2` of them above or on the left. That is `CenterCrop`, and
+also `round(n / 2 - 0.1)` of `LetterBox`.
 """
 
 import math
@@ -135,27 +136,32 @@ def is_unchanged(shape: tuple[int, ...], spec: InputSpec) -> bool:
 
 def _kept(size: tuple[int, int], spec: InputSpec) -> tuple[slice, slice]:
     """Return the rows and the columns of an image of this width and height that the center crop keeps."""
-    rows, columns = _centered(size[1], spec.height)[0], _centered(size[0], spec.width)[0]
-    return rows, columns
+    return _centered(size[1], spec.height, spec)[0], _centered(size[0], spec.width, spec)[0]
 
 
 def _crop_or_pad(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
     """Crop and pad pixels to (height, width) around their center."""
-    rows, target_rows = _centered(pixels.shape[0], spec.height)
-    columns, target_columns = _centered(pixels.shape[1], spec.width)
+    rows, target_rows = _centered(pixels.shape[0], spec.height, spec)
+    columns, target_columns = _centered(pixels.shape[1], spec.width, spec)
     result = np.empty((spec.height, spec.width, spec.channels), np.uint8)
     result[:] = rgb_fill(spec)
     result[target_rows, target_columns] = pixels[rows, columns]
     return result
 
 
-def _centered(size: int, target: int) -> tuple[slice, slice]:
+def _centered(size: int, target: int, spec: InputSpec) -> tuple[slice, slice]:
     """Return the part of an axis of length `size` that is kept, and where in the axis of length `target` it goes."""
     if size >= target:
-        start = round((size - target) / 2)
+        start = crop_start(size, target, spec)
         return slice(start, start + target), slice(0, target)
     start = (target - size) // 2
     return slice(0, size), slice(start, start + size)
+
+
+def crop_start(size: int, target: int, spec: InputSpec) -> int:
+    """Return the first of the `target` pixels that the center crop keeps of an axis of length `size`."""
+    cut_off = size - target
+    return cut_off // 2 if spec.crop_offset == "floor" else round(cut_off / 2)
 
 
 def rgb_fill(spec: InputSpec) -> NDArray[np.uint8]:
@@ -186,7 +192,8 @@ def undo_crop(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
         height, width = max(spec.height, spec.resize_to), max(spec.width, spec.resize_to)
     else:
         height, width = spec.resize_to, spec.width
-    (target_rows, rows), (target_columns, columns) = _centered(height, spec.height), _centered(width, spec.width)
+    target_rows, rows = _centered(height, spec.height, spec)
+    target_columns, columns = _centered(width, spec.width, spec)
     images = np.empty((len(pixels), height, width, spec.channels), np.uint8)
     images[:] = rgb_fill(spec)
     images[:, target_rows, target_columns] = pixels[:, rows, columns]

@@ -307,6 +307,16 @@ def test_equals_the_tensors_of_torchvision_without_antialiasing(filter_name: Any
     assert different <= MAX_DIFFERING[filter_name] * values
 
 
+@pytest.mark.parametrize(("crop_offset", "start"), [("round", 4), ("floor", 3)])
+def test_where_an_odd_number_of_pixels_is_cut_off(crop_offset: Any, start: int) -> None:
+    image = drawn(photographic, 0, (70, 70))
+    whole = resize(image, InputSpec(height=35, width=35))
+    spec = InputSpec(height=28, width=28, resize="shorter_side", resize_to=35, crop_offset=crop_offset)
+    assert np.array_equal(resize(image, spec), whole[start : start + 28, start : start + 28])
+    stretched = InputSpec(height=28, width=28, resize_to=(35, 35), crop_offset=crop_offset)
+    assert np.array_equal(resize(image, stretched), whole[start : start + 28, start : start + 28])
+
+
 def test_crops_after_resizing_without_antialiasing() -> None:
     image = drawn(photographic, 0, (90, 70))
     whole = resize(image, InputSpec(height=41, width=32, antialias=False))

@@ -42,6 +42,7 @@ def processor_input(processor: Any) -> InputSpec:
         mean=mean,
         std=std,
         interpolation=_INTERPOLATIONS[int(processor.resample)],
+        crop_offset="floor",
     )
 
     def preprocess(image: Image.Image) -> NDArray[np.float32]:

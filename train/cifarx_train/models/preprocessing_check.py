@@ -11,15 +11,13 @@ from cifarx_serve.errors import SpecError
 from cifarx_serve.images.preprocess import normalize, resize
 from cifarx_serve.spec import InputSpec
 
-MAX_LEVELS: Final = 3.0
-"""The largest difference that passes, in levels of 256.
+MAX_LEVELS: Final = 8.0
+MAX_MEAN_LEVELS: Final = 0.6
+"""The largest difference that passes and the largest mean difference, in levels of 256.
 
 Libraries that resize tensors round differently from Pillow. A wrong size, crop, filter, color, mean or standard
 deviation changes the noise of the images by far more.
 """
-
-MAX_MEAN_LEVELS: Final = 0.6
-"""The largest mean difference that passes, in levels of 256."""
 
 _SIDES: Final = ((360, 540), (600, 400))  # width and height; halves of the differences to usual crops are integers
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cifarx_serve.errors import UsageError, error_message, unknown_name_error
+from cifarx_serve.files.regular_file import read_text_file
 from cifarx_serve.spec import SCHEMA_VERSION, InputSpec, ModelSource, ModelSpec
 from cifarx_train.models.options import SpecOverrides
 
@@ -57,7 +58,7 @@ def read_document(path: Path) -> dict[str, Any]:
         UsageError: the file cannot be read, or is neither.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text_file(path)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"cannot read {path} ({error_message(error)})", "give a TOML or JSON file") from error
     try:

@@ -129,6 +129,8 @@ MODES: dict[str, dict[str, Any]] = {
     "letterbox": {"resize": "letterbox", "fill": 114},
     "letterbox with a color": {"resize": "letterbox", "fill": (9, 8, 7), "color": "BGR"},
     "shorter side": {"resize": "shorter_side", "resize_to": 44},
+    "shorter side, cropped from below": {"resize": "shorter_side", "resize_to": 45, "crop_offset": "floor"},
+    "stretch and crop from below": {"resize_to": (31, 47), "crop_offset": "floor"},
     "shorter side, padded": {"resize": "shorter_side", "resize_to": 28, "fill": 7},
     "grayscale": {"resize": "shorter_side", "resize_to": 44, "channels": 1, "color": "L"},
     "grayscale letterbox": {"resize": "letterbox", "fill": 200, "channels": 1, "color": "L"},

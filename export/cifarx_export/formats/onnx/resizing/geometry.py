@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from onnx import TensorProto
 
-from cifarx_serve.images.preprocess import rgb_fill
+from cifarx_serve.images.preprocess import crop_start, rgb_fill
 from cifarx_serve.spec import InputSpec
 
 AXES: Final = ("height", "width")
@@ -52,7 +52,7 @@ def _constant_sizes(spec: InputSpec) -> dict[str, str]:
     constants: dict[str, str] = {}
     for axis, wanted, size in zip(AXES, target, (spec.height, spec.width), strict=True):
         kept = min(wanted, size)
-        first = max(0, round((wanted - size) / 2))
+        first = max(0, crop_start(wanted, size, spec))
         values = {"wanted": wanted, "first": first, "last": first + kept, "kept": kept}
         constants |= {f"{axis}_{name}": f"int64 {axis}_{name} = {{{value}}}" for name, value in values.items()}
     return constants
@@ -81,9 +81,9 @@ def sizes(spec: InputSpec) -> str:
         width_pixels = Squeeze (width_of_input)
     """
     if spec.resize == "shorter_side":
-        return nodes + _SHORTER_SIDE + "".join(_kept(axis) for axis in AXES)
+        return nodes + _SHORTER_SIDE + "".join(_kept(axis, spec) for axis in AXES)
     if spec.resize == "letterbox":
-        return nodes + _LETTERBOX + "".join(_kept(axis) for axis in AXES)
+        return nodes + _LETTERBOX + "".join(_kept(axis, spec) for axis in AXES)
     return nodes
 
 
@@ -114,14 +114,15 @@ _LETTERBOX: Final = f"""
 """
 
 
-def _kept(axis: str) -> str:
-    """Return the nodes that define the part of the resized image that is kept. Halves are rounded to even."""
+def _kept(axis: str, spec: InputSpec) -> str:
+    """Return the nodes that define the part of the resized image that is kept. ONNX's Round rounds halves to even."""
+    rounding = "Floor" if spec.crop_offset == "floor" else "Round"
     return f"""
         {axis}_kept = Min ({axis}_wanted, {axis}_size)
         {axis}_excess = Sub ({axis}_wanted, {axis}_size)
         {axis}_excess_exact = Cast <to = {TensorProto.DOUBLE}> ({axis}_excess)
         {axis}_half_excess = Mul ({axis}_excess_exact, half)
-        {axis}_half_rounded = Round ({axis}_half_excess)
+        {axis}_half_rounded = {rounding} ({axis}_half_excess)
         {axis}_half_whole = Cast <to = {TensorProto.INT64}> ({axis}_half_rounded)
         {axis}_first = Max ({axis}_half_whole, no_pixels)
         {axis}_last = Add ({axis}_first, {axis}_kept)
