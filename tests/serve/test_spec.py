@@ -236,7 +236,7 @@ def schema_1(spec: ModelSpec) -> dict[str, Any]:
     """Return the document that version 0.2 wrote for a spec of its time."""
     fields = json.loads(spec.to_json())
     input_ = fields["input"]
-    for name in ("resize", "resize_to", "antialias", "fill"):
+    for name in ("resize", "resize_to", "crop_offset", "antialias", "fill"):
         del input_[name]
     input_["resize"], input_["colour"] = input_.pop("interpolation"), input_.pop("color")
     for name in ("activation", "outputs", "thresholds", "source", "assumed"):
