@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -30,12 +31,12 @@ def network() -> nn.Module:
     ).eval()
 
 
-def source(precision: Precision = "fp32") -> ConversionSource:
+def source(precision: Precision = "fp32", build: Callable[[], nn.Module] = network) -> ConversionSource:
     def no_images(count: int) -> np.ndarray:
         raise AssertionError(f"the converter loaded {count} training images")
 
     spec = msgspec.structs.replace(SPEC, precision=precision)
-    return ConversionSource(network, spec, NO_OPTIONS, no_images, silent)
+    return ConversionSource(build, spec, NO_OPTIONS, no_images, silent)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,24 @@ def test_logits_match_the_network_at_any_batch_size(
     assert (logits.dtype, logits.shape) == (np.float32, (size, 5))
     np.testing.assert_allclose(logits, expected, rtol=tolerance, atol=tolerance)
     assert tuple(capfd.readouterr()) == ("", "")
+
+
+class Viewing(nn.Module):
+    """Views a tensor that is contiguous on the CPU, and may not be on another device."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.permute(0, 2, 3, 1).permute(0, 3, 1, 2).contiguous().view(images.shape[0], -1)[:, :5]
+
+
+def test_no_operator_requires_the_strides_of_the_cpu(tmp_path: Path) -> None:
+    [artifact] = convert_to_exported_program(source(build=Viewing))
+    artifact.save(tmp_path / "x.pt2", SPEC)
+    program = torch.export.load(tmp_path / "x.pt2")
+    operators = {node.target for node in program.graph.nodes}
+    assert torch.ops.aten.reshape.default in operators
+    assert torch.ops.aten.view.default not in operators
+    images = torch.rand(3, 3, 8, 6)
+    assert torch.equal(program.module()(images), Viewing()(images))
 
 
 def test_fp16_halves_the_size_of_the_weights(path: Path, tmp_path: Path) -> None:
