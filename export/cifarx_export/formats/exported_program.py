@@ -1,6 +1,7 @@
 """The `ExportedProgram` of `torch.export`, a graph of operators with a dynamic batch size, in a PyTorch 2 archive."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +12,8 @@ from torch.export import Dim, ExportedProgram
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
-from cifarx_export.formats.traced_module import module_to_trace
+from cifarx_export.formats.traced_module import fp16_checks, module_to_trace
+from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.spec import ModelSpec
 
@@ -22,8 +24,9 @@ _DEBUG_METADATA: Final = ("stack_trace", "nn_module_stack", "torch_fn", "source_
 class ExportedProgramArtifact(Artifact):
     """An exported program without debug metadata and without pickled objects."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, checks: Sequence[Check] = ()) -> None:
         self._program = program
+        self.checks = checks
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write the archive with the spec among its extra files. The same program and spec produce the same bytes."""
@@ -41,7 +44,7 @@ def convert_to_exported_program(source: ConversionSource) -> list[ExportedProgra
     program = export_program(module_to_trace(source), source.example_input(), "pt2")
     _replace_views(program)
     _strip_debug_metadata(program)
-    return [ExportedProgramArtifact(program)]
+    return [ExportedProgramArtifact(program, fp16_checks(source))]
 
 
 def export_program(module: nn.Module, example: Tensor, target: str) -> ExportedProgram:

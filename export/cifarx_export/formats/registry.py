@@ -34,9 +34,6 @@ OPSETS: Final = range(11, 24)
 """Supported ONNX opsets. PyTorch's exporter writes 18 and newer; its model is converted to older ones. 23 is the newest
 tested with ONNX Runtime."""
 
-_MAX_TEST_INPUTS: Final = 4096
-"""Number of test images that float16 is checked on: a few disagreements among them say enough."""
-
 _TEST_BATCH_SIZE: Final = 64
 
 _MIN_INT8_OPSET: Final = 13
@@ -101,10 +98,10 @@ class ConversionSource:
 
         return torch.rand(2, *self.spec.input.shape, generator=torch.Generator().manual_seed(0))
 
-    def test_inputs(self) -> "Iterator[NDArray[np.float32]]":
-        """Yield a black and a white image, and up to `_MAX_TEST_INPUTS` test images, as the network takes them.
+    def test_inputs(self, count: int) -> "Iterator[NDArray[np.float32]]":
+        """Yield a black and a white image, and up to `count` images spread evenly over the test images.
 
-        Batches of at most 64, float32 (N, *input.shape). The images are spread evenly over the split.
+        They are as the network takes them: batches of at most 64, float32 (N, *input.shape).
         """
         import numpy as np
 
@@ -114,7 +111,7 @@ class ConversionSource:
         shape = (1, size.height, size.width, size.channels)
         yield normalize(np.concatenate([np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8)]), size)
         if self.test_images is not None:
-            images = self.test_images[:: math.ceil(len(self.test_images) / _MAX_TEST_INPUTS) or 1]
+            images = self.test_images[:: math.ceil(len(self.test_images) / count) or 1]
             for start in range(0, len(images), _TEST_BATCH_SIZE):
                 yield normalize(images[start : start + _TEST_BATCH_SIZE], size)
 

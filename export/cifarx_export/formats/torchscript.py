@@ -17,7 +17,8 @@ from torch.jit._trace import TracerWarning
 
 from cifarx_export.formats.conversion_errors import is_user_code, reporting_conversion_errors
 from cifarx_export.formats.registry import Artifact, ConversionSource
-from cifarx_export.formats.traced_module import module_to_trace
+from cifarx_export.formats.traced_module import fp16_checks, module_to_trace
+from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
@@ -41,8 +42,9 @@ _ARITHMETIC: Final = frozenset(f"aten::{name}" for name in ("add", "div", "floor
 class TorchScriptArtifact(Artifact):
     """A frozen `torch.jit.ScriptModule`."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, checks: Sequence[Check] = ()) -> None:
         self._module = module
+        self.checks = checks
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write the archive with the spec as its only extra file."""
@@ -75,7 +77,7 @@ def convert_to_torchscript(source: ConversionSource) -> list[TorchScriptArtifact
     for line in tracer_notes(caught):
         source.progress(line)
     _replace_integer_tensors(frozen.graph)
-    return [TorchScriptArtifact(frozen)]
+    return [TorchScriptArtifact(frozen, fp16_checks(source))]
 
 
 def tracer_notes(caught: Sequence[warnings.WarningMessage]) -> list[str]:

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 from cifarx_export.formats.conversion_errors import reporting_run_errors
 from cifarx_export.formats.fp16 import convert_module_to_fp16
+from cifarx_export.formats.fp16_range import check_module_range
 from cifarx_export.formats.registry import ConversionSource
+from cifarx_export.parity.checks import Check
 
 
 def module_to_trace(source: ConversionSource) -> nn.Module:
@@ -21,6 +23,14 @@ def module_to_trace(source: ConversionSource) -> nn.Module:
     with reporting_run_errors(images), torch.no_grad():
         module(images)
     return module if torch.equal(images, example) else CopiedInput(module).eval()
+
+
+def fp16_checks(source: ConversionSource) -> list[Check]:
+    """Return what is checked about a network in float16. There is nothing to check in float32.
+
+    Unlike ONNX Runtime, PyTorch computes float16 on a CPU too, so the parity check compares what a GPU will compute.
+    """
+    return [source.compute_once(check_module_range)] if source.spec.precision == "fp16" else []
 
 
 class CopiedInput(nn.Module):

@@ -1,20 +1,23 @@
 """Conversion to ONNX with PyTorch's `torch.export`-based exporter: one file with a dynamic batch size and the spec."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple
 
 import msgspec
 import onnx
 import torch
 from onnx import ModelProto
 
+from cifarx_export.formats.conversion_errors import reporting_conversion_errors
+from cifarx_export.formats.onnx.half_precision import check_half_precision
 from cifarx_export.formats.onnx.int8.search import QuantizationSearch
 from cifarx_export.formats.onnx.opset import convert_to_opset, unsupported_type_error
 from cifarx_export.formats.onnx.preprocessing import embed_preprocessing
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.backends.onnxruntime.model_reader import minimum_onnxruntime
 from cifarx_serve.spec import ModelSpec
@@ -22,8 +25,16 @@ from cifarx_serve.spec import ModelSpec
 DEFAULT_OPSET: Final = 18
 """The lowest opset that the exporter writes without a conversion, so the one that most runtimes can read."""
 
-_Converted: TypeAlias = tuple[ModelProto, dict[str, str]]
-"""A model, and the facts about its conversion that its spec records."""
+_HALF_PRECISION_IMAGES: Final = 4096
+"""Maximum number of images that float16 is simulated on: 0.1 % of them, the tolerance, are several images."""
+
+
+class _Converted(NamedTuple):
+    """A model, the facts about its conversion that its spec records, and what the conversion found about it."""
+
+    model: ModelProto
+    facts: Mapping[str, str] = {}
+    checks: Sequence[Check] = ()
 
 
 class OnnxArtifact(Artifact):
@@ -32,19 +43,20 @@ class OnnxArtifact(Artifact):
     Args:
         model: the model.
         facts: facts about the conversion, such as the opset, that the spec records.
+        checks: what the conversion found about the model.
     """
 
-    def __init__(self, model: ModelProto, facts: Mapping[str, str]) -> None:
+    def __init__(self, model: ModelProto, facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
         self._model = model
         self._facts = facts
+        self.checks = checks
 
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
         """Add the facts about the conversion, and the oldest version of ONNX Runtime that can run the model."""
-        opset = next(entry.version for entry in self._model.opset_import if not entry.domain)
         return msgspec.structs.replace(
             spec,
             exporter={**(spec.exporter or {}), **self._facts},
-            minimum_onnxruntime=minimum_onnxruntime(self._model.ir_version, opset),
+            minimum_onnxruntime=minimum_onnxruntime(self._model.ir_version, model_opset(self._model)),
         )
 
     def save(self, path: Path, spec: ModelSpec) -> None:
@@ -55,6 +67,12 @@ class OnnxArtifact(Artifact):
         path.write_bytes(self._model.SerializeToString(deterministic=True))
 
 
+def model_opset(model: ModelProto) -> int:
+    """Return the version of ONNX's own operators that a model uses."""
+    version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return version
+
+
 def convert_to_onnx(source: ConversionSource) -> Iterator[OnnxArtifact]:
     """Convert the network. Yields one artifact, or for int8 one per candidate of `QuantizationSearch`.
 
@@ -63,38 +81,55 @@ def convert_to_onnx(source: ConversionSource) -> Iterator[OnnxArtifact]:
     width, channels), of any height and width.
 
     Raises:
-        UsageError, DataError: int8 cannot be calibrated. See `QuantizationSearch`.
+        UsageError: the network cannot be converted, or not to this opset; or an option of int8 cannot be followed.
+        DataError: int8 cannot be calibrated. See `QuantizationSearch`.
     """
-    for network, facts in _convert(source):
+    for network, facts, checks in _convert(source):
         embedded = source.options.embed_preprocessing
         model = embed_preprocessing(network, source.spec.input) if embedded else network
         _strip_debug_metadata(model)
         _check_model(model, _opset(source))
-        yield OnnxArtifact(model, {"opset": str(_opset(source)), **facts})
+        yield OnnxArtifact(model, {"opset": str(model_opset(model)), **facts}, checks)
 
 
 def _convert(source: ConversionSource) -> Iterator[_Converted]:
-    """Yield the models in the precision of the source, and the facts about the conversion to it."""
+    """Yield the models in the precision of the source."""
     if source.spec.precision == "int8":
-        yield from source.compute_once(_start_search).candidates()
+        search = source.compute_once(_start_search)
+        for model, facts in search.candidates():
+            gain = search.check_gain(model)
+            yield _Converted(model, facts, [gain])
+            if not gain.passed:
+                return  # later candidates have more layers in fp32
     elif source.spec.precision == "fp16":
-        from cifarx_export.formats.onnx.fp16 import convert_model_to_fp16  # imports onnx_ir
-
-        yield convert_model_to_fp16(_export_fp32(source))
+        yield source.compute_once(_convert_to_fp16)
     else:
-        yield _export_fp32(source), {}
+        yield _Converted(_export_fp32(source))
 
 
 def _start_search(source: ConversionSource) -> QuantizationSearch:
     return QuantizationSearch(_export_fp32(source), source)
 
 
+def _convert_to_fp16(source: ConversionSource) -> _Converted:
+    from cifarx_export.formats.onnx.fp16 import convert_model_to_fp16, fp32_nodes, lift_constants  # imports onnx_ir
+
+    model = lift_constants(_export_fp32(source))
+    source.progress("fp16: simulating float16, which the CPU computes in float32")
+    kept, batches = [node.name for node in fp32_nodes(model)], source.test_inputs(_HALF_PRECISION_IMAGES)
+    checks = check_half_precision(model, kept, batches, source.spec)
+    return _Converted(*convert_model_to_fp16(model), checks)
+
+
 def _export_fp32(source: ConversionSource) -> ModelProto:
-    """Export the network in fp32."""
-    with quiet():
+    """Export the network in fp32, or load it if it is an ONNX file already."""
+    if source.load_onnx is not None:
+        return source.load_onnx()
+    module, example = source.build_module(), source.example_input()
+    with reporting_conversion_errors("ONNX", module, example), quiet():
         program = torch.onnx.export(
-            source.build_module(),
-            (source.example_input(),),
+            module,
+            (example,),
             dynamo=True,
             external_data=False,
             dynamic_shapes=({0: "batch"},),

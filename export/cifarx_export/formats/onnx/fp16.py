@@ -55,9 +55,8 @@ def convert_model_to_fp16(model: ModelProto) -> tuple[ModelProto, dict[str, str]
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = _apply(model, LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
-    _drop_initializer_value_infos(model)
-    kept = list(_fp32_nodes(model))
+    model = lift_constants(model)
+    kept = list(fp32_nodes(model))
     converted = convert_float_to_float16(
         model, keep_io_types=True, op_block_list=[], node_block_list=[node.name for node in kept]
     )
@@ -66,6 +65,13 @@ def convert_model_to_fp16(model: ModelProto) -> tuple[ModelProto, dict[str, str]
     tidied = _apply(converted, TopologicalSortPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
     names = ", ".join(sorted({node.op_type for node in kept}))
     return tidied, {"fp32 ops": names} if names else {}
+
+
+def lift_constants(model: ModelProto) -> ModelProto:
+    """Return the model with its constants as initializers, which the choice of `fp32_nodes` reads."""
+    lifted = _apply(model, LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+    _drop_initializer_value_infos(lifted)
+    return lifted
 
 
 def _apply(model: ModelProto, *passes: Any) -> ModelProto:
@@ -85,7 +91,7 @@ def _drop_initializer_value_infos(model: ModelProto) -> None:
     model.graph.value_info.extend(entries)
 
 
-def _fp32_nodes(model: ModelProto) -> Iterator[NodeProto]:
+def fp32_nodes(model: ModelProto) -> Iterator[NodeProto]:
     """Yield the nodes that stay in float32, because of their operator or because of one of their constants."""
     out_of_range = {
         tensor.name

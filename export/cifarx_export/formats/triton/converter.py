@@ -31,6 +31,7 @@ class TritonArtifact(Artifact):
 
     def __init__(self, model: OnnxArtifact) -> None:
         self._model = model
+        self.checks = model.checks
 
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
         """Add what the ONNX model adds."""

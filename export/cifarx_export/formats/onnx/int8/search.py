@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from cifarx_export.formats.onnx.int8.calibration import METHODS, calibrate
+from cifarx_export.formats.onnx.int8.gain import check_gain, int8_share
 from cifarx_export.formats.onnx.int8.gptq import quantize_weights
 from cifarx_export.formats.onnx.int8.graph import insert_qdq, prepare_for_quantization, tensors_to_calibrate
 from cifarx_export.formats.onnx.int8.inference import open_session, run_in_batches
 from cifarx_export.formats.onnx.int8.layers import Layer, find_layers, macs_per_image
 from cifarx_export.formats.registry import ConversionSource
+from cifarx_export.parity.checks import Check
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.scores import applicable_labels
@@ -116,7 +118,8 @@ class QuantizationSearch:
             if reached < target:
                 self._progress(f"int8: best agreement found {reached:.2%}, below {target:.2%}")
             yielded.append(choice)
-            yield self.build(choice), self._describe(choice, reached)
+            model = self.build(choice)
+            yield model, self._describe(choice, reached, model)
 
     def find(self, target: float) -> _Trial:
         """Return the choice with the fewest layers in fp32 that reaches an agreement, or the best one if none does.
@@ -143,19 +146,18 @@ class QuantizationSearch:
                 tensor.CopyFrom(numpy_helper.from_array(self._weights[tensor.name], tensor.name))
         return model
 
-    def _describe(self, choice: MixedPrecision, agreement: float) -> dict[str, str]:
+    def check_gain(self, model: ModelProto) -> Check:
+        """Check that a quantized model has gained something: multiplications in int8, or a smaller size."""
+        return check_gain(model, self._model, self._macs)
+
+    def _describe(self, choice: MixedPrecision, agreement: float, model: ModelProto) -> dict[str, str]:
         return {
             "calibration": f"{choice.method}, {self._calibration_images} training images",
             "weights": "7 bits, per channel, rounded by GPTQ",
             "fp32 layers": ", ".join(layer.name for layer in choice.fp32_layers) or "none",
-            "in int8": f"{self._int8_fraction(choice):.0%} of the multiplications",
+            "in int8": f"{int8_share(model, self._macs):.0%} of the multiplications",
             "held-out agreement": f"{agreement:.2%} of {len(self._inputs):,} training images",
         }
-
-    def _int8_fraction(self, choice: MixedPrecision) -> float:
-        """Return the fraction of the multiplications that run in int8."""
-        in_fp32 = sum(self._macs.get(node, 0) for layer in choice.fp32_layers for node in layer.nodes)
-        return 1 - in_fp32 / max(1, self._total_macs)
 
     def _evaluate(self, choice: MixedPrecision) -> _Trial:
         if choice not in self._trials:
