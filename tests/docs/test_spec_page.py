@@ -9,6 +9,7 @@ from cifarx_serve.spec import (
     Activation,
     Assumption,
     Color,
+    CropOffset,
     InputSpec,
     Interpolation,
     Layout,
@@ -36,6 +37,8 @@ def test_every_field_is_described(struct: type[ModelSpec | InputSpec | ModelSour
     assert [name for name in struct.__struct_fields__ if name not in words] == []
 
 
-@pytest.mark.parametrize("values", [Color, Layout, ResizeMode, Interpolation, Activation, Assumption, Precision])
+@pytest.mark.parametrize(
+    "values", [Color, Layout, ResizeMode, CropOffset, Interpolation, Activation, Assumption, Precision]
+)
 def test_every_value_is_described(values: object) -> None:
     assert [value for value in get_args(values) if f"`{value}`" not in TEXT] == []

@@ -376,6 +376,7 @@ def resizes(draw: st.DrawFn) -> InputSpec:
         color=color,
         resize=mode,
         resize_to=draw(resize_to),
+        crop_offset=draw(st.sampled_from(["round", "floor"])),
         interpolation=interpolation,
         antialias=interpolation == "lanczos" or draw(st.booleans()),
         fill=draw(st.tuples(*[channel_levels] * channels) | channel_levels),

@@ -140,6 +140,7 @@ def test_an_archive_is_identified_by_its_content(folder: Path, tmp_path: Path, c
         InputSpec(height=32, width=32, antialias=False),
         InputSpec(height=32, width=32, resize_to=(40, 40)),
         InputSpec(height=32, width=32, resize="shorter_side", resize_to=40),
+        InputSpec(height=32, width=32, crop_offset="floor"),
         InputSpec(height=32, width=32, resize="shorter_side"),
         InputSpec(height=32, width=32, resize="letterbox"),
         InputSpec(height=32, width=32, channels=1, color="L"),
@@ -155,8 +156,9 @@ def test_another_way_to_resize_is_another_entry(folder: Path, cache: Path, reads
 def test_every_field_of_the_input_decides_about_the_entry_or_not() -> None:
     """A field that is added to the spec must be added to one of the two sets here, and to the key if it matters."""
     later = {"layout", "dtype", "value_range", "mean", "std"}
-    pixels = {"height", "width", "channels", "color", "resize", "resize_to", "interpolation", "antialias", "fill"}
-    assert set(InputSpec.__struct_fields__) == later | pixels
+    size = {"height", "width", "channels", "color"}
+    resizing = {"resize", "resize_to", "crop_offset", "interpolation", "antialias", "fill"}
+    assert set(InputSpec.__struct_fields__) == later | size | resizing
 
 
 def test_the_fill_value_is_part_of_the_key_in_the_order_of_the_pixels() -> None:

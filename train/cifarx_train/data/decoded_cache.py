@@ -109,9 +109,10 @@ def cache_key(origin: object, spec: InputSpec) -> str:
         origin: identifies the source files and their contents. Its `repr` must be the same in every process.
         spec: its size and how images are resized matter; what happens to the pixels afterwards does not.
     """
-    resizing = (spec.height, spec.width, spec.channels, spec.resize, spec.resize_to, spec.interpolation, spec.antialias)
+    size = (spec.height, spec.width, spec.channels)
+    resizing = (spec.resize, spec.resize_to, spec.crop_offset, spec.interpolation, spec.antialias)
     fill = rgb_fill(spec).tolist()
-    inputs = (_FORMAT, PIL.__version__, resizing, fill, origin)
+    inputs = (_FORMAT, PIL.__version__, size, resizing, fill, origin)
     return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
