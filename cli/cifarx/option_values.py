@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifarx_serve.errors import UsageError, error_message
+from cifarx_serve.files.regular_file import read_text_file
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
@@ -46,7 +47,7 @@ def parse_classes(text: str) -> list[str]:
 
 def _read_classes(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text_file(path)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"cannot read --classes {path} ({error_message(error)})", "give a text file") from error
     if not text.lstrip().startswith(("[", "{")):

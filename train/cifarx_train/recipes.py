@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from cifarx_serve.errors import FallbackWarning, UsageError, error_message, unknown_name_error
+from cifarx_serve.files.regular_file import read_text_file
 
 PositiveInt: TypeAlias = Annotated[int, Meta(ge=1)]
 Pixels: TypeAlias = Annotated[int, Meta(ge=0, le=64)]
@@ -242,7 +243,7 @@ def _find(name: str, model: str | None) -> Recipe:
 
 def _read_toml(path: Path, model: str | None) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_text_file(path))
     except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(
             f"recipe {path} cannot be read ({error_message(error)})", "give a TOML file of recipe fields"

@@ -14,8 +14,9 @@ from cifarx.output.console import note, print_error
 from cifarx.output.predictions import OutputFormat, prediction_writer
 from cifarx_serve.backends.registry import find_model
 from cifarx_serve.errors import ImageError, UsageError
+from cifarx_serve.files.regular_file import open_file_or_pipe
 from cifarx_serve.images.paths import STANDARD_INPUT, find_images
-from cifarx_serve.images.reader import ImageSource
+from cifarx_serve.images.reader import MAX_BYTES, ImageSource
 from cifarx_serve.predictor import Prediction, Predictor, load
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class _ImageSources:
 
     def read(self, name: str) -> ImageSource:
         """Return the path of a file, or the content of a pipe."""
-        content = sys.stdin.buffer.read() if name == STANDARD_INPUT else self._read_pipe(name)
+        content = sys.stdin.buffer.read(MAX_BYTES + 1) if name == STANDARD_INPUT else self._read_pipe(name)
         if content is None:
             return name
         if self._twice:
@@ -159,7 +160,8 @@ class _ImageSources:
         """Return the content of a named pipe, such as the shell's `<(command)`, if it is needed twice."""
         with suppress(OSError, ValueError):  # an unreadable image is reported when it is read
             if self._twice and Path(name).is_fifo():
-                return Path(name).read_bytes()
+                with open_file_or_pipe(name) as pipe:
+                    return pipe.read(MAX_BYTES + 1)
         return None
 
 

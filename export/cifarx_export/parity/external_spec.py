@@ -12,6 +12,7 @@ from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.backends.registry import backend_suffixes
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import ModelFileError, SpecError, UsageError, error_message
+from cifarx_serve.files.regular_file import read_text_file
 from cifarx_serve.spec import ModelSpec
 
 
@@ -25,7 +26,7 @@ def read_external_spec(path: Path) -> ModelSpec:
         SpecError: the file holds no valid spec.
     """
     try:
-        spec = ModelSpec.from_json(path.read_bytes(), str(path))
+        spec = ModelSpec.from_json(read_text_file(path), str(path))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error_message(error)})", "give a spec as a JSON file") from error
     except SpecError as error:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, ModelFileError, error_message
+from cifarx_serve.files.regular_file import NOT_REGULAR
 from cifarx_serve.spec import ModelSpec
 
 NOTHING_STATED: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -126,13 +127,15 @@ def require_file(path: Path) -> None:
     """Check that a file exists.
 
     Raises:
-        ModelFileError: the path does not exist or is a directory.
+        ModelFileError: the path does not exist, or is a directory or something else than a regular file.
     """
     if path.is_dir():
         raise ModelFileError(f"{path} is a directory", "give the path of a model file")
     if not path.exists():
         command = "train" if path.suffix == ".pth" else "export"
         raise ModelFileError(f"no such file {path}", f"check the path, or create the file with `cifarx {command}`")
+    if not path.is_file():  # a pipe would be waited for, and a device may never end
+        raise ModelFileError(f"{path} is {NOT_REGULAR}", "give the path of a model file")
 
 
 def require_interface(backend: Backend, name: str) -> None:

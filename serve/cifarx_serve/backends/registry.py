@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from cifarx_serve.backends.base import NOTHING_STATED, Backend, require_file
 from cifarx_serve.devices import Device, parse_device
 from cifarx_serve.errors import ModelFileError, UsageError, unknown_name_error
+from cifarx_serve.files.checksum import require_intact
 from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.spec import ModelSpec
 
@@ -169,7 +170,7 @@ def open_backend(
 
     Raises:
         UsageError: the backend or device is unknown, or the backend does not open such a file.
-        ModelFileError: the file is missing or damaged.
+        ModelFileError: the file is missing or damaged, or does not match its checksum.
         DeviceError: the device is not available.
     """
     path, parsed = model_file(Path(path)), parse_device(device)
@@ -185,6 +186,7 @@ def open_backend(
 
 
 def _open(backend: type[Backend], path: Path, device: Device, stated: Mapping[str, Any]) -> Backend:
+    require_intact(path)
     return backend.open_stated(path, device, stated) if stated else backend(path, device)
 
 

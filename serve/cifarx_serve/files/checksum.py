@@ -11,7 +11,6 @@ on purpose can also write a new checksum.
 import hashlib
 import os
 import re
-import zipfile
 from enum import Enum
 from pathlib import Path
 from typing import IO, Final, NamedTuple
@@ -91,6 +90,16 @@ def read_checksum(path: Path) -> Checksum:
     return Checksum(state, stored.decode())
 
 
+def require_intact(path: Path) -> None:
+    """Check that a file matches its checksum, if it has one.
+
+    Raises:
+        ModelFileError: a byte was changed since the checksum was written.
+    """
+    if read_checksum(path).state is ChecksumState.CHANGED:
+        raise ModelFileError(f"the checksum of {path} does not match", "get the file again, or export it again")
+
+
 def damaged_member(path: Path) -> str | None:
     """Return the name of the first member of a zip archive whose CRC-32 does not match its content, or None.
 
@@ -99,6 +108,8 @@ def damaged_member(path: Path) -> str | None:
     Raises:
         zipfile.BadZipFile: the file is not a zip archive, or its directory is damaged.
     """
+    import zipfile  # imported here because every model that is opened needs a checksum, but few this function
+
     with zipfile.ZipFile(path) as archive:
         return archive.testzip()
 

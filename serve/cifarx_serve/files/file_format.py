@@ -9,6 +9,8 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
+from cifarx_serve.files.regular_file import open_regular_file
+
 _HEAD: Final = 64
 """The number of bytes that identify every format but the zip archives."""
 
@@ -43,9 +45,9 @@ CHECKPOINT_FORMATS: Final = frozenset({FileFormat.TORCH_ZIP, FileFormat.TORCH_PI
 
 
 def detect_format(path: Path) -> FileFormat | None:
-    """Return the format of a file, or None if it is unknown, damaged, a directory or missing."""
+    """Return the format of a file, or None if it is unknown, damaged, no regular file or missing."""
     try:
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             head = file.read(_HEAD)
         if head.startswith(_ZIP_START):
             return _archive_format(path)

@@ -1,14 +1,16 @@
 """Opens files for reading, and refuses what can block forever or never ends: devices, sockets and idle pipes."""
 
 import errno
+import io
 import os
-import select
 import stat
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 NOT_REGULAR: Final = "not a regular file"
 """The reason in the errors for devices, sockets and pipes."""
+
+_MAX_TEXT_BYTES: Final = 1 << 24
 
 _PIPE_TIMEOUT_MS: Final = 2000
 """How long a named pipe may be empty before it is considered to have no writer."""
@@ -29,7 +31,7 @@ def require_regular_file(path: Path) -> None:
     _require_regular(path.stat().st_mode, path)
 
 
-def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file for reading.
 
     Raises:
@@ -44,7 +46,7 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def open_file_or_pipe(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file_or_pipe(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file, or a pipe that another program writes, such as `<(command)` of a shell.
 
     Raises:
@@ -78,6 +80,16 @@ def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     return content
 
 
+def read_text_file(path: str | os.PathLike[str]) -> str:
+    """Return the content of a regular file of text, such as a recipe or a list of class names.
+
+    Raises:
+        OSError: as for `open_regular_file`, or the file has more than 16 MiB.
+        UnicodeError: the file is not UTF-8.
+    """
+    return read_regular_file(path, _MAX_TEXT_BYTES).decode("utf-8")
+
+
 def _require_regular(mode: int, path: str | os.PathLike[str]) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -87,6 +99,8 @@ def _require_regular(mode: int, path: str | os.PathLike[str]) -> None:
 
 def _require_writer(pipe: int, path: str | os.PathLike[str]) -> None:
     """Wait until a named pipe has data, or raise an OSError if it has none after a while."""
+    import select  # few files are pipes
+
     waiting = select.poll()
     waiting.register(pipe, select.POLLIN)
     if not waiting.poll(_PIPE_TIMEOUT_MS):

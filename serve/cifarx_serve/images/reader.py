@@ -90,6 +90,8 @@ def read_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))
     if isinstance(source, bytes):
+        if len(source) > MAX_BYTES:
+            raise _too_many_bytes("the content")
         return _decode(io.BytesIO(source), f"{len(source)} bytes")
     path = Path(source)
     try:
@@ -164,8 +166,12 @@ def _open(file: IO[bytes], name: str, max_pixels: int, accepted: tuple[str, ...]
 def _read(file: IO[bytes], head: bytes, name: str) -> io.BytesIO:
     content = head + file.read(MAX_BYTES - len(head) + 1)
     if len(content) > MAX_BYTES:
-        raise ImageError(f"{name} has more than {MAX_BYTES:,} bytes", "resize the image first")
+        raise _too_many_bytes(name)
     return io.BytesIO(content)
+
+
+def _too_many_bytes(name: str) -> ImageError:
+    return ImageError(f"{name} has more than {MAX_BYTES:,} bytes", "resize the image first")
 
 
 class _SuppressPillowWarnings:

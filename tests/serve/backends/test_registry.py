@@ -18,6 +18,7 @@ from cifarx_serve.backends.registry import (
 )
 from cifarx_serve.backends.torch.torchscript import TorchScriptBackend
 from cifarx_serve.errors import ModelFileError, UsageError
+from cifarx_serve.files.checksum import write_checksum
 from tests.support.color_model import SPEC, write_onnx, write_torchscript
 
 # A backend of another package. It always predicts the class in the first byte of its file.
@@ -334,3 +335,18 @@ def test_find_model_without_a_model(tmp_path: Path) -> None:
 def test_find_model_with_an_unknown_backend() -> None:
     with pytest.raises(UsageError, match="unknown backend"):
         find_model(Path(), "onnxrt")
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "a.torchscript.pt"])
+def test_a_file_that_does_not_match_its_checksum_is_not_opened(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    (write_onnx if name.endswith(".onnx") else write_torchscript)(path)
+    write_checksum(path)
+    open_backend(path, device="cpu").close()
+    content = bytearray(path.read_bytes())
+    place = content.index(b"GlobalAveragePool") if name.endswith(".onnx") else content.index(b"PK\1\2") + 12
+    content[place] ^= 1
+    path.write_bytes(content)
+    for backend in (None, "onnxruntime" if name.endswith(".onnx") else "torchscript"):
+        with pytest.raises(ModelFileError, match=f"the checksum of {path} does not match: get the file again"):
+            open_backend(path, backend, "cpu")

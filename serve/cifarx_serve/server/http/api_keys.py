@@ -5,6 +5,7 @@ import hmac
 from pathlib import Path
 
 from cifarx_serve.errors import UsageError, error_message
+from cifarx_serve.files.regular_file import read_text_file
 
 
 class ApiKeys:
@@ -18,7 +19,7 @@ class ApiKeys:
 
     def __init__(self, path: Path) -> None:
         try:
-            lines = path.read_text("utf-8").splitlines()
+            lines = read_text_file(path).splitlines()
         except (OSError, UnicodeError) as error:
             problem = f"cannot read the API keys in {path} ({error_message(error)})"
             raise UsageError(problem, "write one key per line") from error

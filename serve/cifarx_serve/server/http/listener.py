@@ -14,6 +14,7 @@ from typing import Any, Final
 from uvicorn.server import ServerState
 
 from cifarx_serve.errors import UsageError, error_message
+from cifarx_serve.files.regular_file import require_regular_file
 from cifarx_serve.server.http.connection import Connection, uvicorn_config
 from cifarx_serve.server.settings import Settings
 
@@ -176,6 +177,8 @@ def create_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLCont
         raise UsageError("TLS requires a certificate and its key", "give both --certfile and --keyfile")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
+        for file in (certfile, keyfile):
+            require_regular_file(Path(file))
         context.load_cert_chain(Path(certfile), Path(keyfile), password=_reject_password)
     except (OSError, ValueError) as error:
         problem = f"cannot use {certfile} with {keyfile} ({error_message(error)})"

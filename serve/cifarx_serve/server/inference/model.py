@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cifarx_serve.backends.base import Backend, require_interface, run_checked
 from cifarx_serve.backends.registry import model_file, open_backend
 from cifarx_serve.errors import CifarxError, ModelFileError, error_message
-from cifarx_serve.files.checksum import ChecksumState, read_checksum
+from cifarx_serve.files.regular_file import open_regular_file
 from cifarx_serve.images.preprocess import model_input, pixels_to_input
 from cifarx_serve.spec import ModelSpec
 
@@ -68,8 +68,6 @@ class ServedModel:
         file = model_file(Path(path))
         self.name = name
         self.version = file_version(path)
-        if read_checksum(file).state is ChecksumState.CHANGED:
-            raise ModelFileError(f"the checksum of {file} does not match", "get the file again, or export it again")
         self._backend: Backend = open_backend(file, backend, device)
         self._file = file.name
         self._loaded_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -181,7 +179,7 @@ def file_version(path: str) -> str:
     """
     file = model_file(Path(path))
     try:
-        with file.open("rb") as opened:
+        with open_regular_file(file) as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()[:_VERSION_DIGITS]
     except OSError as error:
         raise ModelFileError(f"cannot read {file} ({error_message(error)})", "check the path") from error
