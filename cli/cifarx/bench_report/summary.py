@@ -40,7 +40,8 @@ class ScenarioResults(NamedTuple):
 
 def title(report: BenchmarkReport) -> str:
     """Return a line that says what was measured."""
-    return f"one call, host memory to host memory; agreement on {report.images:,} images of {report.data}"
+    agreement = "agreement of all labels" if report.multi_label else "agreement"
+    return f"one call, host memory to host memory; {agreement} on {report.images:,} images of {report.data}"
 
 
 def has_device_times(report: BenchmarkReport) -> bool:
@@ -85,10 +86,8 @@ def scenario_lines(report: BenchmarkReport) -> list[str]:
 
 
 def remarks(report: BenchmarkReport) -> list[str]:
-    """Return the lines that explain the agreement of labels, the device times and the mark of unstable rows, if any."""
+    """Return the lines that explain the device times and the mark of unstable rows, where the report has any."""
     lines = []
-    if report.multi_label:
-        lines.append("agreement: of all labels that apply to an image; accuracy: of the label with the highest score")
     if has_device_times(report):
         lines.append(
             f"{_DEVICE}: between two events around the run, with the input already on the device; the p50 includes "

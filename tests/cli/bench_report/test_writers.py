@@ -55,6 +55,21 @@ def test_reads_an_older_report_without_the_figures_of_gpus() -> None:
     assert msgspec.json.decode(json.dumps(older), type=BenchmarkReport) == SEVERAL
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_every_report_says_what_agrees(multi_label: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = msgspec.structs.replace(report(), multi_label=multi_label)
+    write_report(measured, tmp_path / "x.html")
+    print_report(measured)
+    texts = [markdown(measured), capsys.readouterr().out, (tmp_path / "x.html").read_text(encoding="utf-8")]
+    assert ["agreement of all labels on 2,000 images of drawings" in text for text in texts] == [multi_label] * 3
+
+
+def test_reads_an_older_report_without_the_kind_of_labels() -> None:
+    older = json.loads(msgspec.json.encode(SEVERAL))
+    del older["multi_label"]
+    assert msgspec.json.decode(json.dumps(older), type=BenchmarkReport) == SEVERAL
+
+
 def test_unstable_rows_are_marked_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(report(row(stable=False)))
     out = capsys.readouterr().out
