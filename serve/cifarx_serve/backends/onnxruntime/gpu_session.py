@@ -137,7 +137,8 @@ class GpuSession:
             return np.concatenate([self._run(batch[start : start + limit]) for start in range(0, len(batch), limit)])
         if self._bound is not None and len(batch) <= self._bound.max_batch_size:
             return self._bound.run(batch)
-        outputs: NDArray[np.float32] = self._session.run([self._spec.output], {"input": batch}, run_options())[0]
+        options = run_options() if self._provider == _CUDA else None
+        outputs: NDArray[np.float32] = self._session.run([self._spec.output], {"input": batch}, options)[0]
         return outputs
 
     def _bind(self, spec: ModelSpec) -> str | None:
