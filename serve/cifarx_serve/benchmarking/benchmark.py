@@ -14,7 +14,7 @@ from cifarx_serve.backends.base import NOTHING_STATED
 from cifarx_serve.benchmarking.process import BenchmarkProcess
 from cifarx_serve.benchmarking.timing import Latency, measure_interleaved
 from cifarx_serve.benchmarking.worker import MemoryUse, Predictions
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import OutputError, UsageError, error_message
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.environment import Environment, current_environment
 from cifarx_serve.system.terminal import require_utf8
@@ -123,6 +123,7 @@ def benchmark(
             different input sizes.
         ModelFileError: a file does not exist or cannot be run.
         DeviceError: the device is not available.
+        OutputError: there is no space for temporary files.
     """
     if not files:
         raise UsageError("no file to measure", "give at least one model file")
@@ -131,7 +132,11 @@ def benchmark(
         raise UsageError(f"batch size {invalid[0]} is out of range", f"give 1 to {len(images)}, the number of images")
     with tempfile.TemporaryDirectory(prefix="cifarx-bench-") as folder, ExitStack() as stack:
         images_file = Path(folder) / "images.npy"
-        np.save(images_file, images)
+        try:
+            np.save(images_file, images)
+        except OSError as error:
+            problem = f"cannot write the images to {folder} ({error_message(error)})"
+            raise OutputError(problem, "free some space, or set TMPDIR to another directory") from error
         processes = [stack.enter_context(closing(_open(path, device, images_file, stated, progress))) for path in files]
         latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batch_sizes}
         compared = _compare(processes, labels, progress)

@@ -3,6 +3,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -91,3 +92,22 @@ def test_modules_in_the_working_directory_are_not_imported(tmp_path: Path, monke
     program.send(b"one")
     assert program.readline() == b"ONE\n"
     program.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
+def test_ctrl_c_does_not_reach_a_worker_that_is_still_starting(worker: WorkerProcess) -> None:
+    """A terminal sends SIGINT to its process group. The worker would print a traceback until it ignores the signal."""
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+
+
+def test_a_request_is_a_line_and_the_content_that_follows_it(worker: WorkerProcess) -> None:
+    worker.send(b"line", b"content\n")
+    assert [worker.readline(), worker.readline()] == [b"LINE\n", b"CONTENT\n"]
+
+
+def test_stop_ends_a_worker_that_another_thread_waits_for(worker: WorkerProcess) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(worker.readline)
+        worker.stop()
+        with pytest.raises(WorkerExited):
+            waiting.result()

@@ -28,7 +28,8 @@ _MAX_PIPELINED: Final = 64
 kilobytes of memory here.
 """
 
-_UPGRADE_HEADERS: Final = frozenset({b"connection", b"http2-settings", b"upgrade"})
+_UPGRADE_HEADERS: Final = frozenset({b"http2-settings", b"upgrade"})
+"""The headers of a request for an upgrade, which its `Connection` header also names."""
 
 
 class _BufferedTransport:
@@ -165,9 +166,9 @@ class Connection(HttpToolsProtocol):
     def _headers_without_upgrade(self) -> bytes:
         """Return the request line and headers again, for a new parser: after an upgrade, a parser skips the body."""
         request_line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
-        kept = [b"%b: %b" % header for header in self.headers if header[0] not in _UPGRADE_HEADERS]
+        kept = [b"%b: %b" % _without_upgrade(*header) for header in self.headers if header[0] not in _UPGRADE_HEADERS]
         self.parser = httptools.HttpRequestParser(self)
-        return b"\r\n".join([request_line, *kept, b"connection: close", b"", b""])
+        return b"\r\n".join([request_line, *kept, b"", b""])
 
     def _should_upgrade(self) -> bool:
         """Tell uvicorn to leave a request for an upgrade alone; `_parse` handles it."""
@@ -200,6 +201,10 @@ class Connection(HttpToolsProtocol):
         if self._header_bytes > _MAX_HEADER_BYTES and self._header_size() > _MAX_HEADER_BYTES:
             self._reject_large_headers()
             raise ValueError  # stops the parser
+        hosts = sum([name == b"host" for name, _ in self.headers])
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):  # RFC 9112, section 3.2
+            self._reject(HTTPStatus.BAD_REQUEST, f"the request has {hosts or 'no'} Host headers: send one")
+            raise ValueError
         if len(self.pipeline) >= _MAX_PIPELINED:
             problem = f"more than {_MAX_PIPELINED} pipelined requests"
             self._reject(HTTPStatus.TOO_MANY_REQUESTS, f"{problem}: read the responses before you send more")
@@ -286,6 +291,14 @@ class Connection(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         self.transport.close()
         self._stop_reading_headers()
+
+
+def _without_upgrade(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """Return a header; of `Connection`, without the options of an upgrade."""
+    if name == b"connection":
+        options = [option.strip() for option in value.split(b",")]
+        value = b", ".join(option for option in options if option.lower() not in _UPGRADE_HEADERS)
+    return name, value
 
 
 def uvicorn_config(app: Any, keep_alive_s: float) -> Config:

@@ -6,6 +6,7 @@ restarted, connections wait instead of being refused.
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -16,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from cifarx_serve.errors import CifarxError, UsageError, error_message
+from cifarx_serve.errors import CifarxError, OutputError, UsageError, error_message
 from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start
 from cifarx_serve.server.processes.socket_filter import drop_new_connections
 from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR, Settings
@@ -29,6 +30,9 @@ _MIN_RESTART_DELAY_S: Final = 0.25
 _MAX_RESTART_DELAY_S: Final = 8.0
 _HANG_S: Final = 30.0
 """How long a worker that was ready may say nothing before it is killed: its event loop does not run."""
+
+_METRICS_BYTES: Final = 1 << 20
+"""The space that the metrics of one worker need. They are mapped into memory: a full disk would kill the worker."""
 
 _SHUTDOWN_GRACE_S: Final = 5.0
 """How long a worker may take to exit, beyond the time limits of its requests, before it is killed."""
@@ -88,12 +92,14 @@ class Supervisor:
 
         Raises:
             CifarxError: a worker failed before all workers were ready.
+            OutputError: the directory for temporary files has not enough space.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         with tempfile.TemporaryDirectory(prefix="cifarx-serve-") as metrics_dir:
+            _require_space(metrics_dir, self._count)
             workers = [asyncio.create_task(self._supervise(number, metrics_dir)) for number in range(self._count)]
             watching = asyncio.create_task(self._watch_files()) if self._watch else None
             await self._stopping.wait()
@@ -249,6 +255,14 @@ class Supervisor:
 
     def _file_states(self) -> list[tuple[int, int, int] | None]:
         return [_file_state(Path(path)) for path in self._settings.files.values()]
+
+
+def _require_space(metrics_dir: str, workers: int) -> None:
+    free = shutil.disk_usage(metrics_dir).free
+    if free < workers * _METRICS_BYTES:
+        directory = Path(metrics_dir).parent
+        problem = f"{directory} has {free:,} bytes of free space, too few for the metrics of {workers} workers"
+        raise OutputError(problem, "set TMPDIR to another directory")
 
 
 def _file_state(path: Path) -> tuple[int, int, int] | None:

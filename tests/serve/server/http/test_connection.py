@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -308,6 +309,41 @@ def test_answers_a_request_for_an_upgrade_with_a_body(client: Client, length: in
     client.send(data[:50])
     client.send(data[50:])
     assert "not an image" in client.read_response().json["error"]
+
+
+@pytest.mark.parametrize("upgrades", ["10", "01", "101", "0110"])
+def test_answers_all_pipelined_requests_if_some_ask_for_an_upgrade(client: Client, upgrades: str) -> None:
+    options = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABkAAQ"}
+    requests = [encode_request("GET", "/healthz", **(options if upgrade == "1" else {})) for upgrade in upgrades]
+    client.send(b"".join(requests))
+    assert [client.read_response().json for _ in upgrades] == [{"status": "alive"}] * len(upgrades)
+
+
+def test_a_request_for_an_upgrade_can_close_the_connection(client: Client) -> None:
+    client.send(encode_request("GET", "/healthz", connection="close, Upgrade", upgrade="h2c"))
+    assert client.read_response().status == 200
+    assert client.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nhost: b\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost:\r\n\r\n", 200),
+        (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+    ],
+)
+def test_a_request_has_one_host(client: Client, head: bytes, status: int) -> None:
+    client.send(head)
+    response = client.read_response()
+    assert response.status == status
+    if status == 400:
+        assert re.fullmatch("the request has (no|2) Host headers: send one", response.json["error"])
+        assert client.is_closed()
 
 
 def test_logs_a_request(server: ServerProcess) -> None:

@@ -64,7 +64,7 @@ def test_answers_the_requests_in_progress(tmp_path: Path) -> None:
         wait_until_draining(kept)
         slow.unlink()
         sending.send(predict_request()[-10:])
-        second.send(b"lthz HTTP/1.1\r\n\r\n")
+        second.send(b"lthz HTTP/1.1\r\nhost: test\r\n\r\n")
         for client in (waiting, sending, second):
             response = client.read_response()
             assert response.status == 200

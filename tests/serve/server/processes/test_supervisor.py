@@ -1,6 +1,7 @@
 """The `cifarx serve` program with its supervisor and workers."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import OutputError, UsageError
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.server.inference.model import file_version
-from cifarx_serve.server.processes.supervisor import listen
+from cifarx_serve.server.processes.supervisor import _require_space, listen
 from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import write_onnx
 from tests.support.endless_model import write_endless_model
@@ -332,6 +333,18 @@ def test_answers_a_hundred_clients_at_once(tmp_path: Path, onnx: Path) -> None:
         for thread in threads:
             thread.join()
         assert statuses == [200] * 100
+
+
+def test_the_space_for_temporary_files_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: state)
+    _require_space(str(tmp_path / "metrics"), 2)
+    with pytest.raises(OutputError) as raised:
+        _require_space(str(tmp_path / "metrics"), 3)
+    assert str(raised.value) == (
+        f"{tmp_path} has 3,000,000 bytes of free space, too few for the metrics of 3 workers: "
+        "set TMPDIR to another directory"
+    )
 
 
 # What never ends
