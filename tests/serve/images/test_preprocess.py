@@ -268,6 +268,37 @@ def test_the_pixels_before_the_crop_are_counted() -> None:
     assert peak_pixels(10, 10, InputSpec(height=20, width=30)) == 100
 
 
+TIMM_CROPS = {
+    "center": InputSpec(height=32, width=32, resize="shorter_side", resize_to=36, interpolation="bicubic"),
+    "squash": InputSpec(height=32, width=32, resize_to=(36, 36), interpolation="bicubic"),
+    "border": InputSpec(height=32, width=32, resize="letterbox", fill=(124, 116, 104), interpolation="bicubic"),
+}
+
+
+@pytest.mark.parametrize("crop_mode", TIMM_CROPS)
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_equals_the_crop_modes_of_timm(crop_mode: str, count: int) -> None:
+    timm_data = pytest.importorskip("timm.data", reason="the extra timm is not installed")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    spec = msgspec.structs.replace(TIMM_CROPS[crop_mode], mean=mean, std=std)
+    transform = timm_data.create_transform(
+        input_size=(3, 32, 32),
+        interpolation="bicubic",
+        mean=mean,
+        std=std,
+        crop_pct=1.0 if crop_mode == "border" else 32 / 36,
+        crop_mode=crop_mode,
+    )
+    # With "border", timm resizes a longer image to a height or width of zero, which fails.
+    sizes = (size for seed in range(2 * count) if max(size := random_size(seed)) <= 32 * min(size))
+    differing = []
+    for seed, size in zip(range(count), sizes, strict=False):
+        image = drawn((photographic, noise, extremes)[seed % 3], seed, size)
+        if not bitwise_equal(preprocess([image], model(spec))[0], transform(image).numpy()):
+            differing.append(seed)
+    assert differing == []
+
+
 def test_padded_pixels_have_the_fill_value_in_the_order_of_the_color() -> None:
     fill = (10, 20, 30)
     white = Image.new("RGB", (40, 20), "white")
