@@ -20,6 +20,7 @@ from cifarx_serve.backends.base import require_file
 from cifarx_serve.backends.registry import model_file
 from cifarx_serve.errors import CheckFailed, UsageError, error_message
 from cifarx_serve.files.checksum import ChecksumState, damaged_member, read_checksum
+from cifarx_serve.files.file_format import CHECKPOINT_FORMATS, detect_format
 from cifarx_serve.scores import DEFAULT_THRESHOLD
 from cifarx_serve.spec import Assumption, InputSpec, ModelSpec
 
@@ -65,7 +66,7 @@ def _check(path: Path) -> str:
         raise CheckFailed(f"the checksum of {path} does not match", "get the file again, or export it again")
     if checksum.state is ChecksumState.INTACT:
         return f"intact, sha256 {checksum.sha256}"
-    if path.suffix == ".pth":
+    if path.suffix == ".pth" or detect_format(path) in CHECKPOINT_FORMATS:
         return _check_members(path)
     raise CheckFailed(f"{path} has no checksum", "it is truncated, or written by another program; export it again")
 

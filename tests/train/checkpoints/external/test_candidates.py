@@ -39,15 +39,15 @@ def error(given: Shapes, mentioned: str | None = None) -> CifarxError:
 def test_the_network_that_fits_is_proposed(name: str, prefix: str) -> None:
     found = error({prefix + key: shape for key, shape in shapes(name).items()})
     assert type(found) is UsageError
-    assert found.problem.startswith("x.pth contains weights without their network; their names and shapes fit ")
+    assert found.problem.startswith("x.pth contains weights without their network; names and shapes fit ")
     assert f"fit {name}, but do not say " in found.problem
     assert f"if it is exactly this network, state it with --model {name}, otherwise" in found.remedy
     assert "--model FILE.py:CALLABLE" in found.remedy
 
 
 def test_what_could_differ_is_listed() -> None:
-    assert "do not say strides and padding, pooling, eps, activations, options" in error(shapes("resnet18")).problem
-    assert "do not say strides and padding, pooling, activations, options" in error(shapes("lzh")).problem
+    assert "do not say strides and padding, pooling, eps, activations or options" in error(shapes("resnet18")).problem
+    assert "do not say strides and padding, pooling, activations or options" in error(shapes("lzh")).problem
     assert "options such as transform_input" in error(shapes("googlenet")).problem
 
 
@@ -58,7 +58,10 @@ def test_a_small_stem_is_described() -> None:
 
 
 def test_the_name_in_the_file_is_a_hint() -> None:
-    assert "; the file names efficientnet_b0; " in error(shapes("resnet18"), "efficientnet_b0").problem
+    assert (
+        "without their network, which it calls efficientnet_b0; "
+        in error(shapes("resnet18"), "efficientnet_b0").problem
+    )
 
 
 def test_several_networks_are_all_proposed(monkeypatch: pytest.MonkeyPatch) -> None:

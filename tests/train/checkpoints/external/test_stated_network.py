@@ -221,7 +221,7 @@ def test_a_wrong_name_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["lzh", "resnet18", "squeezenet1_1"])
 def test_no_network_is_guessed(tmp_path: Path, name: str) -> None:
     save({"state_dict": new_weights(name), "arch": name}, tmp_path / "x.pth")
-    with pytest.raises(UsageError, match=rf"without their network; the file names {name}; .*--model {name}"):
+    with pytest.raises(UsageError, match=rf"without their network, which it calls {name}; .*--model {name}"):
         load_checkpoint(tmp_path / "x.pth")
 
 

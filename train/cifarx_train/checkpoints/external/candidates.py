@@ -120,26 +120,26 @@ def find_similar_network(module: nn.Module, outputs: int) -> SimilarNetwork | No
     return max(similar, key=lambda network: network.same_settings, default=None)
 
 
-def missing_network_error(path: Path, shapes: Shapes, stated_name: str | None) -> CifarxError:
+def missing_network_error(path: Path, shapes: Shapes, mentioned: str | None) -> CifarxError:
     """Return the error for a file that contains weights without their network. It proposes the networks that fit.
 
     Args:
         path: the file.
         shapes: the shapes in the file, by key.
-        stated_name: the name of a network that the file mentions, such as timm's `arch`.
+        mentioned: the name of a network that the file mentions, such as timm's `arch`.
     """
     candidates = find_candidates(shapes)
     fitting = [candidate for candidate in candidates if not candidate.distance]
-    hint = f"; the file names {stated_name}" if stated_name else ""
+    called = f", which it calls {mentioned}" if mentioned else ""
+    problem = f"{path} contains weights without their network{called}"
     if fitting:
         names = " or ".join(candidate.description for candidate in fitting)
+        options = " or ".join(candidate.option for candidate in fitting)
         return UsageError(
-            f"{path} contains weights without their network{hint}; their names and shapes fit {names}, but do not say "
-            f"{_differences(fitting[0])}",
-            f"if it is exactly this network, state it with {' or '.join(candidate.option for candidate in fitting)}, "
-            "otherwise with --model FILE.py:CALLABLE",
+            f"{problem}; names and shapes fit {names}, but do not say {_differences(fitting[0])}",
+            f"if it is exactly this network, state it with {options}, otherwise with --model FILE.py:CALLABLE",
         )
-    problem = f"{path} contains weights without their network{hint}; they do not fit any network that cifarx knows"
+    problem += "; they do not fit any network that cifarx knows"
     if candidates and candidates[0].distance <= candidates[0].size:
         problem += f", the closest is {candidates[0].description} ({candidates[0].mismatches})"
     return ModelFileError(problem, _REMEDY)
@@ -150,7 +150,7 @@ def _differences(candidate: Candidate) -> str:
     layers = list(_meta_module(candidate.name, candidate.stem).modules())
     kinds = [text for text, types in _DIFFERENCES if any(isinstance(layer, types) for layer in layers)]
     options = [name for name in _OPTIONS if hasattr(layers[0], name)]
-    return ", ".join([*kinds, "activations", f"options such as {options[0]}" if options else "options"])
+    return f"{', '.join([*kinds, 'activations'])} or options{f' such as {options[0]}' if options else ''}"
 
 
 # --- similar networks
