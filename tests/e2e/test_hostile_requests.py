@@ -326,7 +326,7 @@ def test_endless_requests_from_clients_that_read_no_response(target: Target) -> 
         client.setblocking(False)
         with suppress(OSError):
             while True:
-                client.send(b"GET /docs HTTP/1.1\r\n\r\n" * 10_000)
+                client.send(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
     target.check_prediction()
     assert memory([worker]) < before + 100
     wait_until(lambda: not [entry for entry in worker.net_connections() if entry.status == psutil.CONN_ESTABLISHED])

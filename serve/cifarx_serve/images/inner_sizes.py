@@ -20,7 +20,7 @@ from cifarx_serve.errors import ImageError
 MAX_SCANS: Final = 100
 """The maximum number of scans of a JPEG file. Encoders write about ten; libtiff has the same limit."""
 
-MAX_COMPRESSED_CHUNKS: Final = 16
+MAX_COMPRESSED_CHUNKS: Final = 8
 """The maximum number of compressed texts and profiles in a PNG file. Pillow unpacks up to a megabyte of each."""
 
 # Pillow takes microseconds for each chunk, segment or block, however few bytes it has.
@@ -118,7 +118,8 @@ def _check_jpeg(data: memoryview, name: str, _max_pixels: int) -> None:
 
 
 _CHUNK: Final = struct.Struct(">I4s")
-_COMPRESSED_CHUNKS: Final = frozenset({b"zTXt", b"iTXt", b"iCCP"})
+_COMPRESSED_CHUNKS: Final = frozenset({b"zTXt", b"iCCP"})
+_MAX_KEYWORD: Final = 79
 
 
 def _check_png(data: memoryview, name: str, _max_pixels: int) -> None:
@@ -127,13 +128,19 @@ def _check_png(data: memoryview, name: str, _max_pixels: int) -> None:
         length, kind = _CHUNK.unpack_from(data, position)
         if kind == b"IEND":
             break
+        compressed += kind in _COMPRESSED_CHUNKS or (kind == b"iTXt" and _is_compressed_text(data, position + 8))
         position += 12 + length
         parts += 1
-        compressed += kind in _COMPRESSED_CHUNKS
     if parts > _max_parts(data):
         raise _too_many(name, "PNG chunks", _max_parts(data))
     if compressed > MAX_COMPRESSED_CHUNKS:
         raise _too_many(name, "compressed PNG texts", MAX_COMPRESSED_CHUNKS)
+
+
+def _is_compressed_text(data: memoryview, start: int) -> bool:
+    """Return whether an iTXt chunk with its content at `start` is compressed: a flag follows the keyword and a zero."""
+    keyword, _, rest = bytes(data[start : start + _MAX_KEYWORD + 2]).partition(b"\0")
+    return not rest.startswith(b"\0") or len(keyword) > _MAX_KEYWORD
 
 
 _EXTENSION, _FRAME, _TRAILER = ord("!"), ord(","), ord(";")

@@ -30,9 +30,9 @@ REASONS = {
     "progressive JPEG": "has more than 100 JPEG scans",
     "sequential JPEG": "has more than 100 JPEG scans",
     "JPEG comments": "has more than 26,000 segments",
-    "PNG zTXt": "has more than 16 compressed PNG texts",
-    "PNG iTXt": "has more than 16 compressed PNG texts",
-    "PNG zTXt after the pixels": "has more than 16 compressed PNG texts",
+    "PNG zTXt": "has more than 8 compressed PNG texts",
+    "PNG iTXt": "has more than 8 compressed PNG texts",
+    "PNG zTXt after the pixels": "has more than 8 compressed PNG texts",
     "PNG chunks": "PNG chunks",
     "GIF comment": "GIF blocks before the first frame",
     "GIF extensions": "GIF blocks before the first frame",
@@ -120,8 +120,16 @@ def test_a_scan_hidden_behind_fill_bytes_and_restart_markers_is_counted() -> Non
 
 def test_the_number_of_compressed_texts_is_exact() -> None:
     assert read_image(png_with_texts(MAX_COMPRESSED_CHUNKS)).size == (8, 8)
-    with pytest.raises(ImageError, match="more than 16 compressed PNG texts"):
+    with pytest.raises(ImageError, match="more than 8 compressed PNG texts"):
         read_image(png_with_texts(MAX_COMPRESSED_CHUNKS + 1))
+
+
+def test_texts_that_are_not_compressed_are_not_counted() -> None:
+    texts = PngImagePlugin.PngInfo()
+    for number in range(50):
+        texts.add_itxt(f"key{number}", "a text")
+        texts.add_text(f"name{number}", "a text")
+    assert read_image(encode_image(Image.new("RGB", (8, 8)), "PNG", pnginfo=texts)).size == (8, 8)
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_adobe_deflate", "packbits"])

@@ -20,7 +20,7 @@ _MAX_INLINE_BYTES: Final = 32 * 1024
 """A PNG or JPEG image up to both sizes is decoded in the event loop, in a fraction of a millisecond.
 
 The bytes are limited too because they bound the number of scans and chunks, each of which takes time. A hundred JPEG
-scans of this size take 5 ms, and the most text that `inner_sizes` allows takes 20 ms.
+scans of this size take a millisecond, and the most text that `inner_sizes` allows takes 20 ms.
 """
 
 

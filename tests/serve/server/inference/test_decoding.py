@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -54,7 +55,7 @@ def test_pixels_are_those_of_the_image_reader(image_format: str, size: tuple[int
     assert np.array_equal(decode(data, EMBEDDED), np.asarray(image))
 
 
-SMALL = encode_image(noise(32, 32))
+SMALL, LARGE = encode_image(noise(32, 32)), encode_image(noise(300, 300))
 
 
 CROPPED = msgspec.structs.replace(SPEC, input=InputSpec(height=32, width=32, resize="shorter_side", resize_to=36))
@@ -132,3 +133,46 @@ def test_an_image_over_the_limit_is_not_decoded(decode: Decode, monkeypatch: pyt
 
 def test_a_photograph(dog: Path, decode: Decode) -> None:
     assert np.array_equal(decode(dog.read_bytes(), max_pixels=10_000_000), resize(read_image(dog), SPEC.input))
+
+
+@pytest.mark.parametrize("kind", decode_bombs())
+def test_a_bomb_takes_little_time_and_memory_and_does_not_block_the_event_loop(kind: str) -> None:
+    """CPU time is measured instead of time, because other processes may use the CPUs at the same time."""
+
+    async def run() -> None:
+        with closing(DecoderPool(1, 10_000_000)) as decoders:
+            await decode_in(decoders, LARGE)  # starts the process
+            processes = [psutil.Process(), *decoder_processes()]
+            used_s, memory = cpu_time(processes), resident_memory(processes)
+            decoding = asyncio.ensure_future(decode_in(decoders, decode_bombs()[kind]))
+            longest_s, before = 0.0, time.thread_time()
+            while not decoding.done():
+                await asyncio.sleep(0.001)
+                now = time.thread_time()
+                longest_s, before = max(longest_s, now - before), now
+            with pytest.raises(ImageError):
+                decoding.result()
+            assert decoder_processes() == processes[1:]
+            assert cpu_time(processes) - used_s < 0.2
+            assert longest_s < 0.05
+            assert resident_memory(processes) - memory < 64 << 20
+
+    asyncio.run(run())
+
+
+async def decode_in(decoders: DecoderPool, data: bytes) -> NDArray[np.uint8]:
+    deadline = Deadline(time.perf_counter(), 60.0)
+    return await decode_image(data, SPEC, 1_000_000, decoders, deadline, lambda: False)
+
+
+def decoder_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "decoder_process" in " ".join(child.cmdline())]
+
+
+def cpu_time(processes: list[psutil.Process]) -> float:
+    """Return the CPU time of processes in seconds."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+
+def resident_memory(processes: list[psutil.Process]) -> int:
+    return sum(process.memory_info().rss for process in processes)
