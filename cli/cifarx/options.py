@@ -31,18 +31,16 @@ OnError: TypeAlias = Annotated[
 ]
 Broken: TypeAlias = Annotated[Literal["refuse", "skip"] | None, typer.Option("--broken", hidden=True)]
 """The former name of `--on-error`, which still works."""
-Checkpoint: TypeAlias = Annotated[
-    str,
-    typer.Option("--ckpt", metavar="FILE", help="Checkpoint of `cifarx train`, or a .pth file written by torch.save."),
-]
-ModelName: TypeAlias = Annotated[
-    str | None,
-    typer.Option("--model", metavar="NAME", help="Architecture of a .pth file that does not name it."),
-]
 HtmlReport: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         "--report", metavar="FILE.html", help="Write the parity report as an HTML page with plots and the worst images."
+    ),
+]
+AllowChance: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--allow-chance-accuracy", help="Do not stop if the accuracy on labeled images is no better than chance."
     ),
 ]
 AbsoluteTolerance: TypeAlias = Annotated[

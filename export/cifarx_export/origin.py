@@ -1,8 +1,9 @@
 """What is exported: the network of a checkpoint, or an ONNX file that has a spec."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -13,7 +14,8 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.spec import ModelSpec, Precision
-from cifarx_train.checkpoints.checkpoint import SUFFIX, Checkpoint, file_sha256, load_checkpoint, weights_sha256
+from cifarx_train.checkpoints.checkpoint import Checkpoint, file_sha256, load_checkpoint, weights_sha256
+from cifarx_train.checkpoints.source_weights import load_model, load_module, load_source_weights, model_directory
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.pytorch_backend import PyTorchBackend
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 CPU = Device("cpu")
 
 ONNX_SUFFIX = ".onnx"
+
+_WEIGHTS_SUFFIX: Final = re.compile(r"\.(pth\.tar|pth|pt|ckpt|bin|safetensors)$")
+"""The usual suffixes of files with weights, which the names of artifacts do not have."""
 
 
 class Origin(NamedTuple):
@@ -50,20 +55,56 @@ class Origin(NamedTuple):
     trained_here: bool
 
 
-def open_origin(path: Path, options: ModelOptions) -> Origin:
-    """Open the network to export: a checkpoint, or an ONNX file of `cifarx export` or `cifarx adopt`.
+def open_origin(source: "Path | nn.Module | None", options: ModelOptions) -> Origin:
+    """Open the network to export.
 
     Args:
-        path: the file.
+        source: a checkpoint, an ONNX file of `cifarx export` or `cifarx adopt`, or a directory of Hugging Face; a
+            module in memory, which is not changed; or None for a network that `options.model` names with its weights.
         options: what the user states about it.
 
     Raises:
-        UsageError, ModelFileError, SpecError: the file cannot be exported, or see `load_checkpoint`.
+        UsageError, ModelFileError, SpecError: the network cannot be exported, or see `load_model`.
     """
-    if detect_format(path) is FileFormat.ONNX:
-        return _onnx_origin(path, options)
-    loaded = load_checkpoint(path, options)
-    return checkpoint_origin(path.name, file_sha256(path), loaded, options)
+    if source is None:
+        loaded = load_source_weights(options)
+        directory = model_directory(options)
+        return checkpoint_origin(_source_name(loaded), _source_sha256(directory, loaded), loaded, options)
+    if not isinstance(source, Path):
+        loaded = load_module(source, options.overrides)
+        return checkpoint_origin(_source_name(loaded), weights_sha256(loaded.weights), loaded, options)
+    if source.is_dir():
+        loaded = load_model(source, options)
+        return checkpoint_origin(_source_name(loaded), _source_sha256(source, loaded), loaded, options)
+    if detect_format(source) is FileFormat.ONNX:
+        return _onnx_origin(source, options)
+    loaded = load_checkpoint(source, options)
+    return checkpoint_origin(source.name, file_sha256(source), loaded, options)
+
+
+def origin_directory(source: "Path | nn.Module | None", options: ModelOptions) -> Path:
+    """Return the directory for the artifacts of a network: that of its file, or the one that contains its directory."""
+    path = source if isinstance(source, Path) else model_directory(options)
+    if path is None:
+        return Path()
+    return path.parent if path.name else path.resolve().parent  # `.` has no name and no parent
+
+
+def _source_name(loaded: Checkpoint) -> str:
+    source = loaded.spec.source
+    assert source is not None, "the network was found by its source"
+    return loaded.spec.model if source.kind == "python" else source.name
+
+
+def _source_sha256(directory: Path | None, loaded: Checkpoint) -> str:
+    """Return the hash of the file with the weights in a directory, or else that of the weights."""
+    if directory is None:
+        return weights_sha256(loaded.weights)
+    from cifarx_train.models.hugging_face import weights_file
+
+    file = weights_file(directory)
+    assert file is not None, "the weights were loaded from it"
+    return file_sha256(file)
 
 
 def checkpoint_origin(name: str, sha256: str, checkpoint: Checkpoint, options: ModelOptions) -> Origin:
@@ -73,7 +114,7 @@ def checkpoint_origin(name: str, sha256: str, checkpoint: Checkpoint, options: M
     spec = msgspec.structs.replace(loaded.spec, checkpoint_sha256=sha256, weights_sha256=weights_sha256(loaded.weights))
     return Origin(
         name,
-        name.removesuffix(SUFFIX),
+        _WEIGHTS_SUFFIX.sub("", name),
         spec,
         sha256,
         lambda: PyTorchBackend.from_checkpoint(loaded, CPU),

@@ -32,7 +32,8 @@ from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import CifarxError, DataError, DeviceMemoryError, ModelFileError, UsageError, error_message
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.terminal import require_utf8
-from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint, weights_sha256
+from cifarx_train.checkpoints.checkpoint import file_sha256, weights_sha256
+from cifarx_train.checkpoints.source_weights import load_model
 from cifarx_train.data.dataset import OnError
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.pytorch_backend import PyTorchBackend
@@ -43,7 +44,7 @@ def verify(
     reference: str | Path | None = None,
     *,
     checkpoint: str | Path | None = None,
-    model: str | None = None,
+    model: str | ModelOptions | None = None,
     data: str = "auto",
     on_error: OnError = "raise",
     device: str = "cpu",
@@ -64,7 +65,8 @@ def verify(
         artifact: file to check, of any format that a backend opens.
         reference: file to compare it with. Give either this or `checkpoint`.
         checkpoint: checkpoint to compare it with; its file may have any name.
-        model: name of the network, for a checkpoint that does not state it.
+        model: network, as `--model` names it, for a checkpoint that does not contain it; or `ModelOptions` with all
+            that the user states about checkpoints.
         data: dataset: auto, cifar10, builtin, or the path of a folder or a `.tar.gz` file.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         device: device of the artifact; the reference runs on the CPU.
@@ -83,7 +85,8 @@ def verify(
     require_html_path(html_report)
     require_utf8(artifact, reference, checkpoint)  # the report names them
     with ExitStack() as stack:
-        paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, ModelOptions(model))
+        options = model if isinstance(model, ModelOptions) else ModelOptions(model)
+        paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, options)
         if locate:
             require_locatable(model_file(paths.artifact), model_file(paths.reference))
         opened = _open(paths, device, spec, stack)
@@ -153,7 +156,7 @@ def _open(paths: _Paths, device: str, spec: str | Path | None, stack: ExitStack)
     if not paths.is_checkpoint and backend_for(files[1]) is not PyTorchBackend:
         reference = stack.enter_context(_open_one(files[1], paths.reference, "cpu", NO_OPTIONS))
         return _Opened(artifact, reference, files, None)
-    loaded = load_checkpoint(files[1], paths.options)
+    loaded = load_model(files[1], paths.options)
     trained = stack.enter_context(PyTorchBackend.from_checkpoint(loaded, parse_device("cpu")))
     return _Opened(artifact, trained, files, weights_sha256(loaded.weights))
 

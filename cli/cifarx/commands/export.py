@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 
+from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, model_options, takes_flags
 from cifarx.options import (
     AbsoluteTolerance,
     Broken,
-    Checkpoint,
     DataName,
     HtmlReport,
     Json,
-    ModelName,
     OnError,
     RelativeTolerance,
     resolve_on_error,
@@ -20,19 +19,30 @@ from cifarx.options import (
 from cifarx.output.console import json_result, note, print_error, styled_result
 from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, get_format
 from cifarx_serve.backends.registry import model_file
+from cifarx_serve.errors import UsageError
 
 _FORMATS_HELP = f"Format: {', '.join(FORMATS)}. Repeatable."
 _PRECISIONS_HELP = f"Precision: {', '.join(PRECISIONS)}. Repeatable. [default: fp32]"
 
 
+@takes_flags(ModelFlags)
 def command(
-    ckpt: Checkpoint,
     formats: Annotated[list[str], typer.Option("--format", metavar="NAME", help=_FORMATS_HELP)],
+    ckpt: Annotated[
+        str | None,
+        typer.Option(
+            "--ckpt",
+            metavar="FILE",
+            help="Checkpoint: any file with the weights, or a directory of Hugging Face. "
+            "Not needed if --model brings its weights.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help=SOURCE_HELP)] = None,
+    flags: ModelFlags = NO_MODEL_FLAGS,
     precisions: Annotated[
         list[str] | None,
         typer.Option("--precision", metavar="NAME", help=_PRECISIONS_HELP),
     ] = None,
-    model: ModelName = None,
     data: DataName = "auto",
     on_error: OnError = None,
     broken: Broken = None,
@@ -50,19 +60,25 @@ def command(
             help="Include the preprocessing: the model takes uint8 images (N, H, W, 3) of any size.",
         ),
     ] = False,
+    allow_chance_accuracy: Annotated[
+        bool,
+        typer.Option("--allow-chance-accuracy", help="Also export a network that is no better than chance."),
+    ] = False,
     batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
     html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
     rtol: RelativeTolerance = None,
     json: Json = False,
 ) -> int:
-    """Export a checkpoint and check its parity.
+    """Export a network and check its parity.
 
     An artifact is written only if it passes the parity check: it must predict the same as the checkpoint on real
     images.
     """
     from cifarx_export.export import export
 
+    if ckpt is None and model is None:
+        raise UsageError("--ckpt is missing", "give a checkpoint, such as --ckpt lzh_9.pth")
     for name in formats:
         if get_format(name).legacy:
             note(f"note: {name} is deprecated by PyTorch: use onnx if possible")
@@ -70,7 +86,7 @@ def command(
         ckpt,
         formats,
         precisions or ["fp32"],
-        model=model,
+        model=model_options(model, flags),
         data=data,
         on_error=resolve_on_error(on_error, broken),
         out=out,
@@ -79,6 +95,7 @@ def command(
         html_report=html_report,
         atol=atol,
         rtol=rtol,
+        allow_chance_accuracy=allow_chance_accuracy,
         progress=note,
     )
     if json:

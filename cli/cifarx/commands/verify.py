@@ -1,10 +1,10 @@
 """The `cifarx verify` command."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, model_options, takes_flags
 from cifarx.options import (
     AbsoluteTolerance,
     Broken,
@@ -12,7 +12,6 @@ from cifarx.options import (
     DeviceName,
     HtmlReport,
     Json,
-    ModelName,
     OnError,
     RelativeTolerance,
     resolve_on_error,
@@ -20,6 +19,7 @@ from cifarx.options import (
 from cifarx.output.console import json_result, note, print_error, styled_result
 
 
+@takes_flags(ModelFlags)
 def command(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Artifact or checkpoint to check.")],
     reference: Annotated[
@@ -28,18 +28,13 @@ def command(
     ckpt: Annotated[
         str | None, typer.Option("--ckpt", metavar="FILE", help="Checkpoint to compare with, a .pth file.")
     ] = None,
-    model: ModelName = None,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help=SOURCE_HELP)] = None,
+    flags: ModelFlags = NO_MODEL_FLAGS,
     data: DataName = "auto",
     on_error: OnError = None,
     broken: Broken = None,
     device: DeviceName = "cpu",
     batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
-    spec: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Model spec for a file without one, in the format of `cifarx inspect --json`."
-        ),
-    ] = None,
     locate: Annotated[bool, typer.Option("--locate", help="Find the first layer whose output differs.")] = False,
     html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
@@ -56,12 +51,12 @@ def command(
         artifact,
         reference,
         checkpoint=ckpt,
-        model=model,
+        model=model_options(model, flags),
         data=data,
         on_error=resolve_on_error(on_error, broken),
         device=device,
         batch_size=batch,
-        spec=spec,
+        spec=flags.spec,
         locate=locate,
         html_report=html_report,
         atol=atol,

@@ -2,9 +2,9 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,10 @@ _MAX_ROWS: Final = 15
 
 _THUMBNAIL_PIXELS: Final = 160
 """Small images are enlarged by an integer factor to about this size; larger ones are reduced to at most twice this."""
+
+
+Images: TypeAlias = NDArray[np.uint8] | Mapping[int, NDArray[np.uint8]]
+"""The images of a parity check, (N, height, width, channels), or the worst ones by their position."""
 
 
 class MetricRow(NamedTuple):
@@ -133,14 +137,14 @@ def write_html_report(path: Path, reports: Sequence[ParityReport], images: NDArr
         temporary.write_text(text, encoding="utf-8")
 
 
-def render_html_report(reports: Sequence[ParityReport], images: NDArray[np.uint8]) -> str:
+def render_html_report(reports: Sequence[ParityReport], images: Images) -> str:
     """Return the page as text; for the arguments see `write_html_report`."""
     sections = [_section(f"artifact-{number}", report, images) for number, report in enumerate(reports, 1)]
     filters = {"scientific": _scientific}
     return render_page("cifarx_export.parity", _TEMPLATE, filters, sections=sections, word_assumed=ASSUMED)
 
 
-def _section(anchor: str, report: ParityReport, images: NDArray[np.uint8]) -> Section:
+def _section(anchor: str, report: ParityReport, images: Images) -> Section:
     summary, analysis = report.summary, report.error_analysis
     metrics = _metric_rows(summary, get_tolerance(report.precision, summary.atol, summary.rtol))
     if analysis is None:
