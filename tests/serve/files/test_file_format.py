@@ -1,6 +1,7 @@
 """The format of a file is recognized by its content, whatever its name is."""
 
 import io
+import os
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -111,9 +112,12 @@ def test_a_zip_archive_of_another_kind_is_unknown(tmp_path: Path) -> None:
     assert detect_format(tmp_path / "x.pt") is None
 
 
-def test_missing_files_and_directories_are_unknown(tmp_path: Path) -> None:
+def test_missing_files_directories_and_pipes_are_unknown(tmp_path: Path) -> None:
     assert detect_format(tmp_path) is None
     assert detect_format(tmp_path / "absent") is None
+    os.mkfifo(tmp_path / "pipe")
+    assert detect_format(tmp_path / "pipe") is None
+    assert detect_format(Path("/dev/zero")) is None
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x08\x07"]))

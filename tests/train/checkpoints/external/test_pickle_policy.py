@@ -129,6 +129,12 @@ def test_functions_made_from_byte_code_are_refused(tmp_path: Path, package: str)
     assert_refused(path, rf"would run code \({package}\._create_function\)")
 
 
+def test_the_backend_of_modules_before_pytorch_1_5_is_no_problem(tmp_path: Path) -> None:
+    """Each module had an attribute that was saved as a call without arguments."""
+    path = with_pickle(tmp_path / "x.pth", b"\x80\x02ctorch.nn.backends.thnn\n_get_thnn_function_backend\n)R.")
+    assert_refused(path, "contains no weights of a network")
+
+
 # --- what programs save beside the weights
 
 

@@ -475,3 +475,4 @@ def test_the_classes_of_the_libraries() -> None:
     assert classes["torchvision.models.resnet.ResNet"] is models.ResNet
     for name in ("torch.fx.graph_module.GraphModule", "torch.jit._script.ScriptModule", "torch.ao.nn.quantized.Linear"):
         assert name not in classes
+    assert "torchvision.models.feature_extraction.DualGraphModule" not in classes

@@ -40,7 +40,7 @@ _STANDARD_DATA: Final = re.compile(
 _LIBRARIES: Final = frozenset({"numpy", "torch", "torchvision"})
 _CALLED_FUNCTIONS: Final = re.compile(
     r"torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.serialization\._get_layout"
-    r"|torch\.(device|dtype)"
+    r"|torch\.(device|dtype)|torch\.nn\.backends\.thnn\._get_thnn_function_backend"
     r"|numpy\._?core\.(multiarray\.(_reconstruct|scalar|_frombuffer)|numeric\._frombuffer)|numpy\.(ndarray|dtype)"
     r"|numpy\.random\.(_pickle\.__\w+_ctor|\w+\.__pyx_unpickle_\w+)|numpy\.ma\.core\._mareconstruct"
 )

@@ -84,7 +84,8 @@ def library_classes() -> Mapping[str, type[nn.Module]]:
     while pending:
         kind = pending.pop()
         pending += kind.__subclasses__()
-        if _LIBRARY.match(kind.__module__):
+        # Modules that contain code of their own are no layers.
+        if _LIBRARY.match(kind.__module__) and not issubclass(kind, torch.fx.GraphModule | torch.jit.ScriptModule):
             found[f"{kind.__module__}.{kind.__qualname__}"] = kind
     return found
 
