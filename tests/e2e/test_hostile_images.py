@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 SMALL = encode_image(Image.new("RGB", (9, 7), "red"), "PNG")
-LARGE = encode_image(Image.new("RGB", (900, 700), "red"), "PNG")
+LARGE = encode_image(Image.new("RGB", (900, 700), "red"), "WEBP")
 MEBIBYTE = 1 << 20
 
 

@@ -11,7 +11,7 @@ from cifarx_serve.server.asgi import Application
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.inference.deadline import ThreadPool
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
@@ -38,6 +38,6 @@ def create_app(settings: Settings, access_log: AccessLog | None) -> Application:
     metrics = Metrics()
     repository = ModelRepository(settings, metrics)
     api_keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
-    decoders = DecoderPool(settings.threads, settings.limits.max_pixels)
-    routes = create_routes(repository, metrics, decoders, ThreadPool(settings.threads, "parse"))
+    decoder = ImageDecoder(settings.threads, settings.limits.max_pixels)
+    routes = create_routes(repository, metrics, decoder, ThreadPool(settings.threads, "parse"))
     return Application(repository, metrics, routes, to_http_error, api_keys, access_log)

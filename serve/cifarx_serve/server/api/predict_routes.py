@@ -24,7 +24,7 @@ from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response, json_response
 from cifarx_serve.server.inference.classification import Classification, ImageClassifier
 from cifarx_serve.server.inference.deadline import Deadline
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 
 _DEFAULT_TOP_K: Final = 5
@@ -57,12 +57,12 @@ class PredictRoutes:
 
     Args:
         repository: the models.
-        decoders: the processes that decode large images.
+        decoder: decodes the images.
     """
 
-    def __init__(self, repository: ModelRepository, decoders: DecoderPool) -> None:
+    def __init__(self, repository: ModelRepository, decoder: ImageDecoder) -> None:
         self._repository = repository
-        self._classifier = ImageClassifier(decoders, repository.settings.limits.max_pixels)
+        self._classifier = ImageClassifier(decoder, repository.settings.limits.max_pixels)
 
     def table(self) -> list[Route]:
         """Return the routes."""

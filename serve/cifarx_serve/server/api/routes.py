@@ -15,7 +15,7 @@ from cifarx_serve.server.asgi import Body, Handler, Operation, Route
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response, json_response
 from cifarx_serve.server.inference.deadline import ThreadPool
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import CONTENT_TYPE, Metrics
 from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelRepository
@@ -31,19 +31,19 @@ _CONTENT_SECURITY_POLICY: Final = (
 
 
 def create_routes(
-    repository: ModelRepository, metrics: Metrics, decoders: DecoderPool, threads: ThreadPool
+    repository: ModelRepository, metrics: Metrics, decoder: ImageDecoder, threads: ThreadPool
 ) -> list[Route]:
     """Return all routes of the server.
 
     Args:
         repository: the models.
         metrics: the metrics that `/metrics` returns.
-        decoders: the processes that decode large images.
+        decoder: decodes the images of requests.
         threads: the threads that parse large requests.
     """
-    readiness = Readiness(repository, decoders)
+    readiness = Readiness(repository, decoder)
     routes = [
-        *PredictRoutes(repository, decoders).table(),
+        *PredictRoutes(repository, decoder).table(),
         *OpenInferenceRoutes(repository, readiness, threads).table(),
         *_StatusRoutes(readiness, metrics).table(),
     ]

@@ -12,8 +12,7 @@ from cifarx_serve.errors import ImageError
 from cifarx_serve.images.preprocess import peak_pixels
 from cifarx_serve.predictor import Prediction
 from cifarx_serve.server.inference.deadline import Deadline
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
-from cifarx_serve.server.inference.decoding import decode_image
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.repository import ModelInstance
 
 _Decoded: TypeAlias = NDArray[np.uint8] | ImageError
@@ -39,13 +38,13 @@ class ImageClassifier:
     """Classifies the images of requests.
 
     Args:
-        decoders: the processes that decode large images.
+        decoder: decodes the images.
         max_pixels: the maximum number of pixels per image; of all images of a request together if the model resizes
             them itself.
     """
 
-    def __init__(self, decoders: DecoderPool, max_pixels: int) -> None:
-        self._decoders = decoders
+    def __init__(self, decoder: ImageDecoder, max_pixels: int) -> None:
+        self._decoder = decoder
         self._max_pixels = max_pixels
 
     async def classify(
@@ -105,7 +104,7 @@ class ImageClassifier:
         decoded: list[_Decoded] = []
         for data in images:
             try:
-                pixels = await decode_image(data, spec, pixels_left, self._decoders, deadline, is_disconnected)
+                pixels = await self._decoder.decode(data, spec, pixels_left, deadline, is_disconnected)
             except ImageError as error:
                 decoded.append(error)
             else:

@@ -44,6 +44,9 @@ async def wait_for_slot(slots: asyncio.Semaphore, deadline: Deadline) -> None:
         DeadlineExceeded: the deadline passed first.
     """
     try:
+        if not slots.locked():
+            await slots.acquire()  # at once: a timer would only cost time
+            return
         async with asyncio.timeout(deadline.remaining_s()):
             await slots.acquire()
     except TimeoutError as error:

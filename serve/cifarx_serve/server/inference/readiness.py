@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias
 
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.repository import ModelRepository, ModelState
 
 State: TypeAlias = Literal[ModelState, "overloaded"]
@@ -14,15 +14,15 @@ class Readiness:
 
     Args:
         repository: the models.
-        decoders: the processes that decode large images.
+        decoder: decodes the images.
     """
 
-    def __init__(self, repository: ModelRepository, decoders: DecoderPool) -> None:
+    def __init__(self, repository: ModelRepository, decoder: ImageDecoder) -> None:
         self._repository = repository
-        self._decoders = decoders
+        self._decoder = decoder
 
     @property
     def state(self) -> State:
         """The state now. Nothing is waited for."""
         state = self._repository.state
-        return "overloaded" if state == "ready" and self._decoders.is_stuck else state
+        return "overloaded" if state == "ready" and self._decoder.is_stuck else state

@@ -17,7 +17,7 @@ from cifarx_serve.server.api.openapi import openapi_document
 from cifarx_serve.server.api.routes import create_routes
 from cifarx_serve.server.asgi import Route
 from cifarx_serve.server.inference.deadline import ThreadPool
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
@@ -31,8 +31,8 @@ PAGES = {"/", "/docs", "/openapi.json"}
 @pytest.fixture(scope="module")
 def routes() -> list[Route]:
     metrics = Metrics()
-    with closing(DecoderPool(1, 1)) as decoders, closing(ThreadPool(1, "parse")) as threads:
-        return create_routes(ModelRepository(Settings(files={}), metrics), metrics, decoders, threads)
+    with closing(ImageDecoder(1, 1)) as decoder, closing(ThreadPool(1, "parse")) as threads:
+        return create_routes(ModelRepository(Settings(files={}), metrics), metrics, decoder, threads)
 
 
 @pytest.fixture(scope="module")

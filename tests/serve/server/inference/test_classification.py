@@ -12,7 +12,7 @@ from cifarx_serve.images.inner_sizes import TooManyPixels
 from cifarx_serve.predictor import Prediction
 from cifarx_serve.server.inference.classification import Classification, ImageClassifier
 from cifarx_serve.server.inference.deadline import Deadline
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.errors import DeadlineExceeded, QueueFull
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
@@ -43,8 +43,8 @@ def run_with_classifier(
         limits = Limits(max_batch=4, max_queue=max_queue)
         repository = ModelRepository(Settings(files={"colors": str(path)}, device="cpu", limits=limits), metrics)
         await repository.open()
-        with closing(DecoderPool(1, max_pixels)) as decoders:
-            classifier = ImageClassifier(decoders, max_pixels)
+        with closing(ImageDecoder(1, max_pixels)) as decoder:
+            classifier = ImageClassifier(decoder, max_pixels)
 
             async def classify(*images: bytes, top_k: int = 1, timeout_s: float = 30.0) -> Classification:
                 deadline = Deadline(time.perf_counter(), timeout_s)

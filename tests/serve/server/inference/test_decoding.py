@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,8 +18,7 @@ from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.server.inference import decoding
 from cifarx_serve.server.inference.deadline import Deadline
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
-from cifarx_serve.server.inference.decoding import decode_image
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.spec import InputSpec, ModelSpec
 from tests.support.asgi_client import encode_image
 from tests.support.color_model import SPEC
@@ -32,12 +32,12 @@ Decode = Callable[..., NDArray[np.uint8]]
 
 @pytest.fixture(scope="module")
 def decode() -> Iterator[Decode]:
-    """Return a function that decodes an image, in the event loop or in a process that all calls share."""
-    with asyncio.Runner() as runner, closing(DecoderPool(1, 10_000_000)) as decoders:
+    """Return a function that decodes an image with a decoder that all calls share."""
+    with asyncio.Runner() as runner, closing(ImageDecoder(1, 10_000_000)) as decoder:
 
         def run(data: bytes, spec: ModelSpec = SPEC, max_pixels: int = 1_000_000) -> NDArray[np.uint8]:
             deadline = Deadline(time.perf_counter(), 30.0)
-            return runner.run(decode_image(data, spec, max_pixels, decoders, deadline, lambda: False))
+            return runner.run(decoder.decode(data, spec, max_pixels, deadline, lambda: False))
 
         yield run
 
@@ -55,7 +55,7 @@ def test_pixels_are_those_of_the_image_reader(image_format: str, size: tuple[int
     assert np.array_equal(decode(data, EMBEDDED), np.asarray(image))
 
 
-SMALL, LARGE = encode_image(noise(32, 32)), encode_image(noise(300, 300))
+SMALL, LARGE = encode_image(noise(32, 32)), encode_image(Image.new("RGB", (1200, 1000)))
 
 
 CROPPED = msgspec.structs.replace(SPEC, input=InputSpec(height=32, width=32, resize="shorter_side", resize_to=36))
@@ -71,45 +71,48 @@ def test_an_image_that_the_model_would_resize_to_too_many_pixels_is_refused(deco
 
 
 @pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
-def test_panoramas_are_not_resized_in_the_event_loop(
+def test_panoramas_are_resized_in_a_process(
     size: tuple[int, int], decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "read_image", lambda _: pytest.fail("it is decoded in the event loop"))
+    monkeypatch.setattr(decoding, "read_image", lambda _: pytest.fail("it is decoded in this process"))
     image = Image.new("RGB", size, (1, 2, 3))
     assert (decode(encode_image(image), CROPPED) == (1, 2, 3)).all()
 
 
 @pytest.mark.parametrize(
-    ("data", "inline"),
+    ("data", "place"),
     [
-        (SMALL, True),
-        (encode_image(noise(128, 128), "JPEG"), True),
-        (encode_image(noise(129, 128), "JPEG"), False),
-        (SMALL + bytes(100_000), False),
-        *[(encode_image(noise(32, 32), image_format), False) for image_format in ("WEBP", "GIF", "BMP", "TIFF")],
+        (SMALL, "event loop"),
+        (encode_image(noise(128, 128), "JPEG"), "event loop"),
+        (encode_image(noise(129, 128), "JPEG"), "thread"),
+        (SMALL + bytes(100_000), "thread"),
+        (encode_image(Image.new("RGB", (1024, 1024))), "thread"),
+        (encode_image(Image.new("RGB", (1025, 1024))), "process"),
+        (SMALL + bytes(1 << 22), "process"),
+        *[(encode_image(noise(32, 32), image_format), "process") for image_format in ("WEBP", "GIF", "BMP", "TIFF")],
     ],
-    ids=["PNG", "JPEG", "many pixels", "many bytes", "WebP", "GIF", "BMP", "TIFF"],
+    ids=["PNG", "JPEG", "pixels", "bytes", "a million pixels", "more", "more bytes", "WebP", "GIF", "BMP", "TIFF"],
 )
-def test_only_small_png_and_jpeg_images_are_decoded_in_the_event_loop(
-    data: bytes, inline: bool, decode: Decode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded = []
+def test_where_an_image_is_decoded(data: bytes, place: str, decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only PNG and JPEG images take a time that is known before."""
+    places = []
 
     def read(image: Image.Image) -> Image.Image:
-        decoded.append(image)
+        is_main = threading.current_thread() is threading.main_thread()
+        places.append("event loop" if is_main else "thread")
         return read_image(image)
 
     monkeypatch.setattr(decoding, "read_image", read)
-    assert decode(data).shape == (4, 6, 3)
-    assert bool(decoded) == inline
+    assert decode(data, max_pixels=2_000_000).shape == (4, 6, 3)
+    assert places == ([] if place == "process" else [place])
 
 
 @pytest.mark.parametrize("kind", ["ICNS", "ICO", "JPEG 2000"])
 def test_a_format_that_is_not_accepted_is_refused_without_a_process(kind: str) -> None:
     async def run() -> None:
-        with closing(DecoderPool(1, 1)) as decoders:
+        with closing(ImageDecoder(1, 1)) as decoder:
             deadline = Deadline(time.perf_counter(), 30.0)
-            await decode_image(decode_bombs()[kind], SPEC, 1_000_000, decoders, deadline, pytest.fail)
+            await decoder.decode(decode_bombs()[kind], SPEC, 1_000_000, deadline, pytest.fail)
 
     with pytest.raises(ImageError, match="images are not accepted"):
         asyncio.run(run())
@@ -140,11 +143,11 @@ def test_a_bomb_takes_little_time_and_memory_and_does_not_block_the_event_loop(k
     """CPU time is measured instead of time, because other processes may use the CPUs at the same time."""
 
     async def run() -> None:
-        with closing(DecoderPool(1, 10_000_000)) as decoders:
-            await decode_in(decoders, LARGE)  # starts the process
+        with closing(ImageDecoder(1, 10_000_000)) as decoder:
+            await decode_with(decoder, LARGE)  # starts the process
             processes = [psutil.Process(), *decoder_processes()]
             used_s, memory = cpu_time(processes), resident_memory(processes)
-            decoding = asyncio.ensure_future(decode_in(decoders, decode_bombs()[kind]))
+            decoding = asyncio.ensure_future(decode_with(decoder, decode_bombs()[kind]))
             longest_s, before = 0.0, time.thread_time()
             while not decoding.done():
                 await asyncio.sleep(0.001)
@@ -160,9 +163,9 @@ def test_a_bomb_takes_little_time_and_memory_and_does_not_block_the_event_loop(k
     asyncio.run(run())
 
 
-async def decode_in(decoders: DecoderPool, data: bytes) -> NDArray[np.uint8]:
+async def decode_with(decoder: ImageDecoder, data: bytes) -> NDArray[np.uint8]:
     deadline = Deadline(time.perf_counter(), 60.0)
-    return await decode_image(data, SPEC, 1_000_000, decoders, deadline, lambda: False)
+    return await decoder.decode(data, SPEC, 10_000_000 if data is LARGE else 1_000_000, deadline, lambda: False)
 
 
 def decoder_processes() -> list[psutil.Process]:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cifarx_serve.server.inference.decoder_pool import DecoderPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelRepository
@@ -17,10 +17,10 @@ def test_a_stuck_pool_is_reported_once_the_models_are_ready(tmp_path: Path, monk
 
     async def run() -> None:
         repository = ModelRepository(Settings(files={"a": str(path)}, device="cpu"), Metrics())
-        decoders = DecoderPool(1, 1)
-        readiness = Readiness(repository, decoders)
+        decoder = ImageDecoder(1, 1)
+        readiness = Readiness(repository, decoder)
         stuck = False
-        monkeypatch.setattr(DecoderPool, "is_stuck", property(lambda _: stuck))
+        monkeypatch.setattr(ImageDecoder, "is_stuck", property(lambda _: stuck))
         assert readiness.state == "starting"
         await repository.open()
         assert readiness.state == "ready"
@@ -29,6 +29,6 @@ def test_a_stuck_pool_is_reported_once_the_models_are_ready(tmp_path: Path, monk
         repository.draining = True
         assert readiness.state == "draining"
         await repository.close()
-        decoders.close()
+        decoder.close()
 
     asyncio.run(run())
