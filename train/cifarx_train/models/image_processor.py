@@ -14,6 +14,7 @@ from cifarx_train.models.preprocessing_check import require_same_preprocessing
 _INTERPOLATIONS: Final[dict[int, Interpolation]] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _CONVNEXT_STRETCH_SIZE: Final = 384  # from this size on, ConvNeXT's processor resizes without a crop
 _LEVIT_RATIO: Final = 256 / 224
+_CROP_OFFSET: Final = {"crop_offset": "floor"}
 _REMEDY: Final = "state the nearest preprocessing with --spec"
 
 
@@ -42,7 +43,6 @@ def processor_input(processor: Any) -> InputSpec:
         mean=mean,
         std=std,
         interpolation=_INTERPOLATIONS[int(processor.resample)],
-        crop_offset="floor",
     )
 
     def preprocess(image: Image.Image) -> NDArray[np.float32]:
@@ -62,7 +62,9 @@ def _resize_fields(processor: Any, name: str) -> dict[str, Any]:
     if size.keys() == {"height", "width"}:
         resized = (size["height"], size["width"])
         height, width = (crop["height"], crop["width"]) if crop else resized
-        return {"height": height, "width": width, "resize_to": None if (height, width) == resized else resized}
+        if (height, width) == resized:
+            return {"height": height, "width": width}
+        return {"height": height, "width": width, "resize_to": resized, **_CROP_OFFSET}
     if size.keys() != {"shortest_edge"}:
         raise SpecError(f"{name} resizes images to {size}", _REMEDY)
     edge, crop_pct = size["shortest_edge"], getattr(processor, "crop_pct", None)
@@ -76,7 +78,8 @@ def _resize_fields(processor: Any, name: str) -> dict[str, Any]:
         edge = int(_LEVIT_RATIO * edge)
     elif crop_pct:
         edge = int(edge / crop_pct)
-    return {"height": crop["height"], "width": crop["width"], "resize": "shorter_side", "resize_to": edge}
+    size = {"height": crop["height"], "width": crop["width"]}
+    return {**size, "resize": "shorter_side", "resize_to": edge, **_CROP_OFFSET}
 
 
 def _value_range(processor: Any) -> tuple[float, float]:
