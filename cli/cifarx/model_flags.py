@@ -75,16 +75,28 @@ ActivationName: TypeAlias = Annotated[
 ]
 
 
-class InputFlags(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of a command that builds a new network."""
+class ImageFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """The options that describe how images become the input of a network."""
 
-    model_arg: ModelArguments = None
     spec: SpecFile = None
     preprocessing: PreprocessingName = None
     image_size: ImageSize = None
     mean: Mean = None
     std: Std = None
     color: ColorName = None
+
+
+class FileFlags(ImageFlags, frozen=True, kw_only=True):
+    """The options of a command that reads a file which contains its whole network."""
+
+    classes: Classes = None
+    activation: ActivationName = None
+
+
+class InputFlags(ImageFlags, frozen=True, kw_only=True):
+    """The options of a command that builds a new network."""
+
+    model_arg: ModelArguments = None
 
 
 class ModelFlags(InputFlags, frozen=True, kw_only=True):
@@ -100,13 +112,14 @@ class ModelFlags(InputFlags, frozen=True, kw_only=True):
         return self != NO_MODEL_FLAGS
 
 
+NO_FILE_FLAGS: Final = FileFlags()
 NO_INPUT_FLAGS: Final = InputFlags()
 NO_MODEL_FLAGS: Final = ModelFlags()
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def takes_flags(kind: type[InputFlags]) -> Callable[[Command], Command]:
+def takes_flags(kind: type[ImageFlags]) -> Callable[[Command], Command]:
     """Return a decorator that replaces the parameter `flags` of a command by the options of a class of flags."""
 
     def decorate(command: Command) -> Command:
@@ -203,7 +216,7 @@ def is_checkpoint(file: str) -> bool:
     return backend_for(path).name == "pytorch"
 
 
-def spec_overrides(flags: InputFlags) -> "SpecOverrides":
+def spec_overrides(flags: ImageFlags) -> "SpecOverrides":
     """Return the fields of the spec that the options state. The more specific option wins.
 
     Raises:
@@ -221,7 +234,7 @@ def spec_overrides(flags: InputFlags) -> "SpecOverrides":
     if input_:
         fields["input"] = input_
         origins["input"] = ", ".join([*([origins["input"]] if "input" in origins else []), *given])
-    if isinstance(flags, ModelFlags):
+    if isinstance(flags, ModelFlags | FileFlags):
         if flags.classes is not None:
             fields["class_names"], origins["class_names"] = parse_classes(flags.classes), "--classes"
         if flags.activation is not None:
@@ -229,7 +242,7 @@ def spec_overrides(flags: InputFlags) -> "SpecOverrides":
     return SpecOverrides(fields, stated.whole_input or flags.preprocessing is not None, origins)
 
 
-def _input_fields(flags: InputFlags) -> tuple[dict[str, Any], list[str]]:
+def _input_fields(flags: ImageFlags) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of the input that the options other than `--spec` state, and the names of these options."""
     from cifarx.option_values import parse_image_size, parse_numbers, parse_preprocessing
 

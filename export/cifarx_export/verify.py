@@ -9,9 +9,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarx_export.adoption.described_copy import is_foreign, write_described_copy
 from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_export.layerwise.locate import locate as locate_layer
 from cifarx_export.layerwise.locate import require_locatable
+from cifarx_export.parity.chance import require_better_than_chance
 from cifarx_export.parity.checks import Check
 from cifarx_export.parity.compare import (
     OutputShapeError,
@@ -21,8 +23,7 @@ from cifarx_export.parity.compare import (
     parity_batch_sizes,
     run_reference,
 )
-from cifarx_export.parity.data import ParityData, load_parity_data
-from cifarx_export.parity.external_spec import embed_spec, read_external_spec
+from cifarx_export.parity.data import ParityData, load_parity_data, name_classes
 from cifarx_export.parity.html import require_html_path, write_html_report
 from cifarx_export.parity.report import ParityReport
 from cifarx_export.parity.tolerances import get_tolerance
@@ -35,7 +36,8 @@ from cifarx_serve.system.terminal import require_utf8
 from cifarx_train.checkpoints.checkpoint import file_sha256, weights_sha256
 from cifarx_train.checkpoints.source_weights import load_model
 from cifarx_train.data.dataset import OnError
-from cifarx_train.models.options import NO_OPTIONS, ModelOptions
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions, SpecOverrides
+from cifarx_train.models.spec_file import read_spec_file
 from cifarx_train.pytorch_backend import PyTorchBackend
 
 
@@ -54,6 +56,7 @@ def verify(
     html_report: str | Path | None = None,
     atol: float | None = None,
     rtol: float | None = None,
+    allow_chance_accuracy: bool = False,
     progress: Progress = silent,
 ) -> ParityReport:
     """Check the parity of a file with another file or with a checkpoint.
@@ -66,19 +69,21 @@ def verify(
         reference: file to compare it with. Give either this or `checkpoint`.
         checkpoint: checkpoint to compare it with; its file may have any name.
         model: network, as `--model` names it, for a checkpoint that does not contain it; or `ModelOptions` with all
-            that the user states about checkpoints.
+            that the user states, also about files without a spec.
         data: dataset: auto, cifar10, builtin, or the path of a folder or a `.tar.gz` file.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         device: device of the artifact; the reference runs on the CPU.
         batch_size: another batch size to check, in addition to 1, 3 and 64.
-        spec: JSON file with the model spec of files that carry none.
+        spec: TOML or JSON file with fields of the model spec, for files that carry none.
         locate: if the check fails, find the first layer that differs and add it to the checks.
         html_report: path of an HTML parity report to write, ending in `.html`.
         atol, rtol: replacements for the tolerance of the precision.
+        allow_chance_accuracy: also check a network that is no better than chance on labeled images.
         progress: called with a line about each step.
 
     Raises:
         UsageError, ModelFileError, SpecError, DataError, OutputError: an argument or a file cannot be used.
+        CheckFailed: the reference is no better than chance, and its preprocessing or classes were given or assumed.
     """
     if (reference is None) == (checkpoint is None):
         raise UsageError("verify needs exactly one reference", "give a second file or --ckpt")
@@ -86,15 +91,24 @@ def verify(
     require_utf8(artifact, reference, checkpoint)  # the report names them
     with ExitStack() as stack:
         options = model if isinstance(model, ModelOptions) else ModelOptions(model)
+        if spec is not None:
+            options = options._replace(overrides=read_spec_file(Path(spec)))
         paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, options)
         if locate:
             require_locatable(model_file(paths.artifact), model_file(paths.reference))
-        opened = _open(paths, device, spec, stack)
+        opened = _open(paths, device, data, on_error, stack)
         tolerance = get_tolerance(opened.precision, atol, rtol, opened.reference.spec.output)
         parity_data = load_parity_data(opened.reference.spec, data, on_error)
         batch_sizes = parity_batch_sizes(batch_size, len(parity_data.images))
-        reference_logits = _run_reference(opened, paths.reference, parity_data, progress)
-        result = check_parity(reference_logits, opened.artifact, tolerance, progress, batch_sizes)
+        outputs = _run_reference(opened, paths.reference, parity_data, progress)
+        require_better_than_chance(
+            outputs,
+            str(paths.reference),
+            trained_here=opened.reference.spec.training is not None and not options.overrides.fields,
+            allowed=allow_chance_accuracy,
+            progress=progress,
+        )
+        result = check_parity(outputs, opened.artifact, tolerance, progress, batch_sizes)
         result = _with_weights_check(result, opened)
         if locate and not result.passed and result.error_analysis:
             progress("looking for the first layer that differs")
@@ -138,27 +152,38 @@ class _Opened(NamedTuple):
         return max((spec.precision for spec in specs), key=PRECISIONS.index, default=PRECISIONS[0])
 
 
-def _open(paths: _Paths, device: str, spec: str | Path | None, stack: ExitStack) -> _Opened:
-    """Open both files, with the given spec where a file carries none.
+def _open(paths: _Paths, device: str, data: str, on_error: OnError, stack: ExitStack) -> _Opened:
+    """Open both files, with the stated spec where a file carries none.
 
     Raises:
-        UsageError: a spec was given, but both files carry one.
+        UsageError: a spec is stated, but both files carry one.
     """
     files = (model_file(paths.artifact), model_file(paths.reference))
-    if spec is not None:
-        external = read_external_spec(Path(spec))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        copies = [embed_spec(path, external, folder / str(index)) for index, path in enumerate(files)]
-        if copies == list(files):
-            raise UsageError(f"both files contain a spec, so --spec {spec} would be ignored", "leave --spec out")
-        files = (copies[0], copies[1])
+    is_checkpoint = paths.is_checkpoint or backend_for(files[1]) is PyTorchBackend
+    overrides = paths.options.overrides
+    if overrides.fields:
+        second = files[1] if is_checkpoint else _described(files[1], overrides, stack)
+        copies = (_described(files[0], overrides, stack), second)
+        if copies == files and not is_checkpoint:
+            stated = ", ".join(dict.fromkeys(overrides.origins.values())) or "the stated spec"
+            raise UsageError(f"both files contain a spec, so {stated} would be ignored", "leave it out")
+        files = copies
     artifact = stack.enter_context(_open_one(files[0], paths.artifact, device, paths.options))
-    if not paths.is_checkpoint and backend_for(files[1]) is not PyTorchBackend:
+    if not is_checkpoint:
         reference = stack.enter_context(_open_one(files[1], paths.reference, "cpu", NO_OPTIONS))
         return _Opened(artifact, reference, files, None)
     loaded = load_model(files[1], paths.options)
+    if "class_names" not in artifact.spec.assumed:
+        loaded = loaded._replace(spec=name_classes(loaded.spec, data, on_error))
     trained = stack.enter_context(PyTorchBackend.from_checkpoint(loaded, parse_device("cpu")))
     return _Opened(artifact, trained, files, weights_sha256(loaded.weights))
+
+
+def _described(path: Path, overrides: SpecOverrides, stack: ExitStack) -> Path:
+    """Return a file that has a spec, or a copy with the stated spec of a file that has none."""
+    if not is_foreign(path):
+        return path
+    return write_described_copy(path, overrides, Path(stack.enter_context(tempfile.TemporaryDirectory())))
 
 
 def _open_one(path: Path, original: Path, device: str, options: ModelOptions) -> Backend:

@@ -8,6 +8,7 @@ import typer
 from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, model_options, takes_flags
 from cifarx.options import (
     AbsoluteTolerance,
+    AllowChance,
     Broken,
     DataName,
     HtmlReport,
@@ -60,10 +61,7 @@ def command(
             help="Include the preprocessing: the model takes uint8 images (N, H, W, 3) of any size.",
         ),
     ] = False,
-    allow_chance_accuracy: Annotated[
-        bool,
-        typer.Option("--allow-chance-accuracy", help="Also export a network that is no better than chance."),
-    ] = False,
+    allow_chance_accuracy: AllowChance = False,
     batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
     html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,

@@ -7,6 +7,7 @@ import typer
 from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, model_options, takes_flags
 from cifarx.options import (
     AbsoluteTolerance,
+    AllowChance,
     Broken,
     DataName,
     DeviceName,
@@ -39,6 +40,7 @@ def command(
     html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
     rtol: RelativeTolerance = None,
+    allow_chance_accuracy: AllowChance = False,
     json: Json = False,
 ) -> int:
     """Check the parity of two files.
@@ -56,11 +58,11 @@ def command(
         on_error=resolve_on_error(on_error, broken),
         device=device,
         batch_size=batch,
-        spec=flags.spec,
         locate=locate,
         html_report=html_report,
         atol=atol,
         rtol=rtol,
+        allow_chance_accuracy=allow_chance_accuracy,
         progress=note,
     )
     if json:
