@@ -129,6 +129,21 @@ def test_weights_of_torch_save(tmp_path: Path) -> None:
     assert directory_architecture(str(folder), {}).weights is None
 
 
+def test_weights_with_the_names_of_the_library(vit: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = directory_architecture(str(vit), {})
+    assert found.weights is not None
+    assert found.convert_weights is not None
+    weights, saved = found.weights.load(), load_file(vit / "model.safetensors")
+    assert saved.keys() != weights.keys(), "the names differ only in some networks: test another one"
+    for names in (saved, weights):
+        converted = found.convert_weights(names)
+        assert all(torch.equal(converted[name], tensor) for name, tensor in weights.items())
+    wrong = {"head.weight": torch.zeros(3)}
+    assert found.convert_weights(wrong) is wrong
+
+
 def test_no_code_of_a_directory_runs(tmp_path: Path) -> None:
     folder = write_vit(tmp_path / "vit")
     (folder / "evil.py").write_text("open('ran', 'w').close()\nclass Model: pass\nclass Config: pass\n")

@@ -17,12 +17,13 @@ from cifarx_serve.errors import FallbackWarning, ModelFileError
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.files.file_format import FileFormat, detect_format
-from cifarx_serve.spec import ModelSpec
+from cifarx_serve.spec import ModelSource, ModelSpec
 from cifarx_train.checkpoints.external.module_stub import as_plain_dict
 from cifarx_train.checkpoints.external.reader import read_external_checkpoint
 from cifarx_train.checkpoints.external.safetensors_file import load_safetensors
 from cifarx_train.checkpoints.external.torch_file import load_torch_file
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
+from cifarx_train.models.outputs import outputs_error
 from cifarx_train.models.sources import rebuild_architecture
 from cifarx_train.recipes import rename_old_fields
 
@@ -157,7 +158,11 @@ def _read_own(path: Path, content: dict[str, Any], options: ModelOptions) -> Che
 def _own_checkpoint(
     path: Path, document: str, weights: StateDict, training: StateDict, options: ModelOptions
 ) -> Checkpoint:
-    spec = options.overrides.apply(_with_current_recipe(ModelSpec.from_json(document, str(path))))
+    stored = _with_current_recipe(ModelSpec.from_json(document, str(path)))
+    spec = options.overrides.apply(stored)
+    if spec.output_size != stored.output_size:
+        source = stored.source or ModelSource(kind="builtin", name=stored.model)
+        raise outputs_error(source, stored.output_size, spec.output_size)
     if options.model is not None:
         rebuild_architecture(spec, options)  # fails early if it is not the model of the file
     return Checkpoint(spec, weights, training, lambda: _rebuild(spec, options))

@@ -51,6 +51,8 @@ class Architecture(NamedTuple):
         activation: what turns the outputs into scores, if the source states it.
         num_outputs: the number of outputs, if the builder cannot change it.
         weights: the weights that come with the source, if there are any.
+        convert_weights: renames the keys of a state dict in a file to those of the module, where the library of the
+            network saves them under other names.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Architecture(NamedTuple):
     activation: Activation | None = None
     num_outputs: int | None = None
     weights: SourceWeights | None = None
+    convert_weights: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def is_registered(self) -> bool:

@@ -33,6 +33,7 @@ WEIGHTS_FILES: Final = (
 """The files that hold the weights, or name the files that do, in the order of preference."""
 
 _LOCAL: Final[Mapping[str, Any]] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
+_LOADING_PROBLEMS: Final = ("missing_keys", "mismatched_keys", "unexpected_keys")
 _LABEL_KEYS: Final = ("id2label", "label2id", "num_labels")
 
 
@@ -111,7 +112,30 @@ def _architecture(config: Any, source: ModelSource, size: InputSpec | None) -> A
 
     name = source.name.lower()
     several = config.problem_type == "multi_label_classification" or config.num_labels == 1
-    return Architecture(name, "own", default, build, source, activation="sigmoid" if several else "softmax")
+    return Architecture(
+        name,
+        "own",
+        default,
+        build,
+        source,
+        activation="sigmoid" if several else "softmax",
+        convert_weights=lambda weights: _convert_weights(config, weights),
+    )
+
+
+def _convert_weights(config: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with the names of the module; transformers saves some networks with those of old versions."""
+    model = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    model = model[0] if isinstance(model, tuple) else model
+    try:
+        with _quiet():
+            module, found = model.from_pretrained(
+                None, config=config, state_dict=dict(weights), dtype="float32", output_loading_info=True
+            )
+    except Exception:  # see `config_architecture`
+        return weights
+    problems = [found[kind] for kind in _LOADING_PROBLEMS]
+    return weights if any(problems) else dict(module.state_dict())
 
 
 def _build(config: Any, source: ModelSource) -> nn.Module:
@@ -176,7 +200,7 @@ def _read_weights(directory: Path, config: Any) -> dict[str, Any]:
         raise ModelFileError(
             f"the weights in {directory} cannot be read ({error_message(error)})", "save the model again"
         ) from error
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    for kind in _LOADING_PROBLEMS:
         if keys := sorted(map(str, found[kind])):
             raise ModelFileError(
                 f"{len(keys)} {kind.replace('_', ' ')} in the weights in {directory} ({', '.join(keys[:5])})",

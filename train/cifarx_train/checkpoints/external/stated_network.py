@@ -70,6 +70,8 @@ def stated_network(
     if options.model is None:
         raise missing_network_error(path, _shapes(fold_masks(tensors).tensors), mentioned)
     architecture = _stated_architecture(options)
+    if architecture.convert_weights is not None:
+        tensors = architecture.convert_weights(tensors)
     size = options.overrides.apply_to_input(architecture.input)
     with _without_memory(architecture):
         own = architecture.builder(architecture.num_outputs or _TRIAL_OUTPUTS, size).state_dict()
