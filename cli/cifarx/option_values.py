@@ -47,7 +47,7 @@ def parse_classes(text: str) -> list[str]:
 
 def _read_classes(path: Path) -> list[str]:
     try:
-        text = read_text_file(path)
+        text = read_text_file(path).removeprefix("\ufeff")  # of editors on Windows
     except (OSError, UnicodeError) as error:
         raise UsageError(f"cannot read --classes {path} ({error_message(error)})", "give a text file") from error
     if not text.lstrip().startswith(("[", "{")):
@@ -71,7 +71,8 @@ def _class_list(document: object) -> list[str] | None:
         return None
     if all(isinstance(name, str) and label.isdigit() for label, name in document.items()):
         document = {name: int(label) for label, name in document.items()}
-    if sorted(document.values(), key=repr) != sorted(range(len(document)), key=repr):
+    labels = list(document.values())
+    if any(type(label) is not int for label in labels) or sorted(labels) != list(range(len(labels))):
         return None
     return sorted(document, key=document.__getitem__)
 

@@ -62,4 +62,4 @@ def _field(name: str, value: Any, assumed: bool) -> list[str]:
 
 def _toml(value: Any) -> str:
     """Return a value of a spec as TOML, which has the same strings, numbers, booleans and arrays as JSON."""
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the only character that JSON allows alone
