@@ -11,9 +11,9 @@ when it is loaded or called in these ways:
 - the names of nodes become part of Python source code, which is executed;
 - compiled libraries of AOTInductor in the archive are loaded.
 
-All of these are refused. The graph may only use the operators of image classifiers, on numbers and tensors. Its names
-must be plain identifiers and its sizes must be sums and products of the batch size. A new archive is then written from
-the checked members, so that PyTorch cannot find anything in the file that this module did not check.
+All of these are refused. The graph may only use the operators of `exported_program_operators`, on numbers and tensors.
+Its names must be plain identifiers, and its sizes arithmetic on the batch size. A new archive is then written from the
+checked members, so that PyTorch cannot find anything in the file that this module did not check.
 
 A malicious file can still return wrong logits, or need more memory or time than is available.
 """
@@ -29,6 +29,7 @@ from typing import Any, Final, TypeVar
 
 from cifarx_serve.backends.base import parse_spec, require_file
 from cifarx_serve.backends.torch.base import SPEC_FILE
+from cifarx_serve.backends.torch.exported_program_operators import is_allowed
 from cifarx_serve.errors import ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
 
@@ -45,25 +46,6 @@ _MEMBER: Final = re.compile(
     r"data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder"
     r"|\.data/version|\.data/serialization_id|"
     + "|".join(map(re.escape, (*_DOCUMENTS, SAMPLE_INPUTS, f"extra/{SPEC_FILE}")))
-)
-
-# The operators of the classifiers of torchvision and cifarx, in float32 and float16.
-_ATEN: Final = """
-_assert_tensor_metadata.default adaptive_avg_pool2d.default add.Tensor add_.Tensor amax.default avg_pool2d.default
-batch_norm.default cat.default chunk.default clamp.default clamp_min.default clone.default contiguous.default
-conv2d.default conv2d.padding div.Tensor div_.Tensor dropout.default dropout_.default einsum.default eq.Scalar
-exp.default expand.default expand_as.default fill_.Scalar flatten.using_ints gelu.default group_norm.default
-hardsigmoid.default hardsigmoid_.default hardswish.default hardswish_.default hardtanh.default hardtanh_.default
-index.Tensor layer_norm.default linalg_vector_norm.default linear.default masked_fill.Scalar matmul.default
-max_pool2d.default mean.dim mul.Scalar mul.Tensor mul_.Tensor ne.Scalar neg.default new_zeros.default pad.default
-permute.default relu.default relu6.default relu6_.default relu_.default reshape.default roll.default
-scaled_dot_product_attention.default select.int sigmoid.default sigmoid_.default silu.default silu_.default
-slice.Tensor softmax.int split.Tensor sqrt.default squeeze.dim stack.default sub.Tensor sub_.Tensor sum.dim_IntList
-swapaxes.default sym_size.int tanh.default to.dtype transpose.int unbind.int unflatten.int unsqueeze.default
-view.default zero_.default zeros.default
-"""
-_TARGETS: Final = frozenset(
-    {f"torch.ops.aten.{name}" for name in _ATEN.split()} | {"_operator.mul", "_operator.getitem"}
 )
 
 _ARGUMENTS: Final = """
@@ -227,7 +209,7 @@ def _check(key: str, value: Any) -> None:
 
 def _is_allowed(key: str, text: str) -> bool:
     if key == "target":
-        return text in _TARGETS
+        return is_allowed(text)
     if key == "expr_str":
         return _is_size(text)
     if key in _TREES:
@@ -246,7 +228,7 @@ def _is_tree(text: str, expected: Any) -> bool:
 
 
 def _is_size(text: str) -> bool:
-    """Return whether this is SymPy's form of sums and products of integers and symbols, without evaluating it."""
+    """Return whether this is SymPy's form of arithmetic on integers and symbols, without evaluating it."""
     if len(text) > 1000:
         return False
     try:
@@ -267,7 +249,7 @@ def _is_size_node(node: ast.expr) -> bool:
             return true and set(flags) <= {"integer", "positive"} and _is_symbol(symbol)
         case "Integer":
             return not node.keywords and len(constants) == 1 and type(constants[0]) is int
-        case "Add" | "Mul" | "Min" | "Max":
+        case "Add" | "Mul" | "Min" | "Max" | "FloorDiv" | "Mod":
             return not node.keywords and all(map(_is_size_node, node.args))
     return False
 

@@ -148,6 +148,12 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a huge power": lambda d: graph(d)["tensor_values"]["images"]["sizes"][0].update(
         as_expr={"expr_str": "Pow(Integer(9), Pow(Integer(9), Integer(99)))", "hint": {"as_int": 2}}
     ),
+    "a size with code in a division": lambda d: graph(d)["tensor_values"]["images"]["sizes"][0].update(
+        as_expr={"expr_str": f"FloorDiv(Symbol('s77', positive=True, integer=True), {CODE})", "hint": {"as_int": 2}}
+    ),
+    "a size with a method of a number": lambda d: graph(d)["tensor_values"]["images"]["sizes"][0].update(
+        as_expr={"expr_str": "Mod(Integer(2).__class__, Integer(2))", "hint": {"as_int": 2}}
+    ),
     "guards": lambda d: d.update(guards_code=[CODE]),
     "a tree spec with a module to import": lambda d: call_signature(d).update(
         in_spec=json.dumps([1, {"type": "collections.defaultdict", "context": '{"default_factory_module": "this"}'}])
