@@ -33,7 +33,7 @@ def create_app(settings: Settings, access_log: AccessLog | None) -> Application:
     """Create the application in the event loop that will run it. Its models are not opened yet.
 
     Raises:
-        UsageError: the file of the API keys cannot be read.
+        UsageError: the file of the API keys cannot be read, or as for `image_format.extra_formats`.
     """
     metrics = Metrics()
     repository = ModelRepository(settings, metrics)

@@ -85,6 +85,15 @@ def test_rejects_a_backend_that_cannot_open_the_file(tmp_path: Path, onnx: Path,
     assert result.err.count("\n") == 1
 
 
+def test_rejects_unknown_image_formats(monkeypatch: pytest.MonkeyPatch, cli: Cli, onnx: Path) -> None:
+    """The server does not start, instead of failing at the first image."""
+    monkeypatch.setenv("CIFARX_IMAGE_FORMATS", "ICNS,PICTURE")
+    result = cli("serve", onnx, "--port", 0, "--workers", 1)
+    assert result.status == 2
+    assert "CIFARX_IMAGE_FORMATS names 'PICTURE', which cannot be opened: choose from" in result.error
+    assert result.err.count("\n") == 1
+
+
 # Serving
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_serve.images.image_format import FORMATS, HEAD_BYTES, require_accepted
+from cifarx_serve.images.image_format import FORMATS, HEAD_BYTES, extra_formats, require_accepted
 from cifarx_serve.images.preprocess import model_pixels, resized_size
 from cifarx_serve.images.reader import open_image, read_image
 from cifarx_serve.server.inference.deadline import Deadline, ThreadPool
@@ -43,9 +43,13 @@ class ImageDecoder:
     Args:
         parallel: the number of threads, and of processes.
         max_pixels: the maximum number of pixels of any image.
+
+    Raises:
+        UsageError: as for `image_format.extra_formats`.
     """
 
     def __init__(self, parallel: int, max_pixels: int) -> None:
+        extra_formats()  # report an invalid value now, not in the response to an image
         self._threads = ThreadPool(parallel, "decode")
         self._processes = DecoderPool(parallel, max_pixels)
 
