@@ -146,7 +146,7 @@ def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
 def test_the_pytorch_backend_opens_any_checkpoint(tmp_path: Path) -> None:
     module = models.squeezenet1_1(num_classes=10)
     batch = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
-    for name in ("x.ckpt", "x.pt", "x"):
+    for name in ("x.ckpt", "x"):
         path = save({"model": module, "classes": list(NAMES)}, tmp_path / name)
         with pytest.warns(match="using the class names"), open_backend(path, device="cpu") as backend, torch.no_grad():
             assert np.array_equal(backend.run(batch), module.eval()(torch.from_numpy(batch)).numpy())

@@ -94,7 +94,7 @@ def test_another_class_named_lzh(tmp_path: Path) -> None:
 
 
 @both_formats
-@pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5"])
 def test_a_whole_model_of_torchvision(tmp_path: Path, name: str, zipped: bool) -> None:
     saved = models.get_model(name, weights=None, num_classes=10)
     path = save(saved, tmp_path / "x.pth", zipped)
@@ -150,8 +150,8 @@ def test_the_stated_size_of_the_images(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_run(tmp_path: Path) -> None:
     saved = models.squeezenet1_1(num_classes=3)
-    del saved.classifier
-    with pytest.raises(UsageError, match=r"x\.pth does not run with 3x32x32 images \(.*classifier"):
+    del saved.features
+    with pytest.raises(UsageError, match=r"x\.pth does not run with 3x32x32 images \(.*features"):
         load_checkpoint(save(saved, tmp_path / "x.pth"))
 
 

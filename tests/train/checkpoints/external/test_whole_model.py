@@ -247,6 +247,7 @@ def test_wrappers_are_removed(tmp_path: Path, wrap: Callable[[nn.Module], nn.Mod
     assert same_outputs(again, module)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript, which the compiler of PyTorch 2.11 uses
 def test_a_compiled_module(tmp_path: Path) -> None:
     module = network("squeezenet1_1")
     compiled: Any = torch.compile(module)

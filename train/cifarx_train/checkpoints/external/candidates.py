@@ -19,8 +19,10 @@ from cifarx_train.checkpoints.external.key_matching import (
     KeyMatch,
     Shape,
     Shapes,
+    common_prefix,
     describe_mismatches,
     match_keys,
+    splits,
     wrong_shapes,
 )
 from cifarx_train.checkpoints.external.layer_settings import same_settings
@@ -161,13 +163,16 @@ def _similar_models(shapes: Shapes) -> list[str]:
     families: dict[str, list[str]] = {}
     for name in list_models():
         families.setdefault(_family(name), []).append(name)
-    patterns = _key_patterns(shapes)
-    return [
-        name
-        for members in families.values()
-        if _similarity(patterns, _key_patterns(_meta_shapes(members[0], "own"))) >= _MIN_SIMILARITY
-        for name in members
-    ]
+    size = len(_patterns(shapes))
+    endings = _patterns(rest for key in shapes for _, rest in splits(key))
+    similar = []
+    for members in families.values():
+        own = list(_meta_shapes(members[0], "own"))
+        prefix = common_prefix(own)
+        patterns = _patterns(key.removeprefix(prefix) for key in own)
+        if len(patterns & endings) >= _MIN_SIMILARITY * max(len(patterns), size):
+            similar += members
+    return similar
 
 
 def _family(name: str) -> str:
@@ -176,15 +181,9 @@ def _family(name: str) -> str:
     return family.group() if family else name
 
 
-def _key_patterns(keys: Iterable[str]) -> set[str]:
-    """Return the last two parts of each key, which no prefix changes, with `#` instead of numbers."""
-    parts = (key.split(".")[-2:] for key in keys if not key.endswith(_COUNTER))
-    return {re.sub(r"\d+", "#", ".".join(part)) for part in parts}
-
-
-def _similarity(a: set[str], b: set[str]) -> float:
-    """Return the Jaccard index of two sets."""
-    return len(a & b) / max(1, len(a | b))
+def _patterns(keys: Iterable[str]) -> set[str]:
+    """Return the keys with `#` instead of numbers."""
+    return {re.sub(r"\d+", "#", key) for key in keys if not key.endswith(_COUNTER)}
 
 
 def _compare(name: str, stem: Stem, shapes: Shapes) -> Candidate:

@@ -67,7 +67,7 @@ def match_keys(own: Iterable[str], file: Iterable[str], weights_key: str | None 
     own = list(own)
     in_file = _without_wrappers(own, file)
     unchanged = _match({key: key for key in own}, in_file, weights_key, path)
-    common = _common_prefix(own)
+    common = common_prefix(own)
     if not unchanged.distance or not common:
         return unchanged
     stripped = _match({key: key.removeprefix(common) for key in own}, in_file, weights_key, path)
@@ -106,7 +106,7 @@ def _without_wrappers(own: list[str], file: Iterable[str]) -> dict[str, str]:
     return short if len(short) == len(file) else {key: key for key in file}
 
 
-def _common_prefix(keys: list[str]) -> str:
+def common_prefix(keys: list[str]) -> str:
     """Return the prefix that all keys share: `model.` for the keys of Lzh."""
     first = keys[0].split(".")[:-1] if keys else []
     while first and not all(key.startswith(".".join(first) + ".") for key in keys):
@@ -114,7 +114,7 @@ def _common_prefix(keys: list[str]) -> str:
     return ".".join(first) + "." if first else ""
 
 
-def _splits(key: str) -> Iterator[tuple[str, str]]:
+def splits(key: str) -> Iterator[tuple[str, str]]:
     """Yield every way to split a key into a prefix and the rest."""
     yield "", key
     position = key.find(".")
@@ -126,7 +126,7 @@ def _splits(key: str) -> Iterator[tuple[str, str]]:
 def _match(own: dict[str, str], in_file: dict[str, str], weights_key: str | None, path: object) -> KeyMatch:
     """Match keys of a network, given as `key: key without common prefix`, with those of a file."""
     required = {short for key, short in own.items() if not key.endswith(_COUNTER)}
-    counts = Counter(prefix for key in in_file for prefix, rest in _splits(key) if rest in required)
+    counts = Counter(prefix for key in in_file for prefix, rest in splits(key) if rest in required)
     complete = [prefix for prefix, count in counts.items() if count == len(required)]
     if len(complete) > 1:
         prefix = _choose_prefix(complete, weights_key, path)
@@ -137,7 +137,7 @@ def _match(own: dict[str, str], in_file: dict[str, str], weights_key: str | None
     # A part of the network may have another prefix, for example if only a part of it is compiled.
     used, missing = set(found.values()), {short: key for key, short in own.items() if key not in found}
     for key in in_file:
-        for other, rest in _splits(key):
+        for other, rest in splits(key):
             if key not in used and rest in missing and set(other.split(".")[:-1]) <= _WRAPPERS:
                 found[missing.pop(rest)] = key
                 used.add(key)
