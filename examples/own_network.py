@@ -2,8 +2,9 @@
 
     python examples/own_network.py dog.png --data builtin --epochs 2
 
-A checkpoint contains the name of its network and not its code. It can be loaded only after `register_model`, so this
-script does all steps in one process. The ONNX file runs anywhere: `cifarx infer dog.png --model tiny_resnet_1.onnx`.
+A checkpoint contains the name of its network and never the code, so that every step names this file. The command line
+does the same: `cifarx train --model own_network.py:tiny_resnet`, then `cifarx export --ckpt tiny_resnet_1.pth --model
+own_network.py:tiny_resnet --format onnx`. The ONNX file runs anywhere.
 """
 
 import argparse
@@ -12,8 +13,8 @@ import sys
 from torch import Tensor, nn
 
 import cifarx
-from cifarx_serve.spec import InputSpec
-from cifarx_train.models.registry import register_model
+
+NETWORK = f"{__file__}:tiny_resnet"
 
 
 class Residual(nn.Module):
@@ -33,7 +34,6 @@ class Residual(nn.Module):
         return nn.functional.relu(features + self.layers(features))
 
 
-@register_model("tiny_resnet", InputSpec(height=32, width=32))
 def tiny_resnet(classes: int) -> nn.Module:
     """Return a network that maps (N, 3, H, W) to logits (N, classes), for images of any size from 4x4."""
     return nn.Sequential(
@@ -54,10 +54,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
 
-    trained = cifarx.train("tiny_resnet", data=options.data, recipe_name="fast", epochs=options.epochs)
+    trained = cifarx.train(NETWORK, data=options.data, recipe_name="fast", epochs=options.epochs)
     print(f"trained {trained.checkpoints[-1]}, test accuracy {trained.test_accuracy:.2%}")
 
-    (exported,) = cifarx.export(trained.checkpoints[-1], ["onnx"], data=options.data)
+    (exported,) = cifarx.export(trained.checkpoints[-1], ["onnx"], model=NETWORK, data=options.data)
     parity = exported.report.summary
     if not parity.passed:
         sys.exit(f"error: the parity check failed: see {exported.report_path}")

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.checked_artifact import ArtifactWriter, ExportResult
+from cifarx_export.formats.determinism import require_deterministic
 from cifarx_export.formats.registry import (
     NO_OPTIONS,
     Artifact,
     ConversionSource,
     ExportOptions,
     Format,
+    example_input,
     get_format,
 )
 from cifarx_export.origin import Origin, open_origin, origin_directory, require_convertible
@@ -127,8 +129,10 @@ def export(
     origin = opened._replace(spec=name_classes(opened.spec, data, on_error))
     for name, precision in targets.pairs:
         require_convertible(origin, name, precision, options)
+    if origin.load_onnx is None:
+        require_deterministic(origin.build_module(), example_input(origin.spec))
     if not origin.trained_here:
-        origins = dict(stated.overrides.origins)
+        origins = {**({} if stated.model is None else {"model": "--model"}), **stated.overrides.origins}
         if origin.spec.class_names != opened.spec.class_names:
             origins["class_names"] = f"--data {data}"
         for line in describe_model(origin.spec, opened.name, origins):

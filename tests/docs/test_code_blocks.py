@@ -36,6 +36,9 @@ NOT_RUN = {
     "transposed.onnx": "a file with a planted error, for which the exit status is 1",
     "--baseline": "the result depends on the machine",
     "--pick": "the result depends on the machine",
+    "photos/": "the images are the reader's; tests/e2e/test_own_network.py runs the first three commands",
+    "cifar_net.onnx": "a file of the reader's network",
+    "model.py:Net": "the reader's network",
     "onnx_reference": "the plug-in is installed by tests/examples/test_backend_plugin.py",
 }
 """Reasons not to run the commands that contain a text. Their options are checked all the same."""
