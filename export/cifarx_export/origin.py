@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from cifarx_export.formats.registry import FORMATS, ExportOptions
+from cifarx_export.formats.registry import FORMATS, ExportOptions, require_weights_fit
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.spec import ModelSpec, Precision
-from cifarx_train.checkpoints.checkpoint import Checkpoint, file_sha256, load_checkpoint, weights_sha256
+from cifarx_train.checkpoints.checkpoint import Checkpoint, StateDict, file_sha256, load_checkpoint, weights_sha256
 from cifarx_train.checkpoints.source_weights import load_model, load_module, load_source_weights, model_directory
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.pytorch_backend import PyTorchBackend
@@ -43,6 +43,7 @@ class Origin(NamedTuple):
         build_module: returns a new copy of the network.
         load_onnx: returns the model of an ONNX file; None for a network of PyTorch.
         trained_here: whether `cifarx train` trained the network, and the user states nothing else about its images.
+        weight_bytes: size of the weights of a network of PyTorch in fp32.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Origin(NamedTuple):
     build_module: "Callable[[], nn.Module]"
     load_onnx: "Callable[[], ModelProto] | None"
     trained_here: bool
+    weight_bytes: int = 0
 
 
 def open_origin(source: "Path | nn.Module | None", options: ModelOptions) -> Origin:
@@ -121,7 +123,14 @@ def checkpoint_origin(name: str, sha256: str, checkpoint: Checkpoint, options: M
         loaded.build,
         None,
         spec.training is not None and not options.overrides.fields,
+        _fp32_bytes(loaded.weights),
     )
+
+
+def _fp32_bytes(weights: StateDict) -> int:
+    """Return the size of the weights in fp32. Weights that several layers share count once."""
+    tensors = [value for value in weights.values() if hasattr(value, "data_ptr")]
+    return sum({value.data_ptr(): 4 * value.numel() for value in tensors}.values())
 
 
 def _onnx_origin(path: Path, options: ModelOptions) -> Origin:
@@ -164,8 +173,10 @@ def require_convertible(origin: Origin, name: str, precision: Precision, options
         options: the options of the conversion.
 
     Raises:
-        UsageError: it is an ONNX file, and the format is not one of ONNX, or the artifact would be the same model.
+        UsageError: its weights are too large for the format; or it is an ONNX file, and the format is not one of ONNX,
+            or the artifact would be the same model.
     """
+    require_weights_fit(name, origin.weight_bytes)
     if origin.load_onnx is None:
         return
     formats = [other for other, row in FORMATS.items() if row.backend == OnnxRuntimeBackend.name]

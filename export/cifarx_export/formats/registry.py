@@ -36,6 +36,9 @@ tested with ONNX Runtime."""
 
 _TEST_BATCH_SIZE: Final = 64
 
+_ONNX_WEIGHT_LIMIT: Final = 2**31 - 2**24
+"""Bytes of weights that fit into one ONNX file: protobuf's limit of 2 GiB, with 16 MiB for the graph and the spec."""
+
 _MIN_INT8_OPSET: Final = 13
 """The lowest opset in which weights can have one scale per channel."""
 
@@ -94,9 +97,7 @@ class ConversionSource:
 
         Float32, (2, *input.shape), the same at every call.
         """
-        import torch  # imported here because the command line's help must not import PyTorch
-
-        return torch.rand(2, *self.spec.input.shape, generator=torch.Generator().manual_seed(0))
+        return example_input(self.spec)
 
     def test_inputs(self, count: int) -> "Iterator[NDArray[np.float32]]":
         """Yield a black and a white image, and up to `count` images spread evenly over the test images.
@@ -121,6 +122,13 @@ class ConversionSource:
             self._shared[function] = function(self)
         result: T = self._shared[function]
         return result
+
+
+def example_input(spec: ModelSpec) -> "Tensor":
+    """Return two random images as a network takes them: float32, (2, *input.shape), the same at every call."""
+    import torch  # imported here because the command line's help must not import PyTorch
+
+    return torch.rand(2, *spec.input.shape, generator=torch.Generator().manual_seed(0))
 
 
 class Artifact(ABC):
@@ -157,6 +165,8 @@ class Format(NamedTuple):
         legacy: whether the authors of the format have deprecated it.
         directory_suffix: suffix of an artifact that is a directory. None for an artifact that is a file, which has the
             suffix of its backend.
+        max_weight_bytes: limit for the weights of the network in fp32, at any precision, because every conversion
+            starts from fp32. None for no limit.
     """
 
     backend: str
@@ -166,6 +176,7 @@ class Format(NamedTuple):
     converter: str
     legacy: bool = False
     directory_suffix: str | None = None
+    max_weight_bytes: int | None = None
 
     @property
     def suffix(self) -> str:
@@ -192,6 +203,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             devices=("cpu", "cuda", "tensorrt"),
             options=("opset", "calibration_images", "embed_preprocessing"),
             converter="cifarx_export.formats.onnx.converter:convert_to_onnx",
+            max_weight_bytes=_ONNX_WEIGHT_LIMIT,
         ),
         "torchscript": Format(
             backend="torchscript",
@@ -222,6 +234,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             options=("opset", "calibration_images", "embed_preprocessing"),
             converter="cifarx_export.formats.triton.converter:convert_to_triton",
             directory_suffix=".triton",
+            max_weight_bytes=_ONNX_WEIGHT_LIMIT,
         ),
     }
 )
@@ -264,6 +277,25 @@ def require_supported(name: str, precision: str, options: ExportOptions) -> None
         raise UsageError(f"{precision} needs no calibration", "leave --calibration-images out, or add --precision int8")
     if options.opset is not None:
         _require_opset(options.opset, precision, options)
+
+
+def require_weights_fit(name: str, weight_bytes: int) -> None:
+    """Check that a format can hold the weights of a network, before any work is done.
+
+    Args:
+        name: name of the format.
+        weight_bytes: size of the weights in fp32.
+
+    Raises:
+        UsageError: they are too large.
+    """
+    limit = get_format(name).max_weight_bytes
+    if limit is not None and weight_bytes > limit:
+        others = [other for other, row in FORMATS.items() if row.max_weight_bytes is None]
+        raise UsageError(
+            f"the weights have {weight_bytes / 1e9:.2f} GB, and {name} files hold at most {limit / 1e9:.2f} GB",
+            f"use --format {' or '.join(others)}",
+        )
 
 
 def _require_opset(opset: int, precision: str, options: ExportOptions) -> None:

@@ -7,23 +7,29 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from cifarx_export.formats.registry import (
     FORMATS,
     NO_OPTIONS,
     OPSETS,
     PRECISIONS,
+    ConversionSource,
     ExportOptions,
     get_format,
     require_supported,
+    require_weights_fit,
 )
 from cifarx_export.formats.triton.converter import MODEL_PATH
 from cifarx_serve.backends.registry import backend_class, backend_for, model_file
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.images.preprocess import model_input
-from cifarx_serve.spec import Precision
+from cifarx_serve.progress import silent
+from cifarx_serve.spec import InputSpec, ModelSpec, Precision
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from tests.support.conversion import conversion_source
 
@@ -200,6 +206,53 @@ def test_an_unknown_format_is_refused_with_all_formats() -> None:
     assert "did you mean" not in str(raised.value)
     for name in FORMATS:
         assert name in raised.value.remedy
+
+
+# Sizes of weights.
+
+
+@pytest.mark.parametrize("name", ["onnx", "triton"])
+def test_weights_that_do_not_fit_are_refused_with_the_alternatives(name: str) -> None:
+    limit = FORMATS[name].max_weight_bytes
+    assert limit is not None
+    require_weights_fit(name, limit)
+    message = f"^the weights have 2.58 GB, and {name} files hold at most 2.13 GB: use --format torchscript or pt2 or "
+    with pytest.raises(UsageError, match=message):
+        require_weights_fit(name, 2_580_000_000)
+
+
+@pytest.mark.parametrize("name", ["torchscript", "pt2"])
+def test_archives_of_pytorch_hold_any_weights(name: str) -> None:
+    require_weights_fit(name, 10**12)
+
+
+# Inputs.
+
+
+def source_with_images(images: np.ndarray | None) -> ConversionSource:
+    spec = ModelSpec(model="x", class_names=("a", "b"), input=InputSpec(height=2, width=3, layout="NHWC"))
+    return ConversionSource(nn.Identity, spec, NO_OPTIONS, lambda count: pytest.fail(str(count)), silent, None, images)
+
+
+def test_the_example_is_a_batch_of_two_in_the_layout_of_the_network() -> None:
+    source = source_with_images(None)
+    assert source.example_input().shape == (2, 2, 3, 3)
+    assert torch.equal(source.example_input(), source.example_input())
+
+
+@pytest.mark.parametrize(("images", "count", "used"), [(200, 100, 100), (150, 100, 75), (70, 100, 70)])
+def test_test_inputs_are_spread_over_the_images(images: int, count: int, used: int) -> None:
+    pixels = np.arange(images, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
+    edges, *batches = source_with_images(pixels).test_inputs(count)
+    assert edges[:, 0, 0, 0].tolist() == [0, 1]  # black and white
+    levels = np.concatenate(batches)[:, 0, 0, 0] * 255
+    assert max(map(len, batches)) <= 64
+    assert len(levels) == used
+    assert levels[-1] >= images - 2
+
+
+def test_without_images_the_test_inputs_are_black_and_white() -> None:
+    assert [batch.shape for batch in source_with_images(None).test_inputs(10)] == [(2, 2, 3, 3)]
 
 
 def test_the_documented_table_matches_the_rows() -> None:
