@@ -87,7 +87,7 @@ def test_three_commands(author: nn.Module, tmp_path: Path) -> None:
     with run_server(tmp_path / "log", *serve[2:], "--workers", 1) as server:
         answer = server.request("POST", "/v1/predict", Path("dog.jpg").read_bytes(), content_type="image/jpeg")
         assert answer.status == 200
-        assert answer.json["label"] == "green"
+        assert answer.json["predictions"][0]["label"] == "green"
 
 
 def test_training_and_exporting_the_users_network(tmp_path: Path) -> None:
