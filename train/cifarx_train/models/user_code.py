@@ -19,8 +19,12 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from cifarx_serve.errors import CifarxError, UsageError, error_message, unknown_name_error
+from cifarx_serve.files.regular_file import read_regular_file
 
 FILE_SUFFIX: Final = ".py"
+
+_MAX_BYTES: Final = 1 << 24
+"""Larger files are no code."""
 
 _DEBUG: Final = "correct the code; CIFARX_DEBUG=1 shows the traceback"
 
@@ -162,7 +166,7 @@ def running_user_code(reference: Reference) -> Iterator[None]:
 def _import_file(path: Path) -> ModuleType:
     resolved = path.resolve()
     try:
-        content = resolved.read_bytes()
+        content = read_regular_file(resolved, _MAX_BYTES)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error_message(error)})", "give the path of a Python file") from error
     known = _imported.get(resolved)
