@@ -18,7 +18,7 @@ _UsageError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
 
 _INTERRUPTED: Final = 130
 _TRAIN_PACKAGES: Final = frozenset(
-    {"torch", "torchvision", "tensorboard", "onnx", "onnxscript", "onnx_ir", "jinja2", "matplotlib"}
+    {"torch", "torchvision", "tensorboard", "onnx", "onnxscript", "onnx_ir", "jinja2", "matplotlib", "safetensors"}
 )
 
 
