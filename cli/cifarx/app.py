@@ -10,7 +10,19 @@ from typer.main import get_command as build_command
 import cifarx
 from cifarx_serve.errors import unknown_name_error
 
-COMMANDS: Final = ("train", "export", "verify", "adopt", "infer", "bench", "serve", "inspect", "doctor", "demo")
+COMMANDS: Final = (
+    "train",
+    "export",
+    "verify",
+    "adopt",
+    "diagnose",
+    "infer",
+    "bench",
+    "serve",
+    "inspect",
+    "doctor",
+    "demo",
+)
 """The commands in the order of the help page. Each is the function `command` of the module `cifarx.commands.NAME`."""
 
 

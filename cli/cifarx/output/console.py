@@ -54,7 +54,7 @@ def json_result(value: Any) -> None:
 def json_output(value: Any, indent: int = 0) -> str:
     """Return a JSON document for standard output, as `json_document` does. It is ASCII if the encoding needs it."""
     document = json_document(value, indent)
-    return document if _can_print_unicode() else _ascii_json(document)
+    return document if can_print_unicode() else _ascii_json(document)
 
 
 def json_document(value: Any, indent: int = 0) -> str:
@@ -86,7 +86,8 @@ def _ascii_json(document: str) -> str:
     return re.sub(r"[^\x00-\x7f]+", lambda match: json.dumps(match[0])[1:-1], document)
 
 
-def _can_print_unicode() -> bool:
+def can_print_unicode() -> bool:
+    """Return whether standard output takes characters beyond ASCII."""
     return (sys.stdout.encoding or "ascii").lower().startswith("utf")
 
 
@@ -95,7 +96,7 @@ def tick(passed: bool | None) -> str:
 
     None is neither passed nor failed.
     """
-    if not _can_print_unicode():
+    if not can_print_unicode():
         return "?   " if passed is None else "ok  " if passed else "FAIL"
     return "?" if passed is None else "✓" if passed else "✗"
 

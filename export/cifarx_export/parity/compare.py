@@ -18,7 +18,7 @@ from cifarx_export.parity.checks import (
     compute_metrics,
     worst_per_image,
 )
-from cifarx_export.parity.data import ParityData, evenly_spaced
+from cifarx_export.parity.data import ParityData
 from cifarx_export.parity.error_analysis import ErrorAnalysis, analyze_errors
 from cifarx_export.parity.metrics import Logits, compute_errors, find_flips
 from cifarx_export.parity.resize import check_resize
@@ -29,6 +29,7 @@ from cifarx_serve.errors import DataError, DeviceMemoryError, UsageError, error_
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import InputSpec, ModelSpec, ParitySummary
+from cifarx_train.data.dataset import evenly_spaced
 
 EVAL_BATCH_SIZE: Final = 64
 """Batch size at which every image is run."""

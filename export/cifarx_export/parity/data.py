@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.spec import ModelSpec
-from cifarx_train.data.dataset import OnError, fingerprint
+from cifarx_train.data.dataset import OnError, evenly_spaced, fingerprint
 from cifarx_train.data.selection import select_dataset_for_model
 
 _STAND_INS: Final = ("auto", "builtin")
@@ -90,8 +90,3 @@ def load_training_images(spec: ModelSpec, name: str, count: int, on_error: OnErr
     dataset = select_dataset_for_model(spec.training.data if spec.training else None, name, on_error)
     images = dataset.load("train", spec.input).images
     return images[evenly_spaced(len(images), count)]
-
-
-def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
-    """Return `count` positions, or `total` if that is smaller, evenly spaced over `range(total)`."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)

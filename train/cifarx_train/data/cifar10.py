@@ -16,7 +16,7 @@ from cifarx_serve.errors import DataError
 from cifarx_serve.images.preprocess import is_unchanged, resize
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data import decoded_cache
-from cifarx_train.data.dataset import Dataset, LabeledImages, Split
+from cifarx_train.data.dataset import Dataset, LabeledImages, Picture, Split, evenly_spaced
 from cifarx_train.data.decoded_cache import DecodedSplit, ImageBuffer
 
 DEFAULT_ROOT: Final = Path("cifar10")
@@ -41,6 +41,11 @@ class Cifar10Dataset(Dataset):
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self._read("test").classes)
+
+    def sample(self, split: Split, count: int) -> list[Picture]:
+        source = self._read(split)
+        images = np.asarray(source.data, np.uint8)
+        return [Picture(images[position], source.targets[position]) for position in evenly_spaced(len(images), count)]
 
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         source = self._read(split)

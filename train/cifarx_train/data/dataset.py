@@ -9,6 +9,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarx_serve.images.reader import ImageSource
 from cifarx_serve.spec import InputSpec
 
 Split: TypeAlias = Literal["train", "test"]
@@ -46,6 +47,18 @@ class LabeledImages:
         return len(self.labels)
 
 
+class Picture(NamedTuple):
+    """An image of a dataset as it is stored.
+
+    Attributes:
+        source: the file, its content, or pixels, for `cifarx_serve.images.reader.read_image`.
+        label: the class, as in `LabeledImages.labels`.
+    """
+
+    source: ImageSource
+    label: int
+
+
 class Dataset(ABC):
     """A dataset. Images are not read before `load` is called.
 
@@ -63,12 +76,25 @@ class Dataset(ABC):
         """The class names, in label order."""
 
     @abstractmethod
+    def sample(self, split: Split, count: int) -> list[Picture]:
+        """Return this number of images as they are stored, evenly spaced over the split, or all if there are fewer.
+
+        Raises:
+            DataError: a part of the dataset is missing, empty or damaged.
+        """
+
+    @abstractmethod
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         """Read a split, with every image converted to grayscale, resized and cropped as `spec` says.
 
         Raises:
             DataError: a part of the dataset is missing, empty or damaged.
         """
+
+
+def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
+    """Return `count` positions, or `total` if that is smaller, evenly spaced over `range(total)`."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def fingerprint(data: LabeledImages, class_names: tuple[str, ...]) -> str:

@@ -25,7 +25,7 @@ from cifarx_serve.system.cpus import available_cpus
 from cifarx_serve.system.prefetch import batched, prefetch
 from cifarx_serve.system.terminal import encodable
 from cifarx_train.data import decoded_cache
-from cifarx_train.data.dataset import Dataset, LabeledImages, OnError, Split
+from cifarx_train.data.dataset import Dataset, LabeledImages, OnError, Picture, Split, evenly_spaced
 from cifarx_train.data.decoded_cache import BrokenImage, DecodedSplit, ImageBuffer
 
 LAYOUT = "train/<class>/<image> and test/<class>/<image> (or val/ or valid/ instead of test/)"
@@ -102,6 +102,15 @@ class _ImageFileDataset(Dataset):
                 "rename it",
             )
         return tuple(sorted(classes[train]))
+
+    def sample(self, split: Split, count: int) -> list[Picture]:
+        folder, label = self._folder(split), {name: index for index, name in enumerate(self.class_names)}
+        files = sorted(self._files[folder])
+        chosen = {files[position] for position in evenly_spaced(len(files), count)}
+        pictures = {
+            file: Picture(content, label[file.class_name]) for file, content in self._contents(folder) if file in chosen
+        }
+        return [pictures[file] for file in sorted(pictures)]
 
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         """Read a split from the cache, or decode it.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.images.preprocess import is_unchanged, resize
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import Dataset, LabeledImages, Split
+from cifarx_train.data.dataset import Dataset, LabeledImages, Picture, Split, evenly_spaced
 from cifarx_train.data.synthetic.draw import SIDE, draw_class
 from cifarx_train.data.synthetic.rng import PortableGenerator
 
@@ -44,6 +44,10 @@ class SyntheticDataset(Dataset):
     @property
     def class_names(self) -> tuple[str, ...]:
         return CLASS_NAMES
+
+    def sample(self, split: Split, count: int) -> list[Picture]:
+        images, labels = draw_split(split)
+        return [Picture(images[position], int(labels[position])) for position in evenly_spaced(len(labels), count)]
 
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         images, labels = draw_split(split)

@@ -1,0 +1,390 @@
+"""Find the preprocessing and the order of classes with which a network is most accurate on labeled images."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarx_export.adoption.adopt import open_foreign_file
+from cifarx_export.adoption.described_copy import is_foreign
+from cifarx_export.diagnosis.candidates import (
+    SCALINGS,
+    Scaling,
+    data_scaling,
+    geometries,
+    geometry,
+    refinements,
+    scaled,
+    scaling_name,
+)
+from cifarx_export.diagnosis.class_order import (
+    UNKNOWN,
+    ClassOrder,
+    OrderName,
+    best_order,
+    complete_names,
+    is_better,
+    known_orders,
+)
+from cifarx_export.diagnosis.pictures import Pictures
+from cifarx_export.parity.binomial import interval
+from cifarx_export.parity.chance import measure_chance
+from cifarx_export.parity.predictions import best_classes
+from cifarx_serve.backends.base import Backend
+from cifarx_serve.backends.registry import backend_for, model_file, open_backend
+from cifarx_serve.devices import Device
+from cifarx_serve.errors import DataError, UsageError
+from cifarx_serve.images.preprocess import normalize
+from cifarx_serve.progress import Progress, silent
+from cifarx_serve.spec import Color, InputSpec, ModelSpec
+from cifarx_train.checkpoints.source_weights import load_model
+from cifarx_train.data.dataset import OnError
+from cifarx_train.data.selection import select_dataset_for_model
+from cifarx_train.models.options import NO_OPTIONS, ModelOptions
+from cifarx_train.pytorch_backend import PyTorchBackend
+
+DEFAULT_IMAGES: Final = 1000
+
+_RUNGS: Final = (64, 192, 576)
+"""The number of images after which only the best third of the candidates goes on: successive halving (Jamieson and
+Talwalkar, 2016, arXiv:1502.07943)."""
+
+_KEPT: Final = 1 / 3
+_MIN_KEPT: Final = 6
+_REFINED: Final = 2
+"""Number of candidates whose filters and crops are varied too."""
+
+_TIE_LEVEL: Final = 0.05
+_SIZES: Final = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
+_BATCH_SIZE: Final = 64
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to preprocess images, and how accurate the network is with it.
+
+    Attributes:
+        input: the preprocessing.
+        scaling: a name for the scaling of the values.
+        class_order: the order of the classes with which it is most accurate.
+        images, correct: number of images, and of correct predictions.
+        accuracy, low, high: the accuracy, and its confidence interval of 95%.
+        tied: whether the first trial is not better, by McNemar's exact test at 5%.
+        stated: whether this is what was stated or assumed before.
+    """
+
+    input: InputSpec
+    scaling: str
+    class_order: OrderName
+    images: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    tied: bool
+    stated: bool
+
+
+class Rung(msgspec.Struct, frozen=True):
+    """How many ways to preprocess images were tried on how many images."""
+
+    candidates: int
+    images: int
+
+
+class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
+    """What a diagnosis found.
+
+    Attributes:
+        file: the file name of the network.
+        kind: whether the file contains weights, or a whole network in another format.
+        data: the name of the dataset.
+        classes: number of classes of the network.
+        chance: accuracy of the predictions of the first trial in random order.
+        at_chance: whether even the first trial could be chance.
+        rungs: the trials of the search.
+        trials: the most accurate ones, best first, and the stated one.
+        spec: the spec with the first trial, for `--spec`.
+    """
+
+    file: str
+    kind: Literal["checkpoint", "artifact"]
+    data: str
+    classes: int
+    chance: float
+    at_chance: bool
+    rungs: tuple[Rung, ...]
+    trials: tuple[Trial, ...]
+    spec: ModelSpec
+
+
+def diagnose(
+    file: str | Path,
+    *,
+    model: str | ModelOptions | None = None,
+    data: str,
+    images: int = DEFAULT_IMAGES,
+    on_error: OnError = "raise",
+    progress: Progress = silent,
+) -> Diagnosis:
+    """Try the usual ways to preprocess images, and orders of the classes, and rank them by accuracy.
+
+    The candidates are compared on the same images by successive halving: many on a few images, the best on all.
+
+    Args:
+        file: a checkpoint, or an ONNX or TorchScript file with or without a spec.
+        model: the network, as `--model` names it, or `ModelOptions` with all that the user states.
+        data: labeled images: cifar10, builtin, or the path of a folder or `.tar.gz`.
+        images: the largest number of images.
+        on_error: "raise" a `DataError` for images that cannot be read, or "skip" them.
+        progress: called with a line about each step.
+
+    Raises:
+        UsageError, ModelFileError, SpecError: the file cannot be opened.
+        DataError: the images cannot be read, or have more classes than the network.
+    """
+    path = Path(file)
+    options = model if isinstance(model, ModelOptions) else ModelOptions(model)
+    if images < _RUNGS[0]:
+        raise UsageError(f"{images} images are too few to tell preprocessings apart", f"give {_RUNGS[0]} or more")
+    progress(f"reading {path}")
+    with _open(path, options) as backend:
+        spec = backend.spec
+        dataset = select_dataset_for_model(spec.training.data if spec.training else None, data, on_error)
+        orders = known_orders(dataset.class_names, spec.class_names, "class_names" not in spec.assumed)
+        if orders is None:
+            raise DataError(
+                f"{dataset.name} has {len(dataset.class_names)} classes, but the network {len(spec.class_names)}",
+                "use images of its classes",
+            )
+        pictures = Pictures(dataset, images, on_error)
+        if len(pictures) < _RUNGS[0]:
+            raise DataError(
+                f"{dataset.name} has {len(pictures)} test images, too few to tell preprocessings apart",
+                f"use {_RUNGS[0]} or more",
+            )
+        search = _Search(backend, pictures, orders, progress)
+        finalists = search.run(_sizes(backend, pictures, options))
+    return _diagnosis(path, dataset.name, dataset.class_names, search, finalists)
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """A preprocessing, and the predictions with it for the first images."""
+
+    input: InputSpec
+    stated: bool = False
+    predictions: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+class _Finalist(NamedTuple):
+    candidate: _Candidate
+    order: ClassOrder
+
+
+class _Search:
+    """Successive halving over the candidates of one network.
+
+    Args:
+        backend: runs the network.
+        pictures: the images.
+        orders: orders of the classes to try.
+        progress: called with a line about each step.
+
+    Attributes:
+        spec: the spec of the network.
+        kind: as for `Diagnosis`.
+        labels: the labels of the images, (N,).
+        rungs: what was tried so far.
+        scalings: the scalings that are tried.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        pictures: Pictures,
+        orders: dict[OrderName, NDArray[np.int64]],
+        progress: Progress,
+    ) -> None:
+        self._backend = backend
+        self._pictures = pictures
+        self._orders = orders
+        self._progress = progress
+        self.spec = backend.spec
+        self.kind: Literal["checkpoint", "artifact"] = (
+            "checkpoint" if isinstance(backend, PyTorchBackend) else "artifact"
+        )
+        self.labels = pictures.labels
+        self.rungs: list[Rung] = []
+        self._geometries: dict[bytes, InputSpec] = {}
+        plain = msgspec.structs.replace(geometry(backend.spec.input), height=64, width=64)
+        self.scalings: Sequence[Scaling] = SCALINGS
+        if plain.channels == 3:
+            sample = pictures.pixels(plain, 0, min(len(pictures), _RUNGS[0]))
+            self.scalings = (*SCALINGS, data_scaling(sample))
+
+    def run(self, sizes: Sequence[tuple[int, int]]) -> list[_Finalist]:
+        """Return the candidates that were tried on all images, the most accurate first."""
+        candidates = self._usual(sizes)
+        counts = [count for count in _RUNGS if count < len(self._pictures)]
+        for number, count in enumerate(counts):
+            candidates = self._best(candidates, count)
+            if number == min(1, len(counts) - 1):
+                candidates = self._best([*candidates, *self._refined(candidates)], count)
+        return self._ranked(self._evaluated(candidates, len(self._pictures)))
+
+    def _usual(self, sizes: Sequence[tuple[int, int]]) -> list[_Candidate]:
+        """Return a candidate for the stated input, and one for each combination of usual ones."""
+        spec = self._backend.spec.input
+        colors: tuple[Color, ...] = ("L",) if spec.channels == 1 else ("RGB", "BGR")
+        inputs = [
+            scaled(shape, scaling, color)
+            for height, width in sizes
+            for shape in geometries(msgspec.structs.replace(spec, height=height, width=width, resize_to=None))
+            for scaling in self.scalings
+            for color in colors
+        ]
+        return [_Candidate(spec, stated=True), *(_Candidate(one) for one in dict.fromkeys(inputs) if one != spec)]
+
+    def _refined(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        known = {candidate.input for candidate in candidates}
+        variants = (variant for candidate in candidates[:_REFINED] for variant in refinements(candidate.input))
+        return [_Candidate(variant) for variant in dict.fromkeys(variants) if variant not in known]
+
+    def _best(self, candidates: Sequence[_Candidate], count: int) -> list[_Candidate]:
+        """Try candidates on the first images, and return the best third of them and the stated one."""
+        ranked = [finalist.candidate for finalist in self._ranked(self._evaluated(candidates, count))]
+        kept = max(_MIN_KEPT, round(len(ranked) * _KEPT))
+        return [*ranked[:kept], *(candidate for candidate in ranked[kept:] if candidate.stated)]
+
+    def _evaluated(self, candidates: Sequence[_Candidate], count: int) -> list[_Candidate]:
+        """Predict the first images with each candidate, and return the candidates.
+
+        Those with the same geometry share the resized images. A geometry whose pixels are those of an earlier one is
+        left out: on square images, a letterbox is the same as a stretch.
+        """
+        groups: dict[tuple[InputSpec, int], list[_Candidate]] = {}
+        for candidate in candidates:
+            groups.setdefault((geometry(candidate.input), len(candidate.predictions)), []).append(candidate)
+        evaluated: list[_Candidate] = []
+        for (shape, start), members in groups.items():
+            if start < count:
+                pixels = self._pictures.pixels(shape, start, count)
+                if start == 0 and self._geometries.setdefault(pixels[: _RUNGS[0]].tobytes(), shape) != shape:
+                    continue
+                for candidate in members:
+                    new = self._predict(pixels, candidate.input)
+                    candidate.predictions = np.concatenate([candidate.predictions, new])
+            evaluated += members
+        self._progress(f"tried {len(evaluated)} preprocessings on {count:,} images")
+        self.rungs.append(Rung(len(evaluated), count))
+        return evaluated
+
+    def _predict(self, pixels: NDArray[np.uint8], size: InputSpec) -> NDArray[np.int64]:
+        starts = range(0, len(pixels), _BATCH_SIZE)
+        batches = (normalize(pixels[start : start + _BATCH_SIZE], size) for start in starts)
+        return np.concatenate([best_classes(self._backend.run(batch), self._backend.spec) for batch in batches])
+
+    def _ranked(self, candidates: Sequence[_Candidate]) -> list[_Finalist]:
+        """Return the candidates with their best order of the classes, the most accurate first."""
+        labels = self._pictures.labels
+        finalists = [
+            _Finalist(one, best_order(one.predictions, labels[: len(one.predictions)], self._orders))
+            for one in candidates
+        ]
+        return sorted(finalists, key=lambda finalist: -int(finalist.order.correct.sum()))
+
+
+@contextmanager
+def _open(path: Path, options: ModelOptions) -> Iterator[Backend]:
+    """Open a network of any kind on the CPU.
+
+    Raises:
+        UsageError: the file has its preprocessing inside, or options are given for a file with a spec.
+    """
+    file = model_file(path)
+    if is_foreign(file):
+        with tempfile.TemporaryDirectory() as folder:
+            foreign = open_foreign_file(file, Path(folder))
+            with foreign.open_original(foreign.describe(options.overrides)) as backend:
+                yield backend
+        return
+    if file.is_dir() or backend_for(file) is PyTorchBackend:
+        with PyTorchBackend.from_checkpoint(load_model(file, options), Device("cpu")) as backend:
+            yield backend
+        return
+    if options != NO_OPTIONS:
+        raise UsageError(f"{path} contains its own spec", "leave out --model, --spec and the other fields of the spec")
+    with open_backend(file, device="cpu") as backend:
+        if backend.spec.embedded_preprocessing:
+            raise UsageError(f"{path} does its preprocessing itself", "give the file that it was made from")
+        yield backend
+
+
+def _sizes(backend: Backend, pictures: Pictures, options: ModelOptions) -> list[tuple[int, int]]:
+    """Return the sizes to try: the stated one, or for a network that takes others and whose size is assumed, more."""
+    size = backend.spec.input
+    sizes = [(size.height, size.width)]
+    stated = "height" in options.overrides.fields.get("input", {}) or "preprocessing" not in backend.spec.assumed
+    if stated or not isinstance(backend, PyTorchBackend):
+        return sizes
+    typical = min(_SIZES, key=lambda side: abs(side - pictures.typical_side))
+    for side in (typical, 224):
+        wanted = msgspec.structs.replace(size, height=side, width=side, resize_to=None)
+        if (side, side) not in sizes and _runs(backend, wanted):
+            sizes.append((side, side))
+    return sizes
+
+
+def _runs(backend: Backend, size: InputSpec) -> bool:
+    try:
+        backend.run(np.zeros((2, *size.shape), np.float32))
+    except Exception:  # modules raise anything for an input of another size
+        return False
+    return True
+
+
+def _diagnosis(
+    path: Path, data: str, classes: Sequence[str], search: _Search, finalists: Sequence[_Finalist]
+) -> Diagnosis:
+    spec, (winner, order) = search.spec, finalists[0]
+    labels = np.where(order.outputs == UNKNOWN, len(spec.class_names), order.outputs)[search.labels]
+    found = measure_chance(winner.predictions, labels, len(spec.class_names) + 1)
+    names = spec.class_names
+    if order.name != "as stated":
+        names = tuple(complete_names(order, classes, len(spec.class_names)))
+    best = msgspec.structs.replace(spec, input=winner.input, class_names=names, assumed=())
+    return Diagnosis(
+        file=path.name,
+        kind=search.kind,
+        data=data,
+        classes=len(spec.class_names),
+        chance=found.chance,
+        at_chance=found.at_chance,
+        rungs=tuple(search.rungs),
+        trials=tuple(_trial(finalist, finalists[0], search.scalings) for finalist in finalists),
+        spec=best,
+    )
+
+
+def _trial(finalist: _Finalist, best: _Finalist, scalings: Sequence[Scaling]) -> Trial:
+    (candidate, order), images = finalist, len(finalist.order.correct)
+    correct = int(order.correct.sum())
+    low, high = interval(correct, images)
+    return Trial(
+        input=candidate.input,
+        scaling=scaling_name(candidate.input, scalings),
+        class_order=order.name,
+        images=images,
+        correct=correct,
+        accuracy=correct / images,
+        low=low,
+        high=high,
+        tied=not is_better(best.order.correct, order.correct, _TIE_LEVEL),
+        stated=candidate.stated,
+    )
