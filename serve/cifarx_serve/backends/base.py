@@ -219,5 +219,8 @@ def parse_spec(document: bytes | None, path: Path) -> ModelSpec:
         SpecError: the document is malformed or has a newer schema.
     """
     if document is None:
-        raise ModelFileError(f"{path} contains no model spec", "create the file with `cifarx export`")
+        raise ModelFileError(
+            f"{path} contains no model spec",
+            "adopt an ONNX or TorchScript file with `cifarx adopt`, or create one with `cifarx export`",
+        )
     return ModelSpec.from_json(document, str(path))

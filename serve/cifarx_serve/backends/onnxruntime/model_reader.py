@@ -70,7 +70,7 @@ def read_model_info(path: Path) -> OnnxModelInfo:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).read()
     except _UnsafeModelError as error:
-        raise ModelFileError(f"{path} {error}", "export it again") from error
+        raise ModelFileError(f"{path} {error}", error.remedy) from error
     except ValueError as error:  # _MalformedError, or from mmap for an empty file
         raise ModelFileError(f"{path} is not a valid ONNX model ({error})", "export it again") from error
 
@@ -94,7 +94,16 @@ def minimum_onnxruntime(ir_version: int, opset: int) -> str:
 
 
 class _UnsafeModelError(Exception):
-    """A well-formed file that must not be opened. The message continues a sentence that starts with the path."""
+    """A well-formed file that must not be opened.
+
+    Args:
+        problem: continues a sentence that starts with the path.
+        remedy: how to get a file that can be opened.
+    """
+
+    def __init__(self, problem: str, remedy: str = "export it again") -> None:
+        super().__init__(problem)
+        self.remedy = remedy
 
 
 class _MalformedError(ValueError):
@@ -219,7 +228,10 @@ class _Reader:
                 return
         elif start != _EXTERNAL:
             return
-        raise _UnsafeModelError(f"stores its weights in another file ({_printable(location)})")
+        raise _UnsafeModelError(
+            f"stores its weights in another file ({_printable(location)})",
+            "put them into the file with `cifarx adopt`, or export it again",
+        )
 
     def _read_opset(self, start: int, end: int) -> tuple[str, int]:
         """Read an `OperatorSetIdProto`: domain and version."""
