@@ -479,6 +479,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "std": {"std": (1.0, 2.0, 1.0)},
     "resize": {"resize": "letterbox"},
     "resize_to": {"resize_to": (40, 40)},
+    "crop_offset": {"crop_offset": "floor"},
     "interpolation": {"interpolation": "bicubic"},
     "antialias": {"antialias": False},
     "fill": {"fill": 114},

@@ -9,6 +9,7 @@ from typing import Any, Final
 from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.base import Backend, TensorInfo
 from cifarx_serve.spec import InputSpec, ModelSpec
+from cifarx_train.models.description import describe_input
 
 ASSUMED: Final = "ASSUMED"
 """The word that marks what nobody stated, wherever it is shown."""
@@ -63,15 +64,6 @@ def describe_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def describe_input(spec: InputSpec) -> str:
-    """Return the preprocessing on one line."""
-    layout = [] if spec.layout == "NCHW" else [spec.layout]
-    antialias = [] if spec.antialias else ["no antialias"]
-    numbers = f"range {spec.value_range}, mean {spec.mean}, std {spec.std}"
-    size = f"{spec.color} {spec.height}x{spec.width}"
-    return ", ".join([size, *layout, *_resizing(spec), spec.interpolation, *antialias, numbers])
-
-
 def describe_output(spec: ModelSpec) -> str:
     """Return on one line what the model returns and what is made of it."""
     count = spec.output_size
@@ -100,16 +92,6 @@ def _different_fields(reference: object, artifact: object, names: Sequence[str])
     """Return the attributes that differ, or nothing."""
     values: list[tuple[str, Any, Any]] = [(name, getattr(artifact, name), getattr(reference, name)) for name in names]
     return ", ".join(f"{name} {found} instead of {expected}" for name, found, expected in values if found != expected)
-
-
-def _resizing(spec: InputSpec) -> list[str]:
-    if spec.resize == "letterbox":
-        return [f"letterbox filled with {spec.fill}"]
-    if spec.resize == "shorter_side":
-        return [f"shorter side {spec.resize_to or min(spec.height, spec.width)}, center crop"]
-    if isinstance(spec.resize_to, tuple):
-        return [f"stretched to {'x'.join(map(str, spec.resize_to))}, center crop"]
-    return []
 
 
 def _expected_tensors(spec: ModelSpec) -> tuple[TensorInfo, TensorInfo]:

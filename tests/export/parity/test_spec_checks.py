@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cifarx_export.parity.spec_checks import check_interface, check_specs, describe_input
+from cifarx_export.parity.spec_checks import check_interface, check_specs
 from cifarx_serve.backends.base import Backend, TensorInfo
 from cifarx_serve.spec import InputSpec, ModelSpec
 
@@ -118,17 +118,3 @@ def test_every_field_that_differs_is_found() -> None:
 def test_many_class_names_are_shortened() -> None:
     many = msgspec.structs.replace(SPEC, class_names=tuple(f"c{index}" for index in range(1000)))
     assert check_specs(many, many)[0].found.endswith("c10, c11 and 988 more")
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({}, "RGB 8x6, bilinear, range (0.0, 1.0), mean (0.0, 0.0, 0.0), std (1.0, 1.0, 1.0)"),
-        ({"resize": "shorter_side", "resize_to": 9}, "RGB 8x6, shorter side 9, center crop, bilinear, range"),
-        ({"resize": "letterbox", "fill": 114}, "RGB 8x6, letterbox filled with 114, bilinear, range"),
-        ({"resize_to": (9, 9)}, "RGB 8x6, stretched to 9x9, center crop, bilinear, range"),
-        ({"layout": "NHWC", "color": "BGR", "antialias": False}, "BGR 8x6, NHWC, bilinear, no antialias, range"),
-    ],
-)
-def test_the_preprocessing_is_described_on_one_line(changes: dict[str, Any], text: str) -> None:
-    assert describe_input(msgspec.structs.replace(SPEC.input, **changes)).startswith(text)
