@@ -22,8 +22,8 @@ def require_deterministic(module: nn.Module, images: Tensor) -> None:
         images: a batch as the network takes it.
 
     Raises:
-        UsageError: the results differ, or the network raises an exception. The message names the line of the code, or
-            the buffer that the network changes.
+        UsageError: the results differ or are not one tensor, or the network raises an exception. The message names the
+            line of the code, or the buffer that the network changes.
     """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     first, second = _run(module, images, seed=0), _run(module, images, seed=1)
@@ -48,7 +48,12 @@ def require_deterministic(module: nn.Module, images: Tensor) -> None:
 def _run(module: nn.Module, images: Tensor, seed: int) -> Tensor:
     with reporting_run_errors(images), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        outputs: Tensor = module(images.clone())
+        outputs = module(images.clone())
+    if not isinstance(outputs, Tensor):
+        raise UsageError(
+            f"the network returns a {type(outputs).__name__} instead of one tensor",
+            "return the logits alone in eval mode",
+        )
     return outputs
 
 

@@ -91,6 +91,18 @@ def test_other_state_is_found() -> None:
         require_deterministic(Memory().eval(), IMAGES)
 
 
+class Pair(Network):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images), images  # type: ignore[return-value]
+
+
+def test_a_network_that_returns_several_tensors_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"^the network returns a tuple instead of one tensor: return the logits alone"
+    ):
+        require_deterministic(Pair().eval(), IMAGES)
+
+
 @pytest.mark.parametrize("network", [Network, DropoutInTraining, UnusedNoise, NotANumber])
 def test_networks_that_return_the_same(network: type[Network]) -> None:
     images = IMAGES.clone()
