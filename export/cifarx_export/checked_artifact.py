@@ -68,7 +68,7 @@ class ArtifactWriter(NamedTuple):
                     parity = compared.with_checks(artifact.checks)
                     checked_logits = self._run_first_batch(backend) if parity.passed else None
                 if checked_logits is None:
-                    raise _ParityFailedError(_renamed(parity, model_file(temporary), target))
+                    raise _ParityFailedError(parity.renamed(model_file(temporary), target.name))
                 artifact.save(temporary, msgspec.structs.replace(spec, parity=parity.summary))
                 write_checksum(model_file(temporary))
                 with backend_class(row.backend)(model_file(temporary), CPU) as backend:
@@ -111,15 +111,6 @@ class ArtifactWriter(NamedTuple):
         if parity.passed:
             failed_path.unlink(missing_ok=True)
         return ExportResult(target, report, path)
-
-
-def _renamed(parity: ParityResult, temporary: Path, target: Path) -> ParityResult:
-    """Name the artifact where errors of the runtime name its temporary file."""
-    checks = [
-        msgspec.structs.replace(check, found=check.found.replace(str(temporary), target.name))
-        for check in parity.checks
-    ]
-    return msgspec.structs.replace(parity, checks=tuple(checks))
 
 
 class _ParityFailedError(Exception):

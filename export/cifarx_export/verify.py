@@ -109,7 +109,7 @@ def verify(
             progress=progress,
         )
         result = check_parity(outputs, opened.artifact, tolerance, progress, batch_sizes)
-        result = _with_weights_check(result, opened)
+        result = _with_weights_check(result, opened).renamed(opened.files[0], paths.artifact.name)
         if locate and not result.passed and result.error_analysis:
             progress("looking for the first layer that differs")
             worst = parity_data.images[result.error_analysis.worst[0].image][None]

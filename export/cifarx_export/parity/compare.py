@@ -4,6 +4,7 @@ The artifact runs in the backend that will serve it.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
@@ -67,6 +68,11 @@ class ParityResult(msgspec.Struct, frozen=True):
     def failures(self) -> list[Check]:
         """The checks that failed."""
         return [check for check in self.checks if not check.passed]
+
+    def renamed(self, path: Path, name: str) -> "ParityResult":
+        """Return the result with a name where errors of the runtime name a temporary file."""
+        checks = (msgspec.structs.replace(check, found=check.found.replace(str(path), name)) for check in self.checks)
+        return msgspec.structs.replace(self, checks=tuple(checks))
 
     def with_checks(self, checks: Sequence[Check]) -> "ParityResult":
         """Return the result with other checks in front of its own. All of them have to pass."""
