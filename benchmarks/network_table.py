@@ -1,0 +1,187 @@
+"""Write docs/networks.md: networks of many sources in every format, beside their author's own module and transform.
+
+    python -m benchmarks.network_table --out docs/networks.md
+
+Each network is saved as its author would save it and exported by the command line. The artifacts then classify image
+files with `cifarx infer`, and the module classifies the same files with the author's transform, outside cifarx.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.support.author_networks import CLASSES, ENTRIES, Author, Entry
+from cifarx.output.console import note
+from cifarx_export.formats.registry import get_format
+from cifarx_export.parity.report import FAILED_SUFFIX
+from cifarx_serve.spec import InputSpec
+from cifarx_serve.system.environment import current_environment
+from cifarx_train.data.dataset import Split
+from cifarx_train.data.selection import select_dataset
+
+FORMATS: Final = ("onnx", "torchscript", "pt2")
+"""The columns of the table, in fp32. An adopted file has only the column of its format."""
+
+IMAGES: Final = 1000
+"""The number of test images, which is also the minimum of the parity check."""
+
+_TRAINING_IMAGES: Final = 400
+_TIMEOUT: Final = 1200  # seconds for one command
+
+
+class Pictures(NamedTuple):
+    """Image files in class folders, and the test split in the order of `cifarx infer`."""
+
+    folder: Path
+    train: list[Image.Image]
+    train_labels: list[int]
+    test: list[Image.Image]
+
+
+class Cell(NamedTuple):
+    """The result of one format: the agreement with the author's module, or the reason for a refusal."""
+
+    agreement: float | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"refused: {self.reason}" if self.agreement is None else f"{self.agreement:.2%}"
+
+
+def write_pictures(folder: Path, images: int = IMAGES) -> Pictures:
+    """Write the built-in drawings as PNG files of several sizes, wide and tall, in `train/CLASS` and `test/CLASS`."""
+    dataset = select_dataset("builtin")
+    splits: tuple[tuple[Split, int], ...] = (("train", _TRAINING_IMAGES), ("test", images))
+    for split, count in splits:
+        loaded = dataset.load(split, InputSpec(height=80, width=80))
+        for position in range(count):
+            path = folder / split / dataset.class_names[loaded.labels[position]] / f"{position:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = ((80, 80), (96, 80), (80, 100))[position % 3]
+            Image.fromarray(loaded.images[position]).resize(size, Image.Resampling.BICUBIC).save(path)
+    names = sorted(path.name for path in (folder / "train").iterdir())
+    train = sorted((folder / "train").rglob("*.png"), key=lambda path: path.name)
+    test = sorted((folder / "test").rglob("*.png"))
+    return Pictures(
+        folder,
+        [Image.open(path).convert("RGB") for path in train],
+        [names.index(path.parent.name) for path in train],
+        [Image.open(path).convert("RGB") for path in test],
+    )
+
+
+def check(entry: Entry, pictures: Pictures, formats: Sequence[str] = FORMATS) -> dict[str, Cell]:
+    """Export a network to each format and return its agreement with the author's module."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        author = entry.make(folder, pictures.train, pictures.train_labels)
+        expected = _author_classes(author, pictures.test)
+        if author.artifact:
+            format_ = "onnx" if author.command[0].endswith(".onnx") else "torchscript"
+            command = ["adopt", *author.command, "--out", f"adopted{get_format(format_).suffix}"]
+            return {format_: _cell(command, folder, pictures, expected)}
+        return {
+            format_: _cell(["export", *author.command, "--format", format_], folder, pictures, expected)
+            for format_ in formats
+        }
+
+
+def _author_classes(author: Author, images: Sequence[Image.Image]) -> NDArray[np.int64]:
+    """Classify the images one batch at a time with the module and transform of the author."""
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(images), 50):
+            batch = torch.stack([author.transform(image) for image in images[start : start + 50]])
+            found.append(author.scores(author.module(batch)).argmax(1).numpy())
+    classes: NDArray[np.int64] = np.concatenate(found)
+    if len(np.unique(classes)) < CLASSES // 2:
+        raise RuntimeError("the network of the author predicts too few classes to compare anything")
+    return classes
+
+
+def _cell(command: list[str], folder: Path, pictures: Pictures, expected: NDArray[np.int64]) -> Cell:
+    before = set(folder.iterdir())
+    done = _run([*command, "--data", str(pictures.folder), "--allow-chance-accuracy"], folder)
+    made = set(folder.iterdir()) - before
+    for path in made:
+        if path.name.endswith(FAILED_SUFFIX):
+            checks = msgspec.json.decode(path.read_bytes())["checks"]
+            return Cell(None, ", ".join(f"{row['name']} {row['found']}" for row in checks if not row["passed"]))
+    if done.returncode:
+        return Cell(None, _reason(done.stderr, folder))
+    (artifact,) = [path for path in made if path.is_file() and not path.name.endswith(".json")]
+    inferred = _run(["infer", str(pictures.folder / "test"), "--model", str(artifact), "--jsonl"], folder)
+    if inferred.returncode:
+        return Cell(None, _reason(inferred.stderr, folder))
+    rows: list[dict[str, Any]] = [msgspec.json.decode(line) for line in inferred.stdout.splitlines()]
+    found = np.asarray([row["index"] for row in rows])
+    return Cell(float((found == expected).mean()))
+
+
+def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cifarx", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+
+
+def _reason(stderr: str, folder: Path) -> str:
+    """Return the error message of a command, without the path of the temporary folder."""
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    line = errors[-1].removeprefix("error: ") if errors else stderr.strip().splitlines()[-1]
+    return line.replace(f"{folder}/", "")
+
+
+def _line(entry: Entry, cells: dict[str, Cell]) -> str:
+    texts = [str(cells[column]) if column in cells else "" for column in FORMATS]
+    return "| " + " | ".join(text.replace("|", "\\|") for text in (entry.source, entry.name, *texts)) + " |"
+
+
+def _introduction() -> list[str]:
+    here = current_environment()
+    versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    return [
+        "# Networks",
+        "Networks from many sources, saved as their authors save them, exported by the command line and run by\n"
+        "`cifarx infer`. Every percentage is of an artifact that passed the parity check. It is the argmax agreement\n"
+        f"on {IMAGES:,} image files with the author's own module and the author's own transform, outside cifarx. The\n"
+        "weights are random, with a last layer that is fitted to the images.",
+        "Written by `python -m benchmarks.network_table --out docs/networks.md`.\n\n"
+        f"{here.cpu}, {here.cpus} CPUs; {versions}.",
+    ]
+
+
+def _table(rows: Sequence[str]) -> str:
+    headings = ["source", "network", *FORMATS]
+    return "\n".join(["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings), *rows])
+
+
+def _rows(entries: Sequence[Entry], pictures: Pictures) -> Iterator[str]:
+    for position, entry in enumerate(entries, start=1):
+        note(f"{position} of {len(entries)}: {entry.source} {entry.name}")
+        yield _line(entry, check(entry, pictures))
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The Markdown file.")],
+    only: Annotated[str, typer.Option(help="Only the networks whose source or name contains this.")] = "",
+) -> None:
+    """Write the table."""
+    chosen = [entry for entry in ENTRIES if only in f"{entry.source} {entry.name}"]
+    with tempfile.TemporaryDirectory() as folder:
+        rows: list[str] = []
+        for row in _rows(chosen, write_pictures(Path(folder))):
+            rows.append(row)
+            out.write_text("\n\n".join([*_introduction(), _table(rows)]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
