@@ -185,6 +185,15 @@ def read_stated_spec(file: str, options: "ModelOptions | None") -> "ModelSpec":
     return load_model(Path(file), options or NO_OPTIONS).spec
 
 
+def note_description(spec: "ModelSpec", file: str, options: "ModelOptions") -> None:
+    """Print what a model takes and gives, and who states it, before it is used."""
+    from cifarx.output.console import note
+    from cifarx_train.models.description import describe_model
+
+    for line in describe_model(spec, Path(file).name, options.origins):
+        note(line)
+
+
 def stated_options(files: Sequence[str], model: str | None, flags: ModelFlags) -> "ModelOptions | None":
     """Return what the user states about the checkpoints among files, or None if no option was given.
 

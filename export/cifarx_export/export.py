@@ -132,7 +132,7 @@ def export(
     if origin.load_onnx is None:
         require_deterministic(origin.build_module(), example_input(origin.spec))
     if not origin.trained_here:
-        origins = {**({} if stated.model is None else {"model": "--model"}), **stated.overrides.origins}
+        origins = stated.origins
         if origin.spec.class_names != opened.spec.class_names:
             origins["class_names"] = f"--data {data}"
         for line in describe_model(origin.spec, opened.name, origins):

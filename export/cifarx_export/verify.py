@@ -36,6 +36,7 @@ from cifarx_serve.system.terminal import require_utf8
 from cifarx_train.checkpoints.checkpoint import file_sha256, weights_sha256
 from cifarx_train.checkpoints.source_weights import load_model
 from cifarx_train.data.dataset import OnError
+from cifarx_train.models.description import describe_model
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions, SpecOverrides
 from cifarx_train.models.spec_file import read_spec_file
 from cifarx_train.pytorch_backend import PyTorchBackend
@@ -97,6 +98,9 @@ def verify(
         if locate:
             require_locatable(model_file(paths.artifact), model_file(paths.reference))
         opened = _open(paths, device, data, on_error, stack)
+        if paths.options != NO_OPTIONS:
+            for line in describe_model(opened.reference.spec, paths.reference.name, paths.options.origins):
+                progress(line)
         tolerance = get_tolerance(opened.precision, atol, rtol, opened.reference.spec.output)
         parity_data = load_parity_data(opened.reference.spec, data, on_error)
         batch_sizes = parity_batch_sizes(batch_size, len(parity_data.images))

@@ -11,6 +11,8 @@ from cifarx.model_flags import (
     NO_MODEL_FLAGS,
     SOURCE_HELP,
     ModelFlags,
+    is_checkpoint,
+    note_description,
     read_stated_spec,
     stated_options,
     takes_flags,
@@ -108,6 +110,8 @@ def _measure(
     from cifarx_train.data.selection import select_dataset_for_model
 
     spec = read_stated_spec(files[0], options)
+    if options is not None and is_checkpoint(files[0]):
+        note_description(spec, files[0], options)
     chosen = select_dataset_for_model(spec.training.data if spec.training else None, data, on_error)
     loaded = chosen.load("test", spec.input)
     paths = [Path(file) for file in files]

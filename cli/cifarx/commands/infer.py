@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from cifarx.model_flags import NO_MODEL_FLAGS, ModelFlags, stated_options, takes_flags
+from cifarx.model_flags import NO_MODEL_FLAGS, ModelFlags, note_description, stated_options, takes_flags
 from cifarx.options import DeviceName, Json
 from cifarx.output.console import note, print_error
 from cifarx.output.predictions import OutputFormat, prediction_writer
@@ -105,7 +105,10 @@ def _open(path: str, network: str | None, backend: str | None, device: str, flag
     from cifarx_serve.devices import parse_device
     from cifarx_train.pytorch_backend import PyTorchBackend
 
-    return Predictor(PyTorchBackend(Path(path), parse_device(device), options))
+    opened = PyTorchBackend(Path(path), parse_device(device), options)
+    if options is not None:
+        note_description(opened.spec, path, options)
+    return Predictor(opened)
 
 
 def _output_format(*, json: bool, jsonl: bool, csv: bool) -> OutputFormat:

@@ -129,6 +129,11 @@ class ModelOptions(NamedTuple):
     weights_key: str | None = None
     overrides: SpecOverrides = SpecOverrides()
 
+    @property
+    def origins(self) -> dict[str, str]:
+        """Who states each part of the spec, for messages."""
+        return {**({} if self.model is None else {"model": "--model"}), **self.overrides.origins}
+
     def to_document(self) -> dict[str, Any]:
         """Return plain data from which `from_document` makes the same options in another process."""
         overrides = {
