@@ -175,9 +175,9 @@ def read_stated_spec(file: str, options: "ModelOptions | None") -> "ModelSpec":
         ModelFileError: the file is missing or damaged, or contains no spec.
         SpecError: the spec is malformed, or what is stated is not valid.
     """
-    from cifarx_serve.backends.registry import read_spec
+    from cifarx_serve.backends.registry import model_file, read_spec
 
-    if not Path(file).is_dir() and (options is None or not is_checkpoint(file)):
+    if not model_file(Path(file)).is_dir() and (options is None or not is_checkpoint(file)):
         return read_spec(file)
     from cifarx_train.checkpoints.source_weights import load_model
     from cifarx_train.models.options import NO_OPTIONS

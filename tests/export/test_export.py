@@ -299,9 +299,11 @@ def test_files_that_are_not_checkpoints_are_refused(good_onnx: Path, checkpoint:
     shutil.copy(good_onnx, "onnx.pth")
     Path("folder.pth").mkdir()
     before = contents(Path.cwd())
-    for name in ["text.pth", "half.pth", "folder.pth", "absent.pth"]:
+    for name in ["text.pth", "half.pth", "absent.pth"]:
         with pytest.raises(ModelFileError, match=name):
             export(name, data=str(image_folder))
+    with pytest.raises(UsageError, match=r"there is no config\.json in folder\.pth"):
+        export("folder.pth", data=str(image_folder))
     with pytest.raises(UsageError, match=r"onnx\.pth is an ONNX file in fp32 already"):
         export("onnx.pth", data=str(image_folder))
     assert contents(Path.cwd()) == before

@@ -319,7 +319,9 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def normalized(confident_checkpoint: Path, parity_images: ParityData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small ResNet whose BatchNorms have seen images, with the classes of `confident_checkpoint`."""
-    spec = msgspec.structs.replace(load_checkpoint(confident_checkpoint).spec, model="resnet18", training=None)
+    spec = msgspec.structs.replace(
+        load_checkpoint(confident_checkpoint).spec, model="resnet18", source=None, training=None
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = get_architecture("resnet18").build(len(spec.class_names), spec.input)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from cifarx_serve.server.inference.decoder_process import BASE_CPU_S
 from cifarx_serve.server.settings import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,8 @@ def test_guide_lists_the_default_limits() -> None:
         "--max-batch": limits.max_batch,
         "--max-delay-us": limits.max_delay_us,
         "--max-queue": limits.max_queue,
+        "--load-timeout-s": limits.load_timeout_s,
+        "CPU time of one image": BASE_CPU_S,
         "--deadline-ms": limits.deadline_s * 1000,
         "--max-body-mb": limits.max_body_bytes / 2**20,
         "--max-pixels": limits.max_pixels,

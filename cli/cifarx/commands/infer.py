@@ -12,7 +12,7 @@ from cifarx.model_flags import NO_MODEL_FLAGS, ModelFlags, note_description, sta
 from cifarx.options import DeviceName, Json
 from cifarx.output.console import note, print_error
 from cifarx.output.predictions import OutputFormat, prediction_writer
-from cifarx_serve.backends.registry import find_model
+from cifarx_serve.backends.registry import find_model, model_file
 from cifarx_serve.errors import ImageError, UsageError
 from cifarx_serve.files.regular_file import open_file_or_pipe
 from cifarx_serve.images.paths import STANDARD_INPUT, find_images
@@ -98,7 +98,7 @@ def command(
 def _open(path: str, network: str | None, backend: str | None, device: str, flags: ModelFlags) -> Predictor:
     """Open a file, or a checkpoint with what the options state about it."""
     options = stated_options([path], network, flags)
-    if options is None and not Path(path).is_dir():
+    if options is None and not model_file(Path(path)).is_dir():
         return load(path, backend, device)
     if backend not in (None, "pytorch"):
         raise UsageError(f"backend {backend} does not open the checkpoint {path}", "leave out --backend")

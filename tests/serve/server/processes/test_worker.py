@@ -14,7 +14,7 @@ from cifarx_serve.server.processes.worker import EXIT_MODEL_FAILED
 from cifarx_serve.server.settings import Settings
 from tests.support.color_model import write_onnx
 from tests.support.faulty_backend import write_faulty_model
-from tests.support.server_process import FAULTY_BACKEND, encode_request, run_worker, wait_until
+from tests.support.server_process import FAULTY_BACKEND, encode_request, predict_request, run_worker, wait_until
 
 
 def faulty_settings(directory: Path, **fields: Any) -> Settings:
@@ -188,7 +188,7 @@ def test_a_request_gets_the_response_of_the_version_that_it_was_queued_for(tmp_p
         slow.touch()
         client.send(encode_request("GET", "/readyz"))
         assert client.read_response().status == 200
-        client.send(encode_request("POST", "/v1/predict", b"P6 1 1 255 abc", content_type="image/x-portable-pixmap"))
+        client.send(predict_request())
         old = file_version(settings.files["colors"])
         write_faulty_model(tmp_path / "new.faulty", "other").replace(settings.files["colors"])
         worker.signal(signal.SIGHUP)
