@@ -61,9 +61,9 @@ def processor_library(processor: Any, max_levels: float) -> Library:
     return Library(Preprocessing.from_hf(processor), preprocess, max_levels)
 
 
-# torchvision resizes tensors with other roundings than Pillow: by one level for a bilinear filter, and by a few for a
+# torchvision resizes tensors with other roundings than Pillow: by up to two levels for a bilinear filter, and by a few for a
 # bicubic one. Hugging Face's processors use these tensors unless they are the ones "Pil".
-TENSOR_BILINEAR, TENSOR_BICUBIC = 1.01, 4.01
+TENSOR_BILINEAR, TENSOR_BICUBIC = 2.01, 4.01
 FLOAT_ROUNDING = 0.01
 
 LIBRARIES: Final[dict[str, Callable[[], Library]]] = {
