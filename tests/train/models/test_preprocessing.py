@@ -61,8 +61,8 @@ def processor_library(processor: Any, max_levels: float) -> Library:
     return Library(Preprocessing.from_hf(processor), preprocess, max_levels)
 
 
-# torchvision resizes tensors with other roundings than Pillow: by up to two levels for a bilinear filter, and by a few for a
-# bicubic one. Hugging Face's processors use these tensors unless they are the ones "Pil".
+# torchvision resizes tensors with other roundings than Pillow: by up to two levels for bilinear filters, by a few for
+# bicubic ones. Hugging Face's processors use these tensors unless they are the ones "Pil".
 TENSOR_BILINEAR, TENSOR_BICUBIC = 2.01, 4.01
 FLOAT_ROUNDING = 0.01
 
