@@ -180,8 +180,13 @@ def test_each_build_is_a_new_module(tmp_path: Path) -> None:
 # --- the user's code
 
 NETS = """
+from enum import Enum
 from torch import nn
 from blocks import Block
+
+class Pool(Enum):
+    MEAN = "mean"
+    SUM = 2
 
 class Settings:
     pass
@@ -191,10 +196,13 @@ class Net(nn.Module):
         super().__init__()
         self.settings = Settings()
         self.settings.scale = width
+        self.pool = Pool.SUM
         self.block = Block(width)
         self.fc = nn.Linear(width, 3)
     def forward(self, x):
-        return self.fc(self.block(x).mean((2, 3))) * self.settings.scale
+        x = self.block(x)
+        x = x.sum((2, 3)) if self.pool is Pool.SUM else x.mean((2, 3))
+        return self.fc(x) * self.settings.scale
 
 class Two(Net):
     def forward(self, x):
@@ -237,12 +245,13 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("main", [False, True])
 def test_a_class_of_the_user(tmp_path: Path, nets: Any, zipped: bool, main: bool) -> None:
     saved = nets.Net(5)
-    if main:  # the script that saved it defined the class
-        nets.Net.__module__ = nets.Settings.__module__ = "__main__"
-        sys.modules["__main__"].Net, sys.modules["__main__"].Settings = nets.Net, nets.Settings  # type: ignore[attr-defined]
+    classes = (nets.Net, nets.Settings, nets.Pool) if main else ()
+    for kind in classes:  # the script that saved it defined them
+        kind.__module__ = "__main__"
+        setattr(sys.modules["__main__"], kind.__name__, kind)
     path = save({"model": saved}, tmp_path / "x.pth", zipped)
-    if main:
-        del sys.modules["__main__"].Net, sys.modules["__main__"].Settings
+    for kind in classes:
+        delattr(sys.modules["__main__"], kind.__name__)
     with pytest.raises(
         ModelFileError, match=r"needs the class (nets|__main__)\.Net, which .*--model FILE\.py:CALLABLE"
     ):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -157,11 +158,11 @@ def _user_class(code: ModuleType, name: str) -> type[Any] | None:
     return None
 
 
-def _imported_class(name: str, package: str) -> type[nn.Module] | None:
-    """Return a class of a package by its fully qualified name, if its module has been imported."""
+def _imported_class(name: str, package: str) -> type[nn.Module | Enum] | None:
+    """Return a module or an enumeration of a package by its qualified name, if what defines it has been imported."""
     owner, _, short = name.rpartition(".")
     found = getattr(sys.modules.get(owner), short, None) if name.startswith(f"{package}.") else None
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+    return found if isinstance(found, type) and issubclass(found, nn.Module | Enum) else None
 
 
 # --- Lzh

@@ -13,6 +13,7 @@ import re
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
@@ -251,13 +252,20 @@ class _Rebuilder:
             return self._partial(stub, owner, depth)
         if _NUMPY_SCALAR.fullmatch(stub.name) and (number := _numpy_scalar(stub)) is not None:
             return number
+        made = self._instance(stub, owner, depth)
+        return self._unavailable(owner, stub.name) if made is None else made
+
+    def _instance(self, stub: ObjectStub, owner: str, depth: int) -> Any:
+        """Return an object of a known class: a member of an enumeration, or one with plain attributes; else None."""
         namespace = _NAMESPACES.get(stub.name)
         kind = namespace or self._find_class(stub.name)
+        if kind is not None and issubclass(kind, Enum):
+            return _enum_member(kind, stub)
         state = as_plain_dict(stub.state if stub.state is not None else {})
         if kind is None or issubclass(kind, nn.Module) or state is None or _has_items(stub):
-            return self._unavailable(owner, stub.name)
+            return None
         if stub.called and namespace is None:  # by a function, or by a class with a constructor
-            return self._unavailable(owner, stub.name)
+            return None
         made: Any = namespace() if namespace else object.__new__(kind)
         self._built[id(stub)] = made
         for name, value in state.items():
@@ -315,6 +323,16 @@ def _only(tensors: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 def _has_items(stub: ObjectStub) -> bool:
     return bool(stub.arguments or stub.keywords or stub.items or stub.mapping)
+
+
+def _enum_member(kind: type[Enum], stub: ObjectStub) -> Enum | None:
+    """Return the member with the value in a file, such as timm's `Format.NCHW`. The constructor is not called."""
+    match stub.arguments:
+        case (bool() | int() | float() | str() as value,):
+            return next(
+                (member for member in kind if type(member.value) is type(value) and member.value == value), None
+            )
+    return None
 
 
 def _numpy_scalar(stub: ObjectStub) -> Any:
