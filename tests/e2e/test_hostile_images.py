@@ -63,12 +63,16 @@ def suspended_decoders(server: ServerProcess) -> Iterator[None]:
     stop = threading.Event()
 
     def suspend() -> None:
-        while not stop.wait(0.05):
-            for process in processes(server)[1:]:
-                with suppress(psutil.NoSuchProcess):  # it has just been killed
-                    process.suspend()
+        for process in processes(server)[1:]:
+            with suppress(psutil.NoSuchProcess):  # it has just been killed
+                process.suspend()
 
-    suspending = threading.Thread(target=suspend)
+    def keep_suspending() -> None:
+        while not stop.wait(0.05):
+            suspend()
+
+    suspend()
+    suspending = threading.Thread(target=keep_suspending)
     suspending.start()
     try:
         yield
@@ -121,7 +125,13 @@ def test_jpegs_of_thousands_of_scans_do_not_keep_the_server_busy(tmp_path: Path)
 def test_probes_and_metrics_do_not_wait_for_a_stuck_pool(tmp_path: Path) -> None:
     with server(tmp_path, "--deadline-ms", 60_000) as started:
         assert label(predict(started, LARGE)) == "red"
-        waiting = [threading.Thread(target=predict, args=(started, LARGE)) for _ in range(6)]
+        done = threading.Event()
+
+        def keep_asking() -> None:  # a process that has just been started may answer before it is suspended
+            while not done.is_set():
+                predict(started, LARGE)
+
+        waiting = [threading.Thread(target=keep_asking) for _ in range(6)]
         with suspended_decoders(started):
             for thread in waiting:
                 thread.start()
@@ -133,6 +143,7 @@ def test_probes_and_metrics_do_not_wait_for_a_stuck_pool(tmp_path: Path) -> None
                 assert started.request("GET", path).status == 200
                 assert time.monotonic() - asked < 5.0
             assert label(predict(started, SMALL)) == "red"
+            done.set()
         for thread in waiting:
             thread.join()
         assert started.request("GET", "/readyz").json == {"status": "ready"}
