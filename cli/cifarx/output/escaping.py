@@ -6,7 +6,7 @@ from typing import Final
 from cifarx_serve.system.terminal import printable
 
 # What begins raw HTML, an entity, code, a link or an image, and separates the cells of a table.
-_MARKDOWN: Final = re.compile(r"[\\<>&`\[\]|]")
+_MARKDOWN: Final = r"[\\<>&`\[\]|]"
 _ENTITIES: Final = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 _FORMULA_STARTS: Final = ("=", "+", "-", "@")
@@ -14,7 +14,7 @@ _FORMULA_STARTS: Final = ("=", "+", "-", "@")
 
 def markdown_text(text: str) -> str:
     """Return text for a line or a table cell in Markdown."""
-    return _MARKDOWN.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), printable(text))
+    return re.sub(_MARKDOWN, lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), printable(text))
 
 
 def csv_cell(text: str) -> str:

@@ -3,7 +3,6 @@
 Only the first bytes and, for a zip archive, its directory are read.
 """
 
-import re
 from collections.abc import Iterable
 from enum import Enum, auto
 from pathlib import Path
@@ -23,7 +22,8 @@ _MAX_SAFETENSORS_HEADER: Final = 100_000_000
 _SAFETENSORS_LENGTH: Final = 8
 # The first field of an ONNX model is `ir_version`, a small number. One of these follows: producer_name,
 # producer_version, domain, model_version, doc_string, graph, opset_import or metadata_props.
-_ONNX_START: Final = re.compile(rb"\x08[\x01-\x7f][\x12\x1a\x22\x28\x32\x3a\x42\x72]")
+_ONNX_IR_VERSION: Final = 0x08
+_ONNX_SECOND_FIELDS: Final = b"\x12\x1a\x22\x28\x32\x3a\x42\x72"
 
 
 class FileFormat(Enum):
@@ -63,7 +63,8 @@ def _head_format(head: bytes, size: int) -> FileFormat | None:
     fits = length <= min(_MAX_SAFETENSORS_HEADER, size - _SAFETENSORS_LENGTH)
     if fits and head[_SAFETENSORS_LENGTH : _SAFETENSORS_LENGTH + 1] == b"{":
         return FileFormat.SAFETENSORS
-    return FileFormat.ONNX if _ONNX_START.match(head) else None
+    is_onnx = len(head) > 2 and head[0] == _ONNX_IR_VERSION and 0 < head[1] < 0x80 and head[2] in _ONNX_SECOND_FIELDS
+    return FileFormat.ONNX if is_onnx else None
 
 
 def _archive_format(path: Path) -> FileFormat | None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifarx_serve.images.inner_sizes import require_pixels
+from cifarx_serve.images.pixel_limits import require_pixels
 from cifarx_serve.images.reader import MAX_PIXELS
 from cifarx_serve.spec import InputSpec, ModelSpec
 

@@ -22,7 +22,8 @@ from cifarx_serve.images.image_format import (
     reader,
     require_accepted,
 )
-from cifarx_serve.images.inner_sizes import TooManyPixels, require_few_scans, require_pixels, require_small_structure
+from cifarx_serve.images.inner_sizes import require_few_scans, require_small_structure
+from cifarx_serve.images.pixel_limits import TooManyPixels, require_pixels
 
 MAX_PIXELS: Final = 100_000_000
 """Larger images are refused before they are decoded. As RGB, an image of this size takes 300 MB."""

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from cifarx_serve.errors import ImageError
-from cifarx_serve.images.inner_sizes import MAX_COMPRESSED_CHUNKS, MAX_SCANS, TooManyPixels
+from cifarx_serve.images.inner_sizes import MAX_COMPRESSED_CHUNKS, MAX_SCANS
+from cifarx_serve.images.pixel_limits import TooManyPixels
 from cifarx_serve.images.reader import open_image, read_image
 from tests.support.asgi_client import encode_image
 from tests.support.hostile_images import decode_bombs, jpeg_of_scans

@@ -4,7 +4,7 @@ from http import HTTPStatus
 from typing import Final
 
 from cifarx_serve.errors import CifarxError, DeviceMemoryError, ImageError
-from cifarx_serve.images.inner_sizes import TooManyPixels
+from cifarx_serve.images.pixel_limits import TooManyPixels
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.inference.decoder_pool import SlowImage
 from cifarx_serve.server.inference.errors import (

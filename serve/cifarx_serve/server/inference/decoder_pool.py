@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import ImageError
-from cifarx_serve.images.inner_sizes import TooManyPixels
+from cifarx_serve.images.pixel_limits import TooManyPixels
 from cifarx_serve.server.inference.deadline import Deadline, wait_for_slot
 from cifarx_serve.server.inference.decoder_process import DecodeReply, DecodeRequest
 from cifarx_serve.server.inference.errors import DecoderUnavailable, RequestCancelled

@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from cifarx_serve.errors import ImageError
-from cifarx_serve.images.inner_sizes import TooManyPixels
+from cifarx_serve.images.pixel_limits import TooManyPixels
 from cifarx_serve.images.preprocess import model_pixels
 from cifarx_serve.images.reader import open_image, read_image, suppress_pillow_warnings
 from cifarx_serve.spec import ModelSpec

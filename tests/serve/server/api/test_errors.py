@@ -3,7 +3,7 @@ from http import HTTPStatus
 import pytest
 
 from cifarx_serve.errors import CifarxError, DeviceMemoryError, ImageError, ModelFileError
-from cifarx_serve.images.inner_sizes import TooManyPixels
+from cifarx_serve.images.pixel_limits import TooManyPixels
 from cifarx_serve.server.api.errors import STATUSES, to_http_error
 from cifarx_serve.server.errors import CAUSES, ClientDisconnect, RequestError
 from cifarx_serve.server.inference import errors

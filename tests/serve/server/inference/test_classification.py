@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cifarx_serve.errors import ImageError
-from cifarx_serve.images.inner_sizes import TooManyPixels
+from cifarx_serve.images.pixel_limits import TooManyPixels
 from cifarx_serve.predictor import Prediction
 from cifarx_serve.server.inference.classification import Classification, ImageClassifier
 from cifarx_serve.server.inference.deadline import Deadline

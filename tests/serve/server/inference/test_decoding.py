@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifarx_serve.errors import ImageError
-from cifarx_serve.images.inner_sizes import TooManyPixels
+from cifarx_serve.images.pixel_limits import TooManyPixels
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.server.inference import decoding
