@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.diagnosis.assignment import assign
-from cifarx_export.parity.binomial import upper_tail
+from cifarx_train.binomial import upper_tail
 
 OrderName: TypeAlias = Literal["as stated", "sorted", "assigned"]
 

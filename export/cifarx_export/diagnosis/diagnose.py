@@ -33,7 +33,6 @@ from cifarx_export.diagnosis.class_order import (
     known_orders,
 )
 from cifarx_export.diagnosis.pictures import Pictures
-from cifarx_export.parity.binomial import interval
 from cifarx_export.parity.chance import measure_chance
 from cifarx_export.parity.predictions import best_classes
 from cifarx_serve.backends.base import Backend
@@ -43,6 +42,7 @@ from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import Color, InputSpec, ModelSpec
+from cifarx_train.binomial import interval
 from cifarx_train.checkpoints.source_weights import load_model
 from cifarx_train.data.dataset import OnError
 from cifarx_train.data.selection import select_dataset_for_model

@@ -5,11 +5,11 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.parity.binomial import CONFIDENCE, interval, upper_tail
 from cifarx_export.parity.compare import Reference
 from cifarx_export.parity.predictions import best_classes
 from cifarx_serve.errors import CheckFailed
 from cifarx_serve.progress import Progress
+from cifarx_train.binomial import CONFIDENCE, interval, upper_tail
 
 LEVEL: Final = 0.001
 """The significance level: a network that guesses passes with this probability."""

@@ -7,12 +7,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.parity import binomial
 from cifarx_export.parity.error_analysis import max_error_per_image
 from cifarx_export.parity.metrics import LogitErrors, Logits, compute_errors, find_flips
 from cifarx_export.parity.predictions import best_classes, predictions_differ
 from cifarx_export.parity.tolerances import Tolerance
 from cifarx_serve.spec import ModelSpec
+from cifarx_train import binomial
 
 _ROUNDING = 1e-12
 """Slack for the floating-point rounding of a share."""

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifarx_export.html_report import render_page
-from cifarx_export.parity.binomial import CONFIDENCE, floor_percent
 from cifarx_export.parity.error_analysis import ClassAgreement, Disagreement, ErrorAnalysis, WorstImage
 from cifarx_export.parity.histogram import HistogramLayout, layout_histogram
 from cifarx_export.parity.report import ParityReport
@@ -20,6 +19,7 @@ from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import atomic_path, require_writable
 from cifarx_serve.spec import ParitySummary
+from cifarx_train.binomial import CONFIDENCE, floor_percent
 
 SUFFIX: Final = ".html"
 

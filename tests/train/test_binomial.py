@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifarx_export.parity.binomial import floor_percent, interval, lower_bound, upper_tail
+from cifarx_train.binomial import floor_percent, interval, lower_bound, upper_tail
 
 
 @st.composite
