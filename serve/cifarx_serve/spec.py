@@ -17,6 +17,7 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Probability = Annotated[float, Meta(ge=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0.01, le=100)]
 PixelValue = Annotated[int, Meta(ge=0, le=255)]
 Color: TypeAlias = Literal["RGB", "BGR", "L"]
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -114,6 +115,11 @@ class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The dataset that a model was trained and tested on.
 
     The fingerprints are SHA-256 hashes of the class names, pixels and labels of each split.
+
+    Attributes:
+        val_images, val_fingerprint: of the split by which epochs were compared, if there is one beside the test split.
+        split_fraction: the part of the images that was held out as the test split, if the dataset has no splits itself.
+        labels: the name of the file with the labels, if they are not the names of folders.
     """
 
     name: str
@@ -122,6 +128,10 @@ class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
     test_images: PositiveInt
     train_fingerprint: Sha256
     test_fingerprint: Sha256
+    val_images: PositiveInt | None = None
+    val_fingerprint: Sha256 | None = None
+    split_fraction: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    labels: str | None = None
 
 
 class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +141,9 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
         recipe: the training recipe, as plain data.
         epochs: the number of complete epochs.
         test_accuracy: the accuracy on the whole test split, from 0 to 1; None if training was interrupted before the
-            evaluation.
+            evaluation, or if the epochs were compared on a val split and this one was not chosen.
+        test_loss: the mean cross-entropy on the test split.
+        val_accuracy, val_loss: the same on the val split, by which epochs are compared; None for data without one.
     """
 
     data: DataRecord
@@ -142,11 +154,15 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     test_loss: float | None
     device: str
     versions: dict[str, str]
+    val_accuracy: Probability | None = None
+    val_loss: float | None = None
 
     @property
     def accuracy_text(self) -> str:
-        """The test accuracy as a percentage, or a note that it was not measured."""
-        return "accuracy not tested" if self.test_accuracy is None else f"{self.test_accuracy:.2%}"
+        """The test accuracy as a percentage, or a note that it was not measured and what was measured instead."""
+        if self.test_accuracy is not None:
+            return f"{self.test_accuracy:.2%}"
+        return "accuracy not tested" + ("" if self.val_accuracy is None else f" (val accuracy {self.val_accuracy:.2%})")
 
 
 class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,7 +239,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         activation: what turns logits into scores: "softmax" for one label per image; "sigmoid" for several labels per
             image, or for two classes with one logit, which is that of the second class.
         outputs: 1 for two classes with one logit; None for one value per class.
-        thresholds: the score from which a label applies, one per output of a sigmoid; None for 0.5.
+        thresholds: the score from which a label applies, one per output of a sigmoid; None for 0.5. Scores are compared
+            with it before they are calibrated.
+        temperature: what the logits are divided by before the activation, so that scores are calibrated; None for 1. It
+            changes no predicted class or label.
         assumed: the parts of the spec that neither the file nor the user stated.
         embedded_preprocessing: whether the file itself does the preprocessing that `input` describes. Such a file
             takes RGB or grayscale pixels, uint8 (N, H, W, channels) of any size, instead of float32 (N, *input.shape).
@@ -242,6 +261,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     activation: Activation = "softmax"
     outputs: Literal[1] | None = None
     thresholds: tuple[Probability, ...] | None = None
+    temperature: Temperature | None = None
     source: ModelSource | None = None
     assumed: tuple[Assumption, ...] = ()
     precision: Precision = "fp32"
@@ -268,6 +288,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"thresholds need activation sigmoid, not {self.activation}")
         if self.thresholds is not None and len(self.thresholds) != self.output_size:
             raise ValueError(f"thresholds has {len(self.thresholds)} values for {self.output_size} outputs")
+        if self.temperature is not None and self.output != "logits":
+            raise ValueError(f"temperature needs output logits, not {self.output}")
 
     @property
     def output_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The interface of all datasets: named classes, and two splits of labeled images."""
+"""The interface of all datasets: named classes, and two or three splits of labeled images."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from cifarx_serve.images.reader import ImageSource
 from cifarx_serve.spec import InputSpec
 
-Split: TypeAlias = Literal["train", "test"]
+Split: TypeAlias = Literal["train", "val", "test"]
+"""What images are for: the training itself, choosing between epochs, or measuring the accuracy at the end."""
+
 OnError: TypeAlias = Literal["raise", "skip"]
 """What to do about files that cannot be read as images: raise a `DataError`, or skip them with a warning."""
 
@@ -65,10 +67,32 @@ class Dataset(ABC):
     Attributes:
         kind: the type of dataset that is recorded in the spec.
         name: the display name. This is never a path, which would reveal details of the machine.
+        split_fraction: the part of the images that was held out as the test split, if the dataset has no splits itself.
+        labels: the name of the file with the labels, if they are not the names of folders. This is never a path.
     """
 
     kind: Literal["builtin", "cifar10", "folder"]
     name: str
+    split_fraction: float | None = None
+    labels: str | None = None
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that can be loaded: train and test, and val if the dataset has images to choose between epochs.
+
+        Raises:
+            DataError: a part of the dataset is missing, empty or damaged.
+        """
+        return ("train", "test")
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What of the dataset is not used: one line per kind, such as "left out 3 files: 3 without a known suffix".
+
+        Raises:
+            DataError: the dataset cannot be listed.
+        """
+        return ()
 
     @property
     @abstractmethod
@@ -79,6 +103,10 @@ class Dataset(ABC):
     def sample(self, split: Split, count: int) -> list[Picture]:
         """Return this number of images as they are stored, evenly spaced over the split, or all if there are fewer.
 
+        Args:
+            split: one of `splits`.
+            count: the number of images.
+
         Raises:
             DataError: a part of the dataset is missing, empty or damaged.
         """
@@ -86,6 +114,10 @@ class Dataset(ABC):
     @abstractmethod
     def load(self, split: Split, spec: InputSpec) -> LabeledImages:
         """Read a split, with every image converted to grayscale, resized and cropped as `spec` says.
+
+        Args:
+            split: one of `splits`.
+            spec: the input of the network.
 
         Raises:
             DataError: a part of the dataset is missing, empty or damaged.

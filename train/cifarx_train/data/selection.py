@@ -3,8 +3,9 @@
 import os
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-from cifarx_serve.errors import DataError, FallbackWarning
+from cifarx_serve.errors import DataError, FallbackWarning, UsageError
 from cifarx_serve.spec import DataRecord
 from cifarx_train.data.dataset import Dataset, OnError
 from cifarx_train.data.image_folder import open_image_dataset
@@ -13,7 +14,23 @@ from cifarx_train.data.synthetic.dataset import SyntheticDataset
 DATA_ENV_VAR = "CIFARX_DATA"
 
 
-def select_dataset(name: str, on_error: OnError = "raise") -> Dataset:
+class _Options(NamedTuple):
+    """How to read image files: the arguments of `select_dataset` for folders and archives."""
+
+    on_error: OnError
+    split_fraction: float | None
+    labels: Path | None
+
+    def require_unused(self, name: str) -> None:
+        """Raise a UsageError if a dataset that has splits and labels shall be split or labeled."""
+        for option, value in (("--split", self.split_fraction), ("--labels", self.labels)):
+            if value is not None:
+                raise UsageError(f"{option} {value} does not apply to --data {name}", "leave it out")
+
+
+def select_dataset(
+    name: str, on_error: OnError = "raise", *, split_fraction: float | None = None, labels: Path | None = None
+) -> Dataset:
     """Return the dataset for a value of `--data`.
 
     Args:
@@ -21,23 +38,38 @@ def select_dataset(name: str, on_error: OnError = "raise") -> Dataset:
             `$CIFARX_DATA` if it is set, otherwise CIFAR-10, otherwise the synthetic dataset, with a warning. Only
             "auto" falls back.
         on_error: "raise" a `DataError` for files that cannot be read as images, or "skip" them with a warning.
+        split_fraction: the part of the images to hold out as the test split, for images that are not split.
+        labels: a CSV file with the paths and labels of the images, for images that are not in folders of classes.
 
     Raises:
         DataError: the dataset is missing or damaged.
+        UsageError: `split_fraction` or `labels` is given for a dataset that has splits and labels itself.
     """
-    match name:
-        case "auto":
-            return _auto(on_error)
-        case "builtin":
-            return SyntheticDataset()
-        case "cifar10":
-            from cifarx_train.data.cifar10 import download_cifar10
-
-            return download_cifar10()
-    return _from_path(Path(name), on_error)
+    options = _Options(on_error, split_fraction, labels)
+    if name == "auto":
+        return _auto(options)
+    if name not in ("builtin", "cifar10"):
+        return _from_path(Path(name), options)
+    options.require_unused(name)
+    return _named(name)
 
 
-def select_dataset_for_model(record: DataRecord | None, name: str, on_error: OnError = "raise") -> Dataset:
+def _named(name: str) -> Dataset:
+    if name == "builtin":
+        return SyntheticDataset()
+    from cifarx_train.data.cifar10 import download_cifar10
+
+    return download_cifar10()
+
+
+def select_dataset_for_model(
+    record: DataRecord | None,
+    name: str,
+    on_error: OnError = "raise",
+    *,
+    split_fraction: float | None = None,
+    labels: Path | None = None,
+) -> Dataset:
     """Return the dataset for a value of `--data` in a command about a trained model.
 
     This is `select_dataset`, but "auto" selects the dataset that the model was trained on if `$CIFARX_DATA` is not set.
@@ -45,26 +77,30 @@ def select_dataset_for_model(record: DataRecord | None, name: str, on_error: OnE
     Args:
         record: the training data that is recorded in the model's spec, if any.
         name: as for `select_dataset`.
-        on_error: as for `select_dataset`.
+        on_error, split_fraction, labels: as for `select_dataset`. By default, images are split and labeled as they were
+            for the training.
 
     Raises:
-        DataError: the dataset is missing or damaged.
+        DataError, UsageError: as for `select_dataset`.
     """
+    options = _Options(on_error, split_fraction, labels)
     if name != "auto" or record is None or os.environ.get(DATA_ENV_VAR):
-        return select_dataset(name, on_error)
+        return select_dataset(name, on_error, split_fraction=split_fraction, labels=labels)
+    options.require_unused(record.name)
     if record.kind in ("builtin", "cifar10"):
         try:
-            return select_dataset(record.kind)
+            return _named(record.kind)
         except DataError as error:
             return _fall_back(error.problem)
     return _fall_back(f"the model was trained on {record.name}, whose path is not known (set --data or {DATA_ENV_VAR})")
 
 
-def _auto(on_error: OnError) -> Dataset:
+def _auto(options: _Options) -> Dataset:
     if path := os.environ.get(DATA_ENV_VAR):
-        return _from_path(Path(path), on_error)
+        return _from_path(Path(path), options)
+    options.require_unused("auto")
     try:
-        return select_dataset("cifar10")
+        return _named("cifar10")
     except DataError as error:
         return _fall_back(error.problem)
 
@@ -74,7 +110,7 @@ def _fall_back(reason: str) -> Dataset:
     return SyntheticDataset()
 
 
-def _from_path(path: Path, on_error: OnError) -> Dataset:
+def _from_path(path: Path, options: _Options) -> Dataset:
     if not path.exists():
         raise DataError(
             f"dataset {path} does not exist",
@@ -88,4 +124,5 @@ def _from_path(path: Path, on_error: OnError) -> Dataset:
         absolute = Path(os.path.abspath(path))  # noqa: PTH100 - unlike resolve(), this keeps the name of a symbolic link
         if absolute.name == "cifar-10-batches-py":
             return Cifar10Dataset(absolute.parent)
-    return open_image_dataset(path, on_error)
+    options.require_unused(str(path))
+    return open_image_dataset(path, options.on_error)
