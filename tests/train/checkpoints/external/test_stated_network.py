@@ -1,6 +1,7 @@
 """Weights are put into the network that the user states, if they fit it."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class Pruned(Net):
         super().__init__(classes)
         from torch.nn.utils import prune
         prune.identity(self.conv, "weight")
+
+class Normalized(Net):
+    def __init__(self, classes=10):
+        super().__init__(classes)
+        nn.utils.parametrizations.weight_norm(self.conv)
 
 class Fixed(nn.Module):
     def __init__(self):
@@ -141,6 +147,21 @@ def test_pruned_weights_are_folded(tmp_path: Path) -> None:
     path = save(module.state_dict(), tmp_path / "x.pth")
     checkpoint, notes = load_with_notes(path, ModelOptions("squeezenet1_1"))
     assert notes == ["multiplied 26 pruned weights by their masks"]
+    assert same_outputs(checkpoint, module)
+
+
+@pytest.mark.parametrize("normalize", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weight_norm_is_folded(tmp_path: Path, normalize: Callable[[nn.Module], nn.Module]) -> None:
+    module = get_architecture("lzh").build(3)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            normalize(layer)
+    path = save({f"module.{key}": tensor for key, tensor in module.state_dict().items()}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match="fit lzh, "):
+        load_checkpoint(path)
+    checkpoint, notes = load_with_notes(path, ModelOptions("lzh"))
+    assert notes == ["scaled 3 weights with weight norm to their norm"]
     assert same_outputs(checkpoint, module)
 
 
@@ -251,6 +272,15 @@ def test_a_network_that_is_pruned_itself_keeps_its_masks(tmp_path: Path, net: nn
     path = save(net.state_dict(), tmp_path / "x.pth")
     checkpoint, _ = load_with_notes(path, ModelOptions(f"{tmp_path}/net.py:Pruned"))
     assert "conv.weight_mask" in checkpoint.weights
+    assert same_outputs(checkpoint, net)
+
+
+def test_a_network_with_weight_norm_keeps_it(tmp_path: Path, net: Any) -> None:
+    nn.utils.parametrizations.weight_norm(net.conv)
+    path = save(net.state_dict(), tmp_path / "x.pth")
+    checkpoint, notes = load_with_notes(path, ModelOptions(f"{tmp_path}/net.py:Normalized"))
+    assert notes == []
+    assert "conv.parametrizations.weight.original0" in checkpoint.weights
     assert same_outputs(checkpoint, net)
 
 

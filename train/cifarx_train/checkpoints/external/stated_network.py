@@ -24,6 +24,7 @@ from cifarx_train.checkpoints.external.key_matching import (
     wrong_shapes,
 )
 from cifarx_train.checkpoints.external.pruning import ORIGINAL, fold_masks
+from cifarx_train.checkpoints.external.weight_norm import Folded, fold_weight_norm, has_weight_norm
 from cifarx_train.checkpoints.external.weight_sets import WeightSet
 from cifarx_train.models.architecture import Architecture, Stem
 from cifarx_train.models.options import ModelOptions
@@ -68,16 +69,14 @@ def stated_network(
     """
     tensors = weights.tensors(path)
     if options.model is None:
-        raise missing_network_error(path, _shapes(fold_masks(tensors).tensors), mentioned)
+        raise missing_network_error(path, _shapes(_fold(tensors, {}).tensors), mentioned)
     architecture = _stated_architecture(options)
     if architecture.convert_weights is not None:
         tensors = architecture.convert_weights(tensors)
     size = options.overrides.apply_to_input(architecture.input)
     with _without_memory(architecture):
         own = architecture.builder(architecture.num_outputs or _TRIAL_OUTPUTS, size).state_dict()
-    # A network that is pruned itself has the original weights and the masks in its own state dict.
-    folded = fold_masks(tensors if not any(key.endswith(ORIGINAL) for key in own) else {})
-    tensors = folded.tensors or tensors
+    tensors, normalized = _fold(tensors, own)
     shapes = _shapes(tensors)
     match = match_keys(own, tensors, options.weights_key, path)
     if match.distance:
@@ -88,6 +87,7 @@ def stated_network(
         raise _mismatch_error(path, architecture, match, wrong, shapes)
     notes = [
         *_match_notes(architecture, weights, match),
+        *_normalization_notes(normalized),
         *conversion_notes(weights.tensors(path)),
     ]
     return ExternalNetwork(architecture, outputs, _convert(module, match, tensors, weights), match.keys, notes)
@@ -105,6 +105,16 @@ def _stated_architecture(options: ModelOptions) -> Architecture:
 def _without_memory(architecture: Architecture) -> AbstractContextManager[Any]:
     """Build the networks of the registry without memory. Other networks may need real tensors."""
     return EmptyOnMeta() if architecture.source.kind in ("builtin", "torchvision") else nullcontext()
+
+
+def _fold(tensors: dict[str, Tensor], own: dict[str, Any]) -> Folded:
+    """Return the tensors of a file with plain weights instead of pruned and normalized ones.
+
+    A network that is pruned or normalized itself has the same parts of the weights in its own state dict.
+    """
+    if not any(key.endswith(ORIGINAL) for key in own):
+        tensors = fold_masks(tensors).tensors
+    return Folded(tensors, 0) if has_weight_norm(own) else fold_weight_norm(tensors)
 
 
 def _shapes(tensors: dict[str, Tensor]) -> Shapes:
@@ -149,6 +159,11 @@ def _match_notes(architecture: Architecture, weights: WeightSet, match: KeyMatch
         count = "1 key" if len(left_out) == 1 else f"{len(left_out)} keys"
         notes.append(f"left out {count} that {architecture.name} does not use ({list_names(left_out)})")
     return notes
+
+
+def _normalization_notes(normalized: int) -> list[str]:
+    weights = "1 weight" if normalized == 1 else f"{normalized} weights"
+    return [f"scaled {weights} with weight norm to {'its' if normalized == 1 else 'their'} norm"] if normalized else []
 
 
 def conversion_notes(tensors: dict[str, Tensor]) -> list[str]:
