@@ -45,12 +45,16 @@ def test_each_line_names_who_states_it() -> None:
             "RGB 224x200, shorter side to 256, center crop, bilinear, mean 0.5, std 0.25",
         ),
         (
+            InputSpec(height=8, width=8, resize="letterbox", fill=(1, 2, 3)),
+            "RGB 8x8, letterbox, fill 1 2 3, bilinear, not normalized",
+        ),
+        (
             InputSpec(height=8, width=8, resize_to=(9, 10), value_range=(-1.0, 1.0), interpolation="nearest"),
             "RGB 8x8, stretch to 9x10, center crop, nearest, range -1 to 1, not normalized",
         ),
         (
             InputSpec(height=8, width=8, resize="letterbox", antialias=False, layout="NHWC", mean=(0.1, 0.2, 0.3)),
-            "RGB 8x8, letterbox, bilinear without antialias, NHWC, mean 0.1 0.2 0.3, std 1",
+            "RGB 8x8, letterbox, fill 0, bilinear without antialias, NHWC, mean 0.1 0.2 0.3, std 1",
         ),
     ],
 )

@@ -127,6 +127,31 @@ def test_a_network_that_does_not_run_names_the_line() -> None:
     assert "mat1 and mat2 shapes cannot be multiplied" in str(caught.value)
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_network_with_a_fixed_batch_size_is_told_so(batch: int) -> None:
+    class Fixed(Network):
+        def forward(self, images: Tensor) -> Any:
+            return super().forward(images.reshape(batch, 3, 4, 5))
+
+    with pytest.raises(UsageError) as caught:
+        require_outputs(Fixed(), 3, SIZE, SOURCE)
+    assert str(caught.value).startswith(f"model.py:Net runs only with batches of {batch} (test_outputs.py line ")
+    assert str(caught.value).endswith(
+        "): flatten with x.flatten(1), or reshape with x.shape[0], instead of a fixed batch size"
+    )
+
+
+def test_a_network_that_mixes_images_of_another_size_is_told_so() -> None:
+    class Mixing(Network):
+        def forward(self, images: Tensor) -> Any:
+            return super().forward(images.reshape(-1, 60))
+
+    size = InputSpec(height=8, width=10)
+    assert not runs_with(Mixing(), size)
+    with pytest.raises(UsageError, match=r"returns 8 rows for 2 images of 3x8x10: state the size .* --image-size, and"):
+        require_outputs(Mixing(), 3, size, SOURCE)
+
+
 def test_running_a_network_changes_nothing() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten(), nn.Linear(60, 3))
     network[1].eval()

@@ -1,6 +1,6 @@
 """Describe in words what a model takes and gives, and who states it, before it is used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cifarx_serve.spec import Assumption, InputSpec, ModelSpec
 
@@ -51,6 +51,9 @@ def describe_input(size: InputSpec) -> str:
             text.append(f"{size.resize} to {sides[0]}x{sides[1]}, center crop")
         case None:
             text.append(size.resize.replace("_", " "))
+    fill = size.fill if isinstance(size.fill, tuple) else (size.fill,)
+    if size.resize == "letterbox" or any(fill):
+        text.append(f"fill {_numbers(fill)}")
     text.append(size.interpolation if size.antialias else f"{size.interpolation} without antialias")
     if size.layout != "NCHW":
         text.append(size.layout)
@@ -69,6 +72,6 @@ def describe_output(spec: ModelSpec) -> str:
     return f"{spec.output}{'' if spec.output == 'probabilities' else f' with {spec.activation}'}, {outputs}"
 
 
-def _numbers(values: tuple[float, ...]) -> str:
+def _numbers(values: Sequence[float]) -> str:
     shown = values[:1] if len(set(values)) == 1 else values
     return " ".join(f"{value:g}" for value in shown)

@@ -19,6 +19,10 @@ LOGITS: Final = "logits"
 """The key under which Hugging Face's networks, and torchvision's with auxiliary heads, return their logits."""
 
 _BATCH: Final = 2
+_OTHER_BATCHES: Final = (1, 4, 8, 10, 16, 32, 50, 64, 100, 128, 256)
+"""The batch sizes that are tried for a network that does not run with two images: those that authors fix."""
+
+_ANY_BATCH: Final = "flatten with x.flatten(1), or reshape with x.shape[0], instead of a fixed batch size"
 
 
 class SingleOutput(nn.Module):
@@ -78,6 +82,11 @@ def require_outputs(module: nn.Module, outputs: int, size: InputSpec, source: Mo
         shape = ", ".join(map(str, tensor.shape[1:]))
         if tensor.ndim == 2 and len(tensor) == _BATCH:
             raise outputs_error(source, tensor.shape[1], outputs)
+        if tensor.ndim == 2:
+            raise UsageError(
+                f"{source.name} returns {len(tensor)} rows for {_BATCH} images of {'x'.join(map(str, size.shape))}",
+                f"state the size of its images with --image-size, and {_ANY_BATCH}",
+            )
         raise UsageError(f"{source.name} returns (N, {shape})", f"return one tensor (N, {outputs})")
     if not tensor.is_floating_point():
         raise UsageError(f"{source.name} returns {tensor.dtype}".replace("torch.", ""), "return logits as floats")
@@ -120,13 +129,17 @@ def count_outputs(module: nn.Module, size: InputSpec, source: ModelSource) -> in
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def runs_with(module: nn.Module, size: InputSpec) -> bool:
-    """Return whether a module runs with an input. The module is not changed."""
+def runs_with(module: nn.Module, size: InputSpec, batch: int = _BATCH) -> bool:
+    """Return whether a module returns a row per image for a batch of inputs. The module is not changed.
+
+    A module that reshapes to rows of a fixed length returns another number of rows for images of another size.
+    """
     try:
-        _forward(module, size)
+        result = _forward(module, size, batch)
     except Exception:  # modules raise anything for an input of another shape
         return False
-    return True
+    rows = [len(tensor) for _, tensor in _named_tensors(result) if tensor.ndim]
+    return not rows or batch in rows
 
 
 def _run(module: nn.Module, size: InputSpec, source: ModelSource) -> Any:
@@ -136,18 +149,22 @@ def _run(module: nn.Module, size: InputSpec, source: ModelSource) -> Any:
         raise
     except Exception as error:  # see `runs_with`
         place = user_code_line(error)
+        reason = f"{f'{place}: ' if place else ''}{error_message(error)}"
+        fixed = next((batch for batch in _OTHER_BATCHES if runs_with(module, size, batch)), None)
+        if fixed is not None:
+            raise UsageError(f"{source.name} runs only with batches of {fixed} ({reason})", _ANY_BATCH) from error
         shape = "x".join(map(str, size.shape))
         raise UsageError(
-            f"{source.name} does not run with {shape} images ({f'{place}: ' if place else ''}{error_message(error)})",
+            f"{source.name} does not run with {shape} images ({reason})",
             "state the size of its images with --image-size, and their channels with --color",
         ) from error
 
 
-def _forward(module: nn.Module, size: InputSpec) -> Any:
+def _forward(module: nn.Module, size: InputSpec, batch: int = _BATCH) -> Any:
     modes = [(part, part.training) for part in module.modules()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return module.eval()(torch.zeros(_BATCH, *size.shape))
+            return module.eval()(torch.zeros(batch, *size.shape))
     finally:
         for part, training in modes:
             part.training = training
