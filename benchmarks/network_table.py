@@ -9,7 +9,8 @@ files with `cifarx infer`, and the module classifies the same files with the aut
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -87,13 +88,54 @@ def check(entry: Entry, pictures: Pictures, formats: Sequence[str] = FORMATS) ->
         author = entry.make(folder, pictures.train, pictures.train_labels)
         expected = _author_classes(author, pictures.test)
         if author.artifact:
-            format_ = "onnx" if author.command[0].endswith(".onnx") else "torchscript"
-            command = ["adopt", *author.command, "--out", f"adopted{get_format(format_).suffix}"]
-            return {format_: _cell(command, folder, pictures, expected)}
+            formats = ["onnx" if author.command[0].endswith(".onnx") else "torchscript"]
+        before = set(folder.iterdir())
+        reasons = _export(author, formats, folder, pictures)
+        made = set(folder.iterdir()) - before
         return {
-            format_: _cell(["export", *author.command, "--format", format_], folder, pictures, expected)
+            format_: Cell(None, reasons[format_])
+            if format_ in reasons
+            else _cell(_artifact(format_, made), folder, pictures, expected)
             for format_ in formats
         }
+
+
+def _export(author: Author, formats: Sequence[str], folder: Path, pictures: Pictures) -> dict[str, str]:
+    """Write the artifacts, with one command if no format is refused, and return the reasons of refusals by format."""
+    if author.artifact:
+        command = ["adopt", *author.command, "--out", f"adopted{get_format(formats[0]).suffix}"]
+    else:
+        command = ["export", *author.command, *(text for format_ in formats for text in ("--format", format_))]
+    before = set(folder.iterdir())
+    done = _run([*command, "--data", str(pictures.folder), "--allow-chance-accuracy"], folder)
+    made = set(folder.iterdir()) - before
+    failed = {format_: _failed_checks(format_, made) for format_ in formats if _failed_checks(format_, made)}
+    if done.returncode in (0, 1) and all(format_ in failed or _has(format_, made) for format_ in formats):
+        return failed
+    if len(formats) == 1:
+        return {formats[0]: _reason(done.stderr, folder)}
+    for path in made:
+        path.unlink()
+    alone = (_export(author, [format_], folder, pictures) for format_ in formats)
+    return {format_: reason for refused in alone for format_, reason in refused.items()}
+
+
+def _artifact(format_: str, made: set[Path]) -> Path:
+    (artifact,) = [path for path in made if path.name.endswith(get_format(format_).suffix)]
+    return artifact
+
+
+def _has(format_: str, made: set[Path]) -> bool:
+    return any(path.name.endswith(get_format(format_).suffix) for path in made)
+
+
+def _failed_checks(format_: str, made: set[Path]) -> str:
+    """Return the checks that failed, or nothing."""
+    suffix = get_format(format_).suffix + FAILED_SUFFIX
+    reports = [msgspec.json.decode(path.read_bytes()) for path in made if path.name.endswith(suffix)]
+    return ", ".join(
+        f"{row['name']} {row['found']}" for report in reports for row in report["checks"] if not row["passed"]
+    )
 
 
 def _author_classes(author: Author, images: Sequence[Image.Image]) -> NDArray[np.int64]:
@@ -109,17 +151,7 @@ def _author_classes(author: Author, images: Sequence[Image.Image]) -> NDArray[np
     return classes
 
 
-def _cell(command: list[str], folder: Path, pictures: Pictures, expected: NDArray[np.int64]) -> Cell:
-    before = set(folder.iterdir())
-    done = _run([*command, "--data", str(pictures.folder), "--allow-chance-accuracy"], folder)
-    made = set(folder.iterdir()) - before
-    for path in made:
-        if path.name.endswith(FAILED_SUFFIX):
-            checks = msgspec.json.decode(path.read_bytes())["checks"]
-            return Cell(None, ", ".join(f"{row['name']} {row['found']}" for row in checks if not row["passed"]))
-    if done.returncode:
-        return Cell(None, _reason(done.stderr, folder))
-    (artifact,) = [path for path in made if path.is_file() and not path.name.endswith(".json")]
+def _cell(artifact: Path, folder: Path, pictures: Pictures, expected: NDArray[np.int64]) -> Cell:
     inferred = _run(["infer", str(pictures.folder / "test"), "--model", str(artifact), "--jsonl"], folder)
     if inferred.returncode:
         return Cell(None, _reason(inferred.stderr, folder))
@@ -140,9 +172,13 @@ def _reason(stderr: str, folder: Path) -> str:
     return line.replace(f"{folder}/", "")
 
 
+def _title(entry: Entry) -> str:
+    return f"{entry.source} | {entry.name}"
+
+
 def _line(entry: Entry, cells: dict[str, Cell]) -> str:
-    texts = [str(cells[column]) if column in cells else "" for column in FORMATS]
-    return "| " + " | ".join(text.replace("|", "\\|") for text in (entry.source, entry.name, *texts)) + " |"
+    texts = [str(cells[column]).replace("|", "\\|") if column in cells else "" for column in FORMATS]
+    return f"| {' | '.join([_title(entry), *texts])} |"
 
 
 def _introduction() -> list[str]:
@@ -159,28 +195,35 @@ def _introduction() -> list[str]:
     ]
 
 
-def _table(rows: Sequence[str]) -> str:
+def _page(rows: Mapping[str, str]) -> str:
     headings = ["source", "network", *FORMATS]
-    return "\n".join(["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings), *rows])
+    ordered = [rows[_title(entry)] for entry in ENTRIES if _title(entry) in rows]
+    table = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings), *ordered]
+    return "\n\n".join([*_introduction(), "\n".join(table)]) + "\n"
 
 
-def _rows(entries: Sequence[Entry], pictures: Pictures) -> Iterator[str]:
-    for position, entry in enumerate(entries, start=1):
-        note(f"{position} of {len(entries)}: {entry.source} {entry.name}")
-        yield _line(entry, check(entry, pictures))
+def _read_rows(path: Path) -> dict[str, str]:
+    """Return the rows of a page that was written before, by their titles."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    titles = [_title(entry) for entry in ENTRIES]
+    return {title: line for line in lines for title in titles if line.startswith(f"| {title} |")}
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="The Markdown file.")],
-    only: Annotated[str, typer.Option(help="Only the networks whose source or name contains this.")] = "",
+    out: Annotated[Path, typer.Option(help="The Markdown file. Its other rows are kept.")],
+    only: Annotated[str, typer.Option(help="Measure only the networks whose source or name contains this.")] = "",
+    missing: Annotated[bool, typer.Option("--missing", help="Measure only the networks without a row.")] = False,
 ) -> None:
-    """Write the table."""
-    chosen = [entry for entry in ENTRIES if only in f"{entry.source} {entry.name}"]
+    """Write the table. Every row is written as soon as it is measured."""
+    rows = _read_rows(out)
+    chosen = [entry for entry in ENTRIES if only in _title(entry) and not (missing and _title(entry) in rows)]
     with tempfile.TemporaryDirectory() as folder:
-        rows: list[str] = []
-        for row in _rows(chosen, write_pictures(Path(folder))):
-            rows.append(row)
-            out.write_text("\n\n".join([*_introduction(), _table(rows)]) + "\n", encoding="utf-8")
+        pictures = write_pictures(Path(folder))
+        for position, entry in enumerate(chosen, start=1):
+            started = time.monotonic()
+            rows[_title(entry)] = _line(entry, check(entry, pictures))
+            note(f"{position} of {len(chosen)} in {time.monotonic() - started:.0f} s: {rows[_title(entry)]}")
+            out.write_text(_page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
