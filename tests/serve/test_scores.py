@@ -107,6 +107,46 @@ def test_scores_are_compared_with_thresholds_in_single_precision() -> None:
     assert class_scores(np.zeros((1, 3), np.float32), LABELS).tolist() == [[0.5] * 3]
 
 
+@pytest.mark.parametrize("base", [SOFTMAX, LABELS])
+@given(logits=arrays.arrays(np.float32, (4, 3), elements=finite), temperature=st.floats(0.01, 100))
+@example(logits=np.full((4, 3), -1e-7, np.float32), temperature=100)
+@example(logits=np.full((4, 3), 3e38, np.float32), temperature=0.01)
+def test_a_temperature_changes_no_decision_and_no_order(
+    base: ModelSpec, logits: NDArray[np.float32], temperature: float
+) -> None:
+    calibrated = spec_of(base, temperature=temperature)
+    scores = class_scores(logits, calibrated)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert predicted_classes(logits, calibrated).tolist() == predicted_classes(logits, base).tolist()
+    assert applicable_labels(logits, calibrated).tolist() == applicable_labels(logits, base).tolist()
+    for row, row_scores in zip(logits, scores, strict=True):
+        assert (np.diff(row_scores[np.argsort(row, kind="stable")]) >= 0).all()
+    binary = spec_of(BINARY, temperature=temperature)
+    assert predicted_classes(logits[:, :1], binary).tolist() == predicted_classes(logits[:, :1], BINARY).tolist()
+
+
+@given(logit_batches)
+def test_a_temperature_of_one_gives_the_same_bits(logits: NDArray[np.float32]) -> None:
+    for base in (SOFTMAX, LABELS):
+        assert class_scores(logits, spec_of(base, temperature=1.0)).tobytes() == class_scores(logits, base).tobytes()
+
+
+def test_the_logits_are_divided_by_the_temperature() -> None:
+    assert class_scores(ROW, spec_of(SOFTMAX, temperature=2.0)) == pytest.approx(softmax(ROW / 2))
+    assert class_scores(ROW, spec_of(LABELS, temperature=0.5)) == pytest.approx(sigmoid(ROW * 2))
+
+
+def test_probabilities_have_no_temperature() -> None:
+    with pytest.raises(ValueError, match="temperature needs output logits, not probabilities"):
+        ModelSpec(
+            model="any",
+            class_names=("a", "b"),
+            input=InputSpec(height=4, width=4),
+            output="probabilities",
+            temperature=2,
+        )
+
+
 @given(arrays.arrays(np.float32, (4, 3), elements=finite))
 def test_one_label_of_a_softmax_applies(logits: NDArray[np.float32]) -> None:
     applicable = applicable_labels(logits, SOFTMAX)

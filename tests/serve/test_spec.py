@@ -88,6 +88,8 @@ training_records = st.builds(
     test_loss=st.none() | finite,
     device=st.text(),
     versions=words,
+    val_accuracy=st.none() | fractions,
+    val_loss=st.none() | finite,
 )
 parities = st.builds(
     ParitySummary,
@@ -121,14 +123,16 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     is_sigmoid = activation == "sigmoid"
     outputs: Any = draw(st.sampled_from([None, 1])) if is_sigmoid and len(class_names) == 2 else None
     output_size = outputs or len(class_names)
+    output: Any = draw(st.sampled_from(["logits", "probabilities"]))
     return ModelSpec(
         model=draw(st.text()),
         class_names=class_names,
         input=draw(inputs()),
-        output=draw(st.sampled_from(["logits", "probabilities"])),
+        output=output,
         activation=activation,
         outputs=outputs,
         thresholds=draw(st.none() | st.tuples(*[fractions] * output_size)) if is_sigmoid else None,
+        temperature=draw(st.none() | st.floats(0.01, 100)) if output == "logits" else None,
         source=draw(st.none() | sources),
         assumed=tuple(draw(assumptions)),
         precision=draw(st.sampled_from(["fp32", "fp16", "int8"])),
@@ -240,7 +244,7 @@ def schema_1(spec: ModelSpec) -> dict[str, Any]:
     for name in ("resize", "resize_to", "crop_offset", "antialias", "fill"):
         del input_[name]
     input_["resize"], input_["colour"] = input_.pop("interpolation"), input_.pop("color")
-    for name in ("activation", "outputs", "thresholds", "source", "assumed"):
+    for name in ("activation", "outputs", "thresholds", "temperature", "source", "assumed"):
         del fields[name]
     return {**fields, "schema_version": 1}
 
@@ -274,6 +278,7 @@ def test_a_document_of_schema_1_has_the_preprocessing_and_output_of_its_time(spe
         activation="softmax",
         outputs=None,
         thresholds=None,
+        temperature=None,
         source=None,
         assumed=(),
     )
@@ -354,6 +359,8 @@ def test_unknown_fields_of_the_same_schema_are_ignored(path: tuple[str, ...]) ->
         (("activation",), "relu"),
         (("outputs",), 2),
         (("thresholds",), [0.5, 1.5]),
+        (("temperature",), 0),
+        (("temperature",), 101),
         (("source",), {"kind": "pickle", "name": "x"}),
         (("assumed",), ["weights"]),
         (("precision",), "fp64"),

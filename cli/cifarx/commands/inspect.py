@@ -151,7 +151,8 @@ def _resizing(spec: InputSpec) -> str:
 
 
 def _output(spec: ModelSpec) -> str:
-    tensor = f"{spec.output}, float32 (N, {spec.output_size}), {spec.activation}"
+    calibrated = "" if spec.temperature is None else f" at temperature {spec.temperature:.4g}"
+    tensor = f"{spec.output}, float32 (N, {spec.output_size}), {spec.activation}{calibrated}"
     if spec.activation == "softmax":
         return tensor
     thresholds = sorted(set(spec.thresholds or (DEFAULT_THRESHOLD,)))

@@ -13,6 +13,7 @@ _COMMENTS: Final = {
     "activation": "softmax: one label per image; sigmoid: several labels, or one output for two classes",
     "outputs": "1 for two classes with one output, that of the second class",
     "thresholds": "the score from which a label applies, one per output of a sigmoid; 0.5 if not set",
+    "temperature": "what the logits are divided by before the activation, to calibrate the scores; 1 if not set",
     "height": "of the network's input, in pixels",
     "channels": "1 for grayscale, 3 for color",
     "layout": "NCHW or NHWC",
@@ -26,8 +27,8 @@ _COMMENTS: Final = {
     "antialias": "true as Pillow resizes images, false as PyTorch resizes tensors by default",
     "fill": "the value of padded pixels, 0 to 255",
 }
-_EXAMPLES: Final = {"outputs": "1", "thresholds": "[0.5, 0.5]", "resize_to": "256"}
-_OUTPUT_FIELDS: Final = ("class_names", "output", "activation", "outputs", "thresholds")
+_EXAMPLES: Final = {"outputs": "1", "thresholds": "[0.5, 0.5]", "temperature": "1.5", "resize_to": "256"}
+_OUTPUT_FIELDS: Final = ("class_names", "output", "activation", "outputs", "thresholds", "temperature")
 
 
 def spec_template(spec: ModelSpec, file: str) -> str:

@@ -16,7 +16,7 @@ ASSUMED: Final = "ASSUMED"
 
 _MAX_NAMES: Final = 12
 
-_OUTPUT_FIELDS: Final = ("output", "activation", "output_size", "thresholds")
+_OUTPUT_FIELDS: Final = ("output", "activation", "output_size", "thresholds", "temperature")
 
 
 def check_specs(reference: ModelSpec, artifact: ModelSpec) -> list[Check]:
@@ -69,7 +69,8 @@ def describe_output(spec: ModelSpec) -> str:
     count = spec.output_size
     values = spec.output if count > 1 else {"logits": "logit", "probabilities": "probability"}[spec.output]
     thresholds = f", thresholds {spec.thresholds}" if spec.thresholds else ""
-    return f"{count} {values}, {spec.activation}{thresholds}"
+    temperature = f", temperature {spec.temperature:.4g}" if spec.temperature else ""
+    return f"{count} {values}, {spec.activation}{thresholds}{temperature}"
 
 
 def _check(name: str, difference: str, found: str, assumed: bool) -> Check:

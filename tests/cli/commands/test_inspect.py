@@ -94,6 +94,7 @@ def test_prints_the_output(cli: Cli, tmp_path: Path) -> None:
     for fields, expected in (
         ({}, "logits, float32 (N, 3), softmax"),
         ({"output": "probabilities"}, "probabilities, float32 (N, 3), softmax"),
+        ({"temperature": 1.25}, "logits, float32 (N, 3), softmax at temperature 1.25"),
         (
             {"activation": "sigmoid", "thresholds": (0.5, 0.25, 0.5)},
             "logits, float32 (N, 3), sigmoid: several labels, each from a score of 0.25 to 0.5 on",

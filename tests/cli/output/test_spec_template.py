@@ -13,7 +13,8 @@ SPEC = ModelSpec(
 
 def test_every_field_is_there() -> None:
     text = spec_template(SPEC, "net.pth")
-    for name in ("class_names", "output", "activation", "outputs", "thresholds", *InputSpec.__struct_fields__):
+    fields = ("class_names", "output", "activation", "outputs", "thresholds", "temperature")
+    for name in (*fields, *InputSpec.__struct_fields__):
         assert (f"\n{name} = " in text or f"\n# {name} = " in text) == (name != "dtype")
 
 

@@ -115,6 +115,11 @@ def test_every_field_that_differs_is_found() -> None:
     assert check.found == ("mean (0.5, 0.5, 0.5) instead of (0.0, 0.0, 0.0), interpolation bicubic instead of bilinear")
 
 
+def test_scores_that_are_calibrated_otherwise_are_a_difference() -> None:
+    check = check_specs(msgspec.structs.replace(SPEC, temperature=1.5), SPEC)[2]
+    assert (check.name, check.passed, check.found) == ("output", False, "temperature None instead of 1.5")
+
+
 def test_many_class_names_are_shortened() -> None:
     many = msgspec.structs.replace(SPEC, class_names=tuple(f"c{index}" for index in range(1000)))
     assert check_specs(many, many)[0].found.endswith("c10, c11 and 988 more")

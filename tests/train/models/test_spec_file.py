@@ -15,6 +15,7 @@ SPEC = ModelSpec(
     input=InputSpec(height=28, width=30, channels=1, color="L", mean=(0.13,), std=(0.31,), interpolation="lanczos"),
     activation="sigmoid",
     thresholds=(0.1, 0.5, 1e-7),
+    temperature=1.25,
     source=ModelSource(kind="python", name="model.py:Net", output="logits"),
 )
 
@@ -62,6 +63,7 @@ def test_json_of_a_spec_and_its_template_are_read_back(spec: ModelSpec) -> None:
         assert found.class_names == spec.class_names
         assert found.input == spec.input
         assert (found.output, found.activation, found.thresholds) == (spec.output, spec.activation, spec.thresholds)
+        assert found.temperature == spec.temperature
         assert found.source == spec.source
 
 

@@ -12,7 +12,9 @@ from cifarx_serve.spec import SCHEMA_VERSION, InputSpec, ModelSource, ModelSpec
 from cifarx_train.models.options import SpecOverrides
 
 _OLD_INPUT_FIELDS: Final = {"colour": "color"}  # of schema 1, in which `resize` was the interpolation
-_SETTABLE: Final = frozenset({"class_names", "input", "output", "activation", "outputs", "thresholds", "source"})
+_SETTABLE: Final = frozenset(
+    {"class_names", "input", "output", "activation", "outputs", "thresholds", "temperature", "source"}
+)
 """The fields that the user states. The others describe one file."""
 
 

@@ -118,7 +118,8 @@ class TensorBoard(Callback):
         """Return the recipe as hyperparameters. Their metrics are the last values of `accuracy` and `test_loss`."""
         fields = msgspec.to_builtins(self._run.recipe)
         fields["recipe"] = fields.pop("name")
-        values = {"model": self._run.model, "seed": self._run.seed, **fields}
+        lists = {field: msgspec.json.encode(value).decode() for field, value in fields.items() if _is_container(value)}
+        values = {"model": self._run.model, "seed": self._run.seed, **fields, **lists}
         experiment, start, end = hparams(values, {"accuracy": 0.0, "test_loss": 0.0})
         return experiment, start, end
 
@@ -137,3 +138,7 @@ class TensorBoard(Callback):
             with suppress(OSError):
                 self._writer.close()
             self._writer = None
+
+
+def _is_container(value: object) -> bool:
+    return isinstance(value, dict | list | tuple)  # which TensorBoard does not take as a hyperparameter
