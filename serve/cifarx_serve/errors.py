@@ -1,6 +1,7 @@
 """The exceptions that cifarx raises. Each one says what is wrong, with the value, and how to fix it."""
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class CifarxError(Exception):
@@ -19,7 +20,20 @@ class CifarxError(Exception):
     def __init__(self, problem: str, remedy: str) -> None:
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{problem}: {remedy}")
+        super().__init__(problem, remedy)
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.remedy}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the attributes, for worker processes: the arguments of a subclass can be others."""
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(kind: type[CifarxError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> CifarxError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(attributes)
+    return error
 
 
 class FallbackWarning(UserWarning):

@@ -1,10 +1,13 @@
 """The Python API for inference: opens a model file and classifies images with its own preprocessing and class names."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Any, Final, NamedTuple, Self, TypeGuard, overload
 
 import msgspec
 import numpy as np
@@ -15,17 +18,17 @@ from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.errors import ImageError, UsageError
 from cifarx_serve.images.preprocess import is_unchanged, model_pixels, pixels_to_input
 from cifarx_serve.images.reader import ImageSource, read_image
-from cifarx_serve.scores import class_scores, predicted_classes, reach_thresholds
+from cifarx_serve.scores import applicable_labels, class_scores, predicted_classes
 from cifarx_serve.spec import ModelSpec
 from cifarx_serve.system.cpus import available_cpus
 
-_STREAM_BATCH: Final = 64
-"""The batch size for streams."""
+_BATCH: Final = 64
+"""The batch size for lists and streams. Longer lists are streams."""
 
-_EMBEDDED_STREAM_BATCH: Final = 8
+_EMBEDDED_BATCH: Final = 8
 """The batch size for models with embedded preprocessing, whose input images can be large."""
 
-_ImageSource = TypeVar("_ImageSource", bound=ImageSource)
+_BATCH_CHANNELS: Final = (1, 3, 4)
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -57,16 +60,28 @@ class Prediction(msgspec.Struct, frozen=True, omit_defaults=True):
     labels: tuple[Candidate, ...] | None = None
 
 
+class _Origin(NamedTuple):
+    """The arguments of `load`, with an absolute path."""
+
+    path: str
+    backend: str | None
+    device: str
+
+
 class Predictor:
     """A model file that is open for inference. Use `load` to create one.
 
-    A predictor is a context manager, and any number of threads can use it at once.
+    A predictor is a context manager, and any number of threads can use it at once. Processes can use it too: a pickled
+    predictor is the path, the backend and the device, and the file is opened again where it is unpickled.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, origin: _Origin | None = None) -> None:
         self._backend = backend
+        self._origin = origin
         self._single_threaded: Backend | None = None
+        self._lock = Lock()
         self._embedded = backend.spec.embedded_preprocessing
+        self._batch = _EMBEDDED_BATCH if self._embedded else _BATCH
         spec = backend.spec.input
         shape = (spec.height, spec.width, spec.channels)
         # Arrays of this shape need no preprocessing before `pixels_to_input`.
@@ -88,44 +103,46 @@ class Predictor:
         return self._backend.provider
 
     @overload
-    def predict(self, image: ImageSource, top_k: int = 1, *, logits: bool = False) -> Prediction: ...
+    def predict(self, image: ImageSource, top_k: int = 1, *, logits: bool = False) -> Prediction: ...  # type: ignore[overload-overlap]
 
     @overload
     def predict(
-        self, image: list[ImageSource] | tuple[ImageSource, ...], top_k: int = 1, *, logits: bool = False
-    ) -> list[Prediction]: ...
-
-    @overload
-    def predict(self, image: list[_ImageSource], top_k: int = 1, *, logits: bool = False) -> list[Prediction]: ...
+        self, image: Iterable[ImageSource], top_k: int = 1, *, logits: bool = False
+    ) -> list[Prediction | ImageError]: ...
 
     def predict(
-        self,
-        image: "ImageSource | list[ImageSource] | list[_ImageSource] | tuple[ImageSource, ...]",
-        top_k: int = 1,
-        *,
-        logits: bool = False,
-    ) -> Prediction | list[Prediction]:
-        """Classify one image, or a list of images as one batch.
+        self, image: "ImageSource | Iterable[ImageSource]", top_k: int = 1, *, logits: bool = False
+    ) -> Prediction | list[Prediction | ImageError]:
+        """Classify one image, or any number of images.
+
+        Up to 64 images, or 8 for a model with embedded preprocessing, are one batch. More are classified as by
+        `predict_stream`, so that memory does not grow with their number.
 
         Args:
-            image: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 1),
-                (H, W, 3) or (H, W, 4); or a list or tuple of these.
+            image: a path, the content of an image file, a binary file object, a Pillow image, or a uint8 array of shape
+                (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). For several images, a list or another iterable of these, or a
+                uint8 array of shape (N, H, W, C) with 1, 3 or 4 channels.
             top_k: the number of classes to return, from 1 to the number of classes.
             logits: whether to return the logits too.
 
         Returns:
-            One prediction, or a list of predictions in the order of the images.
+            One prediction for one image. For several images, a list in their order, with an `ImageError` in place of
+            the prediction for an image that cannot be read.
 
         Raises:
-            ImageError: an image cannot be read.
+            ImageError: the only image, or the array of several images, cannot be read.
             UsageError: `top_k` is out of range, or logits are requested from a model that returns probabilities.
         """
         self._require_top_k(top_k)
         if logits and self.spec.output != "logits":
             raise UsageError("logits were requested, but the model returns probabilities", "use `run` for its output")
-        if isinstance(image, list | tuple):
-            return self._classify([self._pixels(source) for source in image], self._backend, top_k, logits)
-        return self._classify([self._pixels(image)], self._backend, top_k, logits)[0]
+        if not _are_several(image):
+            return self._classify([self._pixels(image)], self._backend, top_k, logits)[0]  # type: ignore[arg-type]
+        images = iter(image)
+        first = list(islice(images, self._batch + 1))
+        if len(first) <= self._batch:
+            return self._classify_readable(map(self._pixels_or_error, first), self._backend, top_k, logits)
+        return list(self._stream(chain(first, images), top_k, logits))
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         """Return the output of the model for a batch that is already preprocessed.
@@ -166,25 +183,34 @@ class Predictor:
         self._require_top_k(top_k)
         return self._stream(images, top_k)
 
-    def _stream(self, images: Iterable[ImageSource], top_k: int) -> Iterator[Prediction | ImageError]:
+    def _stream(
+        self, images: Iterable[ImageSource], top_k: int, with_logits: bool = False
+    ) -> Iterator[Prediction | ImageError]:
         """Decode and run each batch in one thread, so that threads share no work and wait for nothing."""
         # Threads take 15 ms to import, and a single image needs none.
         from cifarx_serve.images.decode_pool import DecodePool
         from cifarx_serve.system.prefetch import prefetch_batches
 
-        if self._single_threaded is None:
-            self._single_threaded = self._backend.single_threaded()
+        with self._lock:
+            if self._single_threaded is None:
+                self._single_threaded = self._backend.single_threaded()
         backend, threads = self._single_threaded, available_cpus()
-        batch_size = _EMBEDDED_STREAM_BATCH if self._embedded else _STREAM_BATCH
         with closing(DecodePool(self.spec.input, 0 if self._embedded else threads)) as pool:
 
             def classify(sources: list[ImageSource]) -> list[Prediction | ImageError]:
-                decoded = pool.decode(sources) or [self._pixels_or_error(source) for source in sources]
-                images = [pixels for pixels in decoded if not isinstance(pixels, ImageError)]
-                predictions = iter(self._classify(images, backend, top_k))
-                return [entry if isinstance(entry, ImageError) else next(predictions) for entry in decoded]
+                decoded = pool.decode(sources) or map(self._pixels_or_error, sources)
+                return self._classify_readable(decoded, backend, top_k, with_logits)
 
-            yield from prefetch_batches(classify, images, threads, batch_size)
+            yield from prefetch_batches(classify, images, threads, self._batch)
+
+    def _classify_readable(
+        self, decoded: Iterable[NDArray[np.uint8] | ImageError], backend: Backend, top_k: int, with_logits: bool
+    ) -> list[Prediction | ImageError]:
+        """Classify the images that could be read, and keep the errors of the others in their places."""
+        entries = list(decoded)
+        images = [entry for entry in entries if not isinstance(entry, ImageError)]
+        predictions = iter(self._classify(images, backend, top_k, with_logits))
+        return [entry if isinstance(entry, ImageError) else next(predictions) for entry in entries]
 
     def _pixels_or_error(self, image: ImageSource) -> NDArray[np.uint8] | ImageError:
         try:
@@ -235,6 +261,16 @@ class Predictor:
         if self._single_threaded is not None:
             self._single_threaded.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle how to open the model again.
+
+        Raises:
+            UsageError: the predictor was not created by `load`.
+        """
+        if self._origin is None:
+            raise UsageError("this predictor cannot be pickled: it has no path", "open a model file with `cifarx.load`")
+        return load, tuple(self._origin)
+
     def __enter__(self) -> Self:
         return self
 
@@ -263,7 +299,34 @@ def load(path: str | Path, backend: str | None = None, device: str = "auto") -> 
     except BaseException:
         opened.close()
         raise
-    return Predictor(opened)
+    return Predictor(opened, _Origin(os.path.abspath(path), backend, device))  # noqa: PTH100 - keeps symbolic links
+
+
+def _are_several(image: object) -> TypeGuard[Iterable[ImageSource]]:
+    """Return whether an argument of `Predictor.predict` stands for several images.
+
+    Raises:
+        ImageError: it is an array of several images with a wrong shape or dtype.
+    """
+    if isinstance(image, list | tuple):
+        return True
+    if isinstance(image, np.ndarray):
+        return _is_batch(image)
+    if isinstance(image, str | bytes | bytearray | memoryview | os.PathLike | Mapping) or hasattr(image, "read"):
+        return False
+    # Tensors and tables are iterable too. A series of pandas has one dimension, and is a list of images.
+    return isinstance(image, Iterable) and getattr(image, "ndim", 1) == 1
+
+
+def _is_batch(array: NDArray[Any]) -> bool:
+    if array.ndim == 1:
+        return array.dtype.kind in "OU"  # paths or other objects; bytes are the content of one file
+    if array.ndim == 4 and (array.dtype != np.uint8 or array.shape[3] not in _BATCH_CHANNELS):
+        raise ImageError(
+            f"cannot take an array of shape {array.shape} and dtype {array.dtype} as images",
+            "give uint8 of shape (N, H, W, 1), (N, H, W, 3) or (N, H, W, 4)",
+        )
+    return array.ndim == 4
 
 
 def top_predictions(outputs: NDArray[np.float32], spec: ModelSpec, top_k: int) -> list[Prediction]:
@@ -271,7 +334,7 @@ def top_predictions(outputs: NDArray[np.float32], spec: ModelSpec, top_k: int) -
     ranking = _rank(outputs, spec)
     scores = class_scores(outputs, spec)
     if spec.multi_label:
-        applicable = reach_thresholds(scores, spec).tolist()
+        applicable = applicable_labels(outputs, spec).tolist()
         rows = zip(ranking.tolist(), scores.tolist(), applicable, strict=True)
         return [_multi_label_prediction(*row, spec.class_names, top_k) for row in rows]
     best = ranking[:, :top_k]

@@ -1,4 +1,5 @@
 import errno
+import pickle
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,16 @@ def test_the_exit_status_of_an_interruption_is_that_of_a_shell(number: int, stat
     error = Interrupted("interrupted at step 7", "resume", number)
     assert str(error) == "interrupted at step 7: resume"
     assert error.exit_status == status
+
+
+@pytest.mark.parametrize(
+    "error", [*(kind("epochs is -1", "give 1 or more") for kind in EXCEPTIONS), Interrupted("a", "b", 2)]
+)
+def test_a_worker_process_can_return_an_exception(error: CifarxError) -> None:
+    returned = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert type(returned) is type(error)
+    assert vars(returned) == vars(error)
+    assert (str(returned), repr(returned)) == (str(error), repr(error))
 
 
 def test_a_fallback_is_a_warning_and_not_an_error() -> None:

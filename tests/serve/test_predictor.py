@@ -1,3 +1,5 @@
+import io
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +17,11 @@ from PIL import Image
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import ImageError, ModelFileError, UsageError
-from cifarx_serve.predictor import Predictor, load
+from cifarx_serve.predictor import Prediction, Predictor, load
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import SPEC, write_onnx
+from tests.support.predictions import require_predictions
 from tests.support.spec_model import BGR, GRAYSCALE, RGB, make_spec, write_model
 from tests.support.trained_model import Trained
 
@@ -30,6 +33,21 @@ RED, GREEN, BLUE, CYAN, GRAY = (
 @pytest.fixture
 def predictor(tmp_path: Path) -> Predictor:
     return load(write_onnx(tmp_path / "colors.onnx"), device="cpu")
+
+
+class Unseekable(io.RawIOBase):
+    """A raw stream that cannot seek, and returns less than it is asked for, as a pipe does."""
+
+    def __init__(self, content: bytes) -> None:
+        self._rest = content
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(7, len(self._rest), len(buffer))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
 
 class ConstantBackend(Backend):
@@ -74,7 +92,7 @@ def test_properties_describe_the_model(predictor: Predictor) -> None:
 
 
 def test_top_k_is_sorted_best_first(predictor: Predictor) -> None:
-    [prediction] = predictor.predict([Image.new("RGB", (3, 3), (10, 200, 100))], top_k=3)
+    prediction = predictor.predict(Image.new("RGB", (3, 3), (10, 200, 100)), top_k=3)
     assert [(candidate.label, candidate.index) for candidate in prediction.top] == [
         ("green", 1),
         ("blue", 2),
@@ -87,7 +105,7 @@ def test_top_k_is_sorted_best_first(predictor: Predictor) -> None:
 
 
 def test_ties_select_the_first_class_as_argmax_does(predictor: Predictor) -> None:
-    gray, cyan = predictor.predict([GRAY, CYAN], top_k=3)
+    gray, cyan = require_predictions(predictor.predict([GRAY, CYAN], top_k=3))
     assert [candidate.index for candidate in gray.top] == [0, 1, 2]
     assert [candidate.index for candidate in cyan.top] == [1, 2, 0]
 
@@ -119,20 +137,166 @@ def test_every_kind_of_source_has_the_same_prediction(predictor: Predictor, tmp_
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     path = tmp_path / "noise.png"
     Image.fromarray(pixels).save(path)
-    with Image.open(path) as opened:
-        sources: list[Any] = [path, str(path), path.read_bytes(), pixels, Image.fromarray(pixels), opened]
+    content = path.read_bytes()
+    with Image.open(path) as opened, path.open("rb") as file, path.open("rb", buffering=0) as unbuffered:
+        at_the_end = io.BytesIO(content)
+        at_the_end.seek(0, io.SEEK_END)
+        contents: list[Any] = [content, bytearray(content), memoryview(content), at_the_end, file, unbuffered]
+        files = [path, str(path), io.BufferedReader(Unseekable(content)), Unseekable(content)]
+        sources: list[Any] = [*contents, *files, pixels, Image.fromarray(pixels), opened]
         predictions = predictor.predict(sources, top_k=3)
+        assert not file.closed
     assert predictions == [predictions[0]] * len(sources)
     assert predictor.predict(path, top_k=3) == predictions[0]
 
 
-def test_takes_one_image_or_a_list(predictor: Predictor) -> None:
+def test_takes_one_image_or_several(predictor: Predictor, tmp_path: Path) -> None:
     single = predictor.predict(RED, top_k=2)
     assert predictor.predict([RED], 2) == predictor.predict((RED,), top_k=2) == [single]
+    assert predictor.predict((image for image in [RED, RED]), 2) == [single] * 2
+    RED.save(tmp_path / "red.png")
+    assert predictor.predict(np.array([str(tmp_path / "red.png")] * 2), 2) == [single] * 2
+    assert predictor.predict(np.array([RED, None], object), 2)[0] == single
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (5, 7, 4), (5, 7, 1)])
+@pytest.mark.parametrize("count", [1, 3, 70])
+def test_an_array_of_images_equals_a_list_of_them(
+    predictor: Predictor, shape: tuple[int, int, int], count: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+    found: Any = predictor.predict(pixels, 3)
+    assert found == predictor.predict(list(pixels), 3)
+    assert found[-1].top == pytest.approx(predictor.predict(pixels[-1], 3).top)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((2, 4, 6, 3), np.float32), np.zeros((2, 3, 4, 6), np.uint8), np.zeros((2, 4, 6, 2), np.uint8)],
+    ids=lambda images: f"{images.dtype} {images.shape}",
+)
+def test_an_array_that_cannot_be_images_is_refused_as_a_whole(predictor: Predictor, images: Any) -> None:
+    with pytest.raises(ImageError, match=r"cannot take an array of shape .*: give uint8 of shape \(N, H, W, 1\)"):
+        predictor.predict(images)
+
+
+class Tensor:
+    """What a tensor of PyTorch has: it is iterable, and more than a list."""
+
+    ndim = 3
+
+    def __array__(self) -> NDArray[np.uint8]:
+        return np.zeros((3, 4, 6), np.uint8)
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        return iter(self.__array__())
+
+
+class Broken(io.RawIOBase):
+    def readable(self) -> bool:
+        return True
+
+    def readall(self) -> bytes:
+        raise OSError("the connection was lost")
+
+    def read(self, size: int = -1, /) -> bytes:
+        raise OSError(f"no {size} bytes: the connection was lost")
+
+
+BAD_IMAGES: list[tuple[Any, str]] = [
+    (None, "None is not an image: give a path"),
+    (3.5, "float is not an image: give a path"),
+    ({"bytes": b""}, "dict is not an image: give a path"),
+    (Tensor(), r"Tensor is not an image: give a uint8 array of shape \(H, W, 3\), such as tensor.permute"),
+    (np.zeros((4, 6, 3), np.float32), r"cannot take an array of shape \(4, 6, 3\) and dtype float32"),
+    (np.zeros((4, 6), bool), "dtype bool"),
+    (np.zeros((3, 4, 6), np.uint8), r"shape \(3, 4, 6\)"),
+    (np.zeros((0, 6, 3), np.uint8), r"the image is empty \(6x0 pixels\)"),
+    (np.zeros(9, np.uint8), r"shape \(9,\)"),
+    (b"not an image", "12 bytes is not an image"),
+    (io.BytesIO(b"not an image"), "a file object of 12 bytes is not an image"),
+    (io.StringIO("text"), r"cannot read the file object .*: open it in binary mode"),
+    (Broken(), r"cannot read the file object \(no \d+ bytes: the connection was lost\): open it again"),
+    ("https://example.org/dog.jpg?size=1", r"dog.jpg\?size=1 is a URL, and cifarx does not download: save it"),
+    ("s3://bucket/dog.jpg", "s3://bucket/dog.jpg is a URL, and cifarx does not download: save it to a file first"),
+    ("data:image/png;base64,iVBORw0KGgo=", "cifarx does not download: decode the base64 text"),
+    ("file:///tmp/dog.jpg", "cifarx does not download: give its path"),
+    ("nul\0.png", "cannot open image"),
+    ("\ud800.png", "cannot open image"),
+    ("absent.png", r"absent\.png"),
+]
+
+
+@pytest.mark.parametrize(("image", "problem"), BAD_IMAGES, ids=lambda value: str(value)[:30])
+def test_what_is_no_image_is_an_image_error(predictor: Predictor, image: Any, problem: str) -> None:
+    with pytest.raises(ImageError, match=problem):
+        predictor.predict(image)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_what_is_no_image_is_an_error_in_its_place_of_a_list(predictor: Predictor, length: int) -> None:
+    images = [image for bad, _ in BAD_IMAGES for image in (RED, bad)] * length
+    for found in (predictor.predict(images, logits=True), list(predictor.predict_stream(images))):
+        assert [type(entry) for entry in found] == [Prediction, ImageError] * (len(images) // 2)
+
+
+def test_a_long_list_equals_single_predictions(predictor: Predictor) -> None:
+    images = [RED, GREEN, BLUE, CYAN] * 40
+    single = {id(image): predictor.predict(image, 2, logits=True) for image in images[:4]}
+    assert predictor.predict(iter(images), 2, logits=True) == [single[id(image)] for image in images]
+
+
+@pytest.mark.slow
+def test_a_long_list_takes_no_more_memory_than_a_stream(tmp_path: Path, fresh_python: Callable[..., str]) -> None:
+    """As float32, the images take 1.2 GB."""
+    model = write_model(tmp_path / "means.onnx", make_spec(InputSpec(height=224, width=224)))
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((300, 260)).save(tmp_path / "image.jpg")
+    code = (
+        "import resource, sys\n"
+        "from cifarx_serve.predictor import load\n"
+        "predictor = load(sys.argv[1], device='cpu')\n"
+        "found = getattr(predictor, sys.argv[2])([sys.argv[3]] * 2000)\n"
+        "assert len(list(found)) == 2000\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    as_list, as_stream = (
+        int(fresh_python(code, model, method, tmp_path / "image.jpg")) for method in ("predict", "predict_stream")
+    )
+    assert as_list <= 1.3 * as_stream
+
+
+def test_a_pickled_predictor_opens_its_file_again(tmp_path: Path, fresh_python: Callable[..., str]) -> None:
+    """The path is relative, and the other process is in another folder. Predictions and errors are pickled, too."""
+    write_onnx(tmp_path / "colors.onnx")
+    code = (
+        "import copy, multiprocessing, os, sys\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "import numpy as np\n"
+        "from cifarx_serve.predictor import load\n"
+        "predictor = load('colors.onnx', 'onnxruntime', 'cpu')\n"
+        "os.chdir('/')\n"
+        "images = [np.full((5, 9, 3), (255, 0, 0), np.uint8), 'absent.png']\n"
+        "with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:\n"
+        "    found, error = pool.submit(predictor.predict, images).result()\n"
+        "assert found == predictor.predict(images[0])\n"
+        "other = copy.deepcopy(predictor)\n"
+        "predictor.close()\n"
+        "assert other.predict(images[0]) == found\n"
+        "print(found.label, repr(error))"
+    )
+    assert fresh_python(code) == (
+        "red ImageError('cannot open image absent.png (No such file or directory)', 'check the path')"
+    )
+
+
+def test_a_predictor_without_a_path_says_why_it_cannot_be_pickled(constant: ConstantBackend) -> None:
+    with pytest.raises(UsageError, match=r"cannot be pickled: it has no path: open a model file with `cifarx\.load`"):
+        pickle.dumps(Predictor(constant))
 
 
 def test_returns_logits_on_request(predictor: Predictor) -> None:
-    gray, cyan = predictor.predict([GRAY, CYAN], logits=True)
+    gray, cyan = require_predictions(predictor.predict([GRAY, CYAN], logits=True))
     assert gray.logits == pytest.approx([10 * 77 / 255] * 3)
     assert cyan.logits == pytest.approx([0, 10, 10])
     assert predictor.predict(CYAN).logits is None
@@ -171,7 +335,12 @@ def test_images_of_different_sizes_keep_their_order(predictor: Predictor) -> Non
     images = [
         image.resize(size) for image, size in [(BLUE, (1, 1)), (RED, (300, 2)), (GREEN, (6, 4)), (BLUE, (64, 64))]
     ]
-    assert [prediction.label for prediction in predictor.predict(images)] == ["blue", "red", "green", "blue"]
+    assert [prediction.label for prediction in require_predictions(predictor.predict(images))] == [
+        "blue",
+        "red",
+        "green",
+        "blue",
+    ]
 
 
 def open_model(tmp_path: Path, spec: ModelSpec) -> Predictor:
@@ -196,7 +365,7 @@ def test_a_grayscale_network_takes_arrays_of_each_shape(tmp_path: Path) -> None:
     predictor = open_model(tmp_path, make_spec(GRAYSCALE))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 1), dtype=np.uint8)
     sources: list[Any] = [pixels, pixels[..., 0], np.repeat(pixels, 3, axis=2), Image.fromarray(pixels[..., 0])]
-    predictions = predictor.predict(sources, logits=True)
+    predictions = require_predictions(predictor.predict(sources, logits=True))
     assert predictions == [predictions[0]] * 4
     assert predictions[0].logits == pytest.approx([pixels.mean() / 25.5, 0, -pixels.mean() / 25.5], abs=1e-5)
 
@@ -233,7 +402,7 @@ def test_a_long_stream_of_grayscale_files_equals_single_predictions(tmp_path: Pa
 
 def test_a_model_that_returns_probabilities_needs_no_activation(tmp_path: Path) -> None:
     predictor = open_model(tmp_path, make_spec(output="probabilities"))
-    [prediction] = predictor.predict([RED], top_k=3)
+    prediction = predictor.predict(RED, top_k=3)
     logits = np.array([10, 0, -10])
     scores = np.exp(logits) / np.exp(logits).sum()
     assert [candidate.score for candidate in prediction.top] == pytest.approx(scores.tolist(), abs=1e-6)
@@ -368,7 +537,7 @@ def test_embedded_preprocessing_batches_images_of_equal_size_and_keeps_their_ord
     images = [
         Image.new("RGB", size, {"green": "lime"}.get(name, name)) for size, name in zip(sizes, names, strict=True)
     ]
-    assert [prediction.label for prediction in Predictor(backend).predict(images)] == names
+    assert [found.label for found in require_predictions(Predictor(backend).predict(images))] == names
     assert [batch.shape for batch in backend.batches] == [(3, 5, 9, 3), (2, 9, 5, 3), (1, 1, 1, 3)]
 
 
@@ -443,13 +612,6 @@ def test_several_threads_can_predict_at_once(predictor: Predictor) -> None:
 
 def test_an_empty_list_has_no_predictions(predictor: Predictor) -> None:
     assert predictor.predict([]) == []
-
-
-def test_an_unreadable_image_is_an_image_error(predictor: Predictor) -> None:
-    with pytest.raises(ImageError, match=r"absent\.png"):
-        predictor.predict([RED, "absent.png"])
-    with pytest.raises(ImageError):
-        predictor.predict(b"not an image")
 
 
 def test_a_missing_model_is_a_model_file_error() -> None:

@@ -33,6 +33,7 @@ from cifarx_train.recipes import RECIPES, load_recipe
 from cifarx_train.train import train
 from cifarx_train.trainer import TrainResult
 from tests.support.image_datasets import pack_archive, write_image_folder
+from tests.support.predictions import require_predictions
 from tests.support.simulated_gpu.counters import changes, counters
 from tests.support.simulated_gpu.process import SimulatedGpuProcess
 
@@ -590,6 +591,7 @@ def test_a_network_of_any_color_and_layout_is_trained(tmp_path: Path, color: str
         spec = predictor.spec.input
         assert (spec.color, spec.layout, spec.resize_to, len(spec.mean)) == (color, layout, 26, spec.channels)
         files = sorted(data.glob("test/*/*.png"))
-        right = [found.label == file.parent.name for found, file in zip(predictor.predict(files), files, strict=True)]
+        predictions = require_predictions(predictor.predict(files))
+        right = [found.label == file.parent.name for found, file in zip(predictions, files, strict=True)]
     assert done.test_accuracy == pytest.approx(np.mean(right))
     assert done.test_accuracy > 0.6

@@ -62,11 +62,12 @@ class DecodePool:
                     for _ in range(self._count):
                         self._workers.append(self._start_worker())
         try:
+            paths = [os.fsencode(source) for source in sources]  # type: ignore[arg-type]
             worker = self._idle.get_nowait()
-        except Empty:
+        except (Empty, UnicodeError):  # no file has a name that cannot be encoded
             return None
         try:
-            decoded = _decode_in_worker(worker, sources, self._spec)
+            decoded = _decode_in_worker(worker, paths, self._spec)
         except WorkerExited:  # the other workers continue
             return None
         self._idle.put(worker)
@@ -91,8 +92,7 @@ class DecodePool:
         return worker
 
 
-def _decode_in_worker(worker: WorkerProcess, sources: Sequence[ImageSource], spec: InputSpec) -> list[Decoded]:
-    paths = [os.fsencode(source) for source in sources]  # type: ignore[arg-type]
+def _decode_in_worker(worker: WorkerProcess, paths: list[bytes], spec: InputSpec) -> list[Decoded]:
     worker.send(msgspec.json.encode(paths))
     problems = msgspec.json.decode(worker.readline(), type=Problems)
     shape = (problems.count(None), spec.height, spec.width, spec.channels)

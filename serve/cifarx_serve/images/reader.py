@@ -4,8 +4,9 @@ import io
 import os
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Final, TypeAlias
+from typing import IO, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,20 @@ MAX_PIXELS: Final = 100_000_000
 MAX_BYTES: Final = 1 << 30
 """Larger files are refused. An image of `MAX_PIXELS` takes 300 MB in the largest of the common formats."""
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+
+class BinaryFile(Protocol):
+    """An open file, or anything else that is read like one, such as an HTTP response or a member of an archive."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes; none at the end."""
+
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile | Image.Image | NDArray[np.uint8]"
+)
+
+_CHUNK: Final = 1 << 20
+_MAX_SHOWN_URL: Final = 200
 
 # The EXIF tag of the camera's orientation, and the operation that corrects each of its values.
 _ORIENTATION: Final = 0x0112
@@ -77,12 +91,14 @@ def read_image(source: ImageSource) -> Image.Image:
     to 8 bits, and only the first frame of an animation is used.
 
     Args:
-        source: a path, the content of an image file, a Pillow image, or a uint8 array of shape (H, W), (H, W, 1),
-            (H, W, 3) or (H, W, 4).
+        source: a path, the content of an image file, a binary file object, a Pillow image, or a uint8 array of shape
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). A file object is read from its start if it can seek, as Pillow
+            does, or else from where it is, and not closed.
 
     Raises:
         ImageError: the file does not exist or cannot be read, is not an image, or is truncated; its format is not
-            accepted; the image or a part of it is too large or empty; or the array has a wrong shape or dtype.
+            accepted; the image or a part of it is too large or empty; the array has a wrong shape or dtype; or the
+            source is something else, such as None or a URL.
         UsageError: as for `image_format.extra_formats`.
     """
     if isinstance(source, Image.Image):
@@ -90,11 +106,37 @@ def read_image(source: ImageSource) -> Image.Image:
             return to_rgb(source)
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))
-    if isinstance(source, bytes):
+    if isinstance(source, bytes | bytearray | memoryview):
         if len(source) > MAX_BYTES:
             raise _too_many_bytes("the content")
         return _decode(io.BytesIO(source), f"{len(source)} bytes")
-    path = Path(source)
+    if isinstance(source, str | os.PathLike):
+        return _read_path(source)
+    if hasattr(source, "read"):
+        content = _read_file_object(source)
+        return _decode(io.BytesIO(content), f"a file object of {len(content)} bytes")
+    raise _not_a_source(source)
+
+
+def is_url(name: str) -> bool:
+    """Return whether a name is a URL, such as `https://…`, `s3://…` or `data:…`."""
+    scheme, separator, _ = name.partition(":")
+    is_scheme = len(scheme) > 1 and scheme.isascii() and scheme[0].isalpha() and scheme.replace("+", "").isalnum()
+    return bool(separator) and is_scheme and (scheme == "data" or name.startswith(f"{scheme}://"))
+
+
+def url_error(url: str) -> ImageError:
+    """Return the error for a URL in place of a path."""
+    scheme = url.partition(":")[0]
+    shown = url if len(url) <= _MAX_SHOWN_URL else f"{url[:_MAX_SHOWN_URL]}…"
+    remedy = {"file": "give its path", "data": "decode the base64 text and give the bytes"}.get(
+        scheme, "save it to a file first, or give its content as bytes"
+    )
+    return ImageError(f"{shown} is a URL, and cifarx does not download", remedy)
+
+
+def _read_path(source: "str | os.PathLike[str]") -> Image.Image:
+    path = Path(os.fsdecode(source))
     try:
         with open_file_or_pipe(path) as file:
             return _decode(file, str(path))
@@ -103,6 +145,8 @@ def read_image(source: ImageSource) -> Image.Image:
     except ValueError as error:
         raise ImageError(f"cannot open image {str(path)!r} ({error})", "check the path") from error
     except OSError as error:
+        if is_url(name := os.fsdecode(source)):
+            raise url_error(name) from error
         remedy = "check the path" if isinstance(error, FileNotFoundError) else "make it readable"
         raise ImageError(f"cannot open image {path} ({error_message(error)})", remedy) from error
 
@@ -169,6 +213,34 @@ def _read(file: IO[bytes], head: bytes, name: str) -> io.BytesIO:
     if len(content) > MAX_BYTES:
         raise _too_many_bytes(name)
     return io.BytesIO(content)
+
+
+def _read_file_object(file: BinaryFile) -> bytes:
+    """Return the content of a file object. One that cannot seek may return less than it is asked for."""
+    content = bytearray()
+    try:
+        with suppress(AttributeError, OSError, ValueError):  # it cannot seek; if it is closed, reading says so
+            file.seek(0)  # type: ignore[attr-defined]
+        while chunk := file.read(_CHUNK):
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise _too_many_bytes("the file object")
+    except CifarxError:
+        raise
+    except Exception as error:  # the exceptions of file objects, such as those of an HTTP library, are not known
+        text = isinstance(error, TypeError | UnicodeError)
+        remedy = "open it in binary mode, as open(path, 'rb')" if text else "open it again"
+        raise ImageError(f"cannot read the file object ({error_message(error)})", remedy) from error
+    return bytes(content)
+
+
+def _not_a_source(source: Any) -> ImageError:
+    """Return the error for an object that is no image: None is what `cv2.imread` returns for an unreadable file."""
+    what = "None" if source is None else f"a {type(source).__module__}.{type(source).__qualname__}"
+    remedy = "give a path, the content of a file, a file object, a Pillow image, or a uint8 array"
+    if hasattr(source, "__array__"):
+        remedy = "give a uint8 array of shape (H, W, 3), such as tensor.permute(1, 2, 0).numpy() of (3, H, W)"
+    return ImageError(f"{what.removeprefix('a builtins.')} is not an image", remedy)
 
 
 def _too_many_bytes(name: str) -> ImageError:

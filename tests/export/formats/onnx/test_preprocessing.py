@@ -26,6 +26,7 @@ from cifarx_serve.predictor import load
 from cifarx_serve.spec import InputSpec, Interpolation
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from tests.support.conversion import conversion_source
+from tests.support.predictions import require_predictions
 
 FILTERS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_DIFFERENCE = 1
@@ -302,7 +303,8 @@ def test_an_exported_file_accepts_images_of_any_size(embedded: Path) -> None:
 def test_predictions_match_the_file_without_preprocessing(embedded: Path, good_onnx: Path) -> None:
     images = [noise(seed, *size) for seed, size in enumerate([(32, 32), (50, 60), (32, 32), (9, 200), (60, 50)])]
     with load(embedded, device="cpu") as predictor, load(good_onnx, device="cpu") as plain:
-        for ours, expected in zip(predictor.predict(images, 3), plain.predict(images, 3), strict=True):
+        found, others = (require_predictions(opened.predict(images, 3)) for opened in (predictor, plain))
+        for ours, expected in zip(found, others, strict=True):
             assert ours.label == expected.label
             assert ours.score == pytest.approx(expected.score, abs=1e-5)
 

@@ -29,7 +29,7 @@ def test_logits_are_those_of_the_predictor(trained: Trained, binary: bool, versi
     with load(trained.onnx, device="cpu") as predictor:
         batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
         expected = predictor.run(batch)
-        [prediction] = predictor.predict([pixels[0]], logits=True)
+        prediction = predictor.predict(pixels[0], logits=True)
 
     async def test(client: AsgiClient) -> None:
         path = f"/v2/models/{trained.onnx.stem}"
