@@ -134,6 +134,18 @@ class DataRecord(msgspec.Struct, frozen=True, kw_only=True):
     labels: str | None = None
 
 
+class WeightsRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights that a run started or learned from.
+
+    Attributes:
+        name: the name of the file, which is never a path, or what published them.
+        sha256: the hash of the file; for published weights, `cifarx_train.checkpoints.checkpoint.weights_sha256`.
+    """
+
+    name: str
+    sha256: Sha256
+
+
 class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How a model was trained.
 
@@ -154,6 +166,8 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     test_loss: float | None
     device: str
     versions: dict[str, str]
+    weights: WeightsRecord | None = None
+    teacher: WeightsRecord | None = None
     val_accuracy: Probability | None = None
     val_loss: float | None = None
 

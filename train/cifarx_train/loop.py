@@ -3,21 +3,28 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from cifarx_serve.errors import CheckFailed
 from cifarx_serve.spec import InputSpec
 from cifarx_train.callbacks.base import LOG_EVERY_N_STEPS, Callback, StepReport
 from cifarx_train.checkpoints.rng_state import get_rng_states, set_rng_states
+from cifarx_train.class_balance import balanced_order
 from cifarx_train.cuda_graph import GraphedStep, can_capture
 from cifarx_train.data.augmentation import Augmentation
 from cifarx_train.data.loaders.base import Loader
 from cifarx_train.data.loaders.device import InputTransform
+from cifarx_train.data.mixing import Targets, select_targets
+from cifarx_train.distillation import Teacher
 from cifarx_train.distributed import Distributed
+from cifarx_train.freezing import freeze
+from cifarx_train.loss import Loss
 from cifarx_train.models.layers.batchnorm import raise_batchnorm_momentum
 from cifarx_train.models.layers.full_window_conv import convert_full_window_convs
 from cifarx_train.optim.ema import ModelEma
@@ -58,6 +65,9 @@ class TrainingLoop:
         device: the device to train on.
         seed: the seed of the shuffling.
         distributed: the processes that train together.
+        head: the keys of the parameters that `recipe.backbone_lr` is not for.
+        teacher: the teacher of a distillation, or None.
+        class_weights: what the loss of an image of each class is multiplied by, float32 (classes,), or None.
 
     Attributes:
         module: the model that is trained.
@@ -80,6 +90,9 @@ class TrainingLoop:
         device: torch.device,
         seed: int = 0,
         distributed: Distributed = Distributed(),  # noqa: B008 - immutable
+        head: frozenset[str] = frozenset(),
+        teacher: Teacher | None = None,
+        class_weights: torch.Tensor | None = None,
     ) -> None:
         # On a CPU, convolutions are faster with channels-last activations and slower with channels-last weights.
         on_cpu = device.type == "cpu"
@@ -92,18 +105,21 @@ class TrainingLoop:
         self.elapsed_s = 0.0
         self.last_checkpoint = ""
         self._images, self._recipe, self._distributed, self._device = images, recipe, distributed, device
-        batches = split_into_batches(torch.empty(len(images)), recipe.batch_size)
+        self._step_images = recipe.batch_size * recipe.accumulate
+        batches = split_into_batches(torch.empty(len(images)), self._step_images)
         self.steps_per_epoch = len(batches)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         raise_batchnorm_momentum(module, self.total_steps)
+        self._frozen_layers = freeze(module, recipe.freeze)
         self._augment = Augmentation(recipe, spec, device)
+        self._loss = Loss(recipe, teacher, class_weights)
         self._transform = InputTransform(spec, device, channels_last=on_cpu or bool(recipe.channels_last))
-        captured = can_capture(device, recipe, distributed)
-        self._optimizers = Optimizers(module, recipe, capturable=captured)
+        captured = can_capture(device, recipe, distributed) and (teacher is None or teacher.runs_on_device)
+        self._optimizers = Optimizers(module, recipe, head=head, capturable=captured)
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._ema = ModelEma(module, recipe.ema_decay) if recipe.ema_decay is not None else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        replica = distributed.data_parallel(module)
+        self._replica = replica = distributed.data_parallel(module)
         self._forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(replica) if recipe.compile else replica
         self._grad_norm_in_step = captured or recipe.max_grad_norm is not None
         self._train_step: Callable[..., torch.Tensor] = self._eager_step
@@ -131,10 +147,12 @@ class TrainingLoop:
         """
         while self.epoch < self._recipe.epochs:
             self.module.train()
+            for layer in self._frozen_layers:
+                layer.eval()
             started, first = time.perf_counter(), self.epoch_step
             self._shuffle_generator.set_state(self._shuffle_state)  # repeats the order when resumed within an epoch
-            order = torch.randperm(len(self._images), generator=self._shuffle_generator)
-            batches = split_into_batches(order, self._recipe.batch_size)[first:]
+            order = self._epoch_order()
+            batches = split_into_batches(order, self._step_images)[first:]
             loss, stopped = self._train_batches(batches, callback, should_stop)
             seconds = time.perf_counter() - started
             self.elapsed_s += seconds
@@ -145,6 +163,11 @@ class TrainingLoop:
             yield EpochResult(epoch, self.step, loss, num_images / seconds, complete)
             if stopped:
                 return
+
+    def _epoch_order(self) -> torch.Tensor:
+        if self._recipe.sampler == "balanced":
+            return balanced_order(self._images.labels.cpu(), self._shuffle_generator)
+        return torch.randperm(len(self._images), generator=self._shuffle_generator)
 
     def _train_batches(
         self, order: list[torch.Tensor], callback: Callback, should_stop: Callable[[], bool]
@@ -168,7 +191,7 @@ class TrainingLoop:
             if self.step % LOG_EVERY_N_STEPS == 0:
                 loss, grad_norm = self._read_metrics(metrics)
                 now = time.perf_counter()
-                images_per_s = LOG_EVERY_N_STEPS * self._recipe.batch_size / (now - logged_at)
+                images_per_s = LOG_EVERY_N_STEPS * self._step_images / (now - logged_at)
                 logged_at = now
                 lr = factor * self._recipe.learning_rate
                 callback.on_log(StepReport(self.step, loss, lr, grad_norm, images_per_s))
@@ -181,7 +204,7 @@ class TrainingLoop:
         return local_size * self._distributed.world_size / self._distributed.total_images(batch_size)
 
     def _eager_step(self, *inputs: torch.Tensor, loss_weight: float = 1.0) -> torch.Tensor:
-        """Train on one batch.
+        """Train on the images of one step.
 
         Args:
             inputs: the batch, as the loader's `inputs` yields it.
@@ -193,14 +216,8 @@ class TrainingLoop:
         recipe = self._recipe
         self._optimizers.zero_grad()
         images, labels = self._images.batch(*inputs)
-        network_input = self._transform(self._augment(images))
-        dtype, enabled = _AUTOCAST_DTYPES[recipe.precision], recipe.precision != "fp32"
-        with torch.autocast(self._device.type, dtype, enabled=enabled):
-            logits = self._forward(network_input)
-            loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        if self._distributed.world_size > 1:
-            loss = loss * loss_weight
-        self._scaler.scale(loss).backward()
+        images, targets = self._augment.mix(self._augment(images), labels)
+        loss = self._backward(images, targets, loss_weight)
         for optimizer in self._optimizers.optimizers:
             self._scaler.unscale_(optimizer)
         grad_norm = self._grad_norm() if self._grad_norm_in_step else torch.zeros_like(loss)
@@ -210,6 +227,45 @@ class TrainingLoop:
             self._scaler.step(optimizer)
         self._scaler.update()
         return torch.stack((loss.detach().float(), grad_norm))
+
+    def _backward(self, images: torch.Tensor, targets: Targets, loss_weight: float) -> torch.Tensor:
+        """Compute the gradients of the mean loss over all images, in as many passes as the recipe says.
+
+        Returns:
+            The loss, times `loss_weight`.
+        """
+        if self._recipe.accumulate == 1:
+            loss = self._compute_loss(images, targets)
+            if self._distributed.world_size > 1:
+                loss = loss * loss_weight
+            self._scaler.scale(loss).backward()
+            return loss
+        total = torch.zeros((), device=self._device)
+        parts = split_evenly(len(images), self._parts(len(images)))
+        for number, part in enumerate(parts, start=1):
+            weight = loss_weight * (part.stop - part.start) / len(images)
+            # The last pass averages the gradients over the processes.
+            with nullcontext() if number == len(parts) else self._without_averaging():
+                loss = self._compute_loss(images[part], select_targets(targets, part)) * weight
+                self._scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _parts(self, count: int) -> int:
+        """Return in how many passes this process computes the gradients of `count` images."""
+        per_pass = max(1, self._recipe.batch_size // self._distributed.world_size)
+        # BatchNorm cannot train on one image.
+        return max(1, min(math.ceil(count / per_pass), count if per_pass == 1 else count // 2))
+
+    def _without_averaging(self) -> AbstractContextManager[None]:
+        replica = self._replica
+        return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
+
+    def _compute_loss(self, images: torch.Tensor, targets: Targets) -> torch.Tensor:
+        network_input = self._transform(images)
+        dtype, enabled = _AUTOCAST_DTYPES[self._recipe.precision], self._recipe.precision != "fp32"
+        with torch.autocast(self._device.type, dtype, enabled=enabled):
+            return self._loss(self._forward(network_input), targets, images)
 
     def _grad_norm(self) -> torch.Tensor:
         return nn.utils.get_total_norm([weight.grad for weight in self._trainable if weight.grad is not None])
@@ -274,6 +330,12 @@ def split_into_batches(order: torch.Tensor, batch_size: int) -> list[torch.Tenso
     if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
+
+
+def split_evenly(count: int, parts: int) -> list[slice]:
+    """Return consecutive slices of `count` items, whose lengths differ by at most one."""
+    limits = [count * part // parts for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(limits)]
 
 
 def require_finite_loss(loss: float, step: int, last_checkpoint: str) -> float:

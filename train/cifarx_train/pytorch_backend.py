@@ -57,6 +57,12 @@ class PyTorchBackend(TorchBackend):
             module = checkpoint.build().to(device)
         self._init_module(module, device)
 
+    @property
+    def network(self) -> "torch.nn.Module":
+        """The module, on the device and in eval mode."""
+        module: torch.nn.Module = self._module
+        return module
+
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
         from cifarx_train.checkpoints.checkpoint import load_checkpoint

@@ -125,7 +125,7 @@ def load_checkpoint(path: Path, options: ModelOptions = NO_OPTIONS) -> Checkpoin
             return _own_checkpoint(path, metadata[SPEC_KEY], weights, {}, options)
         return _external_checkpoint(path, weights, options, metadata)
     content = load_torch_file(path)
-    if _is_own(content):
+    if is_own(content):
         return _read_own(path, content, options)
     return _external_checkpoint(path, content, options, {})
 
@@ -139,12 +139,12 @@ def load_training_checkpoint(path: Path) -> Checkpoint:
     """
     require_file(path)
     content = load_torch_file(path)
-    if not _is_own(content):
+    if not is_own(content):
         raise ModelFileError(f"{path} contains no training state", "start a new run without --resume")
     return _read_own(path, content, NO_OPTIONS)
 
 
-def _is_own(content: Any) -> bool:
+def is_own(content: Any) -> bool:
     """Return whether `save_checkpoint` wrote this content."""
     return isinstance((as_plain_dict(content) or {}).get("spec"), str)
 

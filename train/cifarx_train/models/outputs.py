@@ -49,6 +49,11 @@ class SingleOutput(nn.Module):
         return self.network.load_state_dict(state_dict, strict, assign)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the network in a `SingleOutput`, whose parameters have the names of its state dict."""
+    return module.network if isinstance(module, SingleOutput) else module
+
+
 def select_output(result: Any, key: OutputKey) -> Tensor:
     """Return one tensor of what a network returns, or the result itself if it is a tensor."""
     if isinstance(result, Tensor):

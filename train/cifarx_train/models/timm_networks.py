@@ -1,11 +1,13 @@
-"""Networks of the library timm, without its published weights, and the preprocessing that it configures for them."""
+"""Networks of the library timm, its published weights, and the preprocessing that it configures for them."""
 
 import math
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
@@ -70,6 +72,39 @@ def timm_architecture(name: str, arguments: Mapping[str, Any]) -> Architecture:
         states_input=True,
         num_outputs=arguments.get("num_classes"),
     )
+
+
+def load_published(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the published weights of a network, which timm downloads if they are not in its cache.
+
+    Args:
+        name: the name, with or without the tag of the weights.
+        arguments: keyword arguments of `timm.create_model`.
+
+    Raises:
+        UsageError: there are none, or they cannot be downloaded.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise UsageError(f"timm publishes no weights of {name}", "give a file with --weights FILE")
+    try:
+        options = {key: value for key, value in arguments.items() if key != "num_classes"}
+        module = timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # the Hugging Face hub, torch.hub and timm raise many kinds of exceptions
+        raise UsageError(
+            f"timm's weights of {name} cannot be loaded from {_cache(config)} or downloaded ({error_message(error)})",
+            "give a file with --weights FILE",
+        ) from error
+    return dict(module.state_dict())
+
+
+def _cache(config: Any) -> str:
+    """Return the directory in which timm keeps the weights of a network."""
+    if config.hf_hub_id:
+        from huggingface_hub import constants
+
+        return str(constants.HF_HUB_CACHE)
+    return str(Path(torch.hub.get_dir()) / "checkpoints")
 
 
 def timm_input(config: Mapping[str, Any]) -> InputSpec:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from cifarx_serve.errors import UsageError
+from cifarx_train.models.outputs import unwrapped
 from cifarx_train.optim.muon import Muon
 from cifarx_train.recipes import Recipe
 
@@ -46,6 +47,7 @@ class Optimizers:
     Args:
         module: the model, on the device.
         recipe: provides the optimizer, its settings and the peaks of the learning rates.
+        head: the names of the parameters that `recipe.backbone_lr` is not for.
         capturable: whether a CUDA graph may capture `step`. It then reads the learning rates from device memory.
 
     Attributes:
@@ -55,8 +57,10 @@ class Optimizers:
         UsageError: the recipe uses Muon and the model has no weights that Muon could train.
     """
 
-    def __init__(self, module: nn.Module, recipe: Recipe, *, capturable: bool = False) -> None:
-        self.optimizers: Sequence[Optimizer] = _create_optimizers(module, recipe, capturable)
+    def __init__(
+        self, module: nn.Module, recipe: Recipe, *, head: frozenset[str] = frozenset(), capturable: bool = False
+    ) -> None:
+        self.optimizers: Sequence[Optimizer] = _create_optimizers(module, recipe, head, capturable)
         self._groups: ParamGroups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self._peaks = [float(group["lr"]) for group in self._groups]
         self._factor = 1.0
@@ -122,24 +126,36 @@ def _match_memory_formats(optimizer: Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _create_optimizers(module: nn.Module, recipe: Recipe, capturable: bool) -> list[Optimizer]:
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _create_optimizers(module: nn.Module, recipe: Recipe, head: frozenset[str], capturable: bool) -> list[Optimizer]:
     sgd = partial(SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
     match recipe.optimizer:
         case "sgd":
-            return [sgd(_decay_groups(trainable, recipe), lr=recipe.learning_rate)]
+            return [sgd(_groups(module, recipe, head), lr=recipe.learning_rate)]
         case "adamw":
-            groups = _decay_groups(trainable, recipe)
+            groups = _groups(module, recipe, head)
             return [AdamW(groups, lr=recipe.learning_rate, fused=True, capturable=capturable)]
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if parameter.ndim > 1 and parameter[0].numel() > 1]
     if len(matrices) < 2:
         raise UsageError("muon needs weights to train before the last layer", "use --set optimizer=sgd")
-    hidden, head = matrices[:-1], matrices[-1]  # the last matrix turns features into logits
+    hidden, last = matrices[:-1], matrices[-1]  # the last matrix turns features into logits
     others = [parameter for parameter in trainable if not any(parameter is matrix for matrix in matrices)]
-    sgd_groups: ParamGroups = [{"params": [head], "lr": recipe.head_lr, "weight_decay": recipe.weight_decay}]
+    sgd_groups: ParamGroups = [{"params": [last], "lr": recipe.head_lr, "weight_decay": recipe.weight_decay}]
     if others:
         sgd_groups.append({"params": others, "lr": recipe.bias_lr, "weight_decay": 0.0})
     return [Muon(hidden, recipe.learning_rate, recipe.momentum, recipe.nesterov), sgd(sgd_groups)]
+
+
+def _groups(module: nn.Module, recipe: Recipe, head: frozenset[str]) -> ParamGroups:
+    """Group the parameters by their decay and, with `backbone_lr`, by their learning rate."""
+    trainable = {name: value for name, value in unwrapped(module).named_parameters() if value.requires_grad}
+    if recipe.backbone_lr is None:
+        return _decay_groups(list(trainable.values()), recipe)
+    backbone = _decay_groups([value for name, value in trainable.items() if name not in head], recipe)
+    return [
+        *_decay_groups([value for name, value in trainable.items() if name in head], recipe),
+        *({**group, "lr": recipe.backbone_lr} for group in backbone),
+    ]
 
 
 def _decay_groups(trainable: Sequence[nn.Parameter], recipe: Recipe) -> ParamGroups:
