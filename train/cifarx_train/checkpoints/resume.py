@@ -66,7 +66,12 @@ def resume_recipe(point: ResumePoint, name: str | None, overrides: Mapping[str, 
     requested = (
         load_recipe(name, model, overrides) if name else build_recipe(point.record.recipe, overrides, "the recipe")
     )
-    requested = requested.complete(precision=recorded.precision, channels_last=recorded.channels_last)
+    requested = requested.complete(
+        precision=recorded.precision,
+        channels_last=recorded.channels_last,
+        distillation_weight=recorded.distillation_weight,
+        distillation_temperature=recorded.distillation_temperature,
+    )
     changes = requested.diff(recorded)
     if conflicts := {field: pair for field, pair in changes.items() if field not in _CHANGEABLE_FIELDS}:
         text = ", ".join(f"{field} {old!r}, not {new!r}" for field, (new, old) in conflicts.items())
