@@ -262,6 +262,7 @@ def run_worker(
         worker = ServerProcess(process, directory)
         worker.port = listener.getsockname()[1]
         start = Start(
+            number=0,
             settings=settings,
             listener_fd=listener.fileno(),
             status_fd=write_fd,

@@ -29,13 +29,18 @@ def configure_process(settings: Settings) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def create_app(settings: Settings, access_log: AccessLog | None) -> Application:
+def create_app(settings: Settings, access_log: AccessLog | None, worker: int = 0) -> Application:
     """Create the application in the event loop that will run it. Its models are not opened yet.
+
+    Args:
+        settings: the settings of the server.
+        access_log: receives a line per request, unless it is None.
+        worker: the number of this process among those that share their metrics.
 
     Raises:
         UsageError: the file of the API keys cannot be read, or as for `image_format.extra_formats`.
     """
-    metrics = Metrics()
+    metrics = Metrics(worker)
     repository = ModelRepository(settings, metrics)
     api_keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
     decoder = ImageDecoder(settings.threads, settings.limits.max_pixels)

@@ -22,10 +22,14 @@ _IMAGES_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The metrics of one process, shared with other processes if the variable `PROMETHEUS_MULTIPROC_DIR` is set."""
+    """The metrics of one process, shared with other processes if the variable `PROMETHEUS_MULTIPROC_DIR` is set.
 
-    def __init__(self) -> None:
-        self._shared = BufferedValues() if PROMETHEUS_MULTIPROC_DIR in os.environ else None
+    Args:
+        worker: the number of this process. No other process that runs at the same time may have it.
+    """
+
+    def __init__(self, worker: int = 0) -> None:
+        self._shared = BufferedValues(worker) if PROMETHEUS_MULTIPROC_DIR in os.environ else None
         if self._shared:
             values.ValueClass = self._shared.value_class
         registry = CollectorRegistry()

@@ -1,7 +1,6 @@
 """Metrics that processes share through files, as in prometheus_client, but with buffered writes."""
 
 import asyncio
-import os
 from collections import defaultdict
 from typing import Any, Final
 
@@ -14,13 +13,15 @@ _FLUSH_INTERVAL_S: Final = 0.1
 class BufferedValues:
     """Buffers the increments made in an event loop: a small request makes five, and writing each one takes 2 us.
 
+    Args:
+        worker: the number of this process, which is in the names of its files.
+
     Attributes:
         value_class: the class of values, to be assigned to `prometheus_client.values.ValueClass`.
     """
 
-    def __init__(self) -> None:
-        process_id = os.getpid()  # the library would call getpid() for every increment
-        base: Any = MultiProcessValue(lambda: process_id)
+    def __init__(self, worker: int) -> None:
+        base: Any = MultiProcessValue(lambda: worker)
         buffer: defaultdict[Any, float] = defaultdict(float)
         flush = self.flush
 

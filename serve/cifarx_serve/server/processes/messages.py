@@ -23,6 +23,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         settings: the settings of the server.
+        number: the number of the worker, from 0. A worker that replaces another one has its number.
         listener_fd: the file descriptor of the listening socket.
         status_fd: the file descriptor to which the worker writes `READY`, or an error as a JSON array of the problem
             and the remedy.
@@ -30,6 +31,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     settings: Settings
+    number: int
     listener_fd: int
     status_fd: int
     accept_while_opening: bool

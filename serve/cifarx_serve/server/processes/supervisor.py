@@ -6,7 +6,6 @@ restarted, connections wait instead of being refused.
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -17,7 +16,8 @@ from typing import Final
 
 import msgspec
 
-from cifarx_serve.errors import CifarxError, OutputError, UsageError, error_message
+from cifarx_serve.errors import CifarxError, UsageError, error_message
+from cifarx_serve.server.inference.metrics_files import clear_gauges, create_metrics_files
 from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start
 from cifarx_serve.server.processes.socket_filter import drop_new_connections
 from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR, Settings
@@ -28,11 +28,14 @@ _BACKLOG: Final = 1024
 _WATCH_INTERVAL_S: Final = 1.0
 _MIN_RESTART_DELAY_S: Final = 0.25
 _MAX_RESTART_DELAY_S: Final = 8.0
+_MAX_READY_DELAY_S: Final = 1.0
+"""The delay for workers that become ready and exit soon, which would otherwise keep a CPU busy with starting them."""
+
+_STABLE_S: Final = 10.0
+"""A worker that ran for this long is replaced without a delay."""
+
 _HANG_S: Final = 30.0
 """How long a worker that was ready may say nothing before it is killed: its event loop does not run."""
-
-_METRICS_BYTES: Final = 1 << 20
-"""The space that the metrics of one worker need. They are mapped into memory: a full disk would kill the worker."""
 
 _SHUTDOWN_GRACE_S: Final = 5.0
 """How long a worker may take to exit, beyond the time limits of its requests, before it is killed."""
@@ -99,7 +102,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         with tempfile.TemporaryDirectory(prefix="cifarx-serve-") as metrics_dir:
-            _require_space(metrics_dir, self._count)
+            for worker in range(self._count):
+                create_metrics_files(Path(metrics_dir), worker)
             workers = [asyncio.create_task(self._supervise(number, metrics_dir)) for number in range(self._count)]
             watching = asyncio.create_task(self._watch_files()) if self._watch else None
             await self._stopping.wait()
@@ -117,6 +121,7 @@ class Supervisor:
         """Start a worker, and restart it when it exits, until the server stops."""
         delay_s = _MIN_RESTART_DELAY_S
         while not self._stopping.is_set():
+            started = asyncio.get_running_loop().time()
             was_ready, error = await self._run_worker(number, metrics_dir)
             if self._stopping.is_set():
                 return
@@ -125,16 +130,16 @@ class Supervisor:
                 self._stopping.set()
                 return
             self._on_event(f"restarting worker {number}: {error.problem}")
-            if was_ready:
-                delay_s = _MIN_RESTART_DELAY_S
+            if was_ready and asyncio.get_running_loop().time() - started > _STABLE_S:
+                delay_s = _MIN_RESTART_DELAY_S  # it may fail only now and then: replace it at once
             else:
                 await self._sleep(delay_s)
-                delay_s = min(2 * delay_s, _MAX_RESTART_DELAY_S)
+                delay_s = min(2 * delay_s, _MAX_READY_DELAY_S if was_ready else _MAX_RESTART_DELAY_S)
 
     async def _run_worker(self, number: int, metrics_dir: str) -> tuple[bool, CifarxError]:
         """Run a worker until it exits; return whether it was ready, and why it exited."""
         read_fd, write_fd = os.pipe()
-        process = await self._start_worker(write_fd, metrics_dir)
+        process = await self._start_worker(number, write_fd, metrics_dir)
         self._workers[number] = process
         if self._stopping.is_set():
             _send_signal(process, signal.SIGTERM)
@@ -145,10 +150,10 @@ class Supervisor:
         del self._workers[number]
         was_ready = number in self._ready
         self._ready.discard(number)
-        _remove_live_gauges(metrics_dir, process.pid)
+        clear_gauges(Path(metrics_dir), number)
         return was_ready, error
 
-    async def _start_worker(self, write_fd: int, metrics_dir: str) -> asyncio.subprocess.Process:
+    async def _start_worker(self, number: int, write_fd: int, metrics_dir: str) -> asyncio.subprocess.Process:
         listener_fd = self._listener.fileno()
         process = await asyncio.create_subprocess_exec(
             *worker_command(_WORKER_MODULE),
@@ -160,6 +165,7 @@ class Supervisor:
         os.close(write_fd)
         start = Start(
             settings=self._settings,
+            number=number,
             listener_fd=listener_fd,
             status_fd=write_fd,
             accept_while_opening=not self._all_were_ready,
@@ -257,14 +263,6 @@ class Supervisor:
         return [_file_state(Path(path)) for path in self._settings.files.values()]
 
 
-def _require_space(metrics_dir: str, workers: int) -> None:
-    free = shutil.disk_usage(metrics_dir).free
-    if free < workers * _METRICS_BYTES:
-        directory = Path(metrics_dir).parent
-        problem = f"{directory} has {free:,} bytes of free space, too few for the metrics of {workers} workers"
-        raise OutputError(problem, "set TMPDIR to another directory")
-
-
 def _file_state(path: Path) -> tuple[int, int, int] | None:
     """Return the inode, size and modification time of a file; None if there is no such file."""
     try:
@@ -278,9 +276,3 @@ def _send_signal(process: asyncio.subprocess.Process, number: signal.Signals) ->
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.kill(process.pid, number)  # Process.send_signal could consume the exit status that a task waits for
-
-
-def _remove_live_gauges(metrics_dir: str, pid: int) -> None:
-    """Remove the gauges of a process that has exited; its counters are kept."""
-    for path in Path(metrics_dir).glob(f"gauge_live*_{pid}.db"):
-        path.unlink(missing_ok=True)

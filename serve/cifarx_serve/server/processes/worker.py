@@ -39,7 +39,7 @@ class Worker:
         self._accept_while_opening = start.accept_while_opening
         self._status_fd = start.status_fd
         self._access_log = AccessLog(sys.stdout.buffer) if settings.access_log else None
-        app = create_app(settings, self._access_log)
+        app = create_app(settings, self._access_log, start.number)
         self._repository, self._metrics = app.repository, app.metrics
         self._repository.peers_starting = start.accept_while_opening
         self._listener = Listener(app, settings, socket.socket(fileno=start.listener_fd))

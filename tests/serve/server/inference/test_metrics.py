@@ -73,7 +73,7 @@ _WORKER = """
 import asyncio, sys
 from cifarx_serve.server.inference.batcher import BatchEvent
 from cifarx_serve.server.inference.metrics import Metrics
-metrics = Metrics()
+metrics = Metrics(int(sys.argv[1]))
 observe = metrics.batch_observer("lzh_9")
 
 async def count():
@@ -96,8 +96,8 @@ asyncio.run(count())
 class Worker:
     """A process that counts requests and batches."""
 
-    def __init__(self, directory: Path) -> None:
-        command = [sys.executable, "-W", "error", "-c", _WORKER]
+    def __init__(self, directory: Path, number: int) -> None:
+        command = [sys.executable, "-W", "error", "-c", _WORKER, str(number)]
         environment = os.environ | {PROMETHEUS_MULTIPROC_DIR: str(directory)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
@@ -123,7 +123,7 @@ class Worker:
 
 def test_every_process_shows_the_metrics_of_all_processes(tmp_path: Path) -> None:
     """Including processes that have ended, except for the images in their queues."""
-    first, second = Worker(tmp_path), Worker(tmp_path)
+    first, second = Worker(tmp_path, 0), Worker(tmp_path, 1)
     first.count(3)
     second.count(5)
     second.count(7)
@@ -134,7 +134,7 @@ def test_every_process_shows_the_metrics_of_all_processes(tmp_path: Path) -> Non
         assert values["cifarx_request_seconds_bucket", "/v1/predict", "0.004"] == 3
         assert values["cifarx_queue_images", "lzh_9"] == 10
     second.end()
-    third = Worker(tmp_path)
+    third = Worker(tmp_path, 1)
     third.count(1)
     values = third.metrics()
     assert values["cifarx_requests_total", "/v1/predict", "200"] == 4

@@ -12,7 +12,7 @@ _PROGRAM = """
 import asyncio, sys
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from cifarx_serve.server.inference.multiprocess_metrics import BufferedValues
-buffered = BufferedValues()
+buffered = BufferedValues(0)
 values.ValueClass = buffered.value_class
 registry = CollectorRegistry()
 images = Counter("images", "Images.", ["model"], registry=registry)

@@ -1,20 +1,20 @@
 """The `cifarx serve` program with its supervisor and workers."""
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from cifarx_serve.errors import OutputError, UsageError
+from cifarx_serve.errors import UsageError
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.server.inference.model import file_version
-from cifarx_serve.server.processes.supervisor import _require_space, listen
+from cifarx_serve.server.processes.supervisor import listen
 from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import write_onnx
 from tests.support.endless_model import write_endless_model
@@ -230,6 +230,18 @@ def test_restarts_a_worker_until_it_can_start(tmp_path: Path, onnx: Path) -> Non
         assert server.leftovers() == []
 
 
+def test_a_worker_that_exits_again_and_again_keeps_no_cpu_busy(tmp_path: Path, onnx: Path) -> None:
+    """The other worker serves, and the one that exits as soon as it is ready is started less and less often."""
+    with two_workers(tmp_path, onnx) as server:
+        started = time.monotonic()
+        for restarts in range(1, 5):
+            server.workers()[-1].kill()  # the one that started last
+            server.wait_for("is ready again", restarts)
+            assert server.predict().status == 200
+        assert time.monotonic() - started > 0.25 + 0.5 + 1.0
+        assert server.stop() == 0
+
+
 def test_serves_on_when_its_output_is_closed(tmp_path: Path, onnx: Path) -> None:
     """Close the server's output after one line, as `cifarx serve … 2>&1 | head -1` does."""
     read_fd, write_fd = os.pipe()
@@ -333,18 +345,6 @@ def test_answers_a_hundred_clients_at_once(tmp_path: Path, onnx: Path) -> None:
         for thread in threads:
             thread.join()
         assert statuses == [200] * 100
-
-
-def test_the_space_for_temporary_files_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    state = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: state)
-    _require_space(str(tmp_path / "metrics"), 2)
-    with pytest.raises(OutputError) as raised:
-        _require_space(str(tmp_path / "metrics"), 3)
-    assert str(raised.value) == (
-        f"{tmp_path} has 3,000,000 bytes of free space, too few for the metrics of 3 workers: "
-        "set TMPDIR to another directory"
-    )
 
 
 # What never ends
