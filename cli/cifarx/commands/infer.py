@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
+from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -29,9 +30,20 @@ _PROGRESS_THRESHOLD: Final = 100
 @takes_flags(ModelFlags)
 def command(
     images: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="IMAGE...", help="Image files, directories or quoted patterns; - is standard input."),
-    ],
+    ] = None,
+    path_list: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Also classify the files that are listed in FILE, one path per line; - is standard input.",
+        ),
+    ] = None,
+    null: Annotated[
+        bool, typer.Option("--null", "-0", help="The paths of --from are separated by NUL bytes, as of find -print0.")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -66,17 +78,21 @@ def command(
 ) -> int:
     """Classify images."""
     output_format = _output_format(json=json, jsonl=jsonl, csv=csv)
-    names = list(find_images(images))
-    sheet = _contact_sheet(annotate, names)
+    named = list(find_images(images or []))
+    listed = _listed(path_list, named, null=null)
+    sheet = _contact_sheet(annotate, named)
     sources = _ImageSources(twice=sheet is not None)
     path = ckpt or model or str(find_model(Path(), backend or "onnxruntime"))
     with _open(path, model if ckpt else None, backend, device, flags) as predictor:
         description = _describe_model(predictor, path)
         facts = {"model": path, "backend": predictor.backend, "provider": predictor.provider}
-        predictions = _with_progress_bar(_predict(predictor, names, sources, top_k), len(names))
-        predicted = 0
+        names, ahead = tee(chain(named, listed))  # the images are read a few batches ahead
+        predictions = _predict(predictor, ahead, sources, top_k, single=path_list is None and len(named) == 1)
+        count = len(named) if path_list is None else None
+        classified = predicted = 0
         with closing(prediction_writer(output_format, facts, top_k, predictor.spec.multi_label)) as writer:
-            for name, prediction in zip(names, predictions, strict=True):
+            for name, prediction in zip(names, _with_progress_bar(predictions, count), strict=True):
+                classified += 1
                 if not predicted and isinstance(prediction, Prediction):
                     note(f"note: {description}")
                     if assumption := predictor.spec.assumption:
@@ -85,14 +101,37 @@ def command(
                 if isinstance(prediction, ImageError):
                     print_error(str(prediction))
                 writer.write(name, prediction)
-                if sheet:
+                if sheet and annotate:
+                    _require_other_file(annotate, name)  # a listed one is known only now
                     sheet.add(name, sources.read_again(name), prediction)
+        if not classified:
+            raise UsageError(f"no paths in {path_list}", "list one path per line")
         if sheet:
             sheet.write(predictor.spec.model, description)
             note(f"wrote {annotate}")
-    if predicted == len(names):
+    if predicted == classified:
         return 0
     return 1 if predicted else 2
+
+
+def _listed(path_list: str | None, named: list[str], *, null: bool) -> Iterator[str]:
+    """Yield the paths in the list of --from.
+
+    Raises:
+        UsageError: there is neither a list nor a named image, or standard input is named twice.
+    """
+    if path_list is None:
+        if null:
+            raise UsageError("--null was given without --from", "give the list of paths with --from FILE")
+        if not named:
+            raise UsageError("no image was given", "name image files, or a list of them with --from FILE")
+        return iter(())
+    if path_list == STANDARD_INPUT and STANDARD_INPUT in named:
+        raise UsageError("standard input was named twice", "give - once")
+    from cifarx_serve.images.path_list import read_path_list  # few commands have a list
+
+    file = sys.stdin.buffer if path_list == STANDARD_INPUT else Path(path_list)
+    return read_path_list(file, null_separated=null)
 
 
 def _open(path: str, network: str | None, backend: str | None, device: str, flags: ModelFlags) -> Predictor:
@@ -125,15 +164,21 @@ def _contact_sheet(target: Path | None, names: list[str]) -> "ContactSheet | Non
     from cifarx.output.contact_sheet import ContactSheet
 
     sheet = ContactSheet(target)
-    if target.exists() and any(_is_same_file(target, name) for name in names):
-        raise UsageError(f"--annotate {target} would overwrite one of the images", "give another name, or remove it")
+    for name in names:
+        _require_other_file(target, name)
     return sheet
 
 
-def _is_same_file(target: Path, name: str) -> bool:
+def _require_other_file(target: Path, name: str) -> None:
+    """Check that the contact sheet does not overwrite an image.
+
+    Raises:
+        UsageError: it does.
+    """
     with suppress(OSError, ValueError):  # an unreadable image is reported when it is read
-        return target.samefile(name)
-    return False
+        if target.samefile(name):
+            problem = f"--annotate {target} would overwrite one of the images"
+            raise UsageError(problem, "give another name, or remove it")
 
 
 class _ImageSources:
@@ -169,21 +214,29 @@ class _ImageSources:
 
 
 def _predict(
-    predictor: Predictor, names: list[str], sources: _ImageSources, top_k: int
+    predictor: Predictor, names: Iterator[str], sources: _ImageSources, top_k: int, *, single: bool
 ) -> Iterator[Prediction | ImageError]:
     """Yield the predictions. A single image is not streamed, which avoids starting threads."""
-    if len(names) > 1:
+    if not single:
         yield from predictor.predict_stream(map(sources.read, names), top_k)
         return
     try:
-        yield predictor.predict(sources.read(names[0]), top_k)
+        yield predictor.predict(sources.read(next(names)), top_k)
     except ImageError as error:
         yield error
 
 
-def _with_progress_bar(predictions: Iterator[Prediction | ImageError], count: int) -> Iterable[Prediction | ImageError]:
-    """Show a progress bar for many images, unless the predictions are printed to the same terminal."""
-    if count < _PROGRESS_THRESHOLD or not sys.stderr.isatty() or sys.stdout.isatty():
+def _with_progress_bar(
+    predictions: Iterator[Prediction | ImageError], count: int | None
+) -> Iterable[Prediction | ImageError]:
+    """Show a progress bar for many images, unless the predictions are printed to the same terminal.
+
+    Args:
+        predictions: the predictions.
+        count: the number of images; None if it is not known.
+    """
+    few = count is not None and count < _PROGRESS_THRESHOLD
+    if few or not sys.stderr.isatty() or sys.stdout.isatty():
         return predictions
     from rich.console import Console
     from rich.progress import track

@@ -24,6 +24,7 @@ from cifarx_serve.images.image_format import (
     require_accepted,
 )
 from cifarx_serve.images.inner_sizes import require_few_scans, require_small_structure
+from cifarx_serve.images.levels import has_more_than_8_bits, to_8_bits
 from cifarx_serve.images.pixel_limits import TooManyPixels, require_pixels
 
 MAX_PIXELS: Final = 100_000_000
@@ -45,7 +46,6 @@ ImageSource: TypeAlias = (
 )
 
 _CHUNK: Final = 1 << 20
-_MAX_SHOWN_URL: Final = 200
 
 # The EXIF tag of the camera's orientation, and the operation that corrects each of its values.
 _ORIENTATION: Final = 0x0112
@@ -63,11 +63,8 @@ _UPRIGHT: Final = {
 _METADATA_IN_INFO: Final = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP"})
 _METADATA_KEYS: Final = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
-# Formats whose 16-bit grayscale images Pillow opens in the 32-bit mode I (PNG until Pillow 10.3).
-_16_BIT_AS_MODE_I: Final = ("PPM", "PNG")
-
 # Formats that are read into memory first: their structure is checked in all of the file, which is compressed.
-_READ_AT_ONCE: Final = frozenset({"JPEG", "PNG", "WEBP", "GIF"})
+_READ_AT_ONCE: Final = frozenset({"JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIC"})
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -87,8 +84,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def read_image(source: ImageSource) -> Image.Image:
     """Decode one image to upright RGB.
 
-    The EXIF orientation of the camera is applied, transparent pixels are blended with white, 16-bit grayscale is scaled
-    to 8 bits, and only the first frame of an animation is used.
+    The EXIF orientation of the camera is applied, transparent pixels are blended with white, grayscale of more than 8
+    bits is scaled (see `levels.to_8_bits`), and only the first frame of an animation is used.
 
     Args:
         source: a path, the content of an image file, a binary file object, a Pillow image, or a uint8 array of shape
@@ -118,23 +115,6 @@ def read_image(source: ImageSource) -> Image.Image:
     raise _not_a_source(source)
 
 
-def is_url(name: str) -> bool:
-    """Return whether a name is a URL, such as `https://…`, `s3://…` or `data:…`."""
-    scheme, separator, _ = name.partition(":")
-    is_scheme = len(scheme) > 1 and scheme.isascii() and scheme[0].isalpha() and scheme.replace("+", "").isalnum()
-    return bool(separator) and is_scheme and (scheme == "data" or name.startswith(f"{scheme}://"))
-
-
-def url_error(url: str) -> ImageError:
-    """Return the error for a URL in place of a path."""
-    scheme = url.partition(":")[0]
-    shown = url if len(url) <= _MAX_SHOWN_URL else f"{url[:_MAX_SHOWN_URL]}…"
-    remedy = {"file": "give its path", "data": "decode the base64 text and give the bytes"}.get(
-        scheme, "save it to a file first, or give its content as bytes"
-    )
-    return ImageError(f"{shown} is a URL, and cifarx does not download", remedy)
-
-
 def _read_path(source: "str | os.PathLike[str]") -> Image.Image:
     path = Path(os.fsdecode(source))
     try:
@@ -145,6 +125,8 @@ def _read_path(source: "str | os.PathLike[str]") -> Image.Image:
     except ValueError as error:
         raise ImageError(f"cannot open image {str(path)!r} ({error})", "check the path") from error
     except OSError as error:
+        from cifarx_serve.images.urls import is_url, url_error  # few paths cannot be opened
+
         if is_url(name := os.fsdecode(source)):
             raise url_error(name) from error
         remedy = "check the path" if isinstance(error, FileNotFoundError) else "make it readable"
@@ -152,12 +134,16 @@ def _read_path(source: "str | os.PathLike[str]") -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to upright 8-bit RGB."""
+    """Convert an image of any mode to upright 8-bit RGB.
+
+    Raises:
+        ImageError: the image is empty, or its numbers have an unknown range.
+    """
     if 0 in image.size:
         raise ImageError(f"the image is empty ({image.width}x{image.height} pixels)", "give an image that has pixels")
-    image = _upright(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _16_BIT_AS_MODE_I):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    stored, image = image, _upright(image)
+    if has_more_than_8_bits(image):
+        return to_8_bits(image, stored).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -298,6 +284,8 @@ class _ImageErrors:
 def _image_error(error: Exception, name: str) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         return TooManyPixels(f"{name} is a decompression bomb ({error_message(error)})", "resize the image first")
+    if isinstance(error, SyntaxError) and "pixel mode" in str(error):
+        return ImageError(f"{name} has pixels of a kind that Pillow does not read", "save it with 8 bits per channel")
     if isinstance(error, UnidentifiedImageError | SyntaxError):  # a SyntaxError is how a reader rejects a file
         return ImageError(f"{name} is not an image", NOT_AN_IMAGE)
     return ImageError(f"{name} is truncated or damaged ({error_message(error)})", "save or copy the image again")

@@ -225,6 +225,53 @@ def test_the_images_of_a_folder_keep_their_order(cli: Cli, trained: Trained, fol
     assert document.json == rows
 
 
+def test_the_paths_in_a_list_are_classified_after_the_named_images(
+    cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path
+) -> None:
+    """A list may name files whose names are not UTF-8 or have spaces, and what is no image."""
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 [1].png")
+    shutil.copy(drawings[1], odd)
+    listed = [odd, "https://example.org/dog.jpg", str(tmp_path), *map(str, drawings)] * 40
+    (tmp_path / "list.txt").write_bytes(b"\n".join(map(os.fsencode, listed)))
+    result = cli("infer", drawings[0], "--from", tmp_path / "list.txt", "--model", trained.onnx, "--json")
+    assert result.status == 1
+    names, entries = [str(drawings[0]), *listed], result.json
+    assert [entry["image"] for entry in entries] == [name.replace("\udce9", "\ufffd") for name in names]
+    found = dict(zip(names, entries, strict=True))
+    assert found[odd]["label"] == found[str(drawings[1])]["label"]
+    assert "cifarx does not download: save it to a file first" in found["https://example.org/dog.jpg"]["error"]
+    assert "is a folder: give an image file" in found[str(tmp_path)]["error"]
+
+
+def test_a_list_from_standard_input(trained: Trained, drawings: list[Path]) -> None:
+    command = [sys.executable, "-m", "cifarx", "infer", "--from", "-", "-0", "--jsonl", "--model", str(trained.onnx)]
+    names = "\0".join(map(str, drawings))
+    result = subprocess.run(command, input=names, capture_output=True, text=True, check=True)
+    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == list(map(str, drawings))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "no image was given: name image files, or a list of them with --from FILE"),
+        (["--from", "empty.txt"], "no paths in empty.txt: list one path per line"),
+        (["--from", "absent.txt"], "cannot read the list absent.txt (No such file or directory)"),
+        (["--from", "-", "-"], "standard input was named twice"),
+        (["-0", "x.png"], "--null was given without --from"),
+        (["--from", "listed.txt", "--annotate", "0.png"], "--annotate 0.png would overwrite one of the images"),
+        (["https://example.org/a.png?size=1"], "a.png?size=1 is a URL, and cifarx does not download: save it"),
+    ],
+)
+def test_lists_and_names_that_cannot_be_used(
+    cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path, arguments: list[str], problem: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "listed.txt").write_text(f"{drawings[1]}\n{drawings[0]}\n")
+    result = cli("infer", "--model", trained.onnx, *arguments)
+    assert result.status == 2
+    assert problem in result.error
+
+
 def test_csv_has_one_row_per_image(cli: Cli, trained: Trained, folder: Path) -> None:
     result = cli("infer", str(folder / "07*.png"), "--model", trained.onnx, "--csv", "--top-k", 2)
     assert result.status == 1
