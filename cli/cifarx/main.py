@@ -1,5 +1,6 @@
 """Runs the command line, and reports every error as one line and an exit status."""
 
+import errno
 import io
 import os
 import sys
@@ -68,7 +69,12 @@ def _system_message(error: OSError | UnicodeEncodeError) -> str:
     if isinstance(error, UnicodeEncodeError):
         return f"a name is not valid UTF-8 ({ascii(error.object)[:200]}): rename the file or directory"
     problem = f"cannot access {error.filename}" if error.filename else "input or output failed"
-    return f"{problem} ({error_message(error)}): check the path and the disk"
+    remedy = "check the path and the disk"
+    if error.errno == errno.ENOSPC:
+        import tempfile
+
+        remedy = f"free some space; TMPDIR sets the directory of temporary files, now {tempfile.gettempdir()}"
+    return f"{problem} ({error_message(error)}): {remedy}"
 
 
 def _usage_message(error: Exception) -> str:

@@ -114,3 +114,14 @@ def test_the_pytorch_backend_is_found_in_a_source_tree(trained: Trained, tmp_pat
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "with pytorch on cpu" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_an_error_that_names_the_temporary_directory(trained: Trained) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "cifarx", "inspect", str(trained.onnx)]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "(No space left on device): free some space; TMPDIR sets the directory of temporary files" in result.stderr
+    assert result.stderr.count("\n") == 1
