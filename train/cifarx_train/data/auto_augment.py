@@ -137,8 +137,8 @@ def _move(images: Tensor, choice: Choice, fill: Tensor) -> Tensor:
     y = torch.arange(height, device=images.device)[None, :, None] - middle_y
     angle = choice.value_of("rotate")
     cosine, sine = angle.cos(), angle.sin()
-    source_x = cosine * x - sine * y - choice.value_of("shear_x") * y - choice.value_of("translate_x").trunc()
-    source_y = sine * x + cosine * y - choice.value_of("shear_y") * x - choice.value_of("translate_y").trunc()
+    source_x = cosine * x - sine * y + choice.value_of("shear_x") * y - choice.value_of("translate_x").trunc()
+    source_y = sine * x + cosine * y + choice.value_of("shear_y") * x - choice.value_of("translate_y").trunc()
     columns, rows = (source_x + middle_x).round_().long(), (source_y + middle_y).round_().long()
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     index = torch.arange(count, device=images.device)[:, None, None]
@@ -153,10 +153,10 @@ def _blend(images: Tensor, choice: Choice, luma_weights: Tensor) -> Tensor:
     other = torch.where(choice.is_any("color")[..., None], luma, 0.0)
     other = torch.where(choice.is_any("contrast")[..., None], luma.mean((1, 2), keepdim=True), other)
     other = torch.where(choice.is_any("sharpness")[..., None], _blur(levels), other)
-    names = ("brightness", "color", "contrast", "sharpness")
-    factor = 1.0 + sum((choice.value_of(name) for name in names), start=torch.zeros_like(choice.value))[..., None]
+    is_blended = choice.is_any("brightness", "color", "contrast", "sharpness")[..., None]
+    factor = (1.0 + choice.value)[:, None, None, None]
     blended = (levels * factor + other * (1.0 - factor)).clamp_(0, 255).to(torch.uint8)
-    return torch.where(choice.is_any(*names)[..., None], blended, images)
+    return torch.where(is_blended, blended, images)
 
 
 def _blur(levels: Tensor) -> Tensor:
