@@ -7,6 +7,7 @@ or have readers that few people use. So only a few are opened, and the other rea
 import os
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Final
 
 from PIL import Image
@@ -20,8 +21,12 @@ HEAD_BYTES: Final = 16
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """The formats that are opened wherever they come from, by Pillow's names."""
 
-FILE_FORMATS: Final = (*FORMATS, "PPM")
-"""The formats of files and of training data. Datasets use PPM, PGM and PBM, whose pixels follow a few numbers."""
+FILE_FORMATS: Final = (*FORMATS, "PPM", "AVIF", "HEIC")
+"""The formats of files and of training data. Datasets use PPM, PGM and PBM, whose pixels follow a few numbers.
+
+AVIF and HEIC are those of cameras and phones; `missing_reader` says whether they can be read. Clients cannot send them,
+because only the sizes that they declare are limited, not what their decoders do.
+"""
 
 FORMATS_VARIABLE: Final = "CIFARX_IMAGE_FORMATS"
 """The environment variable that names more of Pillow's formats, separated by commas.
@@ -40,6 +45,14 @@ _READERS: Final = {
     "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
     "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
     "PPM": ("PIL.PpmImagePlugin", "PpmImageFile"),
+    "AVIF": ("PIL.AvifImagePlugin", "AvifImageFile"),
+    "HEIC": ("pillow_heif", "HeifImageFile"),
+}
+
+# The formats whose reader may be missing: the module that decodes them, and how to get it.
+_OPTIONAL_READERS: Final = {
+    "AVIF": ("PIL._avif", "install Pillow 11.3 or newer"),
+    "HEIC": ("pillow_heif", "install pillow-heif"),
 }
 
 # Of the formats that are opened, and of those that are likely to be tried. RIFF and ISO base media files name theirs
@@ -75,7 +88,7 @@ _SIGNATURES: Final = (
 _BRANDS: Final = {
     b"WEBP": "WEBP",
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
-    **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
 }
 
 
@@ -96,11 +109,13 @@ def require_accepted(head: bytes, name: str, accepted: tuple[str, ...]) -> str |
         accepted: the formats that are opened in addition to `extra_formats`.
 
     Raises:
-        ImageError: the file is not an image, or its format is not accepted.
+        ImageError: the file is not an image, its format is not accepted, or its reader is not installed.
         UsageError: as for `extra_formats`.
     """
     found = identify(head)
     if found in accepted:
+        if missing := missing_reader(found):
+            raise ImageError(f"{name} cannot be opened, because no reader of {found} images is installed", missing)
         return found
     extra = extra_formats()
     if found is None and not extra:
@@ -127,6 +142,15 @@ def extra_formats() -> tuple[str, ...]:
             f"{FORMATS_VARIABLE} names {unknown[0][:40]!r}, which cannot be opened", f"choose from {known}"
         )
     return names
+
+
+@cache
+def missing_reader(image_format: str) -> str | None:
+    """Return how to install the reader of a format of `FILE_FORMATS`, or None if it is there."""
+    if image_format not in _OPTIONAL_READERS:
+        return None
+    module, remedy = _OPTIONAL_READERS[image_format]
+    return None if find_spec(module) else remedy
 
 
 @cache

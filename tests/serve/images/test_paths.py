@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import FallbackWarning, UsageError
 from cifarx_serve.images.paths import find_images
 
 
@@ -15,7 +15,13 @@ def _tree(tmp_path: Path) -> None:
 
 
 def test_a_folder_expands_to_its_images_sorted_by_name() -> None:
-    assert list(find_images(["tree"])) == ["tree/a/x.jpeg", "tree/a/deep/y.webp", "tree/b/10.PNG", "tree/b/2.png"]
+    with pytest.warns(FallbackWarning, match=r"^tree: left out 1 file: 1 \.txt$"):
+        images = list(find_images(["tree"]))
+    assert images == ["tree/a/x.jpeg", "tree/a/deep/y.webp", "tree/b/10.PNG", "tree/b/2.png"]
+
+
+def test_no_warning_without_other_files() -> None:
+    assert list(find_images(["tree/b"])) == ["tree/b/10.PNG", "tree/b/2.png"]
 
 
 def test_names_keep_their_order() -> None:
@@ -44,7 +50,11 @@ def test_an_existing_file_is_not_a_pattern() -> None:
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [(["tree/*.gif"], "no file matches"), (["empty"], "no images in empty"), (["-", "tree", "-"], "named twice")],
+    [
+        (["tree/*.gif"], "no file matches"),
+        (["empty"], r"no images in empty \(left out 1 file: 1 \.md\): supported suffixes are \.apng"),
+        (["-", "tree/b", "-"], "named twice"),
+    ],
 )
 def test_names_without_images_are_usage_errors(names: list[str], words: str) -> None:
     Path("empty").mkdir()
