@@ -289,6 +289,8 @@ def test_a_file_may_set_its_name(tmp_path: Path) -> None:
     [
         ("epochs = ", "cannot be read"),
         ("epochs = 3\nepochs = 4\n", "cannot be read"),
+        (f"epochs = {'[' * 100_000}", "cannot be read"),
+        (f"epochs = {'9' * 5000}", "cannot be read"),
         ('base = "note"\n', "did you mean 'notes'"),
         ("base = 3\n", "has the base 3"),
         ('base = "notes"\nmomentm = 0.9\n', "did you mean 'momentum'"),

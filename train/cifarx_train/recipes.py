@@ -332,7 +332,7 @@ def _find(name: str, model: str | None) -> Recipe:
 def _read_toml(path: Path, model: str | None) -> dict[str, Any]:
     try:
         document = tomllib.loads(read_text_file(path))
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueErrors: of encodings, of TOML, of long numbers
         raise UsageError(
             f"recipe {path} cannot be read ({error_message(error)})", "give a TOML file of recipe fields"
         ) from error

@@ -107,7 +107,7 @@ def read_baseline(path: Path) -> Baseline:
         )
     try:
         return msgspec.json.decode(path.read_bytes(), type=Baseline)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelFileError(f"baseline {path} is not a report ({error})", _CREATE_BASELINE) from error
 
 

@@ -93,7 +93,11 @@ def test_reads_a_report_of_this_version(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[]", b"{", b"\xff\xfe", b'{"rows": []}', b'{"environment": {}, "rows": [1]}', b"[" * 10**5]
+    "text",
+    [
+        *(b"", b"[]", b"{", b"\xff\xfe", b'{"rows": []}', b'{"environment": {}, "rows": [1]}', b"[" * 10**5),
+        *(b'{"a":' * 10**5, b'{"environment": {}, "rows": ' + b"[" * 10**5),
+    ],
 )
 def test_a_file_that_is_not_a_report_is_refused(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "old.json").write_bytes(text)
