@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,14 +8,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torchvision.transforms.v2 import functional
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.augmentation import Augmentation, color_jitter, cutout, random_crop_flip
+from cifarx_train.data.augmentation import (
+    Augmentation,
+    color_jitter,
+    cutout,
+    random_crop_flip,
+    random_erasing,
+    random_resized_crop,
+)
+from cifarx_train.data.mixing import MixedLabels
 from cifarx_train.recipes import load_recipe
 
 CPU = torch.device("cpu")
 LUMA_WEIGHTS = torch.tensor((0.299, 0.587, 0.114))
 FILL = torch.tensor([1, 2, 3], dtype=torch.uint8)
+LABELS = torch.arange(60) % 3
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
@@ -261,3 +272,72 @@ def test_the_fill_color_of_cutout_is_zero_for_the_network(spec: InputSpec, color
     changed = result[(result != 7).any(3)]
     assert len(changed) >= 9 * 4
     assert set(map(tuple, changed.tolist())) == {tuple(color)}
+
+
+# --- random resized crop
+
+
+def test_a_random_resized_crop_is_that_of_torchvision() -> None:
+    images = random_images(40, 11, 14, seed=5)
+    torch.manual_seed(2)
+    result = random_resized_crop(images, 0.1)
+    torch.manual_seed(2)  # the same random numbers again, one image at a time
+    area = torch.empty(40, 1).uniform_(0.1, 1.0) * 11 * 14
+    ratio = torch.empty(40, 1).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    heights = (area / ratio).sqrt().round().clamp(1, 11)
+    widths = (area * ratio).sqrt().round().clamp(1, 14)
+    top = (torch.rand(40, 1) * (11 - heights + 1)).floor()
+    left = (torch.rand(40, 1) * (14 - widths + 1)).floor()
+    boxes = torch.cat((top, left, heights, widths), 1).int().tolist()
+    assert len(set(map(tuple, boxes))) > 30
+    for number, (y, x, height, width) in enumerate(boxes):
+        crop = functional.resized_crop(images[number].permute(2, 0, 1), y, x, height, width, [11, 14], antialias=False)
+        assert (crop.permute(1, 2, 0).int() - result[number].int()).abs().max() <= 1
+
+
+def test_a_crop_of_the_whole_image_changes_nothing() -> None:
+    images = random_images(3, 8, 8)
+    torch.manual_seed(0)
+    crops = random_resized_crop(images.repeat(50, 1, 1, 1), 0.999)
+    assert (crops[:3].shape, crops.dtype) == (images.shape, torch.uint8)
+    assert (crops == images.repeat(50, 1, 1, 1)).all((1, 2, 3)).float().mean() > 0.3  # the others have another ratio
+
+
+# --- random erasing
+
+
+def test_random_erasing_fills_one_rectangle_within_the_image() -> None:
+    images = torch.full((3000, 20, 30, 3), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    result = random_erasing(images, 0.25, FILL)
+    filled = (result == FILL).all(3)
+    assert torch.equal(filled, (result != 255).any(3))
+    areas = filled.float().mean((1, 2))
+    assert 0.22 < (areas > 0).float().mean() < 0.28
+    assert areas.max() <= 0.36
+    for hole in filled[areas > 0].numpy():
+        assert hole.sum() == hole.any(0).sum() * hole.any(1).sum()
+
+
+# --- all together
+
+
+def test_every_augmentation_of_a_recipe_is_applied_and_repeats_with_the_seed() -> None:
+    spec = InputSpec(height=12, width=10)
+    images = random_images(60, 12, 10)
+    for values in (
+        {"random_resized_crop": 0.3},
+        {"auto_augment": "trivial"},
+        {"auto_augment": "rand"},
+        {"random_erasing": 1.0},
+    ):
+        augment = Augmentation(load_recipe("notes", overrides=values), spec, CPU)
+        torch.manual_seed(1)
+        first = augment(images)
+        assert not torch.equal(first, images), values
+        torch.manual_seed(1)
+        assert torch.equal(augment(images), first)
+        assert augment.mix(images, LABELS)[0] is images
+    mixed, targets = Augmentation(load_recipe("notes", overrides={"cutmix": 1.0}), spec, CPU).mix(images, LABELS)
+    assert isinstance(targets, MixedLabels)
+    assert not torch.equal(mixed, images)
