@@ -64,6 +64,14 @@ class Distributed(NamedTuple):
             for buffer in module.buffers():
                 distributed.broadcast(buffer, src=0)
 
+    def broadcast_state(self, module: nn.Module) -> None:
+        """Copy the parameters and buffers of rank 0 to all ranks."""
+        if self.world_size > 1:
+            for tensor in module.state_dict().values():
+                contiguous = tensor.contiguous()
+                distributed.broadcast(contiguous, src=0)
+                tensor.copy_(contiguous)
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks in place, and return it."""
         if self.world_size > 1:

@@ -100,6 +100,14 @@ class Evaluator:
             mistakes=self._top_mistakes(torch.cat(mistake_scores), torch.cat(predictions)),
         )
 
+    @torch.inference_mode()
+    def logits(self, model: nn.Module) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the logits of the images of this rank, float32 (N, classes), and their labels, as `evaluate` does."""
+        model.eval()
+        parts = [(model(self._transform(images)), labels) for images, labels in self._images.batches(self._batches)]
+        logits, labels = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return logits.float().numpy(), labels.numpy()
+
     def _top_mistakes(self, scores: torch.Tensor, predictions: torch.Tensor) -> list[Mistake]:
         """Return the mistakes with the highest confidence; a score of zero means a correct prediction."""
         top_scores, positions = scores.topk(min(_MAX_MISTAKES, len(scores)))

@@ -1,10 +1,10 @@
 """Sets up and runs a training run: data, model, training loop, evaluation, checkpoints and logs."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -16,11 +16,13 @@ from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.atomic import require_writable
 from cifarx_serve.files.directory_lock import lock_directory
+from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import DataRecord, InputSpec
 from cifarx_serve.system.cpus import available_cpus
 from cifarx_train.callbacks.base import Callback, CallbackList
 from cifarx_train.callbacks.tensorboard.callback import TensorBoard
 from cifarx_train.checkpoints.directory import CheckpointDirectory
+from cifarx_train.checkpoints.pretrained import Transfer
 from cifarx_train.checkpoints.resume import (
     ResumePoint,
     find_resume_point,
@@ -28,13 +30,13 @@ from cifarx_train.checkpoints.resume import (
     require_same_step,
     resume_recipe,
 )
-from cifarx_train.data.dataset import Dataset, LabeledImages, OnError, fingerprint
+from cifarx_train.data.dataset import Dataset, LabeledImages, OnError
 from cifarx_train.data.loaders.device import InputTransform
-from cifarx_train.data.loaders.selection import select_loader
 from cifarx_train.data.selection import select_dataset, select_dataset_for_model
 from cifarx_train.data.statistics import fit_normalization
+from cifarx_train.distillation import complete_recipe as complete_distillation
+from cifarx_train.distillation import open_teacher
 from cifarx_train.distributed import Distributed, init_distributed
-from cifarx_train.evaluation import Evaluator
 from cifarx_train.loop import TrainingLoop
 from cifarx_train.models.architecture import Architecture, Stem
 from cifarx_train.models.memory_format import make_input_contiguous, supports_channels_last
@@ -42,7 +44,10 @@ from cifarx_train.models.options import ModelOptions
 from cifarx_train.models.outputs import with_one_output
 from cifarx_train.models.sources import find_architecture
 from cifarx_train.recipes import Recipe, load_recipe
-from cifarx_train.trainer import Trainer, TrainingPlan, TrainResult
+from cifarx_train.run_data import RunData, Splits, loss_weights, require_fitting_recipe
+from cifarx_train.starting_weights import find_starting_weights
+from cifarx_train.trainer import Trainer, TrainResult
+from cifarx_train.training_plan import TrainingPlan
 
 # The number of training images from which a model with data-dependent initialization takes its first weights.
 _INITIALIZATION_IMAGES = 5000
@@ -62,7 +67,10 @@ def train(
     logdir: Path | None = None,
     resume: str | None = None,
     keep: int | None = None,
+    weights: str | None = None,
+    teacher: Path | None = None,
     callbacks: Sequence[Callback] = (),
+    progress: Progress = silent,
     **overrides: Any,
 ) -> TrainResult:
     """Train a model and write one checkpoint per epoch.
@@ -83,7 +91,12 @@ def train(
         logdir: the directory for TensorBoard. Defaults to `logs` in `out`.
         resume: the path of a checkpoint, or `auto` for the latest readable one in `out`, if any.
         keep: the number of epochs whose checkpoints are kept, in addition to the best one. Defaults to all.
+        weights: the weights to start from: "default" for those that the source of the network publishes, "timm" for the
+            same of a network of timm, or the path of a checkpoint of any program. The head is replaced for the classes
+            of the data. Defaults to random weights.
+        teacher: the checkpoint or artifact whose answers are learned too.
         callbacks: receive the events of the run.
+        progress: receives what is used of `weights` and `teacher`, as lines of text, before the data is read.
         overrides: recipe fields that replace those of the recipe.
 
     Returns:
@@ -106,23 +119,26 @@ def train(
 
     def run(distributed: Distributed) -> TrainResult:
         architecture = find_architecture(options, stem)
-        requested_input = _requested_input(architecture, options, image_size)
         directory = CheckpointDirectory(out, architecture.name, keep)
         point = find_resume_point(resume, directory) if resume else None
         require_same_step(point, distributed)
-        if point:
-            recipe = resume_recipe(point, recipe_name, overrides, name)
-        else:
-            recipe = load_recipe(recipe_name or "notes", name, overrides)
+        start = find_starting_weights(weights, architecture, options.weights_key, point, distributed)
+        architecture, report = start.architecture, progress if distributed.is_main_process else silent
+        requested_input = _requested_input(architecture, options, image_size)
         target = _select_device(device, distributed)
-        recipe = _complete_recipe(recipe, target)
+        recipe = _select_recipe(point, recipe_name, overrides, name)
+        recipe = complete_distillation(_complete_recipe(recipe, target), has_teacher=teacher is not None)
         with _output_directories(out, logs):
             dataset = (
                 select_dataset_for_model(point.record.data, data, on_error) if point else select_dataset(data, on_error)
             )
             _require_trainable(options, dataset)
+            transfer = start.plan(requested_input, dataset.class_names, options, report)
+            head = start.find_head(recipe, requested_input, report)
+            tutor = open_teacher(teacher, dataset.class_names, target, point, report)
             with distributed.main_process_first():
-                splits = _Splits.load(dataset, requested_input)
+                splits = Splits.load(dataset, requested_input)
+            require_fitting_recipe(recipe, splits, dataset.class_names)
             normalized = "mean" in options.overrides.fields.get("input", {}) or architecture.states_input
             fits_normalization = recipe.normalize and not normalized
             spec = _input_spec(requested_input, fits_normalization, splits.train, point)
@@ -131,16 +147,27 @@ def train(
         num_classes = len(dataset.class_names)
         callback = CallbackList([TensorBoard(logs), *callbacks] if distributed.is_main_process else [])
         with report_out_of_memory(target, recipe.batch_size, "--batch-size"):
-            module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target)
+            module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target, transfer)
             if not (architecture.is_registered or supports_channels_last(module, spec)):
                 make_input_contiguous(module)
                 recipe = msgspec.structs.replace(recipe, channels_last=False)
             names, record = dataset.class_names, splits.record
-            plan = TrainingPlan(architecture, spec, recipe, names, record, seed, target, distributed)
-            evaluator = Evaluator(select_loader(splits.test, target), spec, num_classes, target, distributed)
-            train_images = select_loader(splits.train, target)
-            loop = TrainingLoop(module, train_images, spec, recipe, device=target, seed=seed, distributed=distributed)
-            return Trainer(plan, loop, evaluator, directory, callback).fit(splits.test, point)
+            learned_from = start.record, tutor.record if tutor else None
+            plan = TrainingPlan(architecture, spec, recipe, names, record, seed, target, distributed, *learned_from)
+            images = RunData.select(splits, recipe, seed, target)
+            loop = TrainingLoop(
+                module,
+                images.train,
+                spec,
+                recipe,
+                device=target,
+                seed=seed,
+                distributed=distributed,
+                head=head,
+                teacher=tutor,
+                class_weights=loss_weights(recipe, names, images.train),
+            )
+            return Trainer(plan, loop, images, directory, callback).fit(point)
 
     with init_distributed() as distributed, lock_directory(out) if distributed.is_main_process else nullcontext():
         return run(distributed)  # a function, so that the DDP model is freed before the process group is destroyed
@@ -173,8 +200,14 @@ def _require_trainable(options: ModelOptions, dataset: Dataset) -> None:
                 f"{options.overrides.origins.get(name)} states {name} {stated[name]}, but training makes {value}",
                 "leave it out",
             )
-    if others := stated.keys() & {"outputs", "thresholds"}:
+    if others := stated.keys() & {"outputs", "thresholds", "temperature"}:
         raise UsageError(f"training does not use {', '.join(sorted(others))} of the spec", "leave it out")
+
+
+def _select_recipe(point: ResumePoint | None, name: str | None, overrides: Mapping[str, Any], model: str) -> Recipe:
+    if point:
+        return resume_recipe(point, name, overrides, model)
+    return load_recipe(name or "notes", model, overrides)
 
 
 def _select_device(name: str, distributed: Distributed) -> torch.device:
@@ -213,27 +246,6 @@ def _output_directories(*directories: Path) -> Iterator[None]:
         raise
 
 
-class _Splits(NamedTuple):
-    """The training and test splits, and the record of them for the spec."""
-
-    train: LabeledImages
-    test: LabeledImages
-    record: DataRecord
-
-    @staticmethod
-    def load(dataset: Dataset, spec: InputSpec) -> "_Splits":
-        train, test = dataset.load("train", spec), dataset.load("test", spec)
-        record = DataRecord(
-            name=dataset.name,
-            kind=dataset.kind,
-            train_images=len(train),
-            test_images=len(test),
-            train_fingerprint=fingerprint(train, dataset.class_names),
-            test_fingerprint=fingerprint(test, dataset.class_names),
-        )
-        return _Splits(train, test, record)
-
-
 def _input_spec(
     requested: InputSpec, fits_normalization: bool, train_images: LabeledImages, point: ResumePoint | None
 ) -> InputSpec:
@@ -258,6 +270,8 @@ def _require_same_run(
     require_same(point, "seed", point.record.seed, seed)
     require_same(point, "training data", recorded.train_fingerprint[:12], data.train_fingerprint[:12])
     require_same(point, "test data", recorded.test_fingerprint[:12], data.test_fingerprint[:12])
+    recorded_val, val = (each.val_fingerprint and each.val_fingerprint[:12] for each in (recorded, data))
+    require_same(point, "val data", recorded_val, val)
 
 
 def _initialize_model(
@@ -267,14 +281,17 @@ def _initialize_model(
     num_classes: int,
     seed: int,
     device: torch.device,
+    transfer: Transfer | None,
 ) -> nn.Module:
-    """Build the model on the device with initial weights determined by the seed."""
+    """Build the model on the device with initial weights determined by the seed, or those that are transferred."""
     torch.manual_seed(seed)
     module = architecture.build(num_classes, spec)
     if not architecture.is_registered:
         module = with_one_output(module, num_classes, spec, architecture.source)
+    if transfer:
+        transfer.load_into(module)
     module = module.to(device)
-    if architecture.initialize:
+    if architecture.initialize and not transfer:
         sample = torch.from_numpy(images.images[:_INITIALIZATION_IMAGES].copy()).to(device)
         architecture.initialize(module, InputTransform(spec, device)(sample))
     return module

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
 from cifarx_serve.spec import InputSpec
+from cifarx_train.calibration import Calibration
 from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation
 from cifarx_train.recipes import Recipe
@@ -28,11 +29,14 @@ class RunInfo(NamedTuple):
         world_size: the number of processes that train together.
         data: the name of the dataset.
         class_names: the classes in label order.
-        num_train_images: the number of training images.
+        num_train_images: the number of images that are trained on.
         test_set: the test images and their labels.
         total_steps: the number of steps of the whole run, including those before a resume.
         first_step: the number of steps completed before a resume; 0 for a new run.
         resumed_from: the checkpoint that the run resumes from, or None for a new run.
+        val_set: the images by which epochs are compared; None if they are compared by the test images.
+        class_counts: the number of images of each class that are trained on.
+        num_calibration_images: the number of training images held out for the temperature, which are not trained on.
     """
 
     model: str
@@ -49,6 +53,19 @@ class RunInfo(NamedTuple):
     total_steps: int
     first_step: int = 0
     resumed_from: Path | None = None
+    val_set: LabeledImages | None = None
+    class_counts: tuple[int, ...] = ()
+    num_calibration_images: int = 0
+
+    @property
+    def evaluated_split(self) -> Literal["val", "test"]:
+        """The split that the model is evaluated on after every epoch."""
+        return "test" if self.val_set is None else "val"
+
+    @property
+    def evaluated_set(self) -> LabeledImages:
+        """The images of that split and their labels."""
+        return self.test_set if self.val_set is None else self.val_set
 
 
 class StepReport(NamedTuple):
@@ -77,7 +94,7 @@ class EpochReport(NamedTuple):
         epochs: the number of epochs of the run.
         step: the number of steps completed so far.
         train_loss: the training loss of the last batch.
-        evaluation: the result on the test split.
+        evaluation: the result on the val split, or on the test split where there is none.
         images_per_s: the training throughput, excluding evaluation and checkpointing.
         checkpoint_s: the seconds taken to write the checkpoint.
         checkpoint: the path of the checkpoint.
@@ -91,6 +108,24 @@ class EpochReport(NamedTuple):
     images_per_s: float
     checkpoint_s: float
     checkpoint: Path
+
+
+class FinalReport(NamedTuple):
+    """The metrics of the checkpoint that a run ends with.
+
+    Attributes:
+        checkpoint: the path of the checkpoint: the best one on the val split, or the last one where there is none.
+        epoch: the number of its epoch, from 0.
+        evaluation: the result on the test split.
+        val_accuracy: the accuracy on the val split, from 0 to 1, if there is one.
+        calibration: the temperature in the checkpoint, if the run was calibrated.
+    """
+
+    checkpoint: Path
+    epoch: int
+    evaluation: Evaluation
+    val_accuracy: float | None = None
+    calibration: Calibration | None = None
 
 
 class Callback:
@@ -107,6 +142,9 @@ class Callback:
 
     def on_epoch_end(self, report: EpochReport) -> None:
         """Called after an epoch, when its checkpoint is on disk."""
+
+    def on_test_end(self, report: FinalReport) -> None:
+        """Called once, when training has ended without an error and its result is tested."""
 
     def on_train_end(self) -> None:
         """Called at the end of training, including after an error."""
@@ -133,6 +171,10 @@ class CallbackList(Callback):
     def on_epoch_end(self, report: EpochReport) -> None:
         for callback in self._callbacks:
             callback.on_epoch_end(report)
+
+    def on_test_end(self, report: FinalReport) -> None:
+        for callback in self._callbacks:
+            callback.on_test_end(report)
 
     def on_train_end(self) -> None:
         for callback in self._callbacks:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -73,10 +74,15 @@ def checkpoint_path(directory: Path, model: str, epoch: int) -> Path:
     return directory / f"{model}_{epoch}{SUFFIX}"
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: Path, checkpoint: Checkpoint, modified_ns: int | None = None) -> None:
     """Write a checkpoint as a dict of tensors and plain types, readable with `torch.load(weights_only=True)`.
 
     The tensors are copied to the CPU, so that machines without the training device can load the file.
+
+    Args:
+        path: the file.
+        checkpoint: what to write.
+        modified_ns: the modification time of the file, in nanoseconds since the epoch. Defaults to now.
 
     Raises:
         OutputError: the file cannot be written.
@@ -87,6 +93,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
         write_checksum(temporary)
+        if modified_ns is not None:
+            os.utime(temporary, ns=(modified_ns, modified_ns))
 
 
 def _copy_to_cpu(value: Any) -> Any:

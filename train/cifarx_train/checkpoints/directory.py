@@ -1,5 +1,6 @@
 """The checkpoint files of one run: their names, which of them are kept, and which one is the latest."""
 
+import filecmp
 import re
 import shutil
 import warnings
@@ -28,7 +29,7 @@ class CheckpointDirectory:
 
     Attributes:
         interrupted_path: the checkpoint of a run that stopped within an epoch.
-        best_path: the checkpoint with the best test accuracy, written only if `keep` is given.
+        best_path: the checkpoint with the best accuracy, written only if `keep` is given.
     """
 
     def __init__(self, directory: Path, model: str, keep: int | None = None) -> None:
@@ -58,6 +59,23 @@ class CheckpointDirectory:
                     self.epoch_path(saved).unlink(missing_ok=True)
         self.interrupted_path.unlink(missing_ok=True)
         return path
+
+    def update(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint that is complete now. It keeps its modification time, so it does not become the latest.
+
+        Raises:
+            OutputError: the file cannot be written. The earlier one is left unchanged.
+        """
+        is_best = self._is_best(path)
+        save_checkpoint(path, checkpoint, path.stat().st_mtime_ns)
+        if is_best:
+            _link_or_copy(path, self.best_path)
+
+    def _is_best(self, path: Path) -> bool:
+        """Return whether the best checkpoint is another name or a copy of this one."""
+        if path == self.best_path or not self.best_path.exists():
+            return False
+        return path.samefile(self.best_path) or filecmp.cmp(path, self.best_path, shallow=False)
 
     def save_interrupted(self, checkpoint: Checkpoint) -> Path:
         """Write the checkpoint of a run that stopped within an epoch, and return its path.
@@ -100,4 +118,4 @@ def _link_or_copy(source: Path, target: Path) -> None:
         try:
             temporary.hardlink_to(source)
         except OSError:
-            shutil.copyfile(source, temporary)
+            shutil.copy2(source, temporary)

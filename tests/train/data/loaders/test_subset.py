@@ -6,7 +6,7 @@ from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.data.loaders.base import Loader
 from cifarx_train.data.loaders.device import DeviceLoader
 from cifarx_train.data.loaders.streaming import StreamingLoader
-from cifarx_train.data.loaders.subset import SubsetLoader, hold_out
+from cifarx_train.data.loaders.subset import SubsetLoader, stratified_split
 
 CPU = torch.device("cpu")
 
@@ -33,9 +33,9 @@ def test_the_images_and_labels_are_those_of_the_indices(kind: type[DeviceLoader 
 
 
 def test_the_same_fraction_of_every_class_is_held_out() -> None:
-    kept, held = hold_out(DeviceLoader(images_of([0] * 100 + [1] * 20 + [2] * 4), CPU), 0.1, seed=3)
+    kept, held = stratified_split(DeviceLoader(images_of([0] * 100 + [1] * 20 + [2] * 4), CPU), 0.1, seed=3)
     assert torch.bincount(held.labels, minlength=3).tolist() == [10, 2, 0]
     assert sorted(indices_in(kept) + indices_in(held)) == list(range(124))
-    again = hold_out(DeviceLoader(images_of([0] * 100 + [1] * 20 + [2] * 4), CPU), 0.1, seed=3)[1]
-    other = hold_out(DeviceLoader(images_of([0] * 100 + [1] * 20 + [2] * 4), CPU), 0.1, seed=4)[1]
+    again = stratified_split(DeviceLoader(images_of([0] * 100 + [1] * 20 + [2] * 4), CPU), 0.1, seed=3)[1]
+    other = stratified_split(DeviceLoader(images_of([0] * 100 + [1] * 20 + [2] * 4), CPU), 0.1, seed=4)[1]
     assert indices_in(again) == indices_in(held) != indices_in(other)

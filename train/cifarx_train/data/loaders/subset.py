@@ -27,7 +27,7 @@ class SubsetLoader(Loader):
         return self._loader.batch(*inputs)
 
 
-def hold_out(loader: Loader, fraction: float, seed: int) -> tuple[SubsetLoader, SubsetLoader]:
+def stratified_split(loader: Loader, fraction: float, seed: int) -> tuple[SubsetLoader, SubsetLoader]:
     """Split the images at random into those to keep and those to hold out.
 
     The fraction is that of every class, rounded, so that a class of few images keeps them.
