@@ -24,7 +24,7 @@ from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Dataset, LabeledImages, fingerprint
 from cifarx_train.data.decoded_cache import cache_key
-from cifarx_train.data.image_folder import open_image_dataset
+from cifarx_train.data.image_dataset import open_image_dataset
 from tests.support.file_owner import pretend_other_owner
 from tests.support.image_datasets import pack_archive, write_image_folder
 
@@ -70,7 +70,7 @@ class Reads:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     reads = Reads()
-    monkeypatch.setattr("cifarx_train.data.image_folder.read_image", reads)
+    monkeypatch.setattr("cifarx_train.data.image_dataset.read_image", reads)
     return reads
 
 
@@ -115,7 +115,7 @@ def test_a_cached_archive_is_not_listed(
     load(archive)
     assert cache.exists()
     data = open_image_dataset(archive)
-    monkeypatch.delattr("cifarx_train.data.image_folder.ImageArchiveDataset._read")
+    monkeypatch.delattr("cifarx_train.data.archives.ArchiveStore._positions")
     data.load("train", SPEC)
     assert data.class_names == ("blue", "green", "red")
 
@@ -430,18 +430,18 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 import cifarx_train.data.decoded_cache as decoded_cache
-import cifarx_train.data.image_folder as image_folder
+import cifarx_train.data.image_dataset as image_dataset
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import fingerprint
 
 decoded_cache._MIN_IMAGES = 1
-read = image_folder.read_image
+read = image_dataset.read_image
 def slowly(source):
     print("reading", flush=True)
     time.sleep(float(sys.argv[2]))
     return read(source)
-image_folder.read_image = slowly
-data = image_folder.open_image_dataset(Path(sys.argv[1]))
+image_dataset.read_image = slowly
+data = image_dataset.open_image_dataset(Path(sys.argv[1]))
 print(fingerprint(data.load("train", InputSpec(height=32, width=32)), data.class_names))
 """
 

@@ -8,9 +8,11 @@ from torchvision.datasets import CIFAR10
 
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import DataRecord, InputSpec
+from cifarx_train.data.archives import ArchiveStore
 from cifarx_train.data.cifar10 import Cifar10Dataset
 from cifarx_train.data.dataset import fingerprint
-from cifarx_train.data.image_folder import ImageArchiveDataset, ImageFolderDataset
+from cifarx_train.data.folder import FolderStore
+from cifarx_train.data.image_dataset import ImageFileDataset
 from cifarx_train.data.selection import select_dataset, select_dataset_for_model
 from cifarx_train.data.synthetic.dataset import SyntheticDataset
 from tests.support.image_datasets import pack_archive, write_image_folder
@@ -52,8 +54,9 @@ def test_builtin_is_the_synthetic_dataset() -> None:
 def test_a_folder_or_an_archive(color_folder: Path, tmp_path: Path) -> None:
     folder = select_dataset(str(color_folder))
     archive = select_dataset(str(pack_archive(color_folder, tmp_path / "colors.tar.gz")))
-    assert isinstance(folder, ImageFolderDataset)
-    assert isinstance(archive, ImageArchiveDataset)
+    assert isinstance(folder, ImageFileDataset)
+    assert isinstance(archive, ImageFileDataset)
+    assert (type(folder.store), type(archive.store)) == (FolderStore, ArchiveStore)
     assert folder.class_names == archive.class_names == ("blue", "green", "red")
 
 
@@ -122,7 +125,7 @@ def test_a_folder_without_classes_is_an_error(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_an_archive_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"not an archive")
-    with pytest.raises(DataError, match=r"photo\.png is not a folder or a \.tar\.gz of one"):
+    with pytest.raises(DataError, match=r"photo\.png is not a folder or a \.zip or \.tar\.gz of one"):
         select_dataset("photo.png")
 
 
@@ -146,7 +149,7 @@ def test_an_explicit_choice_overrides_the_environment(data_in_environment: Path)
 
 def test_auto_selects_the_path_in_the_environment(data_in_environment: Path) -> None:
     data = select_dataset("auto")
-    assert isinstance(data, ImageFolderDataset)
+    assert isinstance(data, ImageFileDataset)
     assert data.path == data_in_environment
 
 
@@ -190,28 +193,35 @@ def test_a_model_of_cifar10_falls_back_with_a_warning() -> None:
         assert isinstance(select_dataset_for_model(CIFAR, "auto"), SyntheticDataset)
 
 
-def test_a_model_of_a_folder_falls_back_with_a_warning_that_names_it() -> None:
-    with pytest.warns(FallbackWarning, match=r"DRAWINGS.*trained on colors.*set --data or CIFARX_DATA"):
-        assert isinstance(select_dataset_for_model(RECORD, "auto"), SyntheticDataset)
+def test_the_drawings_never_stand_in_for_a_folder() -> None:
+    with pytest.raises(
+        DataError, match=r"trained on colors, whose path is not known: give it with --data PATH, or set"
+    ):
+        select_dataset_for_model(RECORD, "auto")
 
 
-def test_a_model_without_a_record_uses_the_automatic_choice() -> None:
-    with pytest.warns(FallbackWarning, match="cannot be downloaded"):
-        assert isinstance(select_dataset_for_model(None, "auto"), SyntheticDataset)
+def test_the_drawings_never_stand_in_for_unknown_images() -> None:
+    with pytest.raises(DataError, match=r"not known which images .*: give images like them with --data PATH, or set"):
+        select_dataset_for_model(None, "auto")
+
+
+def test_a_model_without_a_record_uses_cifar10_if_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
+    assert isinstance(select_dataset_for_model(None, "auto"), Cifar10Dataset)
 
 
 @pytest.mark.parametrize("record", [None, RECORD, BUILTIN, CIFAR], ids=["none", "folder", "builtin", "cifar10"])
 def test_an_explicit_choice_overrides_the_record_of_the_model(
     record: DataRecord | None, color_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(select_dataset_for_model(record, str(color_folder)), ImageFolderDataset)
+    assert isinstance(select_dataset_for_model(record, str(color_folder)), ImageFileDataset)
     assert isinstance(select_dataset_for_model(record, "builtin"), SyntheticDataset)
     with pytest.raises(DataError, match="dataset nowhere does not exist"):
         select_dataset_for_model(record, "nowhere")
     with pytest.raises(DataError, match="cannot be downloaded"):
         select_dataset_for_model(record, "cifar10")
     monkeypatch.setenv("CIFARX_DATA", str(color_folder))
-    assert isinstance(select_dataset_for_model(record, "auto"), ImageFolderDataset)
+    assert isinstance(select_dataset_for_model(record, "auto"), ImageFileDataset)
 
 
 def test_a_model_of_a_folder_uses_the_path_in_the_environment(data_in_environment: Path) -> None:

@@ -32,7 +32,7 @@ from cifarx_serve.files.atomic import atomic_path, write_error
 from cifarx_serve.files.cache_directory import cache_directory, create_cache_directory, require_own
 from cifarx_serve.images.preprocess import rgb_fill
 from cifarx_serve.spec import InputSpec
-from cifarx_train.data.dataset import KnownFingerprint, LabeledImages, fingerprint
+from cifarx_train.data.dataset import KnownFingerprint, LabeledImages, Split, fingerprint
 
 _NAME: Final = "decoded"
 
@@ -66,12 +66,16 @@ class DecodedSplit(msgspec.Struct, frozen=True):
         labels: one per image.
         broken: the files that are not among the images and labels.
         fingerprint: the fingerprint of the split, in a record.
+        splits: the splits of the dataset; none in records of earlier versions.
+        left_out: what of the dataset is not used, as in `Dataset.left_out`.
     """
 
     class_names: tuple[str, ...]
     labels: list[int]
     broken: list[BrokenImage] = []
     fingerprint: str = ""
+    splits: tuple[Split, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 class ImageBuffer(ABC):

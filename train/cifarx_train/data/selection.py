@@ -8,7 +8,9 @@ from typing import NamedTuple
 from cifarx_serve.errors import DataError, FallbackWarning, UsageError
 from cifarx_serve.spec import DataRecord
 from cifarx_train.data.dataset import Dataset, OnError
-from cifarx_train.data.image_folder import open_image_dataset
+from cifarx_train.data.image_dataset import open_image_dataset
+from cifarx_train.data.label_file import LabelFile
+from cifarx_train.data.splits import Fraction
 from cifarx_train.data.synthetic.dataset import SyntheticDataset
 
 DATA_ENV_VAR = "CIFARX_DATA"
@@ -20,12 +22,36 @@ class _Options(NamedTuple):
     on_error: OnError
     split_fraction: float | None
     labels: Path | None
+    record: DataRecord | None = None
 
     def require_unused(self, name: str) -> None:
         """Raise a UsageError if a dataset that has splits and labels shall be split or labeled."""
         for option, value in (("--split", self.split_fraction), ("--labels", self.labels)):
             if value is not None:
-                raise UsageError(f"{option} {value} does not apply to --data {name}", "leave it out")
+                remedy = "give the images with --data PATH" if name == "auto" else "leave it out"
+                raise UsageError(f"{option} {value} does not apply to --data {name}", remedy)
+
+    @property
+    def fraction(self) -> Fraction | None:
+        """The part of the images to hold out: the stated one, or that of the training data."""
+        if self.split_fraction is not None:
+            if not 0 < self.split_fraction < 1:
+                problem = f"--split {self.split_fraction:g} is not a part of the images"
+                raise UsageError(problem, "give a number between 0 and 1, such as 0.2")
+            return Fraction(self.split_fraction)
+        if self.record and self.record.split_fraction:
+            return Fraction(self.record.split_fraction, stated=False)
+        return None
+
+    def label_file(self, data: Path) -> LabelFile | None:
+        """Return the file with the labels: the stated one, or the one of the training data, in or beside a dataset."""
+        if self.labels is not None:
+            return LabelFile(self.labels)
+        if self.record and self.record.labels:
+            for folder in (data, data.parent):
+                if (path := folder / self.record.labels).is_file():
+                    return LabelFile(path)
+        return None
 
 
 def select_dataset(
@@ -34,8 +60,8 @@ def select_dataset(
     """Return the dataset for a value of `--data`.
 
     Args:
-        name: "auto", "cifar10", "builtin", or the path of a folder or `.tar.gz` of images. "auto" is the path in
-            `$CIFARX_DATA` if it is set, otherwise CIFAR-10, otherwise the synthetic dataset, with a warning. Only
+        name: "auto", "cifar10", "builtin", or the path of a folder, an archive or tables of images. "auto" is the path
+            in `$CIFARX_DATA` if it is set, otherwise CIFAR-10, otherwise the synthetic dataset, with a warning. Only
             "auto" falls back.
         on_error: "raise" a `DataError` for files that cannot be read as images, or "skip" them with a warning.
         split_fraction: the part of the images to hold out as the test split, for images that are not split.
@@ -73,26 +99,38 @@ def select_dataset_for_model(
     """Return the dataset for a value of `--data` in a command about a trained model.
 
     This is `select_dataset`, but "auto" selects the dataset that the model was trained on if `$CIFARX_DATA` is not set.
+    The drawings stand in for CIFAR-10 alone, with a warning, and for no other images.
 
     Args:
         record: the training data that is recorded in the model's spec, if any.
         name: as for `select_dataset`.
-        on_error, split_fraction, labels: as for `select_dataset`. By default, images are split and labeled as they were
-            for the training.
+        on_error, split_fraction, labels: as for `select_dataset`. By default, images without splits or labels are split
+            and labeled as they were for the training.
 
     Raises:
         DataError, UsageError: as for `select_dataset`.
     """
-    options = _Options(on_error, split_fraction, labels)
-    if name != "auto" or record is None or os.environ.get(DATA_ENV_VAR):
-        return select_dataset(name, on_error, split_fraction=split_fraction, labels=labels)
-    options.require_unused(record.name)
-    if record.kind in ("builtin", "cifar10"):
-        try:
-            return _named(record.kind)
-        except DataError as error:
-            return _fall_back(error.problem)
-    return _fall_back(f"the model was trained on {record.name}, whose path is not known (set --data or {DATA_ENV_VAR})")
+    options = _Options(on_error, split_fraction, labels, record)
+    path = os.environ.get(DATA_ENV_VAR) if name == "auto" else name
+    if path in ("builtin", "cifar10"):
+        return select_dataset(path, on_error, split_fraction=split_fraction, labels=labels)
+    if path:
+        return _from_path(Path(path), options)
+    if record is not None and record.kind == "folder":
+        raise DataError(
+            f"the model was trained on {record.name}, whose path is not known",
+            f"give it with --data PATH, or set {DATA_ENV_VAR}",
+        )
+    options.require_unused("auto" if record is None else record.name)
+    try:
+        return _named("cifar10" if record is None else record.kind)
+    except DataError as error:
+        if record is None:
+            raise DataError(
+                f"it is not known which images the model was trained on, and {error.problem}",
+                f"give images like them with --data PATH, or set {DATA_ENV_VAR}; --data builtin takes the drawings",
+            ) from error
+        return _fall_back(error.problem)
 
 
 def _auto(options: _Options) -> Dataset:
@@ -114,15 +152,16 @@ def _from_path(path: Path, options: _Options) -> Dataset:
     if not path.exists():
         raise DataError(
             f"dataset {path} does not exist",
-            "use auto, cifar10, builtin, or the path of a folder or .tar.gz of images",
+            "use auto, cifar10, builtin, or the path of a folder, .zip, .tar.gz or .parquet of images",
         )
     if path.is_dir() and not (path / "train").is_dir():
         from cifarx_train.data.cifar10 import Cifar10Dataset, contains_cifar10
 
         if contains_cifar10(path):
+            options.require_unused(str(path))
             return Cifar10Dataset(path)
         absolute = Path(os.path.abspath(path))  # noqa: PTH100 - unlike resolve(), this keeps the name of a symbolic link
         if absolute.name == "cifar-10-batches-py":
+            options.require_unused(str(path))
             return Cifar10Dataset(absolute.parent)
-    options.require_unused(str(path))
-    return open_image_dataset(path, options.on_error)
+    return open_image_dataset(path, options.on_error, options.fraction, options.label_file(path))

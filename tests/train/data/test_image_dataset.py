@@ -17,7 +17,7 @@ from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec, Interpolation
 from cifarx_train.data.dataset import Dataset, Split, fingerprint
-from cifarx_train.data.image_folder import open_image_dataset
+from cifarx_train.data.image_dataset import open_image_dataset
 from tests.support.image_datasets import COLORS, color_image, pack_archive, write_image_folder
 
 SPEC = InputSpec(height=32, width=32)
@@ -131,7 +131,7 @@ def test_each_split_has_its_own_fingerprint(folder: Path) -> None:
     assert after[1] != before[1]
 
 
-def test_other_files_are_ignored(opened: Callable[[Path], Dataset], folder: Path) -> None:
+def test_other_files_are_counted_and_left_out(opened: Callable[[Path], Dataset], folder: Path) -> None:
     expected = fingerprints(open_image_dataset(folder))
     for parent in (folder, folder / "train", folder / "train" / "blue", folder / "test" / "red"):
         (parent / "README.md").write_text("about")
@@ -141,10 +141,17 @@ def test_other_files_are_ignored(opened: Callable[[Path], Dataset], folder: Path
         (parent / "no-suffix").write_bytes(b"\0")
     (folder / "train" / "empty").mkdir()
     (folder / "train" / "blue" / "folder.png").mkdir()
-    (folder / "validation" / "blue").mkdir(parents=True)
-    shutil.copy(folder / "test" / "blue" / "0.png", folder / "validation" / "blue")
+    (folder / "drafts" / "blue").mkdir(parents=True)
+    shutil.copy(folder / "test" / "blue" / "0.png", folder / "drafts" / "blue")
     shutil.copy(folder / "test" / "blue" / "0.png", folder / "train" / "0.png")
-    assert fingerprints(opened(folder)) == expected
+    data = opened(folder)
+    with pytest.warns(FallbackWarning, match=r"^left out 22 files of ") as caught:
+        assert fingerprints(data) == expected
+    assert [str(warning.message) for warning in caught] == list(data.left_out)
+    assert data.left_out == (
+        f"left out 22 files of {data.name}: 4 without a suffix, 4 .csv, 4 .md, 8 hidden (.DS_Store), "
+        "1 outside the folders of splits and classes (drafts), 1 outside class folders (train/0.png)",
+    )
 
 
 def test_image_formats_can_be_mixed(opened: Callable[[Path], Dataset], folder: Path) -> None:
@@ -195,7 +202,7 @@ def test_no_class_folders(opened: Callable[[Path], Dataset], tmp_path: Path) -> 
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "test").mkdir()
     error = load_error(opened(tmp_path / "data"))
-    assert "has 0 class folders with images in train/" in error.problem
+    assert "data has 0 class folders with images (found " in error.problem.replace(".tar.gz", "")
     assert "train/<class>/<image> and test/<class>/<image>" in error.remedy
 
 
@@ -203,26 +210,32 @@ def test_one_class(opened: Callable[[Path], Dataset], folder: Path) -> None:
     for split in SPLITS:
         for name in ("blue", "green"):
             shutil.rmtree(folder / split / name)
-    assert "has 1 class folder with images in train/" in load_error(opened(folder)).problem
+    assert "has 1 class with training images (red) (found test/, train/)" in load_error(opened(folder)).problem
 
 
 def test_no_test_split(opened: Callable[[Path], Dataset], folder: Path) -> None:
     shutil.rmtree(folder / "test")
-    assert "has 0 class folders with images in test/" in load_error(opened(folder)).problem
+    error = load_error(opened(folder))
+    assert "has 3 classes with images (blue, green, red), but no test images (found train/)" in error.problem
+    assert "use --split 0.2" in error.remedy
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_classes_that_differ_between_splits(opened: Callable[[Path], Dataset], folder: Path, split: Split) -> None:
     (folder / split / "red").rename(folder / split / "crimson")
     error = load_error(opened(folder))
-    assert "classes in only one split (crimson, red)" in error.problem
-    assert "the same class folders" in error.remedy
+    unknown = "crimson" if split == "test" else "red"
+    assert f"has 1 class in the test split without training images ({unknown})" in error.problem
+    assert error.remedy == "add training images, or remove the others"
 
 
-def test_an_empty_class_folder_is_a_missing_class(opened: Callable[[Path], Dataset], folder: Path) -> None:
+def test_a_class_without_test_images_is_noted(opened: Callable[[Path], Dataset], folder: Path) -> None:
     for path in (folder / "test" / "green").iterdir():
         path.unlink()
-    assert "only one split (green)" in load_error(opened(folder)).problem
+    data = opened(folder)
+    with pytest.warns(FallbackWarning, match="the test split has no images of 1 class: green"):
+        assert data.load("test", SPEC).labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert data.class_names == ("blue", "green", "red")
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "magic"])
@@ -302,19 +315,20 @@ def test_validation_images_are_used_if_there_are_no_test_images(
     expected = fingerprints(open_image_dataset(folder))
     (folder / "test").rename(folder / name)
     assert fingerprints(opened(folder)) == expected
-    truncate(folder / name / "red" / "0.png")
-    shutil.rmtree(folder / name / "blue")
-    error = load_error(opened(folder))
-    assert "classes in only one split (blue)" in error.problem
-    assert f"train/ and {name}/" in error.remedy
+    data = opened(folder)
+    assert (data.splits, data.left_out) == (("train", "test"), ())
 
 
-def test_test_images_are_preferred_to_validation_images(opened: Callable[[Path], Dataset], folder: Path) -> None:
+def test_a_validation_split_beside_a_test_split(
+    opened: Callable[[Path], Dataset], folder: Path, tmp_path: Path
+) -> None:
     expected = fingerprints(open_image_dataset(folder))
-    write_image_folder(folder / "other", train=1, test=2, seed=1)
-    (folder / "other" / "test").rename(folder / "val")
-    shutil.rmtree(folder / "other")
-    assert fingerprints(opened(folder)) == expected
+    write_image_folder(tmp_path / "other", train=1, test=2, seed=1)
+    (tmp_path / "other" / "test").rename(folder / "Valid")
+    data = opened(folder)
+    assert fingerprints(data) == expected
+    assert data.splits == ("train", "val", "test")
+    assert data.load("val", SPEC).labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_files_that_change_while_they_are_read_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +336,7 @@ def test_files_that_change_while_they_are_read_are_an_error(folder: Path, monkey
         (folder / "train" / "red" / "0.png").touch()
         return read_image(source)
 
-    monkeypatch.setattr("cifarx_train.data.image_folder.read_image", read_and_alter)
+    monkeypatch.setattr("cifarx_train.data.image_dataset.read_image", read_and_alter)
     with pytest.raises(DataError, match="colors changed while it was read"):
         open_image_dataset(folder).load("train", SPEC)
 
@@ -378,13 +392,15 @@ def test_a_changed_byte_of_an_archive_is_detected_or_harmless(
 @pytest.mark.parametrize("content", [b"", b"a text\n" * 200, bytes(3)], ids=["empty", "text", "zeros"])
 def test_a_file_that_is_not_an_archive_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "data.tar.gz").write_bytes(content)
-    with pytest.raises(DataError, match=r"data\.tar\.gz is not a folder or a \.tar\.gz of one .*train/<class>/<image>"):
+    with pytest.raises(
+        DataError, match=r"data\.tar\.gz is not a folder or a \.zip or \.tar\.gz of one .*train/<class>/<image>"
+    ):
         open_image_dataset(tmp_path / "data.tar.gz")
 
 
 def test_a_deeper_layout_is_not_supported(folder: Path, tmp_path: Path) -> None:
     archive = open_image_dataset(pack_archive(folder, tmp_path / "deep.tar.gz", "one/two"))
-    assert "has 0 class folders" in load_error(archive).problem
+    assert "deep.tar.gz has 1 class with images (one)" in load_error(archive).problem
 
 
 # --- CIFAR-10 as image files
@@ -415,7 +431,7 @@ def test_the_jpeg_copy_of_cifar10_is_complete(cifar10_jpeg: Path) -> None:
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, target: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "data.tar").symlink_to(target)
-    with pytest.raises(DataError, match=r"is not a folder or a .tar.gz of one \(not a regular file\)"):
+    with pytest.raises(DataError, match=r"is not a folder or a .zip or .tar.gz of one \(not a regular file\)"):
         open_image_dataset(tmp_path / "data.tar")
 
 
@@ -441,5 +457,5 @@ def test_a_sparse_member_is_not_read(folder: Path, tmp_path: Path) -> None:
 def test_a_class_name_that_is_not_utf_8_is_an_error(folder: Path) -> None:
     for split in ("train", "test"):
         (folder / split / "blue").rename(folder / split / os.fsdecode(b"bl\xff"))
-    with pytest.raises(DataError, match=r"the class folder bl. of .* has a name that is not valid UTF-8: rename it"):
+    with pytest.raises(DataError, match=r"colors has the class bl., whose name is not valid UTF-8 .*: rename it"):
         _ = open_image_dataset(folder).class_names
