@@ -45,6 +45,8 @@ MATRIX = [
     for precision in PRECISIONS
     if (name, precision) != ("muon", "fp16")  # cannot be captured
 ]
+PHOTOS = {"random_resized_crop": 0.3, "auto_augment": "trivial", "random_erasing": 0.3, "mixup": 0.2, "cutmix": 1.0}
+FINE_TUNING = {**PHOTOS, **OPTIMIZERS["adamw"], "freeze": ["0.*"], "batch_size": BATCH // 2, "accumulate": 2}
 
 
 def make_recipe(**values: Any) -> Recipe:
@@ -129,7 +131,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 # --- a captured step on the CPU
 
 
-@pytest.mark.parametrize("values", MATRIX)
+@pytest.mark.parametrize("values", [*MATRIX, pytest.param(FINE_TUNING, id="fine-tuning")])
 def test_a_captured_step_equals_an_eager_one_bit_for_bit(
     values: dict[str, Any], graphs: list[RecordedGraph], eager: Callable[[], None]
 ) -> None:
@@ -416,6 +418,7 @@ GPU_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw, fp16": ("lzh", {**OPTIMIZERS["adamw"], "precision": "fp16", "channels_last": True}),
     "muon, bf16": ("fastnet", {**OPTIMIZERS["muon"], **AUGMENTATION, "precision": "bf16", "channels_last": True}),
     "resnet, bf16": ("resnet18", {"momentum": 0.9, "precision": "bf16", "channels_last": True}),
+    "photos": ("lzh", {**PHOTOS, **OPTIMIZERS["adamw"], "freeze": ["model.0.*"], "batch_size": 32, "accumulate": 2}),
 }
 
 

@@ -248,6 +248,81 @@ def test_training_images_are_augmented() -> None:
     assert not torch.equal(seen[0], plain)
 
 
+# --- accumulation, frozen layers and the backbone
+
+
+class PlainNet(nn.Module):
+    """A convolution and a linear layer, without statistics of batches, that counts its forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4 * 36, 3)
+        self.sizes: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(images))
+        logits: torch.Tensor = self.head(self.body(images).relu().flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"momentum": 0.9, "label_smoothing": 0.1, "flip": True},
+        {"optimizer": "adamw", "max_grad_norm": 0.1, "cutmix": 1.0, "learning_rate": 0.01},
+    ],
+)
+def test_accumulation_trains_like_a_larger_batch(values: dict[str, Any]) -> None:
+    results, weights, sizes = [], [], []
+    for batch_size, accumulate in ((16, 1), (4, 4)):
+        model = PlainNet()
+        recipe = make_recipe(
+            **{"epochs": 2, "learning_rate": 0.1, **values}, batch_size=batch_size, accumulate=accumulate
+        )
+        torch.manual_seed(1)
+        loop = make_loop(model, easy_split(42), recipe)
+        results.append(
+            [(result.step, pytest.approx(result.loss, rel=1e-4)) for result in loop.train_epochs(Callback())]
+        )
+        weights.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
+        sizes.append(model.sizes[: len(model.sizes) // 2])
+    assert sizes == [[16, 16, 10], [4, 4, 4, 4, 4, 4, 4, 4, 3, 3, 4]]
+    assert results[0] == results[1]
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [9, 10, 13])
+def test_no_pass_has_a_single_image(count: int) -> None:
+    model = PlainNet()
+    recipe = make_recipe(epochs=1, batch_size=2, accumulate=4)
+    list(make_loop(model, easy_split(count), recipe).train_epochs(Callback()))
+    assert sum(model.sizes) == count
+    assert min(model.sizes) >= 2
+
+
+def test_frozen_layers_keep_their_weights_and_statistics() -> None:
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    recipe = make_recipe(epochs=2, batch_size=8, learning_rate=0.1, momentum=0.9, weight_decay=0.1, freeze="0.*,1.*")
+    list(make_loop(model, easy_split(30), recipe).train_epochs(Callback()))
+    changed = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"4", "7", "10"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_backbone_has_its_own_rate(optimizer: str) -> None:
+    model = PlainNet()
+    before = copy.deepcopy(model.state_dict())
+    recipe = make_recipe(epochs=1, batch_size=30, learning_rate=0.1, backbone_lr=1e-30, optimizer=optimizer)
+    head = frozenset({"head.weight", "head.bias"})
+    spec, data = InputSpec(height=8, width=8), easy_split(30)
+    list(TrainingLoop(model, DeviceLoader(data, CPU), spec, recipe, device=CPU, head=head).train_epochs(Callback()))
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == head
+
+
 # --- the order of the images
 
 
@@ -406,6 +481,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "cutout": 3,
         "jitter": 0.3,
         "precision": "bf16",
+    },
+    "photos": {
+        "random_resized_crop": 0.3,
+        "auto_augment": "trivial",
+        "random_erasing": 0.5,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "freeze": ["0.*", "1.*"],
     },
 }
 

@@ -54,6 +54,16 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "crop": draw(pixels),
         "cutout": draw(pixels),
         "jitter": draw(fractions),
+        "accumulate": draw(positive_ints),
+        "backbone_lr": None if optimizer == "muon" else draw(st.none() | positive_floats),
+        "freeze": draw(st.lists(st.sampled_from(["layer1.*", "*.bias"]))),
+        "random_resized_crop": draw(fractions),
+        "auto_augment": draw(st.sampled_from([None, "trivial", "rand"])),
+        "random_erasing": draw(fractions),
+        "mixup": draw(non_negative_floats),
+        "cutmix": draw(non_negative_floats),
+        "distillation_weight": draw(st.none() | fractions),
+        "distillation_temperature": draw(st.none() | positive_floats),
         "precision": draw(st.sampled_from(["auto", "fp32", "bf16", "fp16"])),
         "channels_last": draw(st.none() | st.booleans()),
         "compile": draw(st.booleans()),
@@ -119,7 +129,9 @@ def test_model_recipes_name_existing_models() -> None:
 def test_an_unknown_name_suggests_the_closest_match() -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe("note")
-    assert str(caught.value) == "unknown recipe 'note': did you mean 'notes'? choose from baseline, fast, notes"
+    assert (
+        str(caught.value) == "unknown recipe 'note': did you mean 'notes'? choose from baseline, fast, finetune, notes"
+    )
 
 
 def test_baseline_is_another_name_of_the_notes_recipe(tmp_path: Path) -> None:
@@ -128,6 +140,22 @@ def test_baseline_is_another_name_of_the_notes_recipe(tmp_path: Path) -> None:
     assert load_recipe("baseline", overrides={"epochs": 3}) == load_recipe("notes", overrides={"epochs": 3})
     path = write_toml(tmp_path, 'base = "baseline"\nepochs = 3\n')
     assert load_recipe(path) == msgspec.structs.replace(RECIPES["notes"], name="mine", epochs=3)
+
+
+def test_the_fine_tuning_recipe_trains_the_backbone_slowly() -> None:
+    chosen = load_recipe("finetune")
+    assert chosen.backbone_lr is not None
+    assert chosen.backbone_lr < chosen.learning_rate
+
+
+@pytest.mark.parametrize("given", ["layer1.*, *.bias", ["layer1.*", "*.bias"]])
+def test_a_list_as_text_is_separated_by_commas(given: Any) -> None:
+    assert load_recipe("notes", overrides={"freeze": given}).freeze == ["layer1.*", "*.bias"]
+
+
+def test_muon_has_no_backbone_lr() -> None:
+    with pytest.raises(UsageError, match="backbone_lr is not for the optimizer muon"):
+        load_recipe("fast", "fastnet", {"backbone_lr": 0.1})
 
 
 # --- overrides
@@ -152,6 +180,7 @@ def test_overrides_replace_the_values_of_the_recipe(
 def test_values_can_be_given_as_text(chosen: Recipe) -> None:
     values = {field: value for field, value in msgspec.to_builtins(chosen).items() if value is not None}
     texts = {field: str(value).lower() if isinstance(value, bool) else str(value) for field, value in values.items()}
+    texts["freeze"] = ",".join(values["freeze"])
     assert build_recipe({}, texts, "the text") == chosen
 
 

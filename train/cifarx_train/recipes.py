@@ -83,7 +83,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     accumulate: PositiveInt = 1
     learning_rate: PositiveFloat
     backbone_lr: PositiveFloat | None = None
-    freeze: tuple[str, ...] = ()
+    freeze: list[str] = []
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     bias_lr: PositiveFloat | None = None
     head_lr: PositiveFloat | None = None
