@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 # What TorchScript code can use beyond tensors: writing and mapping files, operators of other libraries, and a method
-# that is called while the file is loaded. `torch._C._jit_get_all_schemas()` lists all operators.
+# that is called while the file is loaded. `torch._C._jit_get_all_schemas()` lists all operators. All but those
+# of the two basic libraries are attributes of `ops`, which code could also give another name. Names of classes can have
+# a part `ops`, as `__torch__.torchvision.ops.misc`.
 _UNSAFE_CODE: Final = re.compile(
-    rb"\b(save|from_file|__setstate__|__torch__\.torch\.classes|ops\.(?!aten\b|prim\b)\w+)\b"
+    rb"\b(?:save|from_file|__setstate__|__torch__\.torch\.classes)\b|(?<![\w.])ops\b(?!\.(?:aten|prim)\b)(?:\.\w+)?"
 )
 
 

@@ -224,6 +224,30 @@ def test_code_that_would_write_a_file(tmp_path: Path, network: type[torch.nn.Mod
     assert not Path("written").exists()
 
 
+@pytest.mark.parametrize("code", [b"ops.image.write_file(x)", b"ops .image.write_file(x)", b"y = ops", b"(ops).image"])
+def test_operators_of_other_libraries(tmp_path: Path, made_once: Path, code: bytes) -> None:
+    path = tmp_path / "x.torchscript.pt"
+    with zipfile.ZipFile(made_once) as whole, zipfile.ZipFile(path, "w") as changed:
+        for member in whole.infolist():
+            content = whole.read(member)
+            changed.writestr(member, content + b"\n" + code if member.filename.endswith(".py") else content)
+    error = refused(path)
+    assert isinstance(error, ModelFileError)
+    assert "contains code that does more than compute tensors (ops" in error.problem
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_class_in_a_module_named_ops(tmp_path: Path) -> None:
+    from torchvision.ops.misc import Conv2dNormActivation
+
+    path = tmp_path / "x.torchscript.pt"
+    network = torch.nn.Sequential(Conv2dNormActivation(3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    traced = torch.jit.trace(network, torch.zeros(2, *SPEC.input.shape))
+    torch.jit.save(traced, str(path), _extra_files={SPEC_FILE: SPEC.to_json()})
+    with TorchScriptBackend(path, Device("cpu")) as backend:
+        assert backend.run(np.zeros((1, *SPEC.input.shape), np.float32)).shape == (1, 3)
+
+
 def test_a_pickle_that_would_run_a_command(tmp_path: Path, made_once: Path) -> None:
     """PyTorch reads these pickles in C++, which creates no Python objects."""
     path = tmp_path / "x.torchscript.pt"
