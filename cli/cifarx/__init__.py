@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from cifarx_serve.benchmarking.benchmark import benchmark
     from cifarx_serve.errors import CifarxError
     from cifarx_serve.predictor import load
+    from cifarx_train.data.selection import DataSource
     from cifarx_train.models.preprocessing import Preprocessing
     from cifarx_train.train import train
 
 __version__ = "0.2.0"
 
-__all__ = ["CifarxError", "Preprocessing", "benchmark", "export", "load", "read_spec", "train", "verify"]
+__all__ = ["CifarxError", "DataSource", "Preprocessing", "benchmark", "export", "load", "read_spec", "train", "verify"]
 
 _MODULES = {
     "CifarxError": "cifarx_serve.errors",
+    "DataSource": "cifarx_train.data.selection",
     "Preprocessing": "cifarx_train.models.preprocessing",
     "benchmark": "cifarx_serve.benchmarking.benchmark",
     "export": "cifarx_export.export",

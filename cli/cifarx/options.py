@@ -1,11 +1,14 @@
 """The options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
 from cifarx_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from cifarx_train.data.selection import DataSource
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 DeviceName: TypeAlias = Annotated[
@@ -22,7 +25,22 @@ DataName: TypeAlias = Annotated[
     typer.Option(
         "--data",
         metavar="DATA",
-        help="Dataset: auto, cifar10, builtin, or a directory or .tar.gz archive with train/CLASS/ and test/CLASS/.",
+        help="Dataset: auto, cifar10, builtin, or the path of images: a directory, .zip or .tar.gz with train/CLASS/ "
+        "and test/CLASS/, Parquet files or WebDataset shards.",
+    ),
+]
+SplitFraction: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--split",
+        metavar="FRACTION",
+        help="Hold out this part of the images of each class, such as 0.2, for --data without test images.",
+    ),
+]
+Labels: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels", metavar="FILE.csv", help="Take the labels of the images in --data from a CSV file: path,label."
     ),
 ]
 OnError: TypeAlias = Annotated[
@@ -49,6 +67,13 @@ AbsoluteTolerance: TypeAlias = Annotated[
 RelativeTolerance: TypeAlias = Annotated[
     float | None, typer.Option("--rtol", help="Relative tolerance for logits. [default: depends on the precision]")
 ]
+
+
+def data_source(data: str, split: float | None, labels: Path | None) -> "DataSource":
+    """Return the dataset that `--data`, `--split` and `--labels` describe together."""
+    from cifarx_train.data.selection import DataSource
+
+    return DataSource(data, split, labels)
 
 
 def resolve_on_error(

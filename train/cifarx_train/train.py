@@ -32,7 +32,7 @@ from cifarx_train.checkpoints.resume import (
 )
 from cifarx_train.data.dataset import Dataset, LabeledImages, OnError
 from cifarx_train.data.loaders.device import InputTransform
-from cifarx_train.data.selection import select_dataset, select_dataset_for_model
+from cifarx_train.data.selection import DataSource, select_dataset, select_dataset_for_model
 from cifarx_train.data.statistics import fit_normalization
 from cifarx_train.distillation import complete_recipe as complete_distillation
 from cifarx_train.distillation import open_teacher
@@ -56,7 +56,7 @@ _INITIALIZATION_IMAGES = 5000
 def train(
     model: str | ModelOptions,
     *,
-    data: str = "auto",
+    data: str | DataSource = "auto",
     on_error: OnError = "raise",
     recipe_name: str | None = None,
     stem: Stem = "own",
@@ -80,7 +80,7 @@ def train(
     Args:
         model: the network, as `--model` names it, or `ModelOptions` with the arguments of its class or function and
             what is stated about its input.
-        data: auto, cifar10, builtin, or the path of a directory or `.tar.gz` of images.
+        data: auto, cifar10, builtin, or the path of images; or a `DataSource` that says how they are split and labeled.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         recipe_name: the name of a recipe or the path of a TOML file. Defaults to `notes`.
         stem: "small" replaces the first layers of a torchvision ResNet with ones for small images.

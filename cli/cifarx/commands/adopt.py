@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from cifarx.model_flags import NO_FILE_FLAGS, FileFlags, spec_overrides, takes_flags
-from cifarx.options import AllowChance, DataName, HtmlReport, Json, OnError, resolve_on_error
+from cifarx.options import (
+    AllowChance,
+    DataName,
+    HtmlReport,
+    Json,
+    Labels,
+    OnError,
+    SplitFraction,
+    data_source,
+    resolve_on_error,
+)
 from cifarx.output.console import json_result, note, print_error, styled_result
 
 
@@ -15,6 +25,8 @@ def command(
     file: Annotated[str, typer.Argument(metavar="FILE", help="ONNX or TorchScript file of another program.")],
     flags: FileFlags = NO_FILE_FLAGS,
     data: DataName = "auto",
+    split: SplitFraction = None,
+    labels: Labels = None,
     on_error: OnError = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The adopted file. [default: NAME.adopted.onnx, next to FILE]")
@@ -33,7 +45,7 @@ def command(
     adopted = adopt(
         file,
         overrides=spec_overrides(flags),
-        data=data,
+        data=data_source(data, split, labels),
         on_error=resolve_on_error(on_error, None),
         out=out,
         html_report=html_report,

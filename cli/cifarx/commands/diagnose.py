@@ -8,11 +8,19 @@ import msgspec
 import typer
 
 from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, model_options, takes_flags
-from cifarx.options import Json, OnError, resolve_on_error
+from cifarx.options import (
+    Json,
+    Labels,
+    OnError,
+    SplitFraction,
+    data_source,
+    resolve_on_error,
+)
 from cifarx.output.console import json_result, note, result, styled_result
 
 if TYPE_CHECKING:
     from cifarx_export.diagnosis.diagnose import Diagnosis
+    from cifarx_train.data.selection import DataSource
 
 
 @takes_flags(ModelFlags)
@@ -22,8 +30,10 @@ def command(
     ],
     data: Annotated[
         str,
-        typer.Option(metavar="DATA", help="Labeled images: cifar10, builtin, or a directory or .tar.gz archive."),
+        typer.Option(metavar="DATA", help="Labeled images: cifar10, builtin, or the path of images, as for train."),
     ],
+    split: SplitFraction = None,
+    labels: Labels = None,
     model: Annotated[str | None, typer.Option(metavar="SOURCE", help=SOURCE_HELP)] = None,
     flags: ModelFlags = NO_MODEL_FLAGS,
     images: Annotated[int, typer.Option(metavar="N", help="Largest number of images.")] = 1000,
@@ -47,7 +57,7 @@ def command(
     found = diagnose(
         file,
         model=model_options(model, flags),
-        data=data,
+        data=(source := data_source(data, split, labels)),
         images=images,
         on_error=resolve_on_error(on_error, None),
         progress=note,
@@ -57,7 +67,7 @@ def command(
         json_result({**msgspec.to_builtins(found), "flags": options, "spec_file": document})
     else:
         styled_result(diagnosis_lines(found))
-        result("", *_next_step(found, file, model, data, options, document, out))
+        result("", *_next_step(found, file, model, source, options, document, out))
     if out is not None:
         with atomic_path(out) as temporary:
             temporary.write_text(f"{document}\n", encoding="utf-8")
@@ -65,14 +75,22 @@ def command(
 
 
 def _next_step(
-    found: "Diagnosis", file: str, model: str | None, data: str, options: str | None, document: str, out: Path | None
+    found: "Diagnosis",
+    file: str,
+    model: str | None,
+    data: "DataSource",
+    options: str | None,
+    document: str,
+    out: Path | None,
 ) -> list[str]:
     """Return the command that uses the best preprocessing, after the file that it needs if options cannot state it."""
     if found.kind == "checkpoint":
         command = ["cifarx", "export", "--ckpt", file, *(["--model", model] if model else []), "--format", "onnx"]
     else:
         command = ["cifarx", "adopt", file]
-    command += ["--data", data]
+    command += ["--data", data.name]
+    command += [] if data.split_fraction is None else ["--split", f"{data.split_fraction:g}"]
+    command += [] if data.labels is None else ["--labels", str(data.labels)]
     if options is not None:
         return [f"{shlex.join(command)} {options}"]
     path = out or Path("spec.toml")

@@ -13,8 +13,11 @@ from cifarx.options import (
     DataName,
     HtmlReport,
     Json,
+    Labels,
     OnError,
     RelativeTolerance,
+    SplitFraction,
+    data_source,
     resolve_on_error,
 )
 from cifarx.output.console import json_result, note, print_error, styled_result
@@ -45,6 +48,8 @@ def command(
         typer.Option("--precision", metavar="NAME", help=_PRECISIONS_HELP),
     ] = None,
     data: DataName = "auto",
+    split: SplitFraction = None,
+    labels: Labels = None,
     on_error: OnError = None,
     broken: Broken = None,
     out: Annotated[
@@ -85,7 +90,7 @@ def command(
         formats,
         precisions or ["fp32"],
         model=model_options(model, flags),
-        data=data,
+        data=data_source(data, split, labels),
         on_error=resolve_on_error(on_error, broken),
         out=out,
         options=ExportOptions(opset, calibration_images, embed_preprocessing or None),

@@ -15,7 +15,7 @@ from cifarx_serve.errors import CifarxError, FallbackWarning
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Split
 from cifarx_train.data.image_dataset import ImageFileDataset
-from cifarx_train.data.selection import select_dataset
+from cifarx_train.data.selection import DataSource, select_dataset
 
 SPEC = InputSpec(height=8, width=8)
 COLORS = {"ant": (200, 40, 40), "bee": (40, 200, 40), "cat": (40, 40, 200)}
@@ -49,7 +49,7 @@ def load(path: Path, *, split: float | None = None) -> tuple[dict[Split, list[in
 
     Every image has the color of its class, so the labels are those of the images.
     """
-    data = select_dataset(str(path), split_fraction=split)
+    data = select_dataset(DataSource(str(path), split))
     assert isinstance(data, ImageFileDataset)
     assert data.class_names == tuple(COLORS)
     counts: dict[Split, list[int]] = {}

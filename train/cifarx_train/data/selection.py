@@ -16,17 +16,33 @@ from cifarx_train.data.synthetic.dataset import SyntheticDataset
 DATA_ENV_VAR = "CIFARX_DATA"
 
 
+class DataSource(NamedTuple):
+    """A value of `--data`, and what the user says about the images.
+
+    Attributes:
+        name: see `select_dataset`.
+        split_fraction: the part of the images to hold out as the test split, for images that are not split.
+        labels: a CSV file with the paths and labels of the images, for images that are not in folders of classes.
+    """
+
+    name: str
+    split_fraction: float | None = None
+    labels: Path | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class _Options(NamedTuple):
-    """How to read image files: the arguments of `select_dataset` for folders and archives."""
+    """How to read image files."""
 
     on_error: OnError
-    split_fraction: float | None
-    labels: Path | None
+    source: DataSource
     record: DataRecord | None = None
 
     def require_unused(self, name: str) -> None:
         """Raise a UsageError if a dataset that has splits and labels shall be split or labeled."""
-        for option, value in (("--split", self.split_fraction), ("--labels", self.labels)):
+        for option, value in (("--split", self.source.split_fraction), ("--labels", self.source.labels)):
             if value is not None:
                 remedy = "give the images with --data PATH" if name == "auto" else "leave it out"
                 raise UsageError(f"{option} {value} does not apply to --data {name}", remedy)
@@ -34,19 +50,20 @@ class _Options(NamedTuple):
     @property
     def fraction(self) -> Fraction | None:
         """The part of the images to hold out: the stated one, or that of the training data."""
-        if self.split_fraction is not None:
-            if not 0 < self.split_fraction < 1:
-                problem = f"--split {self.split_fraction:g} is not a part of the images"
+        stated = self.source.split_fraction
+        if stated is not None:
+            if not 0 < stated < 1:
+                problem = f"--split {stated:g} is not a part of the images"
                 raise UsageError(problem, "give a number between 0 and 1, such as 0.2")
-            return Fraction(self.split_fraction)
+            return Fraction(stated)
         if self.record and self.record.split_fraction:
             return Fraction(self.record.split_fraction, stated=False)
         return None
 
     def label_file(self, data: Path) -> LabelFile | None:
         """Return the file with the labels: the stated one, or the one of the training data, in or beside a dataset."""
-        if self.labels is not None:
-            return LabelFile(self.labels)
+        if self.source.labels is not None:
+            return LabelFile(self.source.labels)
         if self.record and self.record.labels:
             for folder in (data, data.parent):
                 if (path := folder / self.record.labels).is_file():
@@ -54,26 +71,31 @@ class _Options(NamedTuple):
         return None
 
 
-def select_dataset(
-    name: str, on_error: OnError = "raise", *, split_fraction: float | None = None, labels: Path | None = None
-) -> Dataset:
+def select_dataset(data: str | DataSource, on_error: OnError = "raise") -> Dataset:
     """Return the dataset for a value of `--data`.
 
     Args:
-        name: "auto", "cifar10", "builtin", or the path of a folder, an archive or tables of images. "auto" is the path
+        data: "auto", "cifar10", "builtin", or the path of a folder, an archive or tables of images. "auto" is the path
             in `$CIFARX_DATA` if it is set, otherwise CIFAR-10, otherwise the synthetic dataset, with a warning. Only
             "auto" falls back.
         on_error: "raise" a `DataError` for files that cannot be read as images, or "skip" them with a warning.
-        split_fraction: the part of the images to hold out as the test split, for images that are not split.
-        labels: a CSV file with the paths and labels of the images, for images that are not in folders of classes.
 
     Raises:
         DataError: the dataset is missing or damaged.
         UsageError: `split_fraction` or `labels` is given for a dataset that has splits and labels itself.
     """
-    options = _Options(on_error, split_fraction, labels)
-    if name == "auto":
+    options = _Options(on_error, _source(data))
+    if options.source.name == "auto":
         return _auto(options)
+    return _explicit(options)
+
+
+def _source(data: str | DataSource) -> DataSource:
+    return data if isinstance(data, DataSource) else DataSource(data)
+
+
+def _explicit(options: _Options) -> Dataset:
+    name = options.source.name
     if name not in ("builtin", "cifar10"):
         return _from_path(Path(name), options)
     options.require_unused(name)
@@ -88,14 +110,7 @@ def _named(name: str) -> Dataset:
     return download_cifar10()
 
 
-def select_dataset_for_model(
-    record: DataRecord | None,
-    name: str,
-    on_error: OnError = "raise",
-    *,
-    split_fraction: float | None = None,
-    labels: Path | None = None,
-) -> Dataset:
+def select_dataset_for_model(record: DataRecord | None, data: str | DataSource, on_error: OnError = "raise") -> Dataset:
     """Return the dataset for a value of `--data` in a command about a trained model.
 
     This is `select_dataset`, but "auto" selects the dataset that the model was trained on if `$CIFARX_DATA` is not set.
@@ -103,18 +118,16 @@ def select_dataset_for_model(
 
     Args:
         record: the training data that is recorded in the model's spec, if any.
-        name: as for `select_dataset`.
-        on_error, split_fraction, labels: as for `select_dataset`. By default, images without splits or labels are split
-            and labeled as they were for the training.
+        data, on_error: as for `select_dataset`. Images without splits or labels are split and labeled as they were for
+            the training, unless `data` says how.
 
     Raises:
         DataError, UsageError: as for `select_dataset`.
     """
-    options = _Options(on_error, split_fraction, labels, record)
-    path = os.environ.get(DATA_ENV_VAR) if name == "auto" else name
-    if path in ("builtin", "cifar10"):
-        return select_dataset(path, on_error, split_fraction=split_fraction, labels=labels)
-    if path:
+    options = _Options(on_error, _source(data), record)
+    if options.source.name != "auto":
+        return _explicit(options)
+    if path := os.environ.get(DATA_ENV_VAR):
         return _from_path(Path(path), options)
     if record is not None and record.kind == "folder":
         raise DataError(
