@@ -109,15 +109,13 @@ def open_teacher(
         UsageError: the resumed run had another teacher, or see `Teacher`.
         ModelFileError: the file is damaged.
     """
-    recorded = point.record.teacher if point else None
     if path is None:
-        if recorded and point:
-            raise UsageError(f"{point.path} was trained with the teacher {recorded.name}", "give it with --teacher")
         return None
     teacher = Teacher(path, class_names, device)
     if point:
-        names = (record.sha256[:12] if record else "none" for record in (recorded, teacher.record))
-        require_same(point, "the teacher with sha256", *names)
+        recorded = point.record.teacher
+        sha256 = recorded.sha256[:12] if recorded else "of no file"
+        require_same(point, "the teacher with sha256", sha256, teacher.record.sha256[:12])
     spec = teacher.spec
     progress(
         f"teacher {path.name} ({spec.model}): {describe_classes(spec.class_names)}, images resized to "
