@@ -1,7 +1,9 @@
 """Parse the values of the options that describe a network and its images."""
 
 import json
-from math import isfinite
+import tomllib
+from collections.abc import Sequence
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,59 @@ def _class_list(document: object) -> list[str] | None:
     if any(type(label) is not int for label in labels) or sorted(labels) != list(range(len(labels))):
         return None
     return sorted(document, key=document.__getitem__)
+
+
+def parse_class_weights(text: str) -> str | dict[str, float]:
+    """Return `auto`, or the weights in a file by class name.
+
+    The file is a JSON object, a TOML document, or CSV with a name and a number per line. CSV can have a heading.
+
+    Raises:
+        UsageError: the file cannot be read, names a class twice, or has a weight that is not above 0.
+    """
+    if text == "auto":
+        return text
+    option = f"--class-weights {text}"
+    if not _is_file(text):
+        raise UsageError(f"{option} is no file", "give auto, or a JSON, TOML or CSV file of class names and weights")
+    try:
+        pairs = _read_weights(read_text_file(Path(text)).removeprefix("\ufeff"), Path(text).suffix.lower())
+    except (OSError, UnicodeError, ValueError, RecursionError) as error:
+        fix = "write a name and a number per line, such as cat,2.5, or a .json or .toml file"
+        raise UsageError(f"cannot read {option} ({error_message(error)})", fix) from error
+    weights: dict[str, float] = {}
+    for name, value in pairs:
+        if name in weights:
+            raise UsageError(f"{option} has two weights of {name!r}", "give one for each class")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+            raise UsageError(f"{option} has the weight {value!r} of {name!r}", "give a number above 0")
+        weights[name] = float(value)
+    return weights
+
+
+def _read_weights(text: str, suffix: str) -> Sequence[tuple[str, object]]:
+    """Return names and weights in the order of a file. Raises ValueError if it is not in the format of its suffix."""
+    if suffix == ".json":
+        document = json.loads(text, object_pairs_hook=list)
+        if not isinstance(document, list) or not all(isinstance(pair, tuple) for pair in document):
+            raise ValueError("it is no object of names and numbers")
+        return document
+    if suffix == ".toml":
+        return list(tomllib.loads(text).items())
+    import csv
+
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
+    if bad := next((row for row in rows if len(row) != 2), None):
+        raise ValueError(f"a line has {len(bad)} columns, not 2")
+    numbers = [(name, _number(value)) for name, value in rows]
+    return numbers[1:] if numbers and isinstance(numbers[0][1], str) else numbers
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def parse_preprocessing(name: str, size: tuple[int, int] | None) -> dict[str, Any]:

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifarx.option_values import parse_classes, parse_image_size, parse_numbers, parse_preprocessing
+from cifarx.option_values import (
+    parse_class_weights,
+    parse_classes,
+    parse_image_size,
+    parse_numbers,
+    parse_preprocessing,
+)
 from cifarx_serve.errors import UsageError
 
 
@@ -21,6 +27,54 @@ def test_image_sizes(text: str, size: tuple[int, int]) -> None:
 def test_what_is_no_image_size(text: str) -> None:
     with pytest.raises(UsageError, match="is not a valid size: use pixels, such as --image-size 224, or HEIGHTxWIDTH"):
         parse_image_size(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("weights.json", '{"cat": 1, "a dog, wild": 2.5}'),
+        ("weights.toml", 'cat = 1\n"a dog, wild" = 2.5\n'),
+        ("weights.csv", '\ufeffclass,weight\r\ncat, 1\r\n\r\n"a dog, wild",2.5\r\n'),
+        ("weights", 'cat,1\n"a dog, wild",2.5'),
+    ],
+)
+def test_class_weights_in_a_file(name: str, content: str) -> None:
+    Path(name).write_text(content, encoding="utf-8")
+    assert parse_class_weights(name) == {"cat": 1.0, "a dog, wild": 2.5}
+
+
+def test_automatic_class_weights() -> None:
+    assert parse_class_weights("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("w.json", '{"cat": 1, "cat": 2}', "has two weights of 'cat'"),
+        ("w.json", "[1, 2]", "it is no object of names and numbers"),
+        ("w.json", "3", "it is no object of names and numbers"),
+        ("w.json", '{"cat": {"dog": 1}}', "has the weight [('dog', 1)] of 'cat'"),
+        ("w.json", '{"cat": true}', "has the weight True of 'cat'"),
+        ("w.json", '{"cat": NaN}', "has the weight nan of 'cat'"),
+        ("w.toml", "cat = 0", "has the weight 0 of 'cat'"),
+        ("w.toml", "cat", "cannot read"),
+        ("w.csv", "cat,1\ndog,much", "has the weight 'much' of 'dog'"),
+        ("w.csv", "cat,1,2", "a line has 3 columns, not 2"),
+        ("w.csv", "cat,-1", "has the weight -1.0 of 'cat'"),
+        ("w.csv", "cat,inf", "has the weight inf of 'cat'"),
+    ],
+)
+def test_what_are_no_class_weights(name: str, content: str, problem: str) -> None:
+    Path(name).write_text(content)
+    with pytest.raises(UsageError) as caught:
+        parse_class_weights(name)
+    assert f"--class-weights {name}" in str(caught.value)
+    assert problem in str(caught.value)
+
+
+def test_class_weights_without_a_file() -> None:
+    with pytest.raises(UsageError, match="--class-weights fair is no file: give auto, or a JSON, TOML or CSV file"):
+        parse_class_weights("fair")
 
 
 def test_class_names_in_the_option() -> None:

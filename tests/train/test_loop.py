@@ -337,6 +337,18 @@ def test_every_epoch_contains_every_image_once_in_a_new_order() -> None:
     assert len({tuple(order) for order in [*orders, range(50)]}) == 4
 
 
+def test_a_balanced_sampler_shows_every_class_equally_often() -> None:
+    data = random_split(60)
+    labels = np.repeat([0, 1, 2], [48, 9, 3])
+    model = RecordingModel()
+    recipe = make_recipe(epochs=2, batch_size=7, sampler="balanced")
+    for _ in make_loop(model, LabeledImages(data.images, labels), recipe).train_epochs(Callback()):
+        pass
+    epochs = np.array([index for batch in model.batches for index in batch]).reshape(2, 60)
+    assert [np.bincount(labels[epoch]).tolist() for epoch in epochs] == [[20, 20, 20]] * 2
+    assert sorted(epochs[0]) != sorted(epochs[1])  # other images of the frequent class
+
+
 def test_the_order_depends_on_the_seed_and_not_on_the_global_random_state() -> None:
     def order(seed: int, state: int) -> list[list[int]]:
         model = RecordingModel()
@@ -490,6 +502,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "cutmix": 1.0,
         "freeze": ["0.*", "1.*"],
     },
+    "balanced": {"sampler": "balanced"},
 }
 
 

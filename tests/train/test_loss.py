@@ -25,6 +25,18 @@ def test_mixed_labels_are_a_cross_entropy_with_probabilities(smoothing: float) -
     torch.testing.assert_close(loss(LOGITS, targets, IMAGES), expected)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_multiply_the_loss_of_each_image(smoothing: float) -> None:
+    recipe = load_recipe("notes", overrides={"label_smoothing": smoothing})
+    loss = Loss(recipe, class_weights=torch.tensor([0.5, 7.0, 3.0]))
+    first, second = (
+        functional.cross_entropy(LOGITS[index], LABELS[index], label_smoothing=smoothing) for index in (0, 1)
+    )
+    torch.testing.assert_close(loss(LOGITS, LABELS, IMAGES), (0.5 * first + 3 * second) / 2)
+    mixed = MixedLabels(LABELS, LABELS.flip(0), torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(loss(LOGITS, mixed, IMAGES), (0.5 * first + 3 * second) / 2)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_distillation_is_a_divergence_of_probabilities(temperature: float) -> None:
     teacher = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])

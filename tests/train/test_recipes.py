@@ -28,11 +28,15 @@ fractions = st.floats(0, 1, exclude_max=True)
 pixels = st.integers(0, 64)
 
 
+class_names = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"))
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     """Any valid recipe."""
     optimizer = draw(st.sampled_from(["sgd", "adamw", "muon"]))
     momentum = 0.0 if optimizer == "adamw" else draw(fractions)
+    class_weights = draw(st.sampled_from([None, "auto"]) | st.dictionaries(class_names, positive_floats, max_size=3))
     values: dict[str, Any] = {
         "name": draw(st.text(st.characters(codec="utf-8", exclude_characters="\x7f"))),
         "epochs": draw(positive_ints),
@@ -47,6 +51,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "schedule": draw(st.sampled_from(["constant", "linear", "cosine"])),
         "warmup_fraction": draw(fractions),
         "label_smoothing": draw(fractions),
+        "class_weights": class_weights,
+        "sampler": "shuffle" if class_weights == "auto" else draw(st.sampled_from(["shuffle", "balanced"])),
+        "calibrate": draw(st.booleans()),
         "max_grad_norm": draw(st.none() | positive_floats),
         "ema_decay": draw(st.none() | fractions),
         "normalize": draw(st.booleans()),
@@ -181,6 +188,7 @@ def test_values_can_be_given_as_text(chosen: Recipe) -> None:
     values = {field: value for field, value in msgspec.to_builtins(chosen).items() if value is not None}
     texts = {field: str(value).lower() if isinstance(value, bool) else str(value) for field, value in values.items()}
     texts["freeze"] = ",".join(values["freeze"])
+    texts |= {field: value for field, value in values.items() if isinstance(value, dict)}  # of a file
     assert build_recipe({}, texts, "the text") == chosen
 
 

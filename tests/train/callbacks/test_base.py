@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import Callback, CallbackList, EpochReport, RunInfo, StepReport
+from cifarx_train.callbacks.base import Callback, CallbackList, EpochReport, FinalReport, RunInfo, StepReport
 from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation
 from cifarx_train.recipes import RECIPES
@@ -30,6 +30,9 @@ class RecordingCallback(Callback):
     def on_epoch_end(self, report: EpochReport) -> None:
         self.events.append((self.name, "epoch", report))
 
+    def on_test_end(self, report: FinalReport) -> None:
+        self.events.append((self.name, "test", report))
+
     def on_train_end(self) -> None:
         self.events.append((self.name, "end"))
 
@@ -52,14 +55,16 @@ LOG = StepReport(step=100, loss=0.25, learning_rate=0.01, grad_norm=2.0, images_
 
 def test_every_callback_receives_every_event_in_order(start: RunInfo, first_epoch: EpochReport) -> None:
     events: list[tuple[object, ...]] = []
+    final = FinalReport(first_epoch.checkpoint, 0, first_epoch.evaluation)
     both = CallbackList([RecordingCallback("a", events), RecordingCallback("b", events)])
     both.on_train_start(start)
     both.on_step_end(1)
     both.on_log(LOG)
     both.on_epoch_end(first_epoch)
+    both.on_test_end(final)
     both.on_train_end()
     # Compared by identity, because the contents of an event may not be comparable.
-    expected = [("start", start), ("step", 1), ("log", LOG), ("epoch", first_epoch), ("end",)]
+    expected = [("start", start), ("step", 1), ("log", LOG), ("epoch", first_epoch), ("test", final), ("end",)]
     assert [tuple(map(id, event[2:])) for event in events] == [
         tuple(map(id, event[1:])) for event in expected for _ in "ab"
     ]
@@ -72,4 +77,12 @@ def test_callbacks_ignore_events_by_default(start: RunInfo, first_epoch: EpochRe
     callbacks.on_step_end(1)
     callbacks.on_log(LOG)
     callbacks.on_epoch_end(first_epoch)
+    callbacks.on_test_end(FinalReport(first_epoch.checkpoint, 0, first_epoch.evaluation))
     callbacks.on_train_end()
+
+
+def test_epochs_are_evaluated_on_the_val_split_where_there_is_one(start: RunInfo) -> None:
+    assert (start.evaluated_split, start.evaluated_set) == ("test", start.test_set)
+    val = LabeledImages(np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int64))
+    chosen = start._replace(val_set=val)
+    assert (chosen.evaluated_split, chosen.evaluated_set) == ("val", val)

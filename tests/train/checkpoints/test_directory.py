@@ -85,6 +85,27 @@ def test_the_best_is_copied_without_hard_links(tmp_path: Path, monkeypatch: pyte
     assert number_in(folder.best_path) == 1
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_an_update_is_not_the_latest_and_also_changes_the_best(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    folder = CheckpointDirectory(tmp_path, "net", 2)
+    for epoch in range(3):
+        save(folder, epoch, is_best=epoch == 1)
+    folder.update(folder.epoch_path(1), checkpoint(7))
+    assert number_in(folder.epoch_path(1)) == number_in(folder.best_path) == 7
+    assert latest(folder) == ("net_2.pth", 2)
+    folder.update(folder.epoch_path(2), checkpoint(8))
+    assert (number_in(folder.epoch_path(2)), number_in(folder.best_path)) == (8, 7)
+    folder.update(folder.best_path, checkpoint(9))
+    assert number_in(folder.best_path) == 9
+
+
 def test_other_files_are_left_unchanged(tmp_path: Path) -> None:
     others = ["other_0.pth", "net_best_0.pth", "net_00.pth", "net_x.pth", "net_-1.pth", "net_0.pth.bak", "anet_0.pth"]
     for name in others:

@@ -20,8 +20,10 @@ from torch import nn
 import cifarx_train.train
 from cifarx_serve.errors import FallbackWarning
 from cifarx_serve.spec import InputSpec
-from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo, StepReport
+from cifarx_train.calibration import Calibration
+from cifarx_train.callbacks.base import Callback, EpochReport, FinalReport, RunInfo, StepReport
 from cifarx_train.callbacks.tensorboard.callback import TensorBoard
+from cifarx_train.callbacks.tensorboard.event_writer import visible_events
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from cifarx_train.data.dataset import LabeledImages
 from cifarx_train.evaluation import Evaluation, Mistake
@@ -128,6 +130,67 @@ def test_every_epoch_has_images(tmp_path: Path) -> None:
     assert [epoch for epoch, _ in mistakes] == [epoch for epoch, _ in confusion] == [0, 1]
     assert mistakes[0][1].width > mistakes[1][1].width
     assert confusion[0][1].tobytes() != confusion[1][1].tobytes()
+
+
+def read_text(folder: Path, tag: str) -> list[tuple[int, str]]:
+    return [
+        (event.step, value.tensor.string_val[0].decode())
+        for event in visible_events(folder)
+        for value in event.summary.value
+        if value.tag == f"{tag}/text_summary"
+    ]
+
+
+def test_every_epoch_has_a_table_of_the_classes_with_the_worst_first(tmp_path: Path) -> None:
+    matrix = np.array([[9, 1, 0], [0, 10, 0], [5, 0, 5]])
+    board = TensorBoard(tmp_path)
+    board.on_train_start(run_info(names=("a|b", "<i>green</i>", "red")))
+    first = epoch_report(0)
+    board.on_epoch_end(first._replace(evaluation=first.evaluation._replace(confusion_matrix=matrix)))
+    board.on_train_end()
+    [(epoch, table)] = read_text(tmp_path, "classes")
+    assert epoch == 0
+    assert table.splitlines()[2:] == [
+        "| red | 100.00% | 50.00% | 66.67% | 10 |",
+        "| a\\|b | 64.29% | 90.00% | 75.00% | 10 |",
+        "| <i>green</i> | 90.91% | 100.00% | 95.24% | 10 |",
+        "| **macro average** | 85.06% | 80.00% | 78.97% | 30 |",
+    ]
+
+
+def send_val_run(folder: Path, first_epoch: int) -> None:
+    """Log a run with a val split from an epoch on, which ends after its fourth epoch and chooses its second."""
+    board = TensorBoard(folder)
+    run = run_info(first_step=first_epoch * EPOCH_STEPS)
+    board.on_train_start(run._replace(val_set=IMAGES))
+    send_events(board, range(first_epoch, 4), 4.0)
+    final = epoch_report(1, loss=5.0, accuracy=0.25).evaluation
+    board.on_test_end(FinalReport(Path("lzh_1.pth"), 1, final, 0.5, Calibration(1.5, 100, "val", 0.25, 0.125)))
+    board.on_train_end()
+
+
+@pytest.mark.parametrize("resumed_after", [None, 2, 4])
+def test_the_tags_of_a_run_with_a_val_split_name_the_split(resumed_after: int | None, tmp_path: Path) -> None:
+    send_val_run(tmp_path, 0)
+    if resumed_after is not None:
+        send_val_run(tmp_path, resumed_after)
+    epochs = range(4)
+    assert read_scalar(tmp_path, "val_loss") == [(epoch, 4.0) for epoch in epochs]
+    assert read_scalar(tmp_path, "val_accuracy") == [(epoch, 0.5) for epoch in epochs]
+    assert read_scalar(tmp_path, "test_loss") == [(1, 5.0)]
+    assert read_scalar(tmp_path, "test_accuracy") == [(1, 0.25)]
+    assert read_scalar(tmp_path, "temperature") == [(1, 1.5)]
+    assert read_scalar(tmp_path, "calibration_error_before") == [(1, 0.25)]
+    assert read_scalar(tmp_path, "calibration_error") == [(1, 0.125)]
+    for name in ("confusion", "mistakes"):
+        assert [epoch for epoch, _ in read_images(tmp_path, f"val_{name}")] == list(epochs)
+        assert [epoch for epoch, _ in read_images(tmp_path, f"test_{name}")] == [1]
+    assert [epoch for epoch, _ in read_text(tmp_path, "val_classes")] == list(epochs)
+    assert [epoch for epoch, _ in read_text(tmp_path, "test_classes")] == [1]
+    tags = read_events(tmp_path).Tags()
+    assert "accuracy" not in tags["scalars"]
+    metrics = plugin_data(tmp_path, "_hparams_/experiment").experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} == {"val_accuracy", "val_loss", "test_accuracy", "test_loss"}
 
 
 def test_too_many_classes_have_no_confusion_matrix(tmp_path: Path) -> None:
@@ -246,6 +309,7 @@ def test_the_recipe_is_logged_as_hyperparameters(tmp_path: Path) -> None:
     given = plugin_data(tmp_path, "_hparams_/session_start_info").session_start_info.hparams
     values = {name: value.string_value or value.number_value for name, value in given.items()}
     fields = {name: value for name, value in msgspec.to_builtins(run_info().recipe).items() if value is not None}
+    fields["freeze"] = "[]"  # TensorBoard takes no lists
     name = fields.pop("name")
     assert values == {"model": "lzh", "seed": 7, "recipe": name, **fields}
     metrics = plugin_data(tmp_path, "_hparams_/experiment").experiment.metric_infos
