@@ -124,13 +124,13 @@ def _walk(
         if item.is_symlink():
             real = os.path.realpath(item.path)
             if not any(real == boundary or real.startswith(boundary + os.sep) for boundary in boundaries):
-                inventory.leave_out("links that lead out of it: copy the files", name)
+                inventory.leave_out("behind links that lead out of it", name)
                 continue
         if item.is_file():
             yield name
         elif not item.is_dir():
-            inventory.leave_out("broken links" if item.is_symlink() else "no regular files", name)
+            inventory.leave_out("behind broken links" if item.is_symlink() else "that are no regular files", name)
         elif real in parents:
-            inventory.leave_out("links to a folder that contains them", name)
+            inventory.leave_out("behind links to a folder that contains them", name)
         else:
             yield from _walk(Path(item.path), f"{name}/", (*parents, real), boundaries, inventory)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from cifarx_serve.errors import DataError
 from cifarx_serve.images.suffixes import LeftOutFiles, is_image
@@ -12,6 +12,8 @@ from cifarx_serve.system.terminal import encodable
 _MAX_LISTED: Final = 5
 _HIDDEN: Final = (".", "__")
 """How the names of files and folders start that programs create for themselves, such as `__MACOSX`."""
+
+_Unit: TypeAlias = Literal["files", "rows"]
 
 
 class Inventory:
@@ -22,13 +24,14 @@ class Inventory:
 
     Attributes:
         images: the paths of the images, relative to the dataset.
+        others: the paths of the files that are no images.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.images: list[str] = []
-        self._others: list[str] = []
-        self._reasons: Counter[str] = Counter()
+        self.others: list[str] = []
+        self._reasons: dict[_Unit, Counter[str]] = {"files": Counter(), "rows": Counter()}
         self._examples: dict[str, str] = {}
         self._folders: set[str] = set()
         self._files: list[str] = []
@@ -44,27 +47,28 @@ class Inventory:
             self._folders.add(folder)
         else:
             self._files.append(name)
-        if is_image(parts[-1]):
-            self.images.append(name)
-        else:
-            self._others.append(name)
+        (self.images if is_image(parts[-1]) else self.others).append(name)
 
     def take(self, suffixes: tuple[str, ...]) -> list[str]:
-        """Return the other files whose names end with a suffix, and count them as used. They are sorted."""
-        taken = sorted(name for name in self._others if name.lower().endswith(suffixes))
-        self._others = [name for name in self._others if not name.lower().endswith(suffixes)]
+        """Return the other files whose names end with a suffix, sorted. They are not left out any more."""
+        taken = sorted(name for name in self.others if name.lower().endswith(suffixes))
+        self.others = [name for name in self.others if not name.lower().endswith(suffixes)]
         return taken
 
-    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
-        """Count files that are not used for a reason, which follows their number in the message."""
-        self._reasons[reason] += count
+    def leave_out(self, reason: str, example: str, count: int = 1, unit: _Unit = "files") -> None:
+        """Count what is not used for a reason, which follows the number in the message."""
+        self._reasons[unit][reason] += count
         self._examples.setdefault(reason, example)
 
     def lines(self) -> list[str]:
-        """Return one line about all files that are left out, or none if there are none."""
-        total = len(self._others) + self._reasons.total()
-        files = "1 file" if total == 1 else f"{total:,} files"
-        return [f"left out {files} of {encodable(self.path.name)}: {self._left_out()}"] if total else []
+        """Return one line about all files that are left out, and one about all rows of tables."""
+        lines = []
+        for unit in self._reasons:
+            if total := self._reasons[unit].total() + (len(self.others) if unit == "files" else 0):
+                number = f"1 {unit[:-1]}" if total == 1 else f"{total:,} {unit}"
+                described = ", ".join(self._left_out(unit))
+                lines.append(f"left out {number} of {encodable(self.path.name)}: {described}")
+        return lines
 
     def error(self, problem: str, remedy: str) -> DataError:
         """Return the error for a dataset that cannot be used. The message says what is there.
@@ -74,27 +78,24 @@ class Inventory:
             remedy: what to do about it.
         """
         found = [f"{encodable(folder)}/" for folder in sorted(self._folders)[:_MAX_LISTED]]
-        if more := len(self._folders) - _MAX_LISTED:
-            found += [f"{more:,} more folders"] if more > 0 else []
-        match self._files:
-            case []:
-                pass
-            case [name]:
-                found.append(encodable(name))
-            case files:
-                found.append(f"{len(files):,} files")
-        left_out = f"; left out {self._left_out()}" if self._left_out() else ""
-        text = f"{self.path} {problem} (found {', '.join(found) or 'nothing'}{left_out})"
-        return DataError(text, remedy)
+        if (more := len(self._folders) - _MAX_LISTED) > 0:
+            found.append(f"{more:,} more folders")
+        if len(self._files) == 1:
+            found.append(encodable(self._files[0]))
+        elif self._files:
+            found.append(f"{len(self._files):,} files")
+        left_out = [*self._left_out("files"), *(f"{text} (rows)" for text in self._left_out("rows"))]
+        text = f"found {', '.join(found) or 'nothing'}" + (f"; left out {', '.join(left_out)}" if left_out else "")
+        return DataError(f"{self.path} {problem} ({text})", remedy)
 
-    def _left_out(self) -> str:
-        others = LeftOutFiles()
-        for name in self._others:
-            others.add(name)
-        reasons = [
-            f"{count:,} {reason} ({encodable(self._examples[reason])})" for reason, count in self._reasons.items()
-        ]
-        return ", ".join([*others.describe(), *reasons])
+    def _left_out(self, unit: _Unit) -> list[str]:
+        suffixes = LeftOutFiles()
+        for name in self.others if unit == "files" else ():
+            suffixes.add(name)
+        described = suffixes.describe()
+        for reason, count in self._reasons[unit].items():
+            described.append(f"{count:,} {reason} ({encodable(self._examples[reason])})")
+        return described
 
 
 def listed(names: Iterable[str]) -> str:

@@ -78,12 +78,12 @@ class LabelFile:
         for number, row in enumerate(self._rows, start=2 if columns.has_header else 1):
             where = f"{encodable(self.path.name)}, row {number}"
             if len(row) <= max(columns.path, columns.label) or not row[columns.label].strip():
-                inventory.leave_out("rows without a label", where)
+                inventory.leave_out("without a label", where, unit="rows")
                 continue
             text, label = row[columns.path].strip(), row[columns.label].strip()
             image = finder.find(text, where)
             if image is None:
-                inventory.leave_out("rows without an image", text)
+                inventory.leave_out("without an image", text, unit="rows")
             elif labels.setdefault(image, label) != label:
                 raise inventory.error(
                     f"has an image with the labels {labels[image]} and {label} in {where}", "give one label per image"

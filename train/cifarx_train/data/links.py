@@ -7,7 +7,7 @@ from typing import Final
 from cifarx_train.data.inventory import Inventory
 
 _MAX_HOPS: Final = 40  # as many as Linux follows
-_NOT_THERE: Final = "links to files that are not in it"
+_NOT_THERE: Final = "behind links to files that are not in it"
 
 
 def normalize(path: str) -> str | None:
@@ -57,7 +57,7 @@ def linked_files(files: set[str], links: Mapping[str, str | None], inventory: In
     for link, target in folders:
         prefix = f"{target}/" if target else ""
         if link.startswith(prefix):
-            inventory.leave_out("links to a folder that contains them", link)
+            inventory.leave_out("behind links to a folder that contains them", link)
             continue
         first = bisect_left(names, prefix)
         inside = list(_while_prefix(names, first, prefix))

@@ -73,7 +73,7 @@ class ParquetStore(ImageStore):
         labels = {entry.class_name for entries in (unsplit, *found.values()) for entry in entries}
         splits: dict[Split, list[Entry]] = {split: entries for split, entries in found.items() if split}
         if splits and unsplit:
-            inventory.leave_out("in files that are of no split", unsplit[0].path, len(unsplit))
+            inventory.leave_out("in files that are of no split", unsplit[0].path, len(unsplit), unit="rows")
             unsplit = []
         return assign_splits(splits, unsplit, self._fraction, inventory, names or numbers_sorted(labels))
 
@@ -180,7 +180,7 @@ def _list_rows(table: "ParquetFile", file: str, columns: _Columns, inventory: In
             path = f"{file}#{row}"
             row += 1
             if label is None or label in (-1, ""):
-                inventory.leave_out("rows without a label", path)
+                inventory.leave_out("without a label", path, unit="rows")
             elif columns.names is None:
                 yield Entry(str(label), path, path)
             elif isinstance(label, int) and label < len(columns.names):

@@ -1,10 +1,11 @@
 """Decides which images train a network, choose between its epochs, and test it."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.system.terminal import encodable
 from cifarx_train.data.catalog import Catalog, Entry
 from cifarx_train.data.dataset import Split
@@ -19,6 +20,8 @@ SPLIT_NAMES: Final[dict[Split, tuple[str, ...]]] = {
 """The names of splits in use, in lower case. If a dataset has several of them, the first one is taken."""
 
 _SPLITS: Final = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+
+_MIN_CLASSES: Final = 2
 
 LAYOUT: Final = "train/<class>/<image> and test/<class>/<image> (or val/ or valid/ instead of test/)"
 
@@ -121,19 +124,24 @@ def _hold_out(
     images = splits.get("train", unsplit)
     if not images:
         raise inventory.error("has 0 class folders with images", f"use the layout {LAYOUT}")
+    classes = Counter(entry.class_name for entry in images)
+    if len(classes) < _MIN_CLASSES:
+        raise _too_few_classes(tuple(classes), inventory)
     if fraction is None:
-        classes = {entry.class_name for entry in images}
         raise inventory.error(
             f"has {_count(classes)} with images ({listed(classes)}), but no test images",
             f"use --split 0.2 to hold out 20% of the images of each class, or the layout {LAYOUT}",
         )
+    if single := [name for name, count in classes.items() if count < 2]:
+        problem = f"has only one image of {listed(single)}, which cannot be a training image and a test image"
+        raise inventory.error(problem, "add images of it, or remove it")
     train, test = hold_out(images, fraction.value)
     return {"train": train, "test": test}
 
 
 def _require_classes(names: tuple[str, ...], splits: Mapping[Split, tuple[Entry, ...]], inventory: Inventory) -> None:
-    if len(names) < 2:
-        raise inventory.error(f"has {_count(names)} with training images ({listed(names)})", "add a class")
+    if len(names) < _MIN_CLASSES:
+        raise _too_few_classes(names, inventory)
     for split, entries in splits.items():
         if unknown := {entry.class_name for entry in entries}.difference(names):
             raise inventory.error(
@@ -142,6 +150,12 @@ def _require_classes(names: tuple[str, ...], splits: Mapping[Split, tuple[Entry,
             )
     if unencodable := [name for name in names if encodable(name) != name]:
         raise inventory.error(f"has the class {encodable(unencodable[0])}, whose name is not valid UTF-8", "rename it")
+
+
+def _too_few_classes(names: Collection[str], inventory: Inventory) -> DataError:
+    tables = [str(inventory.path / name) for name in inventory.others if name.lower().endswith(".csv")]
+    remedy = f"use the layout {LAYOUT}, or give the labels with --labels {tables[0] if tables else 'FILE.csv'}"
+    return inventory.error(f"has {_count(names)} with training images ({listed(names)})", remedy)
 
 
 def _missing_classes(names: tuple[str, ...], splits: Mapping[Split, tuple[Entry, ...]]) -> list[str]:

@@ -77,14 +77,15 @@ class WebDatasetStore(ImageStore):
 
     @cached_property
     def _shards(self) -> list[str]:
-        return self._inventory.take(SHARD_SUFFIXES) if self.path.is_dir() else [self.path.name]
+        shards = self._inventory.take(SHARD_SUFFIXES)
+        return shards if self.path.is_dir() else [self.path.name]
 
     def _list_shard(self, shard: str) -> list[Entry]:
         images: dict[str, str] = {}
         labels: dict[str, str] = {}
         for member in members(self._root / shard):
             if member.name is None or member.is_link:
-                self._inventory.leave_out("links in shards", f"{shard}#{member.name}")
+                self._inventory.leave_out("behind links", f"{shard}#{member.name}")
                 continue
             key, extension = _split_name(member.name)
             if is_image(f"x.{extension}") and key not in images:
