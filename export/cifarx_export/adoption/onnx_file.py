@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
-from onnx.inliner import inline_local_functions
 
 from cifarx_export.adoption.class_names import find_class_names
 from cifarx_export.adoption.foreign_file import ForeignFile, StatedInput, StatedOutput
+from cifarx_export.adoption.onnx_functions import inline_functions
 from cifarx_export.adoption.onnx_graph import (
     Interface,
     connect,
@@ -64,8 +64,7 @@ class OnnxFile(ForeignFile):
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.path = path
-        model = load_onnx_model(path)
-        self._model = inline_local_functions(model) if model.functions else model
+        self._model = inline_functions(load_onnx_model(path), path)
         copied = folder / "original.onnx"
         copied.write_bytes(self._model.SerializeToString())
         try:

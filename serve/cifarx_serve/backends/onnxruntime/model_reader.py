@@ -2,7 +2,8 @@
 
 The file is a protobuf message, whose parts are identified by their field numbers in `onnx.proto`. Every message that
 can contain a tensor is visited, so that content that is dangerous to open is refused: weights in other files, tensors
-that declare more elements than they contain, and excessive nesting. Time and memory do not grow with the weights.
+that declare more elements than they contain, functions, which can expand to any number of nodes, and excessive nesting.
+Time and memory do not grow with the weights.
 """
 
 import mmap
@@ -63,7 +64,8 @@ def read_model_info(path: Path) -> OnnxModelInfo:
     """Read the metadata of an ONNX file and check that the file is safe to open.
 
     Raises:
-        ModelFileError: the file is not an ONNX model, stores weights in another file, or declares impossible sizes.
+        ModelFileError: the file is not an ONNX model, stores weights in another file, contains functions, or declares
+            impossible sizes.
     """
     try:
         # Memory-mapped, so that the pages of the weights are never read.
@@ -160,7 +162,7 @@ class _Reader:
         self._metadata_left = _MAX_METADATA
 
     def read(self) -> OnnxModelInfo:
-        ir_version, graphs = 0, 0
+        ir_version, graphs, functions = 0, 0, 0
         opsets: dict[str, int] = {}
         metadata: dict[bytes, bytes] = {}
         for number, wire_type, start, end in self._fields(0, len(self._data)):
@@ -176,7 +178,13 @@ class _Reader:
                 metadata[key] = value
             elif message := _CHILDREN[_Message.MODEL].get(number):
                 graphs += message is _Message.GRAPH
+                functions += message is _Message.FUNCTION
                 self._check_message(message, start, end)
+        if functions:
+            raise _UnsafeModelError(
+                "contains functions, which can expand to any number of nodes",
+                "inline them with `cifarx adopt`, or export it again",
+            )
         if not ir_version or not graphs:
             raise _MalformedError("it has no IR version or no graph")
         return OnnxModelInfo(ir_version, opsets, metadata)

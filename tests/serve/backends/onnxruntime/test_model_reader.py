@@ -163,6 +163,19 @@ def test_sparse_tensors(colors: Path) -> None:
     assert "sparse" in problem(changed(colors, change))
 
 
+def test_functions(colors: Path) -> None:
+    """ONNX Runtime expands functions when it opens a file. Twenty that each call another one twice take hours."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+
+    def add(model: onnx.ModelProto) -> None:
+        for number in range(20):
+            name, domain = (f"F{number - 1}", "own") if number else ("Relu", "")
+            nodes = [helper.make_node(name, [source], [to], domain=domain) for source, to in ("xt", "ty")]
+            model.functions.append(helper.make_function("own", f"F{number}", ["x"], ["y"], nodes, opsets))
+
+    assert "contains functions" in problem(changed(colors, add))
+
+
 @pytest.mark.parametrize("depth", [40, 5000])
 def test_deeply_nested_graphs(colors: Path, depth: int) -> None:
     graph = b""
