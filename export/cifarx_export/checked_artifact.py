@@ -65,7 +65,7 @@ class ArtifactWriter(NamedTuple):
                 artifact.save(temporary, spec)
                 with backend_class(row.backend)(model_file(temporary), CPU) as backend:
                     compared = check_parity(self.reference, backend, tolerance, self.progress, self.batch_sizes)
-                    parity = compared.with_checks(artifact.checks)
+                    parity = self._with_calibration(compared.with_checks(artifact.checks), spec)
                     checked_logits = self._run_first_batch(backend) if parity.passed else None
                 if checked_logits is None:
                     raise _ParityFailedError(parity.renamed(model_file(temporary), target.name))
@@ -81,6 +81,12 @@ class ArtifactWriter(NamedTuple):
         except _ParityFailedError as failure:
             return failure.parity
         return parity
+
+    def _with_calibration(self, parity: ParityResult, spec: ModelSpec) -> ParityResult:
+        """Add a warning if the artifact was calibrated on images of its own check."""
+        if spec.precision != "int8" or not self.reference.data.shares_calibration:
+            return parity
+        return parity.with_warning("int8 was calibrated on images of this check: there are too few other ones")
 
     def _run_first_batch(self, backend: Backend) -> NDArray[np.float32]:
         return backend.run(model_input(self.reference.data.images[:EVAL_BATCH_SIZE], backend.spec))

@@ -185,6 +185,9 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     Errors are absolute differences between logits, or None if the artifact returned no finite logits. `atol` and `rtol`
     are None for a precision without a tolerance. The accuracies are None if the images have other classes than the
     model. `agreement_bound` is the lower bound of the agreement with 95% confidence, None in files of earlier versions.
+    The accuracies are of the test images alone. `test_images` is their number, which is `images` without those of the
+    training split that joined them; None in files of earlier versions. `warnings` say what a check that passed did not
+    prove.
     """
 
     passed: bool
@@ -205,6 +208,9 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     data: str
     data_fingerprint: str
     agreement_bound: float | None = None
+    test_images: int | None = None
+    training_images: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]

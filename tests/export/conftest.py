@@ -57,8 +57,7 @@ def other_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def parity_images(checkpoint: Path) -> Any:
     """Return images of the built-in data: more than the small batches use, and not a multiple of any batch size."""
-    from cifarx_export.parity.compare import MIN_IMAGES
-    from cifarx_export.parity.data import load_parity_data
+    from cifarx_export.parity.data import MIN_IMAGES, load_parity_data
     from cifarx_train.checkpoints.checkpoint import load_checkpoint
 
     whole = load_parity_data(load_checkpoint(checkpoint).spec, "builtin")
@@ -112,6 +111,16 @@ def small_image_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFact
     for class_folder in folder.glob("test/*"):
         for image in sorted(class_folder.iterdir())[99:]:
             image.unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_images(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with 30 test images and 10 training images."""
+    from cifarx_train.checkpoints.checkpoint import load_checkpoint
+
+    folder = tmp_path_factory.mktemp("data") / "forty"
+    write_image_folder(folder, load_checkpoint(checkpoint).spec.class_names, images=3)
     return folder
 
 

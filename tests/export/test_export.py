@@ -284,13 +284,15 @@ def test_a_refused_export_writes_nothing(name: str, lone_checkpoint: Path, image
     assert contents(Path.cwd()) == before
 
 
-def test_too_few_images_write_nothing_and_create_no_folder(lone_checkpoint: Path, small_image_folder: Path) -> None:
-    with pytest.raises(
-        DataError,
-        match=r"few has 990 test images, fewer than the 1,000",
-    ):
-        export(lone_checkpoint, data=str(small_image_folder), out="results")
-    assert [path.name for path in Path.cwd().iterdir()] == ["lzh_9.pth"]
+def test_a_few_images_prove_little_and_the_file_says_so(lone_checkpoint: Path, few_images: Path) -> None:
+    """int8 is calibrated on the images of the check, which is said too."""
+    (result,) = export(lone_checkpoint, ["onnx"], ["fp32"], data=str(few_images))
+    warning = "only 40 images: even an agreement of 100% proves only 92.78% with 95% confidence"
+    assert result.report.summary.passed
+    assert result.report.summary.warnings == read_spec(result.path).parity.warnings == (warning,)  # type: ignore[union-attr]
+    (quantized,) = export(lone_checkpoint, ["onnx"], ["int8"], data=str(few_images))
+    shared = "int8 was calibrated on images of this check: there are too few other ones"
+    assert quantized.report.summary.warnings == (warning, shared)
 
 
 def test_files_that_are_not_checkpoints_are_refused(good_onnx: Path, checkpoint: Path, image_folder: Path) -> None:

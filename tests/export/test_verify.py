@@ -89,12 +89,12 @@ def test_a_negative_tolerance_is_rejected(good_onnx: Path, checkpoint: Path, ima
         verify(good_onnx, checkpoint, data=str(image_folder), atol=-1)
 
 
-def test_too_few_images_are_rejected(good_onnx: Path, checkpoint: Path, small_image_folder: Path) -> None:
-    with pytest.raises(
-        DataError,
-        match="few has 990 test images, fewer than the 1,000",
-    ):
-        verify(good_onnx, checkpoint, data=str(small_image_folder))
+def test_training_images_join_a_small_test_split(good_onnx: Path, checkpoint: Path, small_image_folder: Path) -> None:
+    lines: list[str] = []
+    summary = verify(good_onnx, checkpoint, data=str(small_image_folder), progress=lines.append).summary
+    assert (summary.passed, summary.images, summary.test_images, summary.training_images) == (True, 1000, 990, 10)
+    assert "reference: running 990 test and 10 training images of few with pytorch (cpu)" in lines
+    assert summary.warnings == ()
 
 
 def edited(source: Path, name: str, change: Callable[[onnx.ModelProto], None]) -> Path:

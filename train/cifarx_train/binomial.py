@@ -51,6 +51,8 @@ def lower_bound(successes: int, trials: int, confidence: float = CONFIDENCE) -> 
         trials: number of trials, at least 1.
         confidence: the probability that the bound holds.
     """
+    if successes == trials:
+        return math.pow(1 - confidence, 1 / trials)
     low, high = 0.0, successes / trials
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

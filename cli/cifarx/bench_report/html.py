@@ -79,6 +79,7 @@ def render_html_report(report: BenchmarkReport) -> str:
         {"microseconds": _microseconds},
         report=report,
         title=title(report),
+        warnings=report.warnings,
         files=files,
         swatches=[Markup(swatch) for swatch in legend_swatches(report)],
         plots=[plot._replace(svg=Markup(plot.svg)) for plot in render_plots(report)],

@@ -169,7 +169,7 @@ def legend_swatches(report: BenchmarkReport) -> tuple[str, ...]:
 def write_png(report: BenchmarkReport, path: Path) -> None:
     """Write all plots, their legend and the environment as one picture that is `PNG_WIDTH` pixels wide."""
     files = file_series(report)
-    heading = textwrap.wrap(printable(f"Benchmark: {title(report)}"), 120)
+    heading = textwrap.wrap(printable(". WARNING: ".join([f"Benchmark: {title(report)}", *report.warnings])), 120)
     below = textwrap.wrap(printable(environment_line(report.environment)), 170)
     longest = max(len(_legend_text(series)) for series in files)
     lines = ceil(len(files) / max(1, min(4, 150 // (longest + 8))))

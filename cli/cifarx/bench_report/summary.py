@@ -41,7 +41,15 @@ class ScenarioResults(NamedTuple):
 def title(report: BenchmarkReport) -> str:
     """Return a line that says what was measured."""
     agreement = "agreement of all labels" if report.multi_label else "agreement"
-    return f"one call, host memory to host memory; {agreement} on {report.images:,} images of {report.data}"
+    return f"one call, host memory to host memory; {agreement} on {_images(report)}"
+
+
+def _images(report: BenchmarkReport) -> str:
+    if report.test_images in (None, report.images):
+        return f"{report.images:,} images of {report.data}"
+    tested = report.test_images or 0
+    splits = f"{tested:,} test and {report.images - tested:,} training images of {report.data}"
+    return f"{splits}, accuracy on the test images"
 
 
 def has_device_times(report: BenchmarkReport) -> bool:
@@ -86,8 +94,8 @@ def scenario_lines(report: BenchmarkReport) -> list[str]:
 
 
 def remarks(report: BenchmarkReport) -> list[str]:
-    """Return the lines that explain the device times and the mark of unstable rows, where the report has any."""
-    lines = []
+    """Return the warnings, and lines that explain the device times and the mark of unstable rows, if there are any."""
+    lines = [f"WARNING: {warning}" for warning in report.warnings]
     if has_device_times(report):
         lines.append(
             f"{_DEVICE}: between two events around the run, with the input already on the device; the p50 includes "

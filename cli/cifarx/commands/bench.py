@@ -17,12 +17,23 @@ from cifarx.model_flags import (
     stated_options,
     takes_flags,
 )
-from cifarx.options import Broken, DataName, DeviceName, Json, OnError, resolve_on_error
+from cifarx.options import (
+    Broken,
+    DataName,
+    DeviceName,
+    Json,
+    Labels,
+    OnError,
+    SplitFraction,
+    data_source,
+    resolve_on_error,
+)
 from cifarx.output.console import json_result, note, result
 from cifarx_serve.errors import UsageError
 
 if TYPE_CHECKING:
     from cifarx_serve.benchmarking.benchmark import BenchmarkReport
+    from cifarx_train.data.selection import DataSource
     from cifarx_train.models.options import ModelOptions
 
 
@@ -38,6 +49,8 @@ def command(
     batch: Annotated[str, typer.Option(metavar="N,N,...", help="Batch sizes to measure.")] = "1,64",
     device: DeviceName = "auto",
     data: DataName = "auto",
+    split: SplitFraction = None,
+    labels: Labels = None,
     on_error: OnError = None,
     broken: Broken = None,
     report: Annotated[
@@ -78,7 +91,8 @@ def command(
     for path in report or []:
         require_report_path(path)
     options = stated_options(files, model, flags)
-    measured = _measure(files, options, batch_sizes, device, data, resolve_on_error(on_error, broken))
+    source = data_source(data, split, labels)
+    measured = _measure(files, options, batch_sizes, device, source, resolve_on_error(on_error, broken))
     for path in report or []:
         write_report(measured, path)
         note(f"wrote {path}")
@@ -103,27 +117,28 @@ def _measure(
     options: "ModelOptions | None",
     batches: list[int],
     device: str,
-    data: str,
+    data: "DataSource",
     on_error: Literal["raise", "skip"],
 ) -> "BenchmarkReport":
+    from cifarx_export.parity.data import load_parity_data
     from cifarx_serve.benchmarking.benchmark import benchmark
-    from cifarx_train.data.selection import select_dataset_for_model
 
     spec = read_stated_spec(files[0], options)
     if options is not None and is_checkpoint(files[0]):
         note_description(spec, files[0], options)
-    chosen = select_dataset_for_model(spec.training.data if spec.training else None, data, on_error)
-    loaded = chosen.load("test", spec.input)
+    loaded = load_parity_data(spec, data, on_error)
     paths = [Path(file) for file in files]
     return benchmark(
         paths,
         loaded.images,
-        chosen.name,
+        loaded.name,
         batches,
         device,
         labels=loaded.labels,
         progress=note,
         stated=options.to_document() if options else {},
+        test_images=loaded.test_images,
+        warnings=loaded.warnings(),
     )
 
 

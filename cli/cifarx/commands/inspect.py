@@ -195,10 +195,10 @@ def _parity(spec: ModelSpec) -> list[tuple[str, str]]:
     if parity is None or parity.max_abs_error is None:
         return []
     sizes = ", ".join(map(str, parity.batch_sizes))
+    splits = f"{parity.test_images} test and {parity.training_images} training " if parity.training_images else ""
+    images = f"{splits or f'{parity.images} '}images of {parity.data}"
+    errors = f"max |Δ| {parity.max_abs_error:.2e}, agreement {parity.agreement:.4%}"
     return [
-        (
-            "parity",
-            f"max |Δ| {parity.max_abs_error:.2e}, agreement {parity.agreement:.4%} on {parity.images} images of "
-            f"{parity.data}, batch sizes {sizes}, {parity.provider}",
-        )
+        ("parity", f"{errors} on {images}, batch sizes {sizes}, {parity.provider}"),
+        *[("WARNING", warning) for warning in parity.warnings],
     ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cifarx.output.console import table_width, tick
 from cifarx_export.parity.checks import Check
 from cifarx_export.parity.error_analysis import ErrorAnalysis
-from cifarx_export.parity.report import ParityReport
+from cifarx_export.parity.report import WARNING, ParityReport, describe_images
 from cifarx_export.parity.spec_checks import ASSUMED
 from cifarx_serve.system.terminal import printable
 
@@ -35,6 +35,8 @@ def parity_lines(report: ParityReport) -> str:
     assumed = f" ({ASSUMED}: {', '.join(report.assumed)})" if report.assumed else ""
     title = f"{tick(summary.passed)} {report.artifact}: {report.format} {report.precision}, {outcome}{assumed}"
     console.print(Text(printable(title), f"bold {_color(summary.passed)}"), overflow="fold")
+    for warning in summary.warnings:
+        console.print(Text(printable(f"{WARNING}: {warning}"), f"bold {_color(None)}"), overflow="fold")
     console.print(_table(report))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
@@ -65,7 +67,7 @@ def _comparison(report: ParityReport) -> list[tuple[str, str]]:
     sizes = ", ".join(map(str, summary.batch_sizes))
     return [
         ("reference", report.checkpoint),
-        ("data", f"{summary.images:,} images of {summary.data}, batch sizes {sizes}, {summary.provider}"),
+        ("data", f"{describe_images(summary)}, batch sizes {sizes}, {summary.provider}"),
     ]
 
 
@@ -79,7 +81,8 @@ def _metrics(report: ParityReport) -> list[tuple[str, str]]:
         )
         rows += [("errors", errors), ("required", f"tolerance {summary.required_tolerance:.2e}")]
     if summary.reference_accuracy is not None and summary.accuracy is not None:
-        rows.append(("accuracy", f"{summary.accuracy:.2%}, reference {summary.reference_accuracy:.2%}"))
+        tested = f", of the {summary.test_images:,} test images" if summary.training_images else ""
+        rows.append(("accuracy", f"{summary.accuracy:.2%}, reference {summary.reference_accuracy:.2%}{tested}"))
     if report.error_analysis is not None and report.error_analysis.disagreements:
         rows.append(("disagreements", _disagreements(report.error_analysis)))
     return rows

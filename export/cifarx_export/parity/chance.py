@@ -1,5 +1,6 @@
 """Test whether a network's accuracy is better than chance: wrong preprocessing and a wrong class order are not."""
 
+import shlex
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -44,6 +45,11 @@ class ChanceTest(NamedTuple):
     def at_chance(self) -> bool:
         return self.p_value > LEVEL
 
+    @property
+    def is_decisive(self) -> bool:
+        """Whether there are enough images for a network without any error to pass."""
+        return upper_tail(self.images, self.images, self.chance) <= LEVEL
+
     def describe(self) -> str:
         """Return the accuracy with its confidence interval, and what chance is, on one line."""
         low, high = interval(self.correct, self.images)
@@ -66,6 +72,9 @@ def require_better_than_chance(
 ) -> None:
     """Report the accuracy of a network, and refuse it at chance, if the data has labels for its classes.
 
+    The accuracy is that of the test images. Training images that joined them take part in the decision, and it is left
+    open where even these are too few.
+
     Args:
         reference: from `run_reference`.
         name: the file of the network, for messages.
@@ -76,12 +85,17 @@ def require_better_than_chance(
     Raises:
         CheckFailed: the accuracy is chance, although neither of the two permits it.
     """
-    if reference.data.labels is None:
+    labels, tested = reference.data.labels, reference.data.test_images
+    if labels is None:
         return
-    spec = reference.spec
-    found = measure_chance(best_classes(reference.logits, spec), reference.data.labels, len(spec.class_names))
-    progress(f"reference: {found.describe()}")
+    predictions, classes = best_classes(reference.logits, reference.spec), len(reference.spec.class_names)
+    if tested:
+        progress(f"reference: {measure_chance(predictions[:tested], labels[:tested], classes).describe()}")
+    found = measure_chance(predictions, labels, classes)
     if not found.at_chance:
+        return
+    if not found.is_decisive:
+        progress(f"note: {found.images} images are too few to tell whether the accuracy is better than chance")
         return
     problem = f"accuracy {found.accuracy:.1%} on {found.classes} classes is chance"
     if trained_here or allowed:
@@ -89,6 +103,6 @@ def require_better_than_chance(
         return
     raise CheckFailed(
         problem,
-        f"preprocessing or class order is likely wrong: try `cifarx diagnose {name}` with labeled images, or allow it "
-        "with --allow-chance-accuracy",
+        f"preprocessing or class order is likely wrong: try `cifarx diagnose {shlex.quote(name)}` with labeled images, "
+        "or allow it with --allow-chance-accuracy",
     )

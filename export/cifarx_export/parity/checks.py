@@ -83,7 +83,8 @@ def compute_metrics(
         pairs: logits of each batch size that ran.
         edges: logits of the edge inputs, where they ran.
         reference: the reference's logits for all images, (N, output size).
-        labels: labels of all images, (N,); None if the classes of the data are not the model's.
+        labels: labels of the first images, on which the accuracy is measured, (n,) with n <= N; None if the classes of
+            the data are not the model's.
         tolerance: the tolerance for logits and forgiven flips.
         spec: how the logits become predictions; None for the class with the largest one.
     """
@@ -161,7 +162,7 @@ def _flipped_images(
 
 
 def _accuracy(logits: Logits, labels: NDArray[np.int64] | None, spec: ModelSpec | None) -> float | None:
-    return None if labels is None else float((best_classes(logits, spec) == labels).mean())
+    return None if labels is None else float((best_classes(logits[: len(labels)], spec) == labels).mean())
 
 
 def _check_logits(errors: LogitErrors, tolerance: Tolerance, output: str) -> list[Check]:

@@ -26,7 +26,7 @@ from cifarx_export.parity.resize import check_resize
 from cifarx_export.parity.spec_checks import check_interface, check_specs
 from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.backends.base import Backend
-from cifarx_serve.errors import DataError, DeviceMemoryError, UsageError, error_message
+from cifarx_serve.errors import DeviceMemoryError, UsageError, error_message
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import InputSpec, ModelSpec, ParitySummary
@@ -40,9 +40,6 @@ BATCH_SIZES: Final = (1, 3, EVAL_BATCH_SIZE)
 
 SUBSET_IMAGES: Final = 1000
 """Number of images, evenly spaced over the split, that are run at each of the other batch sizes."""
-
-MIN_IMAGES: Final = 1000
-"""Minimum number of real images: with fewer, the argmax agreement says too little."""
 
 _EDGE_INPUTS: Final = 3
 
@@ -73,6 +70,11 @@ class ParityResult(msgspec.Struct, frozen=True):
         """Return the result with a name where errors of the runtime name a temporary file."""
         checks = (msgspec.structs.replace(check, found=check.found.replace(str(path), name)) for check in self.checks)
         return msgspec.structs.replace(self, checks=tuple(checks))
+
+    def with_warning(self, warning: str) -> "ParityResult":
+        """Return the result with another warning."""
+        summary = msgspec.structs.replace(self.summary, warnings=(*self.summary.warnings, warning))
+        return msgspec.structs.replace(self, summary=summary)
 
     def with_checks(self, checks: Sequence[Check]) -> "ParityResult":
         """Return the result with other checks in front of its own. All of them have to pass."""
@@ -113,16 +115,10 @@ def run_reference(backend: Backend, data: ParityData, progress: Progress = silen
     A network can depend on the batch: its branches on the values of a batch are lost when it is traced.
 
     Raises:
-        DataError: there are fewer than `MIN_IMAGES` images.
         OutputShapeError: the reference does not return what its spec describes.
     """
     images = data.images
-    if len(images) < MIN_IMAGES:
-        raise DataError(
-            f"{data.name} has {len(images):,} test images, fewer than the {MIN_IMAGES:,} that the parity check needs",
-            "give a dataset with more test images: fewer say too little about the agreement",
-        )
-    progress(f"reference: running {len(images)} images of {data.name} with {backend.name} ({backend.provider})")
+    progress(f"reference: running {data.describe()} with {backend.name} ({backend.provider})")
     logits = _run(backend, images, np.arange(len(images)), EVAL_BATCH_SIZE)
     single_logits, positions = logits.copy(), _positions(len(images), 1)
     single_logits[positions] = _run(backend, images, positions, 1)
@@ -134,12 +130,13 @@ def parity_batch_sizes(extra: int | None, images: int) -> tuple[int, ...]:
     """Return the batch sizes of a parity check: the default ones, and `extra` if it is given.
 
     Raises:
-        UsageError: `extra` is below 1 or above the number of images.
+        UsageError: `extra` is below 1, or above `EVAL_BATCH_SIZE` and the number of images.
     """
     if extra is None:
         return BATCH_SIZES
-    if not 1 <= extra <= images:
-        raise UsageError(f"batch size {extra} is out of range", f"give 1 to {images}, the number of test images")
+    largest = max(images, EVAL_BATCH_SIZE)
+    if not 1 <= extra <= largest:
+        raise UsageError(f"batch size {extra} is out of range", f"give 1 to {largest}, for {images} images")
     return tuple(sorted({*BATCH_SIZES, extra}))
 
 
@@ -180,7 +177,8 @@ def check_parity(
             pairs.append(PairedLogits(positions, expected[positions], logits))
     edge_check, edges = _run_edge_inputs(reference, artifact)
     resize_checks = check_resize(artifact, data.images[_positions(len(data.images), 1)])
-    metrics = compute_metrics(pairs, edges, reference.logits, data.labels, tolerance, spec)
+    test_labels = None if data.labels is None else data.labels[: data.test_images]
+    metrics = compute_metrics(pairs, edges, reference.logits, test_labels, tolerance, spec)
     checks += [edge_check, *resize_checks, *check_metrics(metrics, tolerance, spec.output)]
     passed = all(check.passed for check in checks)
     summary = _summary(metrics, passed, data, artifact.provider, tolerance, batch_sizes)
@@ -229,13 +227,15 @@ def _positions(images: int, batch_size: int) -> NDArray[np.int64]:
 def _run(backend: Backend, images: NDArray[np.uint8], positions: NDArray[np.int64], batch_size: int) -> Logits:
     """Return the logits of the images at these positions.
 
-    Preprocesses one batch at a time: all images of ImageNet's size as float32 would take gigabytes.
+    Preprocesses one batch at a time: all images of ImageNet's size as float32 would take gigabytes. If there are too
+    few images for one batch, they are repeated in it.
 
     Raises:
         OutputShapeError: a batch has logits of another dtype or shape than float32 (batch size, output size).
     """
-    batches = (positions[start : start + batch_size] for start in range(0, len(positions), batch_size))
-    return np.concatenate([_run_batch(backend, images[batch]) for batch in batches])
+    filled = positions if len(positions) >= batch_size else np.resize(positions, batch_size)
+    batches = (filled[start : start + batch_size] for start in range(0, len(filled), batch_size))
+    return np.concatenate([_run_batch(backend, images[batch]) for batch in batches])[: len(positions)]
 
 
 def _run_batch(backend: Backend, images: NDArray[np.uint8]) -> Logits:
@@ -314,6 +314,9 @@ def _summary(
         data=data.name,
         data_fingerprint=data.fingerprint,
         agreement_bound=metrics.agreement_bound,
+        test_images=data.test_images,
+        training_images=len(data.training_rows),
+        warnings=data.warnings(),
     )
 
 

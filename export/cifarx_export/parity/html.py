@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
@@ -13,7 +13,7 @@ from PIL import Image
 from cifarx_export.html_report import render_page
 from cifarx_export.parity.error_analysis import ClassAgreement, Disagreement, ErrorAnalysis, WorstImage
 from cifarx_export.parity.histogram import HistogramLayout, layout_histogram
-from cifarx_export.parity.report import ParityReport
+from cifarx_export.parity.report import WARNING, ParityReport, describe_images
 from cifarx_export.parity.spec_checks import ASSUMED
 from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.errors import UsageError
@@ -140,8 +140,9 @@ def write_html_report(path: Path, reports: Sequence[ParityReport], images: NDArr
 def render_html_report(reports: Sequence[ParityReport], images: Images) -> str:
     """Return the page as text; for the arguments see `write_html_report`."""
     sections = [_section(f"artifact-{number}", report, images) for number, report in enumerate(reports, 1)]
-    filters = {"scientific": _scientific}
-    return render_page("cifarx_export.parity", _TEMPLATE, filters, sections=sections, word_assumed=ASSUMED)
+    filters: dict[str, Callable[..., str]] = {"scientific": _scientific, "images": describe_images}
+    words = {"assumed": ASSUMED, "warning": WARNING}
+    return render_page("cifarx_export.parity", _TEMPLATE, filters, sections=sections, words=words)
 
 
 def _section(anchor: str, report: ParityReport, images: Images) -> Section:
@@ -176,10 +177,11 @@ def _metric_rows(summary: ParitySummary, tolerance: Tolerance) -> tuple[MetricRo
     ]
     before, after = summary.reference_accuracy, summary.accuracy
     if before is not None and after is not None:
+        tested = f" of {summary.test_images:,} test images" if summary.training_images else ""
         drop = "" if tolerance.accuracy_drop is None else f"≥ {-tolerance.accuracy_drop * 100:+.2f}"
         rows += [
-            MetricRow("Accuracy, reference", f"{before:.2%}"),
-            MetricRow("Accuracy, artifact", f"{after:.2%}"),
+            MetricRow(f"Accuracy{tested}, reference", f"{before:.2%}"),
+            MetricRow(f"Accuracy{tested}, artifact", f"{after:.2%}"),
             MetricRow("Difference in points", f"{(after - before) * 100:+.2f}", drop),
         ]
     return tuple(rows)
@@ -188,7 +190,7 @@ def _metric_rows(summary: ParitySummary, tolerance: Tolerance) -> tuple[MetricRo
 def _bound_rows(summary: ParitySummary) -> list[MetricRow]:
     if summary.agreement_bound is None:
         return []
-    return [MetricRow(f"{CONFIDENCE:.0%} confidence bound", f"≥ {floor_percent(summary.agreement_bound)}")]
+    return [MetricRow(f"{CONFIDENCE:.0%} bound, one-sided", f"≥ {floor_percent(summary.agreement_bound)}")]
 
 
 def _class_rows(names: Sequence[str], by_class: Sequence[ClassAgreement]) -> tuple[ClassRow, ...]:

@@ -1,6 +1,7 @@
 """The parity report: the full JSON document next to the artifact, and its short form for the command line."""
 
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -13,11 +14,15 @@ from cifarx_serve.system.environment import Environment, current_environment
 SUFFIX = ".parity.json"
 FAILED_SUFFIX = ".failed.parity.json"
 
+WARNING: Final = "WARNING"
+"""The word before what a check that passed does not prove, wherever it is shown."""
+
 
 class ParityRow(msgspec.Struct, frozen=True):
     """The parity check of one artifact, as `export --json` and `verify --json` print it.
 
-    `assumed` lists the checks that compare only what nobody stated, such as `preprocessing`.
+    `assumed` lists the checks that compare only what nobody stated, such as `preprocessing`, and `warnings` what a
+    check that passed does not prove.
     """
 
     artifact: str
@@ -37,6 +42,9 @@ class ParityRow(msgspec.Struct, frozen=True):
     nonfinite: int
     provider: str
     agreement_bound: float | None
+    test_images: int | None
+    training_images: int
+    warnings: tuple[str, ...]
     assumed: tuple[str, ...]
 
 
@@ -88,3 +96,10 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
         document = msgspec.json.format(msgspec.json.encode(self), indent=2)
         with atomic_path(path) as temporary:
             temporary.write_bytes(document + b"\n")
+
+
+def describe_images(summary: ParitySummary) -> str:
+    """Return how many images of which splits a check was run on."""
+    if not summary.training_images:
+        return f"{summary.images:,} images of {summary.data}"
+    return f"{summary.test_images:,} test and {summary.training_images:,} training images of {summary.data}"

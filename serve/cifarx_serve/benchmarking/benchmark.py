@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,6 +18,9 @@ from cifarx_serve.errors import OutputError, UsageError, error_message
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.environment import Environment, current_environment
 from cifarx_serve.system.terminal import require_utf8
+
+_MAX_REPEATED: Final = 1024
+"""The largest batch size for which images are repeated, if there are fewer."""
 
 
 class BenchmarkRow(msgspec.Struct, frozen=True):
@@ -75,6 +78,8 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
         data: the name of the data that agreement and accuracy were measured on.
         images: the number of images in it.
         multi_label: whether several labels can apply to an image, so that the agreement is that of all labels.
+        test_images: the number of images that the accuracy was measured on; the others are training images.
+        warnings: what the agreement and the accuracy do not prove.
     """
 
     environment: Environment
@@ -82,6 +87,8 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
     images: int
     rows: tuple[BenchmarkRow, ...]
     multi_label: bool = False
+    test_images: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class _File(NamedTuple):
@@ -104,6 +111,8 @@ def benchmark(
     labels: NDArray[np.int64] | None = None,
     progress: Progress = silent,
     stated: Mapping[str, Any] = NOTHING_STATED,
+    test_images: int | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> BenchmarkReport:
     """Open each file in its own process, measure the files in turns, and compare their predictions on all images.
 
@@ -117,10 +126,12 @@ def benchmark(
         labels: int64 (N,), to measure the accuracy.
         progress: called with a line of text for each step.
         stated: what the user states about the checkpoints among the files, see `Backend.open_stated`.
+        test_images: the number of the first images that the accuracy is measured on; None for all.
+        warnings: what the images do not prove, for the report.
 
     Raises:
-        UsageError: there is no file, a batch size is less than 1 or more than the number of images, or the models have
-            different input sizes.
+        UsageError: there is no file, a batch size is less than 1, or more than 1,024 and the number of images, or the
+            models have different input sizes.
         ModelFileError: a file does not exist or cannot be run.
         DeviceError: the device is not available.
         OutputError: there is no space for temporary files.
@@ -128,8 +139,9 @@ def benchmark(
     if not files:
         raise UsageError("no file to measure", "give at least one model file")
     require_utf8(*files)
-    if invalid := [batch for batch in batch_sizes if not 1 <= batch <= len(images)]:
-        raise UsageError(f"batch size {invalid[0]} is out of range", f"give 1 to {len(images)}, the number of images")
+    largest = max(len(images), _MAX_REPEATED)
+    if invalid := [batch for batch in batch_sizes if not 1 <= batch <= largest]:
+        raise UsageError(f"batch size {invalid[0]} is out of range", f"give 1 to {largest}, for {len(images)} images")
     with tempfile.TemporaryDirectory(prefix="cifarx-bench-") as folder, ExitStack() as stack:
         images_file = Path(folder) / "images.npy"
         try:
@@ -139,14 +151,17 @@ def benchmark(
             raise OutputError(problem, "free some space, or set TMPDIR to another directory") from error
         processes = [stack.enter_context(closing(_open(path, device, images_file, stated, progress))) for path in files]
         latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batch_sizes}
-        compared = _compare(processes, labels, progress)
+        tested = len(images) if test_images is None else test_images
+        compared = _compare(processes, None if labels is None else labels[:tested], progress)
         rows = [
             _row(file, batch, latency, _device_us(file.process, batch))
             for batch, batch_latencies in latencies.items()
             for file, latency in zip(compared, batch_latencies, strict=True)
         ]
         multi_label = any(process.opened.multi_label for process in processes)
-        return BenchmarkReport(current_environment(), data_name, len(images), tuple(rows), multi_label)
+        return BenchmarkReport(
+            current_environment(), data_name, len(images), tuple(rows), multi_label, tested, warnings
+        )
 
 
 def _open(
@@ -174,7 +189,7 @@ def _compare(
         memory = process.memory_use()  # before all images are in memory, which are not part of the model
         predicted = process.predict()
         expected = predicted if expected is None else expected
-        accuracy = None if labels is None else float((np.array(predicted.classes) == labels).mean())
+        accuracy = None if labels is None else float((np.array(predicted.classes[: len(labels)]) == labels).mean())
         agreement = float(np.mean([one == other for one, other in zip(predicted.labels, expected.labels, strict=True)]))
         name = process.path.name if names.count(process.path.name) == 1 else str(process.path)
         files.append(_File(name, process, agreement, accuracy, memory))

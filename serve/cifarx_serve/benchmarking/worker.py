@@ -152,7 +152,7 @@ class _Model:
             self._backend.spec.multi_label,
             load_ms,
             first_call_ms,
-            model_file(Path(request.path)).stat().st_size,
+            _size_bytes(model_file(Path(request.path))),
             tuple(str(warning.message) for warning in caught),
         )
 
@@ -179,7 +179,8 @@ class _Model:
         return self._backend.run(self._inputs)
 
     def _batch(self, size: int) -> NDArray[Any]:
-        return model_input(np.array(self._images[:size]), self._backend.spec)
+        positions = np.arange(size) % len(self._images)
+        return model_input(np.array(self._images[positions]), self._backend.spec)
 
     def _require_size(self, path: str) -> None:
         taken, found = self._backend.spec.input, self._images.shape[1:]
@@ -192,6 +193,12 @@ class _Model:
 
 def _describe_size(height: int, width: int, channels: int) -> str:
     return f"{'grayscale ' if channels == 1 else ''}images of {height}x{width}"
+
+
+def _size_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files in a directory."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _growth(before: int | None) -> int:

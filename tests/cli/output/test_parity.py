@@ -70,6 +70,16 @@ def with_assumptions() -> ParityReport:
     return report(checks=checks)
 
 
+def test_warnings_and_splits_are_shown() -> None:
+    summary = msgspec.structs.replace(
+        SUMMARY, images=1000, test_images=412, training_images=588, warnings=("only 40 images", "drawings")
+    )
+    lines = parity_lines(report(summary=summary)).splitlines()
+    assert lines[1:3] == ["WARNING: only 40 images", "WARNING: drawings"]
+    assert any("412 test and 588 training images of cifar10, batch sizes" in line for line in lines)
+    assert any(line.endswith("74.45%, reference 74.44%, of the 412 test images") for line in lines)
+
+
 class Terminal(io.StringIO):
     encoding = "utf-8"
 

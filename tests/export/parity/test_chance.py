@@ -86,6 +86,25 @@ def test_chance_is_only_noted_for_own_training_or_if_it_is_allowed(options: dict
     assert lines[1].startswith("note: accuracy 10.0% on 10 classes is chance (one-sided binomial test, p = ")
 
 
+def with_training_images(predictions: NDArray[np.int64], tested: int) -> Reference:
+    whole = reference(predictions, LABELS[: len(predictions)])
+    return whole._replace(data=whole.data._replace(training_rows=tuple(range(len(predictions) - tested))))
+
+
+def test_the_accuracy_is_that_of_the_test_images_and_training_images_take_part_in_the_decision() -> None:
+    right = LABELS.copy()
+    right[:5] = (right[:5] + 1) % CLASSES
+    (line,) = report(with_training_images(right, 5))
+    assert line.startswith("reference: accuracy 0.00% of 5 images")
+    with pytest.raises(CheckFailed, match="is chance"):
+        report(with_training_images(with_accuracy(0.1), 5))
+
+
+def test_too_few_images_leave_it_open_whether_the_accuracy_is_chance() -> None:
+    lines = report(with_training_images(LABELS[:2], 2))
+    assert lines[1] == "note: 2 images are too few to tell whether the accuracy is better than chance"
+
+
 def test_without_labels_there_is_nothing_to_test() -> None:
     assert report(reference(with_accuracy(0.1), None)) == []
 

@@ -25,8 +25,9 @@ from cifarx_export.parity.error_analysis import WorstImage
 from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
-from cifarx_serve.errors import DataError, UsageError
+from cifarx_serve.errors import UsageError
 from cifarx_serve.images.preprocess import normalize
+from cifarx_train.binomial import floor_percent
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cifarx_train.pytorch_backend import PyTorchBackend
 from tests.support.conversion import write_artifact
@@ -321,15 +322,35 @@ def test_without_labels_there_is_no_accuracy(good_onnx: Path, brief: Reference) 
     assert (result.summary.accuracy, result.summary.reference_accuracy) == (None, None)
 
 
-def test_the_parity_check_needs_a_thousand_images(confident_checkpoint: Path, parity_images: ParityData) -> None:
-    with pytest.raises(
-        DataError, match=f"{parity_images.name} has 999 test images, fewer than the 1,000 that the parity check needs"
-    ):
-        reference_of(confident_checkpoint, parity_images._replace(images=parity_images.images[:999]))
-    assert (
-        len(reference_of(confident_checkpoint, parity_images._replace(images=parity_images.images[:1000])).logits)
-        == 1000
-    )
+@pytest.mark.parametrize("count", [1, 5, 37])
+def test_any_number_of_images_is_checked_at_every_batch_size(
+    confident_checkpoint: Path, good_onnx: Path, parity_images: ParityData, count: int
+) -> None:
+    assert parity_images.labels is not None
+    few = parity_images._replace(images=parity_images.images[:count], labels=parity_images.labels[:count])
+    reference = reference_of(confident_checkpoint, few)
+    assert len(reference.logits) == count
+    result = result_of(good_onnx, reference)
+    assert result.passed
+    assert result.summary.agreement_bound == pytest.approx(0.05 ** (1 / count))
+    (warning,) = result.summary.warnings
+    proved = floor_percent(0.05 ** (1 / count))
+    assert warning.startswith(f"only {count} images: even an agreement of 100% proves only {proved}")
+    for size in BATCH_SIZES[1:]:
+        assert failed(result_of(edited(good_onnx, [wrong_at_batch(size)]), reference)) == {"tolerance"}
+
+
+def test_the_accuracy_is_that_of_the_test_images_alone(
+    confident_checkpoint: Path, good_onnx: Path, parity_images: ParityData
+) -> None:
+    joined = parity_images._replace(training_rows=tuple(range(IMAGES - 400)), training_total=5000)
+    reference = reference_of(confident_checkpoint, joined)
+    summary = result_of(good_onnx, reference).summary
+    assert (summary.images, summary.test_images, summary.training_images) == (IMAGES, 400, IMAGES - 400)
+    assert parity_images.labels is not None
+    expected = (reference.logits[:400].argmax(1) == parity_images.labels[:400]).mean()
+    assert summary.reference_accuracy == pytest.approx(expected)
+    assert summary.accuracy == pytest.approx(expected)
 
 
 # The batch size that a user gives is checked too.
@@ -342,12 +363,12 @@ def test_the_batch_sizes_of_a_parity_check(extra: int | None, sizes: tuple[int, 
     assert parity_batch_sizes(extra, 100) == sizes
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 101])
-def test_an_impossible_batch_size_is_rejected(extra: int) -> None:
+@pytest.mark.parametrize(("extra", "images", "largest"), [(-1, 100, 100), (0, 100, 100), (101, 100, 100), (65, 5, 64)])
+def test_an_impossible_batch_size_is_rejected(extra: int, images: int, largest: int) -> None:
     with pytest.raises(
-        UsageError, match=f"batch size {extra} is out of range: give 1 to 100, the number of test images"
+        UsageError, match=f"batch size {extra} is out of range: give 1 to {largest}, for {images} images"
     ):
-        parity_batch_sizes(extra, 100)
+        parity_batch_sizes(extra, images)
 
 
 def test_a_fault_at_the_given_batch_size_is_found_only_there(good_onnx: Path, brief: Reference) -> None:

@@ -5,12 +5,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from cifarx_export.parity import data as data_module
 from cifarx_export.parity.data import load_parity_data, load_training_images, name_classes
 from cifarx_serve.errors import DataError, FallbackWarning
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
+from cifarx_train.data.dataset import Dataset, LabeledImages, Picture, Split
 from cifarx_train.data.selection import select_dataset
+from cifarx_train.data.synthetic.dataset import CLASS_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +122,85 @@ def test_missing_data_is_an_error(spec: ModelSpec, name: str) -> None:
         load_parity_data(spec, name)
 
 
-def test_auto_falls_back_with_a_warning_if_the_training_folder_is_not_given(spec: ModelSpec) -> None:
-    with pytest.warns(FallbackWarning, match="my photographs"):
-        data = load_parity_data(trained_on(spec, kind="folder", name="my photographs"), "auto")
-    assert data.name == "builtin drawings"
+def test_the_drawings_never_stand_in_for_a_folder(spec: ModelSpec) -> None:
+    with pytest.raises(DataError, match="trained on my photographs, whose path is not known: give it with --data PATH"):
+        load_parity_data(trained_on(spec, kind="folder", name="my photographs"), "auto")
+
+
+def test_the_drawings_stand_in_for_cifar10_with_a_warning(spec: ModelSpec) -> None:
+    with pytest.warns(FallbackWarning, match="BUILT-IN DRAWINGS, not photographs"):
+        data = load_parity_data(trained_on(spec, kind="cifar10", name="CIFAR-10"), "auto")
+    assert data.warnings() == (f"the images are the {data.name}, and not like those that the network was trained on",)
+
+
+def test_drawings_that_the_user_names_are_marked_unless_the_network_was_trained_on_them(spec: ModelSpec) -> None:
+    assert not load_parity_data(spec, "builtin").warnings()
+    for other in (trained_on(spec, kind="folder", name="my photographs"), unnamed(spec)):
+        assert load_parity_data(other, "builtin").stands_in
+
+
+# Training images join a small test split.
+
+
+class NumberedDataset(Dataset):
+    """Images that contain their number: those of the test split from 0, and those of the training split from 10,000."""
+
+    kind = "folder"
+    name = "numbered"
+
+    def __init__(self, test: int, train: int) -> None:
+        self._sizes = {"test": test, "train": train}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return CLASS_NAMES
+
+    def sample(self, split: Split, count: int) -> list[Picture]:
+        raise NotImplementedError(split, count)
+
+    def load(self, split: Split, spec: InputSpec) -> LabeledImages:
+        del spec
+        numbers = np.arange(self._sizes[split]) + (10_000 if split == "train" else 0)
+        images = np.stack([numbers // 256, numbers % 256, numbers % 256], axis=1).astype(np.uint8)[:, None, None]
+        return LabeledImages(images, numbers % 10)
+
+
+def numbers(images: NDArray[np.uint8]) -> list[int]:
+    return [256 * int(high) + int(low) for high, low, _ in images[:, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("test", "train", "joined"),
+    [(1000, 50, 0), (999, 50, 1), (412, 5000, 588), (412, 100, 100), (5, 0, 0), (1, 3, 3)],
+)
+def test_training_images_join_up_to_a_thousand(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, test: int, train: int, joined: int
+) -> None:
+    monkeypatch.setattr(data_module, "select_dataset_for_model", lambda *_: NumberedDataset(test, train))
+    data = load_parity_data(spec, "numbered")
+    assert (data.test_images, len(data.training_rows)) == (test, joined)
+    expected = [*range(test), *(10_000 + row for row in data.training_rows)]
+    assert numbers(data.images) == expected
+    assert data.labels is not None
+    assert data.labels.tolist() == [number % 10 for number in expected]
+    whole = f"{test:,} images of numbered"
+    assert data.describe() == (f"{test:,} test and {joined} training images of numbered" if joined else whole)
+    assert bool(data.warnings()) is (test + joined < 100)
+
+
+@pytest.mark.parametrize(
+    ("test", "train", "shared"),
+    [(1000, 50, False), (900, 400, False), (900, 300, True), (100, 2000, False), (5, 40, True)],
+)
+def test_calibration_images_are_no_images_of_the_check_if_enough_others_are_left(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, test: int, train: int, shared: bool
+) -> None:
+    monkeypatch.setattr(data_module, "select_dataset_for_model", lambda *_: NumberedDataset(test, train))
+    data = load_parity_data(spec, "numbered")
+    taken = load_training_images(spec, "numbered", 2000, checked=data)
+    assert data.shares_calibration is shared
+    assert bool(set(numbers(taken)) & set(numbers(data.images))) is shared
+    assert len(taken) == (train if shared else train - len(data.training_rows))
 
 
 # Calibration images for int8: from the training split, never from the split of the parity check.

@@ -99,6 +99,15 @@ def report(names: tuple[str, ...] = ("cat", "dog", "frog"), **changes: object) -
     return msgspec.structs.replace(whole, **changes)
 
 
+def test_warnings_and_splits_are_shown() -> None:
+    summary = msgspec.structs.replace(SUMMARY, test_images=30, training_images=10, warnings=(f"only 40 {HOSTILE}",))
+    page = Page(render_html_report([report(summary=summary)], IMAGES))
+    assert f"WARNING: only 40 {HOSTILE}" in page.words
+    assert page.words.count("30 test and 10 training images of pictures") == 2
+    assert "Accuracy of 30 test images, artifact" in page.words
+    assert "95% bound, one-sided" in page.words
+
+
 def test_each_artifact_has_a_section_and_a_linked_row_in_the_summary() -> None:
     good = report(artifact="lzh_9.fp16.onnx", precision="fp16", summary=msgspec.structs.replace(SUMMARY, passed=True))
     page = Page(render_html_report([report(), good], IMAGES))
@@ -130,7 +139,7 @@ def test_what_is_assumed_is_neither_passed_nor_failed() -> None:
 
 
 def test_the_bound_of_the_agreement_is_shown() -> None:
-    assert "95% confidence bound≥ 70.00%" in Page(render_html_report([report()], IMAGES)).words
+    assert "95% bound, one-sided≥ 70.00%" in Page(render_html_report([report()], IMAGES)).words
     older = report(summary=msgspec.structs.replace(SUMMARY, agreement_bound=None))
     assert "confidence bound" not in render_html_report([older], IMAGES)
 

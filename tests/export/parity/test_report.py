@@ -34,6 +34,9 @@ KEYS = [
     "nonfinite",
     "provider",
     "agreement_bound",
+    "test_images",
+    "training_images",
+    "warnings",
     "assumed",
 ]
 """The documented keys, in order."""
@@ -86,6 +89,9 @@ def test_a_row_holds_the_metrics() -> None:
         nonfinite=6,
         provider="CPUExecutionProvider",
         agreement_bound=0.7,
+        test_images=None,
+        training_images=0,
+        warnings=(),
         assumed=(),
     )
 

@@ -194,9 +194,7 @@ def test_a_model_of_cifar10_falls_back_with_a_warning() -> None:
 
 
 def test_the_drawings_never_stand_in_for_a_folder() -> None:
-    with pytest.raises(
-        DataError, match=r"trained on colors, whose path is not known: give it with --data PATH, or set"
-    ):
+    with pytest.raises(DataError, match="trained on colors, whose path is not known: give it with --data PATH"):
         select_dataset_for_model(RECORD, "auto")
 
 
