@@ -18,20 +18,23 @@ def color_image(
 
 
 def write_image_folder(
-    folder: Path, *, train: int = 20, test: int = 10, width: int = 32, height: int = 32, seed: int = 0
+    folder: Path, *, train: int = 20, val: int = 0, test: int = 10, width: int = 32, height: int = 32, seed: int = 0
 ) -> Path:
-    """Write `train/<class>/<n>.png` and `test/<class>/<n>.png` and return the folder.
+    """Write `train/<class>/<n>.png`, `test/<class>/<n>.png` and maybe `val/<class>/<n>.png`, and return the folder.
 
     Args:
         folder: must not exist.
         train: the number of training images per class.
+        val: the number of val images per class.
         test: the number of test images per class.
         width: of each image, in pixels.
         height: of each image, in pixels.
         seed: of the noise.
     """
     rng = np.random.default_rng(seed)
-    for split, count in (("train", train), ("test", test)):
+    for split, count in (("train", train), ("test", test), ("val", val)):
+        if not count:
+            continue
         for name, color in COLORS.items():
             class_folder = folder / split / name
             class_folder.mkdir(parents=True)

@@ -30,8 +30,18 @@ def command(folder: Path) -> tuple[object, ...]:
 def test_writes_one_checkpoint_per_epoch(cli: Cli, command: tuple[object, ...], tmp_path: Path) -> None:
     result = cli(*command, "--json")
     assert result.status == 0, result.err
-    assert list(result.json) == ["checkpoints", "test_accuracy", "images_per_s", "epochs", "device"]
+    assert list(result.json)[:5] == ["checkpoints", "test_accuracy", "images_per_s", "epochs", "device"]
     assert result.json["checkpoints"] == ["run/lzh_0.pth", "run/lzh_1.pth"]
+    assert result.json["tested_checkpoint"] == "run/lzh_1.pth"
+    low, high = result.json["test_accuracy_interval"]
+    assert 0 <= low <= result.json["test_accuracy"] <= high <= 1
+    classes = {each["name"]: each for each in result.json["classes"]}
+    assert list(classes) == ["blue", "green", "red"]
+    recalls = [each["recall"] for each in classes.values()]
+    assert result.json["test_accuracy"] == pytest.approx(sum(recalls) / 3)  # classes of the same size
+    assert result.json["macro_average"]["recall"] == pytest.approx(sum(recalls) / 3)
+    assert classes[result.json["worst_class"]]["f1"] == min(each["f1"] for each in classes.values())
+    assert (result.json["val_accuracy"], result.json["calibration"]) == (None, None)
     assert all((tmp_path / name).is_file() for name in result.json["checkpoints"])
     assert result.json["epochs"] == 2
     assert 0 <= result.json["test_accuracy"] <= 1
@@ -46,8 +56,11 @@ def test_prints_the_data_and_the_test_accuracy(cli: Cli, folder: Path) -> None:
     assert "60 training and 30 test images" in result.err
     assert "cifarx export --ckpt lzh_0.pth" in result.err
     assert re.fullmatch(
-        r"lzh_0\.pth: \d+\.\d\d% test accuracy on data after 1 epoch on \S+, peak memory [\d,]+ MiB\n", result.out
+        r"lzh_0\.pth: \d+\.\d\d% test accuracy \(95% confidence: \d+\.\d\d% to \d+\.\d\d%\) on data after 1 epoch on "
+        r"\S+, peak memory [\d,]+ MiB\n",
+        result.out,
     )
+    assert re.search(r"^macro average( +\d+\.\d%){3} +30$", result.err, re.MULTILINE)
 
 
 def test_learns(cli: Cli, folder: Path) -> None:
@@ -190,6 +203,42 @@ def test_image_size_and_small_stem(cli: Cli, folder: Path) -> None:
     assert "small stem" in cli("inspect", "resnet18_0.pth").out
 
 
+# --- choosing, weighting and calibrating
+
+
+def test_a_run_with_a_val_split_is_weighted_and_calibrated(cli: Cli, tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "drawn", train=12, val=34)
+    line = ("train", "--model", "lzh", "--data", data, "--epochs", 2, "--batch-size", 16, "--calibrate")
+    weights = tmp_path / "weights.csv"
+    weights.write_text("blue,1\ngreen,2\nred,3\n")
+    result = cli(*line, "--class-weights", weights, "--sampler", "balanced")
+    assert result.status == 0, result.err
+    assert "36 training, 102 val and 30 test images" in result.err
+    assert "val loss" in result.err
+    name = result.out.partition(":")[0]
+    assert re.search(
+        rf"^note: the val accuracy of {name} is \d+\.\d\d%, the best of the run$", result.err, re.MULTILINE
+    )
+    assert f"next: cifarx export --ckpt {name} " in result.err
+    spec = cli("inspect", name, "--json").json
+    assert f"{spec['training']['test_accuracy']:.2%} test accuracy" in result.out
+    assert f"calibrated on 102 val images: temperature {spec['temperature']:.4g}, " in result.err
+    assert spec["training"]["recipe"]["class_weights"] == {"blue": 1, "green": 2, "red": 3}
+    assert spec["training"]["recipe"]["sampler"] == "balanced"
+    other = {"lzh_0.pth": "lzh_1.pth", "lzh_1.pth": "lzh_0.pth"}[name]
+    assert "accuracy not tested (val accuracy " in cli("inspect", other).out
+
+
+def test_class_weights_of_other_classes_stop_a_run_before_it_starts(
+    cli: Cli, command: tuple[object, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "weights.json").write_text('{"blue": 1, "grean": 2, "red": 3}')
+    result = cli(*command, "--class-weights", "weights.json")
+    assert result.status == 2
+    assert "error: class weights: 'grean' is no class of the data: " in result.error
+    assert not (tmp_path / "run").exists()
+
+
 # --- stopping and resuming
 
 
@@ -280,7 +329,6 @@ def test_resuming_a_finished_run_does_not_train(
     before = (tmp_path / "run" / "lzh_1.pth").read_bytes()
     result = cli(*command, "--resume", "auto", "--json")
     assert result.status == 0, result.err
-    assert list(result.json) == ["checkpoints", "test_accuracy", "images_per_s", "epochs", "device"]
     assert result.json["checkpoints"] == ["run/lzh_1.pth"]
     assert (result.json["epochs"], result.json["images_per_s"]) == (2, None)
     assert (tmp_path / "run" / "lzh_1.pth").read_bytes() == before
