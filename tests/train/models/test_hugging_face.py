@@ -95,9 +95,10 @@ def test_arguments_replace_those_of_the_configuration(vit: Path) -> None:
     [
         ({"problem_type": "multi_label_classification"}, "sigmoid"),
         ({"problem_type": "single_label_classification"}, "softmax"),
+        ({"id2label": {0: "score"}, "label2id": {"score": 0}}, None),
     ],
 )
-def test_the_activation_is_that_of_the_problem(tmp_path: Path, fields: dict[str, Any], activation: str) -> None:
+def test_the_activation_is_that_of_the_problem(tmp_path: Path, fields: dict[str, Any], activation: str | None) -> None:
     assert directory_architecture(str(write_vit(tmp_path / "vit", **fields)), {}).activation == activation
 
 
@@ -156,6 +157,46 @@ def test_no_code_of_a_directory_runs(tmp_path: Path) -> None:
     assert not Path("ran").exists()
 
 
+class _Hub(Exception):
+    """Stands for a download."""
+
+
+def _no_hub(*_: Any, **__: Any) -> None:
+    raise _Hub
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "kernels-community/flash-attn2"},
+        {"attn_implementation": "flash_attention_2"},
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:someone/network"},
+        {"model_type": "clip", "attn_implementation": {"vision_config": "someone/kernel"}},
+    ],
+)
+def test_the_configuration_in_a_checkpoint_downloads_nothing(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from timm.models import _factory
+    from transformers import modeling_utils
+
+    # As where the package `kernels` is installed, with which transformers runs code from the hub.
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *_, **__: True)
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", _no_hub)
+    monkeypatch.setattr(_factory, "load_model_config_from_hf", _no_hub)
+    source = ModelSource(kind="huggingface", name="small-vit", arguments={"config": {"model_type": "vit", **fields}})
+    with pytest.raises(UsageError, match="small-vit asks") as caught:
+        config_architecture(source, InputSpec(height=32, width=32)).build(3)
+    assert caught.value.__cause__ is None
+
+
+def test_the_configuration_of_a_directory_downloads_nothing(tmp_path: Path) -> None:
+    folder = write_vit(tmp_path / "vit")
+    edit(folder, "config.json", attn_implementation="someone/kernel")
+    assert "asks for the attention 'someone/kernel', which transformers may download" in error_of(folder)
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, ("open('ran', 'w').close()",)
@@ -184,6 +225,11 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
         CifarxError, match=r"16 missing keys in the weights in .* \(vit.layers.1.attention.k_proj.bias, "
     ):
         found.weights.load()
+
+
+def test_a_regression_is_no_classifier(tmp_path: Path) -> None:
+    folder = write_vit(tmp_path / "vit", problem_type="regression")
+    assert "vit predicts numbers, not classes" in error_of(folder)
 
 
 def test_what_is_no_classifier(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import nn
 
 from cifarx_serve.errors import ModelFileError, UsageError, error_message
-from cifarx_serve.spec import InputSpec, ModelSource
+from cifarx_serve.spec import Activation, InputSpec, ModelSource
 from cifarx_train.models.architecture import Architecture, SourceWeights
 from cifarx_train.models.image_processor import processor_input
 
@@ -35,6 +35,9 @@ WEIGHTS_FILES: Final = (
 _LOCAL: Final[Mapping[str, Any]] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
 _LOADING_PROBLEMS: Final = ("missing_keys", "mismatched_keys", "unexpected_keys")
 _LABEL_KEYS: Final = ("id2label", "label2id", "num_labels")
+_LOCAL_ATTENTION: Final = (None, "eager", "sdpa")
+"""The implementations of attention that are part of PyTorch and transformers. Any other name can be that of code on the
+Hugging Face hub, which transformers downloads and runs."""
 
 
 def is_model_directory(path: Path) -> bool:
@@ -97,6 +100,9 @@ def _architecture(config: Any, source: ModelSource, size: InputSpec | None) -> A
         raise UsageError(
             f"{source.name} is a {config.model_type}, which is no image classifier", "give an image classifier"
         )
+    if config.problem_type == "regression":
+        raise UsageError(f"{source.name} predicts numbers, not classes (regression)", "give an image classifier")
+    _require_local(config, source)
     default = size or _default_input(config)
 
     def build(outputs: int, requested: InputSpec) -> nn.Module:
@@ -111,16 +117,40 @@ def _architecture(config: Any, source: ModelSource, size: InputSpec | None) -> A
         return _build(changed, source)
 
     name = source.name.lower()
-    several = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    several = config.problem_type == "multi_label_classification"
+    # transformers trains one output as a number unless told otherwise, so nothing states that it decides on a class.
+    activation: Activation | None = "sigmoid" if several else "softmax" if config.num_labels > 1 else None
     return Architecture(
         name,
         "own",
         default,
         build,
         source,
-        activation="sigmoid" if several else "softmax",
+        activation=activation,
         convert_weights=lambda weights: _convert_weights(config, weights),
     )
+
+
+def _require_local(config: Any, source: ModelSource) -> None:
+    """Check that the configuration, or a part of it, does not make transformers download code or another network.
+
+    Raises:
+        UsageError: it does.
+    """
+    attention, network = config._attn_implementation, getattr(config, "architecture", "")
+    if attention not in _LOCAL_ATTENTION:
+        raise UsageError(
+            f"{source.name} asks for the attention {attention!r}, which transformers may download",
+            'set attn_implementation to "sdpa" or "eager" in its config.json',
+        )
+    if isinstance(network, str) and ":" in network:
+        raise UsageError(
+            f"{source.name} asks timm for {network!r}, which it would load from elsewhere",
+            "name a network of timm as the architecture in its config.json",
+        )
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            _require_local(part, source)
 
 
 def _convert_weights(config: Any, weights: dict[str, Any]) -> dict[str, Any]:
