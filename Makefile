@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -p no:benchmark
 OLD_TORCH := .venv-torch-2.11
+RAY := .venv-ray
 
-.PHONY: help demo test test-slow test-torch-2.11 bench gpu check docs coverage format clean
+.PHONY: help demo test test-slow test-torch-2.11 test-ray bench gpu check docs coverage format clean
 
 help:
 	@echo "make demo       train, export, verify, classify and benchmark on the built-in data (one minute)"
@@ -16,6 +17,7 @@ help:
 	@echo "make test-slow  run the slow tests: whole training runs, servers under load, the wheel in a new environment"
 	@echo "make test-torch-2.11"
 	@echo "                run the tests of CUDA with the oldest supported PyTorch, in an environment of its own"
+	@echo "make test-ray   run the tests of Ray Serve and Ray Data on a local cluster, in an environment of its own"
 	@echo "make bench      run every benchmark"
 	@echo "make gpu        run everything that needs a GPU and write benchmarks/results/gpu-*.md, in ten minutes"
 	@echo "make check      run ruff, mypy and the import rules, and build the documentation"
@@ -56,6 +58,17 @@ test-torch-2.11: $(OLD_TORCH)/.ready
 	$(OLD_TORCH)/bin/pytest -n logical --dist loadfile -p no:benchmark -m simulated_gpu tests/train tests/export tests/serve
 	$(OLD_TORCH)/bin/pytest -p no:benchmark -m "not simulated_gpu" tests/train/test_cuda_graph.py
 
+$(RAY)/.ready: pyproject.toml
+	@echo "== creating the environment in $(RAY): once, a minute, 1 GB"
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		-e ".[ray]" hypothesis onnx psutil pytest pytest-timeout pyyaml
+	@touch $@
+
+test-ray: $(RAY)/.ready
+	@echo "== the tests of Ray, without PyTorch"
+	$(RAY)/bin/pytest -p no:cacheprovider tests/serve/test_ray.py tests/serve/test_ray_data.py
+
 bench: $(READY)
 	@echo "== the benchmarks"
 	$(BIN)/pytest $(BENCHMARKS) --limits $(LIMITS) -rx
@@ -85,4 +98,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD_TORCH) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD_TORCH) $(RAY) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -44,6 +44,9 @@ NOT_RUN = {
 }
 """Reasons not to run the commands that contain a text. Their options are checked all the same."""
 
+RAY_PAGES = ("docs/batch-inference.md",)
+"""Pages whose Python runs on a cluster, in tests/serve/test_ray_data.py."""
+
 # Where the pages find the server.
 _SERVER = "127.0.0.1:8000"
 
@@ -84,7 +87,7 @@ def marked(pages: list[Page], slow: set[str]) -> list[object]:
     return [pytest.param(page, id=page.name, marks=marks.get(page.name, [])) for page in pages]
 
 
-PYTHON_PAGES = [page for page in PAGES if page.blocks_in("python")]
+PYTHON_PAGES = [page for page in PAGES if page.blocks_in("python") and page.name not in RAY_PAGES]
 COMMAND_PAGES = [page for page in PAGES if runnable_lines(page)]
 REQUEST_PAGES = [page for page in PAGES if requests(page)]
 
