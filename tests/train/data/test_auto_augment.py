@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -29,31 +30,30 @@ def apply(name: str, value: float, images: torch.Tensor) -> torch.Tensor:
 
 def torchvision_apply(name: str, value: float, images: torch.Tensor) -> torch.Tensor:
     """Apply one operation of torchvision's transforms."""
-    batch = images.permute(0, 3, 1, 2)
-    fill = FILL.tolist()
+    batch, fill = images.permute(0, 3, 1, 2), FILL.tolist()
     degrees = math.degrees(math.atan(value))
-    moves = {
-        "shear_x": {"angle": 0.0, "translate": [0, 0], "shear": [degrees, 0.0]},
-        "shear_y": {"angle": 0.0, "translate": [0, 0], "shear": [0.0, degrees]},
-        "translate_x": {"angle": 0.0, "translate": [int(value), 0], "shear": [0.0, 0.0]},
-        "translate_y": {"angle": 0.0, "translate": [0, int(value)], "shear": [0.0, 0.0]},
+
+    def affine(translate: list[float], shear: list[float]) -> torch.Tensor:
+        moved: torch.Tensor = functional.affine(batch, 0.0, translate, 1.0, shear, fill=fill)
+        return moved
+
+    operations: dict[str, Callable[[], torch.Tensor]] = {
+        "identity": lambda: batch,
+        "shear_x": lambda: affine([0, 0], [degrees, 0.0]),
+        "shear_y": lambda: affine([0, 0], [0.0, degrees]),
+        "translate_x": lambda: affine([int(value), 0], [0.0, 0.0]),
+        "translate_y": lambda: affine([0, int(value)], [0.0, 0.0]),
+        "rotate": lambda: functional.rotate(batch, math.degrees(value), fill=fill),
+        "brightness": lambda: functional.adjust_brightness(batch, 1 + value),
+        "color": lambda: functional.adjust_saturation(batch, 1 + value),
+        "contrast": lambda: functional.adjust_contrast(batch, 1 + value),
+        "sharpness": lambda: functional.adjust_sharpness(batch, 1 + value),
+        "posterize": lambda: functional.posterize(batch, 8 - round(value)),
+        "solarize": lambda: functional.solarize(batch, 255 * (1 - value)),
+        "autocontrast": lambda: functional.autocontrast(batch),
+        "equalize": lambda: functional.equalize(batch),
     }
-    if name in moves:
-        batch = functional.affine(batch, scale=1.0, fill=fill, **moves[name])
-    else:
-        batch = {
-            "identity": lambda: batch,
-            "rotate": lambda: functional.rotate(batch, math.degrees(value), fill=fill),
-            "brightness": lambda: functional.adjust_brightness(batch, 1 + value),
-            "color": lambda: functional.adjust_saturation(batch, 1 + value),
-            "contrast": lambda: functional.adjust_contrast(batch, 1 + value),
-            "sharpness": lambda: functional.adjust_sharpness(batch, 1 + value),
-            "posterize": lambda: functional.posterize(batch, 8 - round(value)),
-            "solarize": lambda: functional.solarize(batch, 255 * (1 - value)),
-            "autocontrast": lambda: functional.autocontrast(batch),
-            "equalize": lambda: functional.equalize(batch),
-        }[name]()
-    return batch.permute(0, 2, 3, 1)
+    return operations[name]().permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize(
