@@ -23,19 +23,23 @@ from cifarx_export.formats.registry import (
     get_format,
 )
 from cifarx_export.origin import Origin, open_origin, origin_directory, require_convertible
+from cifarx_export.parity.assumed_preprocessing import require_no_better_preprocessing
 from cifarx_export.parity.chance import require_better_than_chance
-from cifarx_export.parity.compare import parity_batch_sizes, run_reference
+from cifarx_export.parity.compare import Reference, parity_batch_sizes, run_reference
 from cifarx_export.parity.data import load_parity_data, load_training_images, name_classes
 from cifarx_export.parity.html import render_html_report, require_html_path, write_html_report
+from cifarx_export.parity.stated_output import require_stated_output
 from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_export.targets import find_targets
-from cifarx_serve.errors import UsageError
+from cifarx_serve.backends.base import Backend
+from cifarx_serve.errors import OutputError, UsageError, error_message
 from cifarx_serve.files.atomic import require_writable, write_error
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import InputSpec, Precision
 from cifarx_serve.system.terminal import require_utf8
 from cifarx_serve.system.versions import library_versions
 from cifarx_train.data.dataset import OnError
+from cifarx_train.data.selection import DataSource
 from cifarx_train.models.description import describe_model
 from cifarx_train.models.options import ModelOptions, SpecOverrides
 
@@ -68,7 +72,7 @@ def export(
     model: str | ModelOptions | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: InputSpec | None = None,
-    data: str = "auto",
+    data: str | DataSource = "auto",
     on_error: OnError = "raise",
     out: str | Path | None = None,
     options: ExportOptions = NO_OPTIONS,
@@ -95,14 +99,16 @@ def export(
             that the user states.
         class_names: the classes in the order of their labels. The default is what the checkpoint states.
         preprocessing: how images become the input of the network, see `cifarx.Preprocessing`.
-        data: images for the parity check: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
+        data: images for the parity check: auto, cifar10, builtin, or the path of images; or a `DataSource` that says
+            how they are split and labeled.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         out: directory for the artifacts. The default is that of the checkpoint, or the current one.
         options: options of the conversion.
         batch_size: another batch size to check, in addition to 1, 3 and 64.
         atol, rtol: tolerances to use instead of those of the precision.
         html_report: path of an HTML parity report to write, ending in `.html`.
-        allow_chance_accuracy: also export a network that is no better than chance on labeled images.
+        allow_chance_accuracy: also export a network that is no better than chance on labeled images, or better with
+            another preprocessing than the one that is assumed.
         progress: called with a line of text at each step.
 
     Returns:
@@ -113,7 +119,8 @@ def export(
         UsageError: an unknown name, or an option that a format or precision does not support.
         ModelFileError: the checkpoint cannot be read.
         SpecError: what is stated about the network is not valid.
-        CheckFailed: the network is no better than chance, and its preprocessing or classes were given or assumed.
+        CheckFailed: the network is no better than chance, and its preprocessing or classes were given or assumed; or
+            another preprocessing than the assumed one is better; or it returns probabilities where logits are assumed.
         DataError: the images cannot be read, or are too few.
         OutputError: a file cannot be written.
     """
@@ -144,16 +151,14 @@ def export(
     batch_sizes = parity_batch_sizes(batch_size, len(images.images))
     with origin.open() as backend:
         reference = run_reference(backend, images, progress)._replace(spec=origin.spec)
-    require_better_than_chance(
-        reference, origin.name, trained_here=origin.trained_here, allowed=allow_chance_accuracy, progress=progress
-    )
+        _require_plausible(origin, backend, reference, allow_chance_accuracy, progress)
     directory = origin_directory(source, stated) if out is None else Path(out)
     require_writable(directory if targets.path is None else targets.path.parent)
     base = ConversionSource(
         origin.build_module,
         msgspec.structs.replace(origin.spec, embedded_preprocessing=bool(options.embed_preprocessing)),
         options,
-        lambda count: load_training_images(origin.spec, data, count, on_error),
+        lambda count: load_training_images(origin.spec, data, count, on_error, images),
         progress,
         origin.load_onnx,
         images.images,
@@ -168,6 +173,22 @@ def export(
     analyses = [result.report.error_analysis for result in results]
     worst = {row.image for analysis in analyses if analysis for row in analysis.worst}
     return ExportResults(results, {position: np.array(images.images[position]) for position in worst})
+
+
+def _require_plausible(
+    origin: Origin, backend: Backend, reference: Reference, allowed: bool, progress: Progress
+) -> None:
+    """Refuse what is likely a wrong assumption about the network: its output, preprocessing or classes.
+
+    Raises:
+        CheckFailed: see the checks.
+    """
+    require_stated_output(reference, origin.name, is_stated=origin.states_output)
+    require_better_than_chance(
+        reference, origin.name, trained_here=origin.trained_here, allowed=allowed, progress=progress
+    )
+    if not (origin.trained_here or allowed):
+        require_no_better_preprocessing(backend, reference, origin.name, progress)
 
 
 def _model_options(
@@ -233,4 +254,8 @@ def _convert(row: Format, source: ConversionSource) -> Iterator[Artifact]:
     try:
         yield from row.convert(source)
     except OSError as error:
-        raise write_error(Path(error.filename or tempfile.gettempdir()), error) from error
+        temporary = tempfile.gettempdir()
+        if error.filename and not Path(error.filename).is_relative_to(temporary):
+            raise write_error(Path(error.filename), error) from error
+        problem = f"cannot write temporary files to {temporary} ({error_message(error)})"
+        raise OutputError(problem, "free some space, or set TMPDIR to another directory") from error

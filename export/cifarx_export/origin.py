@@ -43,6 +43,7 @@ class Origin(NamedTuple):
         build_module: returns a new copy of the network.
         load_onnx: returns the model of an ONNX file; None for a network of PyTorch.
         trained_here: whether `cifarx train` trained the network, and the user states nothing else about its images.
+        states_output: whether the file or the user states that the network returns logits, or probabilities.
         weight_bytes: size of the weights of a network of PyTorch in fp32.
     """
 
@@ -54,6 +55,7 @@ class Origin(NamedTuple):
     build_module: "Callable[[], nn.Module]"
     load_onnx: "Callable[[], ModelProto] | None"
     trained_here: bool
+    states_output: bool
     weight_bytes: int = 0
 
 
@@ -123,6 +125,7 @@ def checkpoint_origin(name: str, sha256: str, checkpoint: Checkpoint, options: M
         loaded.build,
         None,
         spec.training is not None and not options.overrides.fields,
+        spec.training is not None or "output" in options.overrides.fields,
         _fp32_bytes(loaded.weights),
     )
 
@@ -150,6 +153,7 @@ def _onnx_origin(path: Path, options: ModelOptions) -> Origin:
         _no_module,
         lambda: _load_onnx(path),
         spec.training is not None,
+        "output" not in spec.assumed,
     )
 
 

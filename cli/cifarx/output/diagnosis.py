@@ -128,7 +128,7 @@ def _remarks(diagnosis: Diagnosis) -> list[str]:
     lines = []
     if any(trial.tied for trial in diagnosis.trials[1:]):
         choice = "the one that was stated before" if before.tied else "the one that the training used"
-        lines.append(f"= as good as the first on these images, by McNemar's exact test at 5%: choose {choice}")
+        lines.append(f"= as good as the first, by McNemar's exact test at 5% for all pairs: choose {choice}")
     if best.class_order == "assigned":
         lines.append(
             "assigned: the classes are in no known order, so each one was assigned to an output; the accuracy is that "

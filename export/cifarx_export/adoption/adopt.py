@@ -1,42 +1,42 @@
 """Adopt a classifier that another program wrote: make a file of cifarx from it, and check that both answer alike."""
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from cifarx_export.adoption.foreign_file import ForeignFile
 from cifarx_export.checked_artifact import ArtifactWriter, ExportResult
 from cifarx_export.formats.registry import get_format
+from cifarx_export.parity.assumed_preprocessing import require_no_better_preprocessing
 from cifarx_export.parity.chance import require_better_than_chance
-from cifarx_export.parity.compare import BATCH_SIZES, ParityResult, Reference, run_reference
+from cifarx_export.parity.compare import BATCH_SIZES, ParityResult, run_reference
 from cifarx_export.parity.data import load_parity_data, name_classes
 from cifarx_export.parity.html import require_html_path, write_html_report
+from cifarx_export.parity.stated_output import require_stated_output
 from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.base import require_file
-from cifarx_serve.errors import CheckFailed, ModelFileError, UsageError
+from cifarx_serve.errors import ModelFileError, UsageError
 from cifarx_serve.files.atomic import require_writable
 from cifarx_serve.files.file_format import CHECKPOINT_FORMATS, FileFormat, detect_format
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.versions import library_versions
 from cifarx_train.checkpoints.checkpoint import file_sha256
 from cifarx_train.data.dataset import OnError
+from cifarx_train.data.selection import DataSource
 from cifarx_train.models.description import describe_model
 from cifarx_train.models.options import SpecOverrides
 
 NO_OVERRIDES: Final = SpecOverrides()
-
-_SUM_TOLERANCE: Final = 1e-3
-"""How far the probabilities of an image may be from a sum of one, which float16 rounds."""
 
 
 def adopt(
     file: str | Path,
     *,
     overrides: SpecOverrides = NO_OVERRIDES,
-    data: str = "auto",
+    data: str | DataSource = "auto",
     on_error: OnError = "raise",
     out: str | Path | None = None,
     html_report: str | Path | None = None,
@@ -51,12 +51,14 @@ def adopt(
     Args:
         file: an ONNX file with any names, layout, opset and types, or a TorchScript file.
         overrides: fields of the spec that the user states.
-        data: images for the parity check: auto, cifar10, builtin, or the path of a folder or `.tar.gz`.
+        data: images for the parity check: auto, cifar10, builtin, or the path of images; or a
+            `DataSource` that says how they are split and labeled.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         out: path of the adopted file. The default is `STEM.adopted.onnx` or `STEM.adopted.torchscript.pt`, next to the
             given file.
         html_report: path of an HTML parity report to write, ending in `.html`.
-        allow_chance_accuracy: also adopt a network that is no better than chance on labeled images.
+        allow_chance_accuracy: also adopt a network that is no better than chance on labeled images, or better with
+            another preprocessing than the one that is assumed.
         progress: called with a line of text at each step, and about each part of the spec.
 
     Raises:
@@ -64,7 +66,8 @@ def adopt(
         ModelFileError: the file cannot be read, or does not run.
         SpecError: what the user states is not valid.
         DataError: the images cannot be read, or are too few.
-        CheckFailed: the outputs are not what the spec says, or the accuracy is chance.
+        CheckFailed: the outputs are not what the spec says, or the accuracy is chance, or another preprocessing than
+            the assumed one is better.
         OutputError: a file cannot be written.
     """
     path = Path(file)
@@ -83,10 +86,12 @@ def adopt(
         images = load_parity_data(spec, data, on_error)
         with foreign.open_original(spec) as original:
             reference = run_reference(original, images, progress)
-        _require_stated_output(reference, path)
-        require_better_than_chance(
-            reference, str(path), trained_here=False, allowed=allow_chance_accuracy, progress=progress
-        )
+            require_stated_output(reference, str(path), is_stated="output" in overrides.fields)
+            require_better_than_chance(
+                reference, str(path), trained_here=False, allowed=allow_chance_accuracy, progress=progress
+            )
+            if not allow_chance_accuracy:
+                require_no_better_preprocessing(original, reference, str(path), progress)
         writer = ArtifactWriter(path.name, file_sha256(path), reference, BATCH_SIZES, progress)
         artifact = foreign.adopted(spec)
         facts = {"format": foreign.kind, "adopted": path.name, **library_versions()}
@@ -121,7 +126,7 @@ def open_foreign_file(path: Path, folder: Path) -> ForeignFile:
 
         return TorchScriptFile(path)
     if kind in CHECKPOINT_FORMATS:
-        raise UsageError(f"{path} is a checkpoint", f"export it with `cifarx export --ckpt {path}`")
+        raise UsageError(f"{path} is a checkpoint", f"export it with `cifarx export --ckpt {shlex.quote(str(path))}`")
     raise ModelFileError(f"{path} is neither an ONNX file nor a TorchScript file", "give one of them")
 
 
@@ -153,26 +158,4 @@ def _require_any_batch_size(foreign: ForeignFile, parity: ParityResult) -> None:
         raise ModelFileError(
             f"{foreign.path} takes only batches of {foreign.batch_size}, and cannot take others ({runs[0].found})",
             'export it again with a variable batch size, as dynamic_shapes=({0: "batch"},) of torch.onnx.export',
-        )
-
-
-def _require_stated_output(reference: Reference, path: Path) -> None:
-    """Check that probabilities are stated as such, and that what is stated as probabilities is.
-
-    Raises:
-        CheckFailed: it is not so.
-    """
-    spec, outputs = reference.spec, reference.logits.astype(np.float64)
-    within = bool(((outputs >= -_SUM_TOLERANCE) & (outputs <= 1 + _SUM_TOLERANCE)).all())
-    sums = within and bool((np.abs(outputs.sum(axis=1) - 1) <= _SUM_TOLERANCE).all())
-    if spec.output == "logits" and "output" in spec.assumed and sums:
-        raise CheckFailed(
-            f"the outputs of {path} are between 0 and 1 and sum to 1, as probabilities do",
-            'state output = "probabilities", or "logits", in --spec FILE',
-        )
-    if spec.output == "probabilities" and not (sums or (within and spec.activation == "sigmoid")):
-        raise CheckFailed(
-            f"the outputs of {path} are from {outputs.min():.3g} to {outputs.max():.3g} and do not sum to 1, as "
-            "probabilities do",
-            'state output = "logits" in --spec FILE',
         )

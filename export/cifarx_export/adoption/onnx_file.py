@@ -183,7 +183,9 @@ class OnnxFile(ForeignFile):
         except Exception as error:  # the library's exceptions have no common base class
             raise ModelFileError(
                 f"{self.path} does not run on {batch.dtype} {batch.shape} ({error_message(error)})",
-                "state the size of its images with --image-size",
+                "state the size of its images with --image-size"
+                if None in self._dims()[1:]
+                else "export it again: it does not run with the shape that it states",
             ) from error
 
     def _find_output(self, size: InputSpec, overrides: SpecOverrides) -> StatedOutput:

@@ -7,14 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.diagnosis.assignment import assign
-from cifarx_train.binomial import upper_tail
+from cifarx_export.parity.paired_test import is_better
 
 OrderName: TypeAlias = Literal["as stated", "sorted", "assigned"]
 
 UNKNOWN: Final = -1
 
-_LEVEL: Final = 0.01
-"""Another order than the stated one has to be better at this level of significance."""
+_LEVEL: Final = 0.001
+"""Another order than the stated one has to be better at this level of significance. It is low because the order is
+chosen again for every preprocessing that is tried."""
 
 
 class ClassOrder(NamedTuple):
@@ -72,19 +73,6 @@ def known_orders(
     if not any(np.array_equal(outputs, in_order) for outputs in orders.values()):
         orders["sorted"] = in_order
     return orders
-
-
-def is_better(one: NDArray[np.bool_], other: NDArray[np.bool_], level: float) -> bool:
-    """Return whether more predictions are correct for the same images, by McNemar's exact one-sided test.
-
-    The test looks only at images for which the two differ (McNemar, 1947, doi:10.1007/BF02295996).
-
-    Args:
-        one, other: whether each prediction is correct, (N,).
-        level: the level of significance.
-    """
-    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
-    return wins > losses and upper_tail(wins, wins + losses, 0.5) < level
 
 
 def complete_names(order: ClassOrder, classes: Sequence[str], outputs: int) -> list[str]:

@@ -13,28 +13,20 @@ from numpy.typing import NDArray
 
 from cifarx_export.adoption.adopt import open_foreign_file
 from cifarx_export.adoption.described_copy import is_foreign
-from cifarx_export.diagnosis.candidates import (
-    SCALINGS,
-    Scaling,
-    data_scaling,
-    geometries,
-    geometry,
-    refinements,
-    scaled,
-    scaling_name,
-)
+from cifarx_export.diagnosis.candidates import geometries, geometry, refinements, scaling_name
 from cifarx_export.diagnosis.class_order import (
     UNKNOWN,
     ClassOrder,
     OrderName,
     best_order,
     complete_names,
-    is_better,
     known_orders,
 )
 from cifarx_export.diagnosis.pictures import Pictures
+from cifarx_export.diagnosis.ranking import find_ties
 from cifarx_export.parity.chance import measure_chance
 from cifarx_export.parity.predictions import best_classes
+from cifarx_export.parity.scalings import SCALINGS, Scaling, data_scaling, scaled
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import backend_for, model_file, open_backend
 from cifarx_serve.devices import Device
@@ -45,7 +37,7 @@ from cifarx_serve.spec import Color, InputSpec, ModelSpec
 from cifarx_train.binomial import interval
 from cifarx_train.checkpoints.source_weights import load_model
 from cifarx_train.data.dataset import OnError
-from cifarx_train.data.selection import select_dataset_for_model
+from cifarx_train.data.selection import DataSource, select_dataset_for_model
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.pytorch_backend import PyTorchBackend
 
@@ -60,7 +52,9 @@ _MIN_KEPT: Final = 6
 _REFINED: Final = 2
 """Number of candidates whose filters and crops are varied too."""
 
-_TIE_LEVEL: Final = 0.05
+_SEARCHED: Final = 0.6
+"""The largest share of the images on which candidates are left out. The others are a fair test of those that remain."""
+
 _SIZES: Final = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
 _BATCH_SIZE: Final = 64
 
@@ -74,7 +68,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         class_order: the order of the classes with which it is most accurate.
         images, correct: number of images, and of correct predictions.
         accuracy, low, high: the accuracy, and its confidence interval of 95%.
-        tied: whether the first trial is not better, by McNemar's exact test at 5%.
+        tied: whether the first trial is not significantly better, see `find_ties`.
         stated: whether this is what was stated or assumed before.
     """
 
@@ -108,7 +102,7 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
         chance: accuracy of the predictions of the first trial in random order.
         at_chance: whether even the first trial could be chance.
         rungs: the trials of the search.
-        trials: the most accurate ones, best first, and the stated one.
+        trials: the most accurate ones, best first, and the stated one. The stated one is first if it is tied.
         spec: the spec with the first trial, for `--spec`.
     """
 
@@ -127,19 +121,22 @@ def diagnose(
     file: str | Path,
     *,
     model: str | ModelOptions | None = None,
-    data: str,
+    data: str | DataSource,
     images: int = DEFAULT_IMAGES,
     on_error: OnError = "raise",
     progress: Progress = silent,
 ) -> Diagnosis:
     """Try the usual ways to preprocess images, and orders of the classes, and rank them by accuracy.
 
-    The candidates are compared on the same images by successive halving: many on a few images, the best on all.
+    The candidates are compared on the same images by successive halving: many on a few images, the best on all. Those
+    that remain are ranked by their accuracy on all images, and tested on those images that had no part in the choice:
+    see `find_ties`. What was stated before is first unless another candidate is significantly better.
 
     Args:
         file: a checkpoint, or an ONNX or TorchScript file with or without a spec.
         model: the network, as `--model` names it, or `ModelOptions` with all that the user states.
-        data: labeled images: cifar10, builtin, or the path of a folder or `.tar.gz`.
+        data: labeled images: cifar10, builtin, or the path of images; or a `DataSource`
+            that says how they are split and labeled.
         images: the largest number of images.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them.
         progress: called with a line about each step.
@@ -170,6 +167,8 @@ def diagnose(
             )
         search = _Search(backend, pictures, orders, progress)
         finalists = search.run(_sizes(backend, pictures, options))
+    if "preprocessing" not in spec.assumed:
+        finalists = _stated_first(finalists, search.ties(finalists))
     return _diagnosis(path, dataset.name, dataset.class_names, search, finalists)
 
 
@@ -201,6 +200,7 @@ class _Search:
         kind: as for `Diagnosis`.
         labels: the labels of the images, (N,).
         rungs: what was tried so far.
+        searched: the number of images, the first ones, on which candidates were left out.
         scalings: the scalings that are tried.
     """
 
@@ -221,6 +221,7 @@ class _Search:
         )
         self.labels = pictures.labels
         self.rungs: list[Rung] = []
+        self.searched = 0
         self._geometries: dict[bytes, InputSpec] = {}
         plain = msgspec.structs.replace(geometry(backend.spec.input), height=64, width=64)
         self.scalings: Sequence[Scaling] = SCALINGS
@@ -231,12 +232,17 @@ class _Search:
     def run(self, sizes: Sequence[tuple[int, int]]) -> list[_Finalist]:
         """Return the candidates that were tried on all images, the most accurate first."""
         candidates = self._usual(sizes)
-        counts = [count for count in _RUNGS if count < len(self._pictures)]
+        counts = [count for count in _RUNGS if count <= _SEARCHED * len(self._pictures)]
         for number, count in enumerate(counts):
             candidates = self._best(candidates, count)
             if number == min(1, len(counts) - 1):
                 candidates = self._best([*candidates, *self._refined(candidates)], count)
+            self.searched = count
         return self._ranked(self._evaluated(candidates, len(self._pictures)))
+
+    def ties(self, finalists: Sequence[_Finalist]) -> list[bool]:
+        """Return which finalists the first one is not better than, on the images that had no part in the search."""
+        return find_ties([finalist.order.correct[self.searched :] for finalist in finalists])
 
     def _usual(self, sizes: Sequence[tuple[int, int]]) -> list[_Candidate]:
         """Return a candidate for the stated input, and one for each combination of usual ones."""
@@ -349,6 +355,12 @@ def _runs(backend: Backend, size: InputSpec) -> bool:
     return True
 
 
+def _stated_first(finalists: Sequence[_Finalist], tied: Sequence[bool]) -> list[_Finalist]:
+    """Return the finalists with the stated one first, unless the first one is better."""
+    pairs = zip(finalists, tied, strict=True)
+    return [finalist for finalist, _ in sorted(pairs, key=lambda pair: not (pair[1] and pair[0].candidate.stated))]
+
+
 def _diagnosis(
     path: Path, data: str, classes: Sequence[str], search: _Search, finalists: Sequence[_Finalist]
 ) -> Diagnosis:
@@ -367,12 +379,15 @@ def _diagnosis(
         chance=found.chance,
         at_chance=found.at_chance,
         rungs=tuple(search.rungs),
-        trials=tuple(_trial(finalist, finalists[0], search.scalings) for finalist in finalists),
+        trials=tuple(
+            _trial(finalist, tied, search.scalings)
+            for finalist, tied in zip(finalists, search.ties(finalists), strict=True)
+        ),
         spec=best,
     )
 
 
-def _trial(finalist: _Finalist, best: _Finalist, scalings: Sequence[Scaling]) -> Trial:
+def _trial(finalist: _Finalist, tied: bool, scalings: Sequence[Scaling]) -> Trial:
     (candidate, order), images = finalist, len(finalist.order.correct)
     correct = int(order.correct.sum())
     low, high = interval(correct, images)
@@ -385,6 +400,6 @@ def _trial(finalist: _Finalist, best: _Finalist, scalings: Sequence[Scaling]) ->
         accuracy=correct / images,
         low=low,
         high=high,
-        tied=not is_better(best.order.correct, order.correct, _TIE_LEVEL),
+        tied=tied,
         stated=candidate.stated,
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cifarx_export.diagnosis.class_order import UNKNOWN, best_order, complete_names, is_better, known_orders
+from cifarx_export.diagnosis.class_order import UNKNOWN, best_order, complete_names, known_orders
 
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 6, 300)
@@ -85,11 +85,3 @@ def test_assumed_names_are_no_order() -> None:
     orders = known_orders(CLASSES, CLASSES, stated=False)
     assert orders is not None
     assert set(orders) == {"sorted"}
-
-
-@pytest.mark.parametrize(("wins", "losses", "better"), [(9, 1, True), (7, 3, False), (5, 0, True), (4, 0, False)])
-def test_the_paired_test_looks_at_the_images_that_differ(wins: int, losses: int, better: bool) -> None:
-    one = np.array([True] * wins + [False] * losses + [True] * 500)
-    other = np.array([False] * wins + [True] * losses + [True] * 500)
-    assert is_better(one, other, 0.05) is better
-    assert not is_better(other, one, 0.05)
