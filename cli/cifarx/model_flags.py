@@ -148,7 +148,7 @@ def takes_flags(kind: type[ImageFlags]) -> Callable[[Command], Command]:
 
 
 def model_options(model: str | None, flags: InputFlags) -> "ModelOptions":
-    """Return what the user states about a model.
+    """Return what the user states about a model. A spec file names the network where `--model` does not.
 
     Args:
         model: the value of `--model`.
@@ -160,11 +160,12 @@ def model_options(model: str | None, flags: InputFlags) -> "ModelOptions":
     from cifarx_train.models.arguments import parse_arguments
     from cifarx_train.models.options import ModelOptions
 
-    arguments = parse_arguments(flags.model_arg or ())
-    if arguments and model is None:
-        raise UsageError("--model-arg was given without --model", "name the network that takes the argument")
     weights_key = flags.weights_key if isinstance(flags, ModelFlags) else None
-    return ModelOptions(model, arguments, weights_key, spec_overrides(flags))
+    options = ModelOptions(model, parse_arguments(flags.model_arg or ()), weights_key, spec_overrides(flags))
+    stated = options.with_network()
+    if options.arguments and stated.model is None:
+        raise UsageError("--model-arg was given without --model", "name the network that takes the argument")
+    return stated
 
 
 def read_stated_spec(file: str, options: "ModelOptions | None") -> "ModelSpec":
@@ -248,7 +249,7 @@ def spec_overrides(flags: ImageFlags) -> "SpecOverrides":
             fields["class_names"], origins["class_names"] = parse_classes(flags.classes), "--classes"
         if flags.activation is not None:
             fields["activation"], origins["activation"] = flags.activation, "--activation"
-    return SpecOverrides(fields, stated.whole_input or flags.preprocessing is not None, origins)
+    return SpecOverrides(fields, stated.whole_input or flags.preprocessing is not None, origins, stated.network)
 
 
 def _input_fields(flags: ImageFlags) -> tuple[dict[str, Any], list[str]]:

@@ -30,12 +30,13 @@ from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.base import Backend, require_file
 from cifarx_serve.backends.registry import backend_for, model_file, open_backend
 from cifarx_serve.devices import parse_device
-from cifarx_serve.errors import CifarxError, DataError, DeviceMemoryError, ModelFileError, UsageError, error_message
+from cifarx_serve.errors import CifarxError, DeviceMemoryError, ModelFileError, UsageError, error_message
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.terminal import require_utf8
 from cifarx_train.checkpoints.checkpoint import file_sha256, weights_sha256
 from cifarx_train.checkpoints.source_weights import load_model
 from cifarx_train.data.dataset import OnError
+from cifarx_train.data.selection import DataSource
 from cifarx_train.models.description import describe_model
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions, SpecOverrides
 from cifarx_train.models.spec_file import read_spec_file
@@ -48,7 +49,7 @@ def verify(
     *,
     checkpoint: str | Path | None = None,
     model: str | ModelOptions | None = None,
-    data: str = "auto",
+    data: str | DataSource = "auto",
     on_error: OnError = "raise",
     device: str = "cpu",
     batch_size: int | None = None,
@@ -71,7 +72,8 @@ def verify(
         checkpoint: checkpoint to compare it with; its file may have any name.
         model: network, as `--model` names it, for a checkpoint that does not contain it; or `ModelOptions` with all
             that the user states, also about files without a spec.
-        data: dataset: auto, cifar10, builtin, or the path of a folder or a `.tar.gz` file.
+        data: dataset: auto, cifar10, builtin, or the path of images; or a `DataSource` that says how they are split and
+            labeled.
         on_error: "raise" a `DataError` for images that cannot be read, or "skip" them with a warning.
         device: device of the artifact; the reference runs on the CPU.
         batch_size: another batch size to check, in addition to 1, 3 and 64.
@@ -93,7 +95,7 @@ def verify(
     with ExitStack() as stack:
         options = model if isinstance(model, ModelOptions) else ModelOptions(model)
         if spec is not None:
-            options = options._replace(overrides=read_spec_file(Path(spec)))
+            options = options._replace(overrides=read_spec_file(Path(spec))).with_network()
         paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, options)
         if locate:
             require_locatable(model_file(paths.artifact), model_file(paths.reference))
@@ -156,7 +158,7 @@ class _Opened(NamedTuple):
         return max((spec.precision for spec in specs), key=PRECISIONS.index, default=PRECISIONS[0])
 
 
-def _open(paths: _Paths, device: str, data: str, on_error: OnError, stack: ExitStack) -> _Opened:
+def _open(paths: _Paths, device: str, data: str | DataSource, on_error: OnError, stack: ExitStack) -> _Opened:
     """Open both files, with the stated spec where a file carries none.
 
     Raises:
@@ -210,7 +212,7 @@ def _run_reference(opened: _Opened, path: Path, data: ParityData, progress: Prog
     backend = opened.reference
     try:
         return run_reference(backend, data, progress)
-    except (DataError, DeviceMemoryError):
+    except DeviceMemoryError:
         raise
     except OutputShapeError as error:
         raise ModelFileError(

@@ -1,5 +1,6 @@
 """The `cifarx adopt` command."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,7 @@ def command(
         styled_result(parity_lines(adopted.report))
     if passed:
         note(f"wrote {adopted.path} ({adopted.path.stat().st_size:,} bytes) and {adopted.report_path.name}")
-        note(f"next: cifarx infer IMAGE --model {adopted.path}")
+        note(f"next: cifarx infer IMAGE --model {shlex.quote(str(adopted.path))}")
     else:
         print_error(f"{adopted.path} failed the parity check and was not written: see {adopted.report_path}")
     if html_report:

@@ -1,5 +1,6 @@
 """The `cifarx export` command."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -111,7 +112,7 @@ def command(
         if artifact.report.summary.passed:
             size = model_file(artifact.path).stat().st_size
             note(f"wrote {artifact.path} ({size:,} bytes) and {artifact.report_path.name}")
-            note(f"next: cifarx infer IMAGE --model {artifact.path}")
+            note(f"next: cifarx infer IMAGE --model {shlex.quote(str(artifact.path))}")
         else:
             print_error(f"{artifact.path} failed the parity check and was not written: see {artifact.report_path}")
     if html_report:

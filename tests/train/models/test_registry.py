@@ -75,6 +75,30 @@ def test_a_registered_architecture_is_found(monkeypatch: pytest.MonkeyPatch) -> 
         architecture.build(3, InputSpec(height=5, width=5))
 
 
+def test_a_registered_architecture_of_another_package_may_return_several_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    get_architecture("lzh")
+    monkeypatch.setattr(registry, "_architectures", {})
+
+    class Heads(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(60, classes)
+
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.head(images.flatten(1)), "embedding": images.flatten(1)}
+
+    register_model("heads", InputSpec(height=4, width=5))(Heads)
+    architecture = get_architecture("heads")
+    assert not architecture.is_registered
+    module, images = architecture.build(3), torch.rand(2, 3, 4, 5)
+    assert torch.equal(module(images), module.get_submodule("network")(images)["logits"])
+    assert list(module.state_dict()) == ["head.weight", "head.bias"]
+    architecture.require_input(architecture.input)
+    assert get_architecture("resnet18").is_registered
+
+
 def test_only_fastnet_is_initialized_from_images() -> None:
     assert get_architecture("lzh").initialize is None
     assert get_architecture("resnet18").initialize is None

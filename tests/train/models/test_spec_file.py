@@ -7,6 +7,7 @@ import pytest
 from cifarx.output.spec_template import spec_template
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import InputSpec, ModelSource, ModelSpec
+from cifarx_train.models.options import ModelOptions
 from cifarx_train.models.spec_file import read_document, read_input_file, read_spec_file
 
 SPEC = ModelSpec(
@@ -65,6 +66,36 @@ def test_json_of_a_spec_and_its_template_are_read_back(spec: ModelSpec) -> None:
         assert (found.output, found.activation, found.thresholds) == (spec.output, spec.activation, spec.thresholds)
         assert found.temperature == spec.temperature
         assert found.source == spec.source
+
+
+@pytest.mark.parametrize(
+    ("document", "model", "arguments"),
+    [
+        ('model = "squeezenet1_1"', "squeezenet1_1", {}),
+        ('[source]\nkind = "torchvision"\nname = "resnet18"', "resnet18", {}),
+        ('[source]\nkind = "timm"\nname = "vit"\narguments = { img_size = 64 }', "timm/vit", {"img_size": 64}),
+        ('[source]\nkind = "checkpoint"\nname = "x.pth"', None, {}),
+        ('[source]\noutput = "logits"', None, {}),
+    ],
+)
+def test_a_spec_names_the_network(document: str, model: str | None, arguments: dict[str, Any]) -> None:
+    options = ModelOptions(overrides=read_spec_file(write(document)))
+    found = options.with_network()
+    assert (found.model, dict(found.arguments)) == (model, arguments)
+    assert found.missing_code_error() is None
+    assert found.origins.get("model") == (None if model is None else "--spec spec.toml")
+    stated = options._replace(model="lzh").with_network()
+    assert (stated.model, stated.origins["model"]) == ("lzh", "--model")
+
+
+def test_a_spec_never_names_code_to_run() -> None:
+    options = ModelOptions(overrides=read_spec_file(write('[source]\nkind = "python"\nname = "my net.py:Net"')))
+    assert options.with_network().model is None
+    assert str(options.missing_code_error()) == (
+        "--spec spec.toml names the code my net.py:Net, and a file never decides which code runs: state it with "
+        "--model 'my net.py:Net'"
+    )
+    assert options._replace(model="net.py:Net").missing_code_error() is None
 
 
 def test_schema_1() -> None:

@@ -51,6 +51,7 @@ class Architecture(NamedTuple):
         activation: what turns the outputs into scores, if the source states it.
         num_outputs: the number of outputs, if the builder cannot change it.
         weights: the weights that come with the source, if there are any.
+        is_tested: whether the tests of cifarx check that the module returns one tensor in eval mode, for every size.
         convert_weights: renames the keys of a state dict in a file to those of the module, where the library of the
             network saves them under other names.
     """
@@ -67,11 +68,12 @@ class Architecture(NamedTuple):
     num_outputs: int | None = None
     weights: SourceWeights | None = None
     convert_weights: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    is_tested: bool = False
 
     @property
     def is_registered(self) -> bool:
-        """Whether the architecture is one of the registry, which tests check for every size and in training mode."""
-        return self.source.kind in _REGISTRY_KINDS and not self.source.arguments
+        """Whether the architecture is one of cifarx's own registry, which tests check in training mode too."""
+        return self.is_tested and not self.source.arguments
 
     def build(self, outputs: int, input: InputSpec | None = None) -> nn.Module:  # noqa: A002 - the name of the field
         """Return a new module in training mode, which maps (N, 3, height, width) to one tensor (N, outputs).
@@ -87,12 +89,11 @@ class Architecture(NamedTuple):
         if self.num_outputs is not None and self.num_outputs != outputs:
             raise outputs_error(self.source, self.num_outputs, outputs)
         module = self.builder(outputs, requested)
-        if self.source.kind not in _REGISTRY_KINDS:
-            return require_outputs(module, outputs, requested, self.source)
         # Tests check the default sizes. Any other size must not fail later, during training.
-        if (requested.height, requested.width) != (self.input.height, self.input.width):
+        sizes = [(size.height, size.width) for size in (requested, self.input)]
+        if self.source.kind in _REGISTRY_KINDS and sizes[0] != sizes[1]:
             self._check_size(module, requested)
-        return module
+        return module if self.is_tested else require_outputs(module, outputs, requested, self.source)
 
     def require_input(self, requested: InputSpec) -> None:
         """Check early that the network supports an input. Networks of other sources are checked when they are built.

@@ -1,12 +1,13 @@
 """What the user states about a model, in addition to what its file contains."""
 
+import shlex
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
 
-from cifarx_serve.errors import SpecError
+from cifarx_serve.errors import SpecError, UsageError
 from cifarx_serve.spec import Assumption, InputSpec, ModelSpec
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -19,6 +20,9 @@ _STATED_BY: Mapping[Assumption, frozenset[str]] = MappingProxyType(
         "output": frozenset({"output", "activation"}),
     }
 )
+
+_NAMED: Mapping[str, str] = MappingProxyType({"builtin": "", "torchvision": "", "entry_point": "", "timm": "timm/"})
+"""The kinds of sources that a name builds again, and the prefix of the name in `model`."""
 
 _STATED_PREPROCESSING = frozenset({"height", "width", "mean", "std"})
 """The fields of the input that have to be stated so that the preprocessing as a whole is not assumed."""
@@ -33,11 +37,13 @@ class SpecOverrides(NamedTuple):
         whole_input: whether the fields of `input` describe the preprocessing completely, so that the other fields have
             their default instead of the file's value, and the preprocessing is no longer assumed.
         origins: who states each of the fields, for messages, such as `--classes`.
+        network: the document of a `ModelSource` that a spec file states. `ModelOptions.with_network` uses it.
     """
 
     fields: Mapping[str, Any] = _NOTHING
     whole_input: bool = False
     origins: Mapping[str, str] = _NOTHING
+    network: Mapping[str, Any] = _NOTHING
 
     @property
     def output(self) -> str | int | None:
@@ -128,6 +134,31 @@ class ModelOptions(NamedTuple):
     arguments: Mapping[str, Any] = _NOTHING
     weights_key: str | None = None
     overrides: SpecOverrides = SpecOverrides()
+
+    def with_network(self) -> "ModelOptions":
+        """Return the options with the network that the spec file names, unless `model` states one.
+
+        Code of the user is not named: a file never decides which code runs. See `missing_code_error`.
+        """
+        kind, name = (str(self.overrides.network.get(field)) for field in ("kind", "name"))
+        if self.model is not None or kind not in _NAMED:
+            return self
+        origins = {**self.overrides.origins, "model": self.overrides.origins["network"]}
+        return self._replace(
+            model=f"{_NAMED[kind]}{name}",
+            arguments={**(self.overrides.network.get("arguments") or {}), **self.arguments},
+            overrides=self.overrides._replace(origins=origins),
+        )
+
+    def missing_code_error(self) -> UsageError | None:
+        """Return the error for a spec file that names the user's code where `model` has to, or None."""
+        if self.model is not None or self.overrides.network.get("kind") != "python":
+            return None
+        name = str(self.overrides.network.get("name"))
+        return UsageError(
+            f"{self.overrides.origins['network']} names the code {name}, and a file never decides which code runs",
+            f"state it with --model {shlex.quote(name)}",
+        )
 
     @property
     def origins(self) -> dict[str, str]:

@@ -18,6 +18,8 @@ def register_model(
 ) -> Callable[[Builder], Builder]:
     """Return a decorator that registers a function `builder(classes)`, which returns a module with logits (N, classes).
 
+    The module may also return several tensors, of which one is the logits, see `outputs.require_outputs`.
+
     Args:
         name: the name of the architecture.
         input_spec: the default input.
@@ -27,7 +29,13 @@ def register_model(
     def register(builder: Builder) -> Builder:
         source = ModelSource(kind="builtin", name=name)
         _architectures[name] = Architecture(
-            name, "own", input_spec, lambda classes, _input: builder(classes), source, initialize
+            name,
+            "own",
+            input_spec,
+            lambda classes, _input: builder(classes),
+            source,
+            initialize,
+            is_tested=builder.__module__.startswith(f"{__package__}."),
         )
         return builder
 

@@ -10,6 +10,7 @@
 """
 
 import re
+import shlex
 import warnings
 from functools import cache
 from importlib import import_module
@@ -125,7 +126,7 @@ def _rebuild_user_architecture(source: ModelSource, options: ModelOptions) -> Ar
     if options.model is None or not is_reference(options.model):
         raise UsageError(
             f"the network is that of {source.name}, and a checkpoint never decides which code runs",
-            f"state it with --model {source.name}",
+            f"state it with --model {shlex.quote(source.name)}",
         )
     arguments = {**source.arguments, **options.arguments}
     architecture = _user_architecture(options._replace(arguments=arguments))

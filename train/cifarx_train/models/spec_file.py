@@ -23,7 +23,7 @@ def read_spec_file(path: Path) -> SpecOverrides:
 
     The document can be one that `cifarx inspect --json` printed, of any schema, or a part of one. Fields that describe
     a particular file, such as checksums, are not used. An `input` that states the size describes the preprocessing
-    completely.
+    completely. A `source`, or `model` alone, names the network, for a command whose `--model` does not.
 
     Raises:
         UsageError: the file cannot be read, or has an unknown field.
@@ -33,11 +33,13 @@ def read_spec_file(path: Path) -> SpecOverrides:
     fields = {name: value for name, value in document.items() if name in _SETTABLE and value is not None}
     input_ = fields.get("input", {})
     _require_known(input_, InputSpec, path)
+    network: Mapping[str, Any] = {"kind": "builtin", "name": document["model"]} if "model" in document else {}
     if "source" in fields:
-        _require_known(fields["source"], ModelSource, path)
-        fields["source"] = {"output": fields["source"].get("output")}
-    origins = dict.fromkeys(fields, f"--spec {path}")
-    return SpecOverrides(fields, {"height", "width"} <= input_.keys(), origins)
+        network = fields["source"]
+        _require_known(network, ModelSource, path)
+        fields["source"] = {"output": network.get("output")}
+    origins = dict.fromkeys([*fields, *(["network"] if network else [])], f"--spec {path}")
+    return SpecOverrides(fields, {"height", "width"} <= input_.keys(), origins, network)
 
 
 def read_input_file(path: Path) -> Mapping[str, Any]:

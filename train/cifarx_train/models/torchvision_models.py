@@ -57,7 +57,7 @@ def classifier_architecture(name: str, stem: Stem, arguments: Mapping[str, Any] 
     side = published_image_size(name) if name.startswith(_AT_PUBLISHED_SIZE) else _SMALL_SIDE
     source = ModelSource(kind="torchvision", name=name, arguments=dict(arguments))
     size = InputSpec(height=side, width=side)
-    return Architecture(name, stem, size, build, source, num_outputs=arguments.get("num_classes"))
+    return Architecture(name, stem, size, build, source, num_outputs=arguments.get("num_classes"), is_tested=True)
 
 
 def _get_model(name: str, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:

@@ -20,7 +20,7 @@ FORMS: list[Callable[..., Any]] = [nn.utils.weight_norm, nn.utils.parametrizatio
 def test_folded_weights_are_those_of_the_network(
     layer: nn.Module, dim: int | None, normalize: Callable[..., Any]
 ) -> None:
-    inner = type(layer)(*_sizes(layer))
+    inner: Any = type(layer)(*_sizes(layer))
     module = nn.Sequential(nn.Sequential(inner))
     normalize(inner, dim=dim)
     tensors, normalized = fold_weight_norm(module.state_dict())

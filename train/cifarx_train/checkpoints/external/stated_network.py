@@ -69,6 +69,8 @@ def stated_network(
     """
     tensors = weights.tensors(path)
     if options.model is None:
+        if code_error := options.missing_code_error():
+            raise code_error
         raise missing_network_error(path, _shapes(_fold(tensors, {}).tensors), mentioned)
     architecture = _stated_architecture(options)
     if architecture.convert_weights is not None:
