@@ -65,6 +65,6 @@ class PyTorchBackend(TorchBackend):
 
     @classmethod
     def read_spec(cls, path: Path) -> ModelSpec:
-        from cifarx_train.checkpoints.checkpoint import load_checkpoint
+        from cifarx_train.checkpoints.source_weights import load_model
 
-        return load_checkpoint(path).spec
+        return load_model(path).spec

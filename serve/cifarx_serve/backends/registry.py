@@ -29,6 +29,7 @@ _BACKEND_OF_FORMAT: Final = MappingProxyType(
         FileFormat.TORCH_ZIP: "pytorch",
         FileFormat.TORCH_PICKLE: "pytorch",
         FileFormat.SAFETENSORS: "pytorch",
+        FileFormat.HUGGING_FACE: "pytorch",
     }
 )
 
@@ -153,7 +154,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         SpecError: the spec is malformed or has a newer schema.
     """
     path = model_file(Path(path))
-    require_file(path)
+    _require_model(path)
     return backend_for(path).read_spec(path)
 
 
@@ -175,10 +176,10 @@ def open_backend(
     """
     path, parsed = model_file(Path(path)), parse_device(device)
     if not backend:
-        require_file(path)
+        _require_model(path)
         return _open(backend_for(path), path, parsed, stated)
     selected = backend_class(backend)
-    require_file(path)
+    _require_model(path)
     if not _opens(backend, path) and _backend_by_content(path) != backend:
         suffixes = ", ".join(backend_suffixes(backend))
         raise UsageError(f"backend {backend} does not open {path}", f"give a file that ends with {suffixes}")
@@ -186,8 +187,15 @@ def open_backend(
 
 
 def _open(backend: type[Backend], path: Path, device: Device, stated: Mapping[str, Any]) -> Backend:
-    require_intact(path)
+    if path.is_file():
+        require_intact(path)
     return backend.open_stated(path, device, stated) if stated else backend(path, device)
+
+
+def _require_model(path: Path) -> None:
+    """Check that a path is one of a file, or of a directory with a network."""
+    if not (path.is_dir() and _backend_by_content(path)):
+        require_file(path)
 
 
 def model_file(path: Path) -> Path:

@@ -20,6 +20,7 @@ _TORCH_MAGIC: Final = bytes.fromhex("6cfc9c46f9206aa85019")
 # The length of the JSON header is limited by the library that reads the format.
 _MAX_SAFETENSORS_HEADER: Final = 100_000_000
 _SAFETENSORS_LENGTH: Final = 8
+_HUGGING_FACE_CONFIG: Final = "config.json"
 # The first field of an ONNX model is `ir_version`, a small number. One of these follows: producer_name,
 # producer_version, domain, model_version, doc_string, graph, opset_import or metadata_props.
 _ONNX_IR_VERSION: Final = 0x08
@@ -38,6 +39,8 @@ class FileFormat(Enum):
     TORCH_PICKLE = auto()
     """A file of `torch.save` before PyTorch 1.6."""
     SAFETENSORS = auto()
+    HUGGING_FACE = auto()
+    """A directory that `save_pretrained` of Hugging Face's transformers wrote."""
 
 
 CHECKPOINT_FORMATS: Final = frozenset({FileFormat.TORCH_ZIP, FileFormat.TORCH_PICKLE, FileFormat.SAFETENSORS})
@@ -45,7 +48,7 @@ CHECKPOINT_FORMATS: Final = frozenset({FileFormat.TORCH_ZIP, FileFormat.TORCH_PI
 
 
 def detect_format(path: Path) -> FileFormat | None:
-    """Return the format of a file, or None if it is unknown, damaged, no regular file or missing."""
+    """Return the format of a file or a directory, or None if it is unknown, damaged, no regular file or missing."""
     try:
         with open_regular_file(path) as file:
             head = file.read(_HEAD)
@@ -53,7 +56,7 @@ def detect_format(path: Path) -> FileFormat | None:
             return _archive_format(path)
         return _head_format(head, path.stat().st_size)
     except OSError:
-        return None
+        return FileFormat.HUGGING_FACE if (path / _HUGGING_FACE_CONFIG).is_file() else None
 
 
 def _head_format(head: bytes, size: int) -> FileFormat | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import Cli
+from tests.support.hugging_face import write_vit
 from tests.support.trained_model import Trained
 
 ROW = {
@@ -29,6 +30,18 @@ def test_prints_json_and_writes_the_same_report(cli: Cli, trained: Trained, tmp_
         assert row["accuracy"] == pytest.approx(rows[0]["accuracy"])
     assert result.json["environment"]["threads"] >= 1
     assert json.loads((tmp_path / "bench.json").read_text()) == result.json
+
+
+@pytest.mark.slow
+def test_directories_of_hugging_face(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folders = [write_vit(tmp_path / name) for name in ("a", "b")]
+    result = cli("bench", *folders, "--batch", "1", "--data", "builtin", "--json")
+    assert result.status == 0, result.err
+    rows = result.json["rows"]
+    assert [(row["file"], row["backend"]) for row in rows] == [("a", "pytorch"), ("b", "pytorch")]
+    assert rows[0]["agreement"] == 1
+    assert rows[0]["size_bytes"] == sum(file.stat().st_size for file in folders[0].iterdir())
 
 
 def test_prints_a_table_and_writes_markdown(cli: Cli, trained: Trained, tmp_path: Path) -> None:

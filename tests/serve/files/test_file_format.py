@@ -82,6 +82,12 @@ def test_a_truncated_checkpoint_is_still_a_checkpoint(tmp_path: Path) -> None:
     assert detect_format(tmp_path / "x") is FileFormat.TORCH_ZIP
 
 
+def test_a_directory_of_hugging_face_is_recognized_by_its_configuration(tmp_path: Path) -> None:
+    assert detect_format(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")
+    assert detect_format(tmp_path) is FileFormat.HUGGING_FACE
+
+
 def test_the_formats_of_checkpoints() -> None:
     assert FileFormat.SAFETENSORS in CHECKPOINT_FORMATS
     assert FileFormat.TORCHSCRIPT not in CHECKPOINT_FORMATS
