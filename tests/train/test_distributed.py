@@ -297,6 +297,40 @@ def test_momentum_schedule_and_clipping_are_the_same_with_several_ranks(
 
 @pytest.mark.slow
 @needs_processes
+def test_fine_tuning_is_the_same_with_several_ranks(
+    processes: Processes, uneven: Path, trained_checkpoint: Path, tmp_path: Path
+) -> None:
+    more = ["--weights", str(trained_checkpoint), "--teacher", str(trained_checkpoint), "--freeze", "model.0.*"]
+    more += ["--set", "batch_size=4", "--accumulate", "4", "--set", "backbone_lr=0.001"]
+    processes.train(tmp_path / "one", 1, uneven, *more)
+    results = processes.train(tmp_path / "two", 2, uneven, *more)
+    one, two = (load_checkpoint(tmp_path / name / "run" / "lzh_1.pth") for name in ("one", "two"))
+    require_close(two, one)
+    assert [ran.err.count("weights lzh_0.pth") for ran in results] == [1, 0]
+
+
+@pytest.mark.slow
+@needs_processes
+def test_weights_sampler_and_calibration_are_the_same_with_several_ranks(processes: Processes, tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "colors", train=45, val=35, test=7)
+    (tmp_path / "weights.json").write_text('{"blue": 1, "green": 2, "red": 4}')
+    more = ["--class-weights", str(tmp_path / "weights.json"), "--sampler", "balanced", "--calibrate", "--lr", "0.0003"]
+    results = [processes.train(tmp_path / str(size), size, data, *more)[0] for size in (1, 2)]
+    for name in ("lzh_0.pth", "lzh_1.pth"):
+        one, two = (load_checkpoint(tmp_path / size / "run" / name) for size in ("1", "2"))
+        for key, weight in one.weights.items():
+            assert torch.allclose(weight, two.weights[key], rtol=0, atol=TOLERANCE), key
+        record, reference = two.spec.training, one.spec.training
+        assert record is not None
+        assert reference is not None
+        assert record.val_loss == pytest.approx(reference.val_loss, abs=10 * TOLERANCE)
+        assert (record.val_accuracy, record.test_accuracy) == (reference.val_accuracy, reference.test_accuracy)
+        assert (two.spec.temperature is None) == (one.spec.temperature is None)
+    assert results[0].out.partition(" on ")[0] == results[1].out.partition(" on ")[0]
+
+
+@pytest.mark.slow
+@needs_processes
 def test_more_ranks_than_test_images(processes: Processes, tmp_path: Path) -> None:
     """Some ranks have no test image, and some batches have fewer images than there are ranks."""
     data = write_image_folder(tmp_path / "colors", train=3, test=1)
