@@ -64,6 +64,22 @@ def test_every_report_says_what_agrees(multi_label: bool, tmp_path: Path, capsys
     assert ["agreement of all labels on 2,000 images of drawings" in text for text in texts] == [multi_label] * 3
 
 
+def test_every_report_names_the_splits_and_the_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = msgspec.structs.replace(report(), images=1000, test_images=412, warnings=("only a test",))
+    write_report(measured, tmp_path / "x.html")
+    print_report(measured)
+    for text in (markdown(measured), capsys.readouterr().out, (tmp_path / "x.html").read_text(encoding="utf-8")):
+        assert "412 test and 588 training images of drawings, accuracy on the test images" in text
+        assert "WARNING" in text
+        assert ": only a test" in text
+
+
+def test_reads_an_older_report_without_the_splits() -> None:
+    older = json.loads(msgspec.json.encode(SEVERAL))
+    del older["test_images"], older["warnings"]
+    assert msgspec.json.decode(json.dumps(older), type=BenchmarkReport) == SEVERAL
+
+
 def test_reads_an_older_report_without_the_kind_of_labels() -> None:
     older = json.loads(msgspec.json.encode(SEVERAL))
     del older["multi_label"]

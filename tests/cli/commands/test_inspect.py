@@ -11,6 +11,7 @@ from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.spec import InputSpec, ModelSource, ModelSpec
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.command_line import Cli
+from tests.support.parity_summary import SUMMARY
 from tests.support.spec_model import BGR, GRAYSCALE, make_spec, write_model
 from tests.support.trained_model import Trained
 
@@ -53,6 +54,16 @@ def test_prints_facts_that_only_some_files_have(cli: Cli, tmp_path: Path) -> Non
     ):
         assert line in lines
     assert any(line.startswith("preprocessing") and line.endswith("inside the model") for line in lines)
+
+
+def test_prints_on_which_images_parity_was_checked_and_what_that_does_not_prove(cli: Cli, tmp_path: Path) -> None:
+    summary = msgspec.structs.replace(
+        SUMMARY, test_images=30, training_images=10, warnings=("only 40 images", "drawings")
+    )
+    spec = msgspec.structs.replace(SPEC, parity=summary)
+    lines = cli("inspect", write_onnx(tmp_path / "x.onnx", spec.to_json())).out.splitlines()
+    assert "agreement 75.0000% on 30 test and 10 training images of pictures, batch sizes" in lines[-3]
+    assert lines[-2:] == ["WARNING         only 40 images", "WARNING         drawings"]
 
 
 def lines_of(cli: Cli, tmp_path: Path, spec: ModelSpec) -> dict[str, str]:

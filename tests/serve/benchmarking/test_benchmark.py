@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from cifarx_serve.backends import registry
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, benchmark
 from cifarx_serve.errors import ModelFileError, UsageError
+from cifarx_serve.predictor import load
 from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.environment import current_environment
 from tests.support.color_model import SPEC, write_onnx, write_torchscript
@@ -124,10 +125,24 @@ def test_two_files_of_the_same_name_are_listed_by_path(tmp_path: Path, images: N
     assert [row.file for row in report.rows] == [str(file) for file in files]
 
 
-@pytest.mark.parametrize("batch", [0, -1, 6])
+@pytest.mark.parametrize("batch", [0, -1, 1025])
 def test_an_invalid_batch_size_is_a_usage_error(tmp_path: Path, images: NDArray[np.uint8], batch: int) -> None:
-    with pytest.raises(UsageError, match=f"batch size {batch} is out of range: give 1 to 5"):
+    with pytest.raises(UsageError, match=f"batch size {batch} is out of range: give 1 to 1024, for 5 images"):
         benchmark([write_onnx(tmp_path / "a.onnx")], images, "colors", batch_sizes=(1, batch), device="cpu")
+
+
+def test_a_batch_may_be_larger_than_the_images_and_accuracy_is_that_of_the_test_images(
+    tmp_path: Path, images: NDArray[np.uint8]
+) -> None:
+    with load(write_onnx(tmp_path / "a.onnx"), device="cpu") as predictor:
+        labels = np.array([predictor.predict(image).index for image in images])
+    labels[3:] = (labels[3:] + 1) % 3
+    files = [tmp_path / "a.onnx"]
+    report = benchmark(
+        files, images, "colors", (64,), "cpu", 0.1, labels=labels, test_images=3, warnings=("only 5 images",)
+    )
+    assert [row.accuracy for row in report.rows] == [1.0]
+    assert (report.images, report.test_images, report.warnings) == (5, 3, ("only 5 images",))
 
 
 def test_no_files_are_a_usage_error(images: NDArray[np.uint8]) -> None:
