@@ -301,7 +301,7 @@ def test_fine_tuning_is_the_same_with_several_ranks(
     processes: Processes, uneven: Path, trained_checkpoint: Path, tmp_path: Path
 ) -> None:
     more = ["--weights", str(trained_checkpoint), "--teacher", str(trained_checkpoint), "--freeze", "model.0.*"]
-    more += ["--set", "batch_size=4", "--accumulate", "4", "--set", "backbone_lr=0.001"]
+    more += ["--accumulate", "2", "--set", "backbone_lr=0.001"]
     processes.train(tmp_path / "one", 1, uneven, *more)
     results = processes.train(tmp_path / "two", 2, uneven, *more)
     one, two = (load_checkpoint(tmp_path / name / "run" / "lzh_1.pth") for name in ("one", "two"))
