@@ -62,6 +62,8 @@ class _EpochTable(Callback):
         )
 
     def on_test_end(self, report: FinalReport) -> None:
+        images = int(report.evaluation.confusion_matrix.sum())
+        self._print(f"{report.checkpoint} on the {images:,} test images:")
         for line in class_table(class_metrics(report.evaluation.confusion_matrix, self._class_names)):
             self._print(line)
         if report.calibration:

@@ -148,7 +148,8 @@ def test_the_end_of_a_run_is_a_table_and_the_calibration(capsys: pytest.CaptureF
         FinalReport(Path("net_9.pth"), 9, evaluation, calibration=Calibration(1.25, 567, "train", 0.125, 0.03125))
     )
     lines = capsys.readouterr().err.splitlines()[2:]
-    assert [line.split()[0] for line in lines] == ["class", "cat", "dog", "macro", "calibrated"]
+    assert lines[0] == "net_9.pth on the 16 test images:"
+    assert [line.split()[0] for line in lines[1:]] == ["class", "cat", "dog", "macro", "calibrated"]
     assert lines[-1] == (
         "calibrated on 567 training images that were held out: temperature 1.25, expected calibration error on the "
         "test images 12.50% before, 3.12% after"
