@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 import torch
@@ -19,10 +19,11 @@ from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.spec import ModelSource, ModelSpec
-from cifarx_train.checkpoints.external.module_stub import as_plain_dict
+from cifarx_train.checkpoints.external.module_stub import as_plain_dict, check_name
 from cifarx_train.checkpoints.external.reader import read_external_checkpoint
 from cifarx_train.checkpoints.external.safetensors_file import load_safetensors
 from cifarx_train.checkpoints.external.torch_file import load_torch_file
+from cifarx_train.checkpoints.external.weight_sets import require_dense
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.models.outputs import outputs_error
 from cifarx_train.models.sources import rebuild_architecture
@@ -31,6 +32,9 @@ from cifarx_train.recipes import rename_old_fields
 StateDict: TypeAlias = dict[str, Any]
 
 SUFFIX = ".pth"
+
+_EXTRA_STATE: Final = "_extra_state"
+"""The end of the key of what `nn.Module.get_extra_state` returns, which can be anything."""
 
 SPEC_KEY = "cifarx.spec"
 """The key of the model spec in the metadata of a safetensors file."""
@@ -61,7 +65,7 @@ class Checkpoint(NamedTuple):
         module = self.module() if self.module else _rebuild(self.spec, NO_OPTIONS)
         try:
             module.load_state_dict(self.weights)
-        except (RuntimeError, AttributeError) as error:  # AttributeError for keys that are not strings
+        except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ModelFileError(
                 f"the weights do not match the model {self.spec.model} ({reason})", "train the model again"
@@ -160,7 +164,18 @@ def is_own(content: Any) -> bool:
 def _read_own(path: Path, content: dict[str, Any], options: ModelOptions) -> Checkpoint:
     if not isinstance(content.get("model"), dict) or not isinstance(content.get("training"), dict):
         raise ModelFileError(f"{path} contains no weights", "use a .pth file written by `cifarx train`")
+    _require_weights(path, content["model"])
     return _own_checkpoint(path, content["spec"], content["model"], content["training"], options)
+
+
+def _require_weights(path: Path, weights: dict[Any, Any]) -> None:
+    """Raise a ModelFileError if a state dict has other values than dense tensors and the extra state of modules."""
+    for name, value in weights.items():
+        check_name(path, name)
+        if isinstance(value, torch.Tensor):
+            require_dense(path, name, value)
+        elif not name.endswith(_EXTRA_STATE):
+            raise ModelFileError(f"{name!r} in {path} is not a tensor", "use a .pth file written by `cifarx train`")
 
 
 def _own_checkpoint(

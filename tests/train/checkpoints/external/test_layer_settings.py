@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import nn
@@ -91,3 +92,13 @@ def test_containers_and_unknown_names_are_skipped() -> None:
     container = nn.Module()
     container.net = resnet()
     assert not list(different_settings(container, resnet(), {"": "", "net.conv1": "conv1", "absent": "conv1"}))
+
+
+def test_lists_that_share_their_items_do_not_take_forever() -> None:
+    """Each tuple contains the one before twice, so the last one has 2**60 items."""
+    module = resnet()
+    nested: Any = "x"
+    for _ in range(60):
+        nested = (nested, nested)
+    module.conv1.extra = nested
+    assert same_settings(module, resnet())

@@ -216,6 +216,9 @@ def test_a_key_that_would_take_forever_to_hash_is_refused(tmp_path: Path) -> Non
     nested = b"K\x01" + b"2\x86" * 60
     path = with_pickle(tmp_path / "x.pth", b"\x80\x02}" + nested + b"K\x01s.")
     assert_refused(path, "a key of more than 1000 items")
+    counter = b"ccollections\nCounter\n](" + nested + b"K\x01ta\x85R."  # Counter([(nested, 1)])
+    path = with_pickle(tmp_path / "x.pth", b"\x80\x02" + counter)
+    assert_refused(path, "a Counter that is not made from a dict")
 
 
 @given(st.binary(max_size=300))

@@ -195,3 +195,12 @@ def test_invalid_names_are_refused(tmp_path: Path, name: Any) -> None:
     chosen, _ = found(tmp_path, {**state(), name: torch.ones(1)})
     with pytest.raises(ModelFileError, match="a weight with an invalid name"):
         chosen.tensors(tmp_path / "x.pth")
+
+
+def test_dicts_that_share_their_items_do_not_take_forever() -> None:
+    """Four levels of a thousand keys with the same value are a file of some kilobytes, and 10**12 paths."""
+    content: dict[str, Any] = {}
+    for _ in range(4):
+        content = {f"ema_{number}": content or {"x": 1} for number in range(1000)}
+    with pytest.raises(ModelFileError, match=r"x\.pth contains more than 1,000,000 keys in nested dicts"):
+        find_weights(Path("x.pth"), content, None)

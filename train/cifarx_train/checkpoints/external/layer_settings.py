@@ -8,6 +8,7 @@ from torch import nn
 
 _INTERNAL: Final = frozenset({*vars(nn.Module()), "training"})
 _PLAIN: Final = (bool, int, float, str, type(None))
+_MAX_ITEMS: Final = 1000
 
 
 def same_settings(a: nn.Module, b: nn.Module) -> bool:
@@ -52,9 +53,21 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 
 
 def _is_comparable(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_comparable, value))
-    return isinstance(value, _PLAIN) or (callable(value) and not isinstance(value, nn.Module))
+    """Return whether a value is plain, or a list of a moderate number of plain values.
+
+    Lists in a file can share their items, and then take forever to go through.
+    """
+    pending, count = [value], 0
+    while pending:
+        item = pending.pop()
+        count += 1
+        if isinstance(item, tuple | list):
+            pending += item
+        elif not (isinstance(item, _PLAIN) or (callable(item) and not isinstance(item, nn.Module))):
+            return False
+        if count > _MAX_ITEMS:
+            return False
+    return True
 
 
 def _comparable(value: Any) -> Any:

@@ -11,6 +11,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, Final, NamedTuple
 
 import numpy as np
@@ -260,6 +261,13 @@ def _ordered_dict(items: Any = ()) -> OrderedDict[Any, Any]:
     return OrderedDict((require_key(key), value) for key, value in items)
 
 
+def _counter(counts: Any = None) -> dict[Any, Any]:
+    """Return the counts of a Counter, which is pickled as a call with a dict."""
+    if type(counts) not in (dict, NoneType):
+        raise ValueError("a Counter that is not made from a dict")
+    return dict(counts or {})
+
+
 def _set(items: Any = ()) -> set[Any]:
     return {require_key(item) for item in items}
 
@@ -274,7 +282,7 @@ CONSTRUCTORS: Final[Mapping[str, Constructor]] = {
     "builtins.complex": complex,
     "builtins.frozenset": lambda items=(): frozenset(_set(items)),
     "builtins.set": _set,
-    "collections.Counter": lambda items=(): dict(items),
+    "collections.Counter": _counter,
     "collections.OrderedDict": _ordered_dict,
     "collections.defaultdict": lambda *_: {},
     "collections.deque": lambda items=(), *_: list(items),

@@ -30,6 +30,7 @@ _WEIGHTS_KEYS: Final = frozenset(
 _AVERAGE: Final = re.compile(r"(^|[^a-z])(ema|ewma|swa|averaged?|avg|shadow|polyak)([^a-z]|$)")
 _OTHER_STATE: Final = re.compile(r"optim|sched|scaler|criterion|loss|rng|random|metric|callback|discriminator")
 _MAX_DEPTH: Final = 3
+_MAX_SEARCHED: Final = 1_000_000
 
 
 class WeightSet(NamedTuple):
@@ -92,7 +93,7 @@ def find_weights(path: Path, content: Any, weights_key: str | None) -> tuple[Wei
         ModelFileError: the file contains no weights.
         UsageError: there are no weights under `weights_key`, or several sets that differ and no key.
     """
-    sets = list(_find_sets(content, "", 0))
+    sets = list(_Search(path).find(content, "", 0))
     if not sets:
         raise ModelFileError(f"{path} is not a cifarx checkpoint and contains no weights of a network", REMEDY)
     if weights_key is not None:
@@ -135,23 +136,35 @@ def _are_equal(path: Path, sets: list[WeightSet]) -> bool:
 # --- search
 
 
-def _find_sets(content: Any, key: str, depth: int) -> Iterable[WeightSet]:
-    """Yield the sets of weights in a value."""
-    if is_module(content):
-        yield WeightSet(key, content, _is_average(key) or is_averaged_model(content))
-        return
-    values = attributes(content)
-    if not values or depth > _MAX_DEPTH:
-        return
-    known = {name: value for name, value in values.items() if type(name) is str and _is_weights_key(name)}
-    found = [one for name, value in known.items() for one in _find_sets(value, f"{key}.{name}".lstrip("."), depth + 1)]
-    tensors = [name for name, value in values.items() if isinstance(value, torch.Tensor) and as_plain_dict(content)]
-    if not found and not any("." in str(name) for name in tensors) and depth == 0:
-        others = {name: value for name, value in values.items() if type(name) is str and not _OTHER_STATE.search(name)}
-        found = [one for name, value in others.items() if name not in known for one in _find_sets(value, name, 1)]
-    if not found and tensors:
-        found = [WeightSet(key, values, _is_average(key))]
-    yield from found
+class _Search:
+    """The search for the sets of weights in a file, which looks at a limited number of values."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._searched = 0
+
+    def find(self, content: Any, key: str, depth: int) -> Iterable[WeightSet]:
+        """Yield the sets of weights in a value."""
+        values = attributes(content)
+        self._searched += max(1, len(values))
+        if self._searched > _MAX_SEARCHED:  # dicts that share their items can contain any number of others
+            raise ModelFileError(f"{self._path} contains more than {_MAX_SEARCHED:,} keys in nested dicts", REMEDY)
+        if is_module(content):
+            yield WeightSet(key, content, _is_average(key) or is_averaged_model(content))
+            return
+        if not values or depth > _MAX_DEPTH:
+            return
+        named = {name: value for name, value in values.items() if type(name) is str}
+        known = {name: value for name, value in named.items() if _is_weights_key(name)}
+        keys = {name: f"{key}.{name}".lstrip(".") for name in known}
+        found = [one for name, value in known.items() for one in self.find(value, keys[name], depth + 1)]
+        tensors = [name for name, value in values.items() if isinstance(value, torch.Tensor) and as_plain_dict(content)]
+        if not found and not any("." in str(name) for name in tensors) and depth == 0:
+            others = [name for name in named if name not in known and not _OTHER_STATE.search(name)]
+            found = [one for name in others for one in self.find(values[name], name, 1)]
+        if not found and tensors:
+            found = [WeightSet(key, values, _is_average(key))]
+        yield from found
 
 
 def _is_weights_key(name: str) -> bool:
