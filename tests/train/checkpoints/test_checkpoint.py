@@ -265,6 +265,12 @@ def test_a_state_dict_with_other_values_than_tensors_is_rejected(weights: dict[A
         load_checkpoint(path)
 
 
+def test_complex_and_expanded_tensors_and_extra_state_are_read(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(2, dtype=torch.complex64), "b": torch.ones(1).expand(4, 3), "c._extra_state": {"x": 1}}
+    torch.save({"spec": SPEC.to_json(), "model": weights, "training": {}}, tmp_path / "net_0.pth")
+    assert deep_equal(load_checkpoint(tmp_path / "net_0.pth").weights, weights)
+
+
 def test_a_newer_spec_schema_is_rejected(tmp_path: Path) -> None:
     newer = msgspec.json.decode(SPEC.to_json()) | {"schema_version": SCHEMA_VERSION + 1, "input": "of another type"}
     path = save_with_spec(tmp_path / "x.pth", msgspec.json.encode(newer).decode())

@@ -23,7 +23,6 @@ from cifarx_train.checkpoints.external.module_stub import as_plain_dict, check_n
 from cifarx_train.checkpoints.external.reader import read_external_checkpoint
 from cifarx_train.checkpoints.external.safetensors_file import load_safetensors
 from cifarx_train.checkpoints.external.torch_file import load_torch_file
-from cifarx_train.checkpoints.external.weight_sets import require_dense
 from cifarx_train.models.options import NO_OPTIONS, ModelOptions
 from cifarx_train.models.outputs import outputs_error
 from cifarx_train.models.sources import rebuild_architecture
@@ -35,6 +34,9 @@ SUFFIX = ".pth"
 
 _EXTRA_STATE: Final = "_extra_state"
 """The end of the key of what `nn.Module.get_extra_state` returns, which can be anything."""
+
+_MAX_EXPANDED: Final = 1 << 30
+"""The largest size of an expanded tensor, in bytes."""
 
 SPEC_KEY = "cifarx.spec"
 """The key of the model spec in the metadata of a safetensors file."""
@@ -169,13 +171,16 @@ def _read_own(path: Path, content: dict[str, Any], options: ModelOptions) -> Che
 
 
 def _require_weights(path: Path, weights: dict[Any, Any]) -> None:
-    """Raise a ModelFileError if a state dict has other values than dense tensors and the extra state of modules."""
+    """Raise a ModelFileError if a state dict has other values than tensors and the extra state of modules."""
     for name, value in weights.items():
         check_name(path, name)
         if isinstance(value, torch.Tensor):
-            require_dense(path, name, value)
-        elif not name.endswith(_EXTRA_STATE):
-            raise ModelFileError(f"{name!r} in {path} is not a tensor", "use a .pth file written by `cifarx train`")
+            # An expanded buffer is a view that can have more elements than the file has bytes.
+            is_valid = value.nbytes <= max(_MAX_EXPANDED, value.untyped_storage().nbytes())
+        else:
+            is_valid = name.endswith(_EXTRA_STATE)
+        if not is_valid:
+            raise ModelFileError(f"{name!r} in {path} is no dense tensor", "use a .pth file written by `cifarx train`")
 
 
 def _own_checkpoint(
