@@ -58,7 +58,9 @@ HtmlReport: TypeAlias = Annotated[
 AllowChance: TypeAlias = Annotated[
     bool,
     typer.Option(
-        "--allow-chance-accuracy", help="Do not stop if the accuracy on labeled images is no better than chance."
+        "--allow-chance-accuracy",
+        help="Do not stop if the accuracy on labeled images is no better than chance, or better with another "
+        "preprocessing than the one that is assumed.",
     ),
 ]
 AbsoluteTolerance: TypeAlias = Annotated[
