@@ -14,6 +14,7 @@ import torch
 from benchmarks.support.limits import require
 from benchmarks.support.notes_loop import NotesLoop
 from benchmarks.support.photo_folders import write_class_folders
+from cifarx_export.export import export
 from cifarx_train.callbacks.base import Callback, EpochReport, RunInfo
 from cifarx_train.data.dataset import Dataset
 from cifarx_train.data.loaders.device import DeviceLoader
@@ -68,9 +69,10 @@ def test_fine_tuning_against_training_from_scratch(photos: Dataset, tmp_path: Pa
 def test_a_distilled_lzh_against_fast(photos: Dataset, tmp_path: Path, notes: list[str]) -> None:
     data = os.environ[DATA_ENV_VAR]
     teacher = _train(Path(data), tmp_path / "teacher", recipe_name="fast", epochs=4, learning_rate=0.1)
+    [artifact] = export(teacher.checkpoints[-1], model=SMALL_NET, data=data)
     options: dict[str, Any] = {"data": data, "recipe_name": "fast", "epochs": 3, "device": "cpu"}
     plain = train("lzh", out=tmp_path / "plain", **options)
-    distilled = train("lzh", out=tmp_path / "distilled", teacher=teacher.checkpoints[-1], **options)
+    distilled = train("lzh", out=tmp_path / "distilled", teacher=artifact.path, **options)
     points = 100 * (distilled.test_accuracy - plain.test_accuracy)
     notes.append(
         f"lzh, fast, {plain.epochs} epochs on {photos.name}: {plain.test_accuracy:.2%}, distilled from a teacher of "

@@ -66,6 +66,14 @@ def test_grayscale_and_color_are_converted(tmp_path: Path) -> None:
     np.testing.assert_allclose(teacher.logits(gray).numpy(), expected, atol=1e-5)
 
 
+def test_a_checkpoint_that_does_not_say_its_network_is_exported_first(tmp_path: Path) -> None:
+    torch.save(get_architecture("lzh").build(2).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(
+        UsageError, match=r"the teacher .*weights.pt cannot be opened \(.*without their network.*: export it"
+    ):
+        Teacher(tmp_path / "weights.pt", ("a", "b"), CPU)
+
+
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     path = save_lzh(tmp_path / "t.pth", ("a", "b", "c", "d"))
     images = random_images(2, 32, 32)

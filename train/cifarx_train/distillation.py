@@ -54,7 +54,13 @@ class Teacher:
     """
 
     def __init__(self, path: Path, class_names: tuple[str, ...], device: torch.device) -> None:
-        self._backend: Backend = open_backend(path, device=str(device))
+        try:
+            self._backend: Backend = open_backend(path, device=str(device))
+        except UsageError as error:  # a checkpoint does not say what its network is
+            raise UsageError(
+                f"the teacher {path} cannot be opened ({error.problem})",
+                "export it with `cifarx export --ckpt FILE --model SOURCE --format onnx`, and give that file",
+            ) from error
         self._path = path
         self.record = WeightsRecord(name=path.name, sha256=file_sha256(path))
         self.spec: ModelSpec = self._backend.spec
