@@ -147,16 +147,17 @@ def test_the_documentation_runs(cluster: Cluster) -> None:
     (page,) = find_pages("docs/batch-inference.md")
     code = f"""
 import os, shutil
-os.makedirs(f"{{folder}}/docs/images")
+os.makedirs(f"{{folder}}/docs/storage/images")
 os.chdir(f"{{folder}}/docs")
-shutil.copy("../colors.onnx", "lzh_9.onnx")
+shutil.copy("../colors.onnx", "storage/lzh_9.onnx")
 for part in range(2):
     contents = [open(f"../{{number:02}}.png", "rb").read() for number in range(part, 20, 2)]
-    pq.write_table(pa.table({{"image": contents}}), f"images/part-{{part}}.parquet")
+    pq.write_table(pa.table({{"image": contents}}), f"storage/images/part-{{part}}.parquet")
 {page.python_script()}
-print(json.dumps([pq.read_table("predictions").num_rows, *sorted(os.listdir("done")), pq.read_table("done").num_rows]))
+rows = [pq.read_table(f"storage/{{name}}").num_rows for name in ("predictions", "parts")]
+print(json.dumps([*rows, *sorted(os.listdir("storage/parts"))]))
 """
-    assert cluster.run(code) == [20, "part-0", "part-1", 20]
+    assert cluster.run(code) == [20, 20, "part-0", "part-1"]
 
 
 def test_without_ray_the_error_names_the_extra(fresh_python: Callable[..., str]) -> None:
