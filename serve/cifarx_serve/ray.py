@@ -160,7 +160,7 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
     if not any(files):
         raise UsageError("no file to serve", f"set {ENV_PREFIX}FILES, or pass the argument files")
     return Settings(
-        files=files_by_name([Path(file) for file in files if file]),
+        files={name: absolute_path(path) for name, path in files_by_name([file for file in files if file]).items()},
         backend=parsed.backend,
         device=parsed.device,
         limits=limits_from_options({option.name: getattr(parsed, option.name) for option in _LIMIT_OPTIONS}),

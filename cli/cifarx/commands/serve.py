@@ -56,7 +56,10 @@ def _parameter(option: LimitOption) -> inspect.Parameter:
 @_add_limit_options
 def command(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Model files; the first one is the default model.")
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]FILE...", help="Model files, with the names to serve them under; the first is the default."
+        ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
@@ -82,7 +85,7 @@ def command(
 ) -> int:
     """Serve model files over HTTP. The server documents its API at /docs."""
     models = files_by_name(files)
-    for path in files:
+    for path in models.values():
         read_spec(path)  # report an invalid file before any process is started
     _check_origin(cors_origin)
     if api_key_file:
@@ -90,7 +93,7 @@ def command(
     ssl_context = create_ssl_context(_absolute(certfile), _absolute(keyfile))
     worker_count = _count_workers(workers, device)
     settings = Settings(
-        files=models,
+        files={name: absolute_path(path) for name, path in models.items()},
         backend=backend,
         device=device,
         threads=max(1, available_cpus() // worker_count),

@@ -100,20 +100,20 @@ def test_rejects_unknown_image_formats(monkeypatch: pytest.MonkeyPatch, cli: Cli
 def test_serves_files_under_their_names(tmp_path: Path, onnx: Path) -> None:
     """Standard output has the access log only."""
     other = write_onnx(tmp_path / "other.onnx", order=(2, 1, 0))
-    with one_worker(tmp_path, onnx, other) as server:
-        assert server.err == f"serving colors, other on http://127.0.0.1:{server.port} with 1 process\n"
+    with one_worker(tmp_path, onnx, f"turned={other}") as server:
+        assert server.err == f"serving colors, turned on http://127.0.0.1:{server.port} with 1 process\n"
         first, second = server.request("GET", "/v1/models").json["models"]
         assert (first["name"], first["version"]) == ("colors", file_version(str(onnx)))
-        assert (second["name"], second["version"]) == ("other", file_version(str(other)))
+        assert (second["name"], second["version"]) == ("turned", file_version(str(other)))
         prediction = server.predict().json
         assert (prediction["model"], prediction["version"]) == ("colors", first["version"])
         assert prediction["predictions"][0]["label"] == "red"
-        metadata = server.request("GET", "/v2/models/other", x_request_id="mine")
+        metadata = server.request("GET", "/v2/models/turned", x_request_id="mine")
         assert metadata.json["versions"] == [second["version"]]
         assert metadata.headers["x-request-id"] == "mine"
         assert server.stop() == 0
         lines = [json.loads(line) for line in server.out.splitlines()]
-        assert [line["path"] for line in lines] == ["/v1/models", "/v1/predict", "/v2/models/other"]
+        assert [line["path"] for line in lines] == ["/v1/models", "/v1/predict", "/v2/models/turned"]
         assert lines[2]["id"] == "mine"
         assert server.err.count("\n") == 1
 

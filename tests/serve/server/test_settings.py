@@ -9,11 +9,18 @@ from hypothesis import strategies as st
 
 from cifarx_serve.backends.registry import registered_backends
 from cifarx_serve.errors import UsageError
-from cifarx_serve.server.settings import Limits, Settings, files_by_name, limit_options, limits_from_options
+from cifarx_serve.server.settings import (
+    Limits,
+    Settings,
+    absolute_path,
+    files_by_name,
+    limit_options,
+    limits_from_options,
+)
 
 
 def model_names(*paths: str) -> list[str]:
-    return list(files_by_name([Path(path) for path in paths]))
+    return list(files_by_name(paths))
 
 
 def test_the_model_name_is_the_file_name_without_suffix() -> None:
@@ -21,9 +28,9 @@ def test_the_model_name_is_the_file_name_without_suffix() -> None:
     assert model_names("lzh_9.embedded.onnx", "lzh_9.torchscript.pt") == ["lzh_9.embedded", "lzh_9.torchscript"]
 
 
-def test_files_keep_their_order_and_have_absolute_paths(tmp_path: Path) -> None:
-    files = files_by_name([Path("b.onnx"), tmp_path / "a.onnx"])
-    assert list(files.items()) == [("b", str(Path.cwd() / "b.onnx")), ("a", str(tmp_path / "a.onnx"))]
+def test_files_keep_their_order(tmp_path: Path) -> None:
+    files = files_by_name(["b.onnx", str(tmp_path / "a.onnx")])
+    assert list(files.items()) == [("b", Path("b.onnx")), ("a", tmp_path / "a.onnx")]
 
 
 def test_files_of_the_same_stem_keep_their_suffixes() -> None:
@@ -37,7 +44,21 @@ def test_files_of_the_same_name_are_numbered() -> None:
 def test_the_current_directory_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "repository").mkdir()
     monkeypatch.chdir(tmp_path / "repository")
-    assert files_by_name([Path()]) == {"repository": str(tmp_path / "repository")}
+    assert files_by_name(["."]) == {"repository": Path()}
+
+
+def test_a_name_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert files_by_name(["cats=a.onnx", "b.onnx", "v1.2=c/a.onnx"]) == {
+        "cats": Path("a.onnx"),
+        "b": Path("b.onnx"),
+        "v1.2": Path("c/a.onnx"),
+    }
+    (tmp_path / "cats=a.onnx").touch()
+    assert model_names("cats=a.onnx") == ["cats=a"], "a file of this name wins"
+    assert model_names("a b=c.onnx", "./x=y.onnx", "x=") == ["a b=c", "x=y", "x="]
+    with pytest.raises(UsageError, match="two models have the name a: name one of them, as in NAME=FILE"):
+        model_names("a.onnx", "a=b.onnx")
 
 
 def test_rejects_no_files() -> None:
@@ -57,18 +78,18 @@ parts = st.text(string.ascii_lowercase[:2] + ".-01", min_size=1, max_size=6).fil
 
 @given(st.lists(st.builds("{}/{}".format, parts, parts), min_size=1, max_size=6, unique_by=Path))
 def test_model_names_are_unique(paths: list[str]) -> None:
-    files = files_by_name([Path(path) for path in paths])
-    assert list(files.values()) == [str(Path(path).absolute()) for path in paths]
+    files = files_by_name(paths)
+    assert list(files.values()) == [Path(path) for path in paths]
     assert all(name and "/" not in name for name in files)
 
 
 def test_names_are_safe_to_print() -> None:
-    assert list(files_by_name([Path("a\x1b[31m\nb.onnx"), Path("\u202ec.onnx")])) == ["a�[31m�b", "�c"]
+    assert list(files_by_name(["a\x1b[31m\nb.onnx", "\u202ec.onnx"])) == ["a�[31m�b", "�c"]
 
 
 def test_a_path_that_is_not_utf_8_is_refused() -> None:
     with pytest.raises(UsageError, match="is not valid UTF-8: rename the file or its directory"):
-        files_by_name([Path(os.fsdecode(b"/models/\xff/a.onnx"))])
+        absolute_path(Path(os.fsdecode(b"/models/\xff/a.onnx")))
 
 
 def test_settings_round_trip_through_json() -> None:

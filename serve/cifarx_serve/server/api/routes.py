@@ -29,6 +29,11 @@ _CONTENT_SECURITY_POLICY: Final = (
     b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+_READY_RESPONSES: Final = {
+    **ok_response("All models can answer requests", StatusResponse),
+    HTTPStatus.SERVICE_UNAVAILABLE: Body("A model cannot answer requests", {JSON_TYPE: StatusResponse}),
+}
+
 
 def create_routes(
     repository: ModelRepository, metrics: Metrics, decoder: ImageDecoder, threads: ThreadPool
@@ -43,7 +48,7 @@ def create_routes(
     """
     readiness = Readiness(repository, decoder)
     routes = [
-        *PredictRoutes(repository, decoder).table(),
+        *PredictRoutes(repository, decoder, threads).table(),
         *OpenInferenceRoutes(repository, readiness, threads).table(),
         *_StatusRoutes(readiness, metrics).table(),
     ]
@@ -91,13 +96,19 @@ class _StatusRoutes:
                 Operation(
                     "readyz",
                     "Check that all models can answer requests",
-                    {
-                        **ok_response("All models can answer requests", StatusResponse),
-                        HTTPStatus.SERVICE_UNAVAILABLE: Body(
-                            "A model cannot answer requests", {JSON_TYPE: StatusResponse}
-                        ),
-                    },
+                    _READY_RESPONSES,
                     description="For load balancers: send no requests while the status is not 200.",
+                ),
+                public=True,
+            ),
+            Route(
+                "GET",
+                "/ping",
+                self._readyz,
+                Operation(
+                    "ping",
+                    "Check that all models can answer requests (Amazon SageMaker)",
+                    _READY_RESPONSES,
                 ),
                 public=True,
             ),

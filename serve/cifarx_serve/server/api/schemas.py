@@ -39,6 +39,12 @@ class PredictResponse(msgspec.Struct, frozen=True):
     timing_us: Timing
 
 
+class KServePredictResponse(msgspec.Struct, frozen=True):
+    """Predictions in the order of the images, as KServe's v1 protocol has them."""
+
+    predictions: list[ImagePrediction]
+
+
 class ModelsResponse(msgspec.Struct, frozen=True):
     """The served models, in the order of the command line."""
 

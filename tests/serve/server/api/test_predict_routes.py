@@ -1,6 +1,7 @@
 """The routes below `/v1`."""
 
 import asyncio
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,84 @@ def test_a_model_is_selected_by_name(color_model: Path, tmp_path: Path) -> None:
     run_with_client(test, color_model, other)
 
 
+def test_the_fields_of_a_form_and_of_json_are_those_of_the_query(color_model: Path, tmp_path: Path) -> None:
+    other, image = write_onnx(tmp_path / "turned.onnx", order=(2, 1, 0)), encode_image(RED)
+    encoded = base64.b64encode(image).decode()
+    bodies = [encode_multipart_formdata([("image", ("a.png", image)), ("model", "turned"), ("top_k", "1")])] + [
+        (json.dumps({**sent, "model": "turned", "top_k": 1}).encode(), "application/json")
+        for sent in ({"image": encoded}, {"instances": [{"b64": encoded}]})
+    ]
+
+    async def test(client: AsgiClient) -> None:
+        for body, content_type in bodies:
+            response = (await client.post("/v1/predict", body, content_type)).json
+            [prediction] = response["predictions"]
+            assert (response["model"], prediction["label"], len(prediction["top"])) == ("turned", "blue", 1)
+            both = await client.post("/v1/predict?top_k=1", body, content_type)
+            assert (both.status, both.error) == (400, "top_k is stated in the body and outside of it: state it once")
+        for name, value, status, problem in [
+            ("model", "absent", 404, "unknown model 'absent'"),
+            ("top_k", "0", 400, "top_k is '0': send a number from 1 to 3"),
+            ("topk", "1", 400, "unknown form field 'topk': use image, images, model, top_k"),
+        ]:
+            refused = await client.post(
+                "/v1/predict", *encode_multipart_formdata([("image", ("a.png", image)), (name, value)])
+            )
+            assert refused.status == status
+            assert problem in refused.error
+
+    run_with_client(test, color_model, other)
+
+
+def test_the_v1_protocol_of_kserve(color_model: Path, tmp_path: Path) -> None:
+    other = write_onnx(tmp_path / "turned.onnx", order=(2, 1, 0))
+    images = {"first": RED, "second": GREEN}
+    instances = [
+        {"image_bytes": {"b64": base64.b64encode(encode_image(image)).decode()}, "key": key}
+        for key, image in images.items()
+    ]
+    body = json.dumps({"instances": instances}).encode()
+
+    async def test(client: AsgiClient) -> None:
+        response = await client.post("/v1/models/turned:predict?top_k=2", body, "application/json")
+        assert list(response.json) == ["predictions"]
+        assert [(entry["image"], entry["label"], len(entry["top"])) for entry in response.json["predictions"]] == [
+            ("first", "blue", 2),
+            ("second", "green", 2),
+        ]
+        for target, status in [
+            ("/v1/models/absent:predict", 404),
+            ("/v1/models/turned:predict?model=colors", 400),
+            ("/v1/models/turned:explain", 405),
+        ]:
+            assert (await client.post(target, body, "application/json")).status == status
+        named = json.dumps({"instances": instances, "model": "colors"}).encode()
+        twice = await client.post("/v1/models/turned:predict", named, "application/json")
+        assert (twice.status, twice.error) == (400, "model is stated in the body and outside of it: state it once")
+
+    run_with_client(test, color_model, other)
+
+
+def test_one_model(color_model: Path, tmp_path: Path) -> None:
+    other = write_onnx(tmp_path / "turned.onnx", order=(2, 1, 0))
+
+    async def test(client: AsgiClient) -> None:
+        for model in (await client.get("/v1/models")).json["models"]:
+            assert (await client.get(f"/v1/models/{model['name']}")).json == model
+        assert (await client.get("/v1/models/absent")).status == 404
+
+    run_with_client(test, color_model, other)
+
+
+def test_the_protocol_of_sagemaker(color_model: Path) -> None:
+    async def test(client: AsgiClient) -> None:
+        assert (await client.get("/ping")).status == 200
+        response = await client.post("/invocations?top_k=1", encode_image(BLUE), "application/x-image")
+        assert response.json["predictions"][0]["label"] == "blue"
+
+    run_with_client(test, color_model)
+
+
 def test_an_image_that_cannot_be_read_does_not_stop_the_others(color_model: Path) -> None:
     files = [
         ("red", encode_image(RED)),
@@ -275,8 +354,9 @@ def test_max_pixels_limits_all_images_of_a_model_with_embedded_preprocessing(fau
         ("", b"no image", "image/png", 400, "8 bytes is not an image"),
         ("", b"", "image/png", 400, "the body is empty"),
         ("", b"no form", "multipart/form-data; boundary=X", 400, "malformed form"),
-        ("", b"", "multipart/form-data", 400, "the form is incomplete"),
-        ("", b"{}", "application/json", 415, "the content type 'application/json' is not supported"),
+        ("", b"", "multipart/form-data", 400, "the Content-Type multipart/form-data has no boundary"),
+        ("", b"{}", "text/plain", 415, "the content type 'text/plain' is not supported"),
+        ("", b"{}", "application/json", 400, "the JSON has no image"),
         ("?topk=1", b"", None, 400, "unknown query field 'topk': use model or top_k"),
         ("?top_k=1&top_k=2", b"", None, 400, "a query field occurs twice: send each field once"),
         ("?model=absent", b"", None, 404, "unknown model 'absent'"),
