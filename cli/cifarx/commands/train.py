@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -25,6 +25,8 @@ from cifarx_serve.errors import UsageError
 
 if TYPE_CHECKING:
     from cifarx_train.trainer import TrainResult
+
+_NAMED_DATA: Final = ("auto", "builtin", "cifar10")
 
 
 @takes_flags(InputFlags)
@@ -179,10 +181,10 @@ def command(
 
         json_result(training_json(trained))
     else:
-        _print_result(trained, chosen.model)
+        _print_result(trained, chosen.model, data)
 
 
-def _print_result(trained: "TrainResult", model: str) -> None:
+def _print_result(trained: "TrainResult", model: str, data: str) -> None:
     from cifarx.output.training import accuracy_text
 
     tested, val_accuracy = trained.final.checkpoint, trained.final.val_accuracy
@@ -199,7 +201,8 @@ def _print_result(trained: "TrainResult", model: str) -> None:
     elif trained.best and trained.best[1] > trained.test_accuracy:
         note(f"note: the best checkpoint is {trained.best[0]} with {trained.best[1]:.2%}")
     source = ["--model", model] if ":" in model else []  # a file never names the code to run
-    note(f"next: {shlex.join(['cifarx', 'export', '--ckpt', str(tested), *source, '--format', 'onnx'])}")
+    images = [] if data in _NAMED_DATA else ["--data", data]  # a checkpoint records no path
+    note(f"next: {shlex.join(['cifarx', 'export', '--ckpt', str(tested), *source, '--format', 'onnx', *images])}")
 
 
 def _parse_assignments(texts: Sequence[str]) -> dict[str, Any]:

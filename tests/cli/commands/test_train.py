@@ -219,7 +219,7 @@ def test_a_run_with_a_val_split_is_weighted_and_calibrated(cli: Cli, tmp_path: P
     assert re.search(
         rf"^note: the val accuracy of {name} is \d+\.\d\d%, the best of the run$", result.err, re.MULTILINE
     )
-    assert f"next: cifarx export --ckpt {name} " in result.err
+    assert f"next: cifarx export --ckpt {name} --format onnx --data {data}\n" in result.err
     spec = cli("inspect", name, "--json").json
     assert f"{spec['training']['test_accuracy']:.2%} test accuracy" in result.out
     assert f"calibrated on 102 val images: temperature {spec['temperature']:.4g}, " in result.err
