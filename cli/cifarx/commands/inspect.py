@@ -167,9 +167,11 @@ def _training(spec: ModelSpec) -> list[tuple[str, str]]:
         return []
     data = training.data
     recipe = [f"{key} {value}" for key, value in training.recipe.items() if value not in (None, False)]
+    labels = f", labels of {data.labels}" if data.labels else ""
+    held_out = f", {data.split_fraction:.0%} held out" if data.split_fraction else ""
     return [
-        ("trained on", f"{data.name} ({data.train_images:,} images, {data.train_fingerprint[:12]})"),
-        ("tested on", f"{data.name} ({data.test_images:,} images, {data.test_fingerprint[:12]})"),
+        ("trained on", f"{data.name} ({data.train_images:,} images, {data.train_fingerprint[:12]}{labels})"),
+        ("tested on", f"{data.name} ({data.test_images:,} images, {data.test_fingerprint[:12]}{held_out})"),
         ("test accuracy", f"{training.accuracy_text} after {training.epochs} epochs, seed {training.seed}"),
         ("recipe", ", ".join(recipe)),
         ("trained with", ", ".join(f"{name} {version}" for name, version in training.versions.items())),

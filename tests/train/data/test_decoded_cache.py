@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,7 +24,7 @@ from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
 from cifarx_train.data.dataset import Dataset, LabeledImages, fingerprint
-from cifarx_train.data.decoded_cache import cache_key
+from cifarx_train.data.decoded_cache import _decode_record, _encode_record, cache_key
 from cifarx_train.data.image_dataset import open_image_dataset
 from tests.support.file_owner import pretend_other_owner
 from tests.support.image_datasets import pack_archive, write_image_folder
@@ -118,6 +119,31 @@ def test_a_cached_archive_is_not_listed(
     monkeypatch.delattr("cifarx_train.data.archives.ArchiveStore._positions")
     data.load("train", SPEC)
     assert data.class_names == ("blue", "green", "red")
+
+
+def test_entries_of_earlier_versions_are_decoded_again(source: Path, cache: Path, reads: Reads) -> None:
+    """They did not contain the images in subfolders of classes, and their records do not say what was left out."""
+    load(source)
+    (record,) = files(cache, ".record")
+    decoded = _decode_record(record.read_bytes())
+    record.write_bytes(_encode_record(msgspec.structs.replace(decoded, splits=())))
+    reads.count()
+    load(source)
+    assert reads.count() == 15
+    assert record.read_bytes() == _encode_record(decoded)
+    load(source)
+    assert reads.count() == 0
+
+
+def test_a_cached_split_says_what_is_left_out(folder: Path, tmp_path: Path, cache: Path) -> None:
+    (folder / "notes.txt").touch()
+    archive = pack_archive(folder, tmp_path / "colors.tar.gz")
+    for _ in range(2):
+        data = open_image_dataset(archive)
+        with pytest.warns(FallbackWarning, match=r"left out 1 file of colors\.tar\.gz: 1 \.txt"):
+            data.load("train", SPEC)
+        assert (data.splits, len(data.left_out)) == (("train", "test"), 1)
+    assert cache.exists()
 
 
 def test_an_archive_is_identified_by_its_content(folder: Path, tmp_path: Path, cache: Path, reads: Reads) -> None:

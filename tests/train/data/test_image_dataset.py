@@ -139,7 +139,6 @@ def test_other_files_are_counted_and_left_out(opened: Callable[[Path], Dataset],
         (parent / ".DS_Store").write_bytes(b"\0")
         (parent / "._0.png").write_bytes(b"\0")
         (parent / "no-suffix").write_bytes(b"\0")
-    (folder / "train" / "empty").mkdir()
     (folder / "train" / "blue" / "folder.png").mkdir()
     (folder / "drafts" / "blue").mkdir(parents=True)
     shutil.copy(folder / "test" / "blue" / "0.png", folder / "drafts" / "blue")
@@ -400,7 +399,7 @@ def test_a_file_that_is_not_an_archive_is_an_error(tmp_path: Path, content: byte
 
 def test_a_deeper_layout_is_not_supported(folder: Path, tmp_path: Path) -> None:
     archive = open_image_dataset(pack_archive(folder, tmp_path / "deep.tar.gz", "one/two"))
-    assert "deep.tar.gz has 1 class with images (one)" in load_error(archive).problem
+    assert "deep.tar.gz has 1 class with training images (one)" in load_error(archive).problem
 
 
 # --- CIFAR-10 as image files

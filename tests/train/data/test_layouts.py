@@ -252,6 +252,20 @@ def test_files_without_a_known_suffix_are_counted(tmp_path: Path) -> None:
     assert left_out == "left out 7 files of h: 3 without a suffix, 3 .raw, 1 .md"
 
 
+def test_class_folders_without_images_are_counted(tmp_path: Path) -> None:
+    root = tree(tmp_path / "h" / "top")
+    (root / "train" / "eel" / "raw").mkdir(parents=True)
+    (root / "train" / "fly").mkdir()
+    (root / "train" / "fly" / "0.raw").touch()
+    (root / "train" / ".cache").mkdir()
+    counts, left_out = load_with_note(tmp_path / "h")
+    assert counts == plain()
+    assert left_out.splitlines() == [
+        "left out 1 file of h: 1 .raw",
+        "left out 2 folders of h: 2 without images (top/train/eel)",
+    ]
+
+
 def test_files_of_phones(tmp_path: Path) -> None:
     root = tree(tmp_path / "h")
     heif = pytest.importorskip("pillow_heif")

@@ -118,6 +118,8 @@ def _walk(
     """
     with os.scandir(folder) as entries:
         items = sorted(entries, key=lambda item: item.name)
+    if prefix and not items:
+        inventory.empty_folders.append(prefix.rstrip("/"))
     for item in items:
         name = f"{prefix}{item.name}"
         real = f"{parents[-1]}{os.sep}{item.name}"

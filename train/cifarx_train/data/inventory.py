@@ -10,10 +10,10 @@ from cifarx_serve.images.suffixes import LeftOutFiles, is_image
 from cifarx_serve.system.terminal import encodable
 
 _MAX_LISTED: Final = 5
-_HIDDEN: Final = (".", "__")
+HIDDEN: Final = (".", "__")
 """How the names of files and folders start that programs create for themselves, such as `__MACOSX`."""
 
-_Unit: TypeAlias = Literal["files", "rows"]
+_Unit: TypeAlias = Literal["files", "rows", "folders"]
 
 
 class Inventory:
@@ -25,13 +25,15 @@ class Inventory:
     Attributes:
         images: the paths of the images, relative to the dataset.
         others: the paths of the files that are no images.
+        empty_folders: the paths of the folders that contain nothing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.images: list[str] = []
         self.others: list[str] = []
-        self._reasons: dict[_Unit, Counter[str]] = {"files": Counter(), "rows": Counter()}
+        self.empty_folders: list[str] = []
+        self._reasons: dict[_Unit, Counter[str]] = {"files": Counter(), "rows": Counter(), "folders": Counter()}
         self._examples: dict[str, str] = {}
         self._folders: set[str] = set()
         self._files: list[str] = []
@@ -40,7 +42,7 @@ class Inventory:
         """Take stock of a file by its path relative to the dataset: an image, or a file that is left out."""
         folder, slash, _ = name.partition("/")
         parts = name.split("/")
-        if hidden := next((part for part in parts if part.startswith(_HIDDEN)), None):
+        if hidden := next((part for part in parts if part.startswith(HIDDEN)), None):
             self.leave_out("hidden", hidden)
             return
         if slash:
@@ -61,7 +63,7 @@ class Inventory:
         self._examples.setdefault(reason, example)
 
     def lines(self) -> list[str]:
-        """Return one line about all files that are left out, and one about all rows of tables."""
+        """Return one line about all files that are left out, one about rows of tables, and one about class folders."""
         lines = []
         for unit in self._reasons:
             if total := self._reasons[unit].total() + (len(self.others) if unit == "files" else 0):

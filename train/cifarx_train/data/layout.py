@@ -6,7 +6,7 @@ from typing import Final
 
 from cifarx_train.data.catalog import Catalog, Entry
 from cifarx_train.data.dataset import Split
-from cifarx_train.data.inventory import Inventory, listed
+from cifarx_train.data.inventory import HIDDEN, Inventory, listed
 from cifarx_train.data.splits import SPLIT_NAMES, Fraction, assign_splits, split_of
 
 _MIN_CLASSES: Final = 2
@@ -37,6 +37,7 @@ def arrange_folders(inventory: Inventory, fraction: Fraction | None) -> Catalog:
     for folder, names in groups.items():
         if folder not in used:
             inventory.leave_out("outside the folders of splits and classes", folder or names[0], len(names))
+    _note_empty_classes([f"{prefix}{folder}/" for folder in (used if folders else ())] or [prefix], inventory)
     if not folders:
         return assign_splits({}, _entries(prefix, {folder: groups[folder] for folder in used}), fraction, inventory)
     found: dict[Split, list[Entry]] = {}
@@ -49,6 +50,20 @@ def arrange_folders(inventory: Inventory, fraction: Fraction | None) -> Catalog:
             inventory.leave_out("outside class folders", f"{folder}/{outside[0]}", len(outside))
         found[split] = _entries(f"{prefix}{folder}/", classes)
     return assign_splits(found, (), fraction, inventory)
+
+
+def _note_empty_classes(parents: list[str], inventory: Inventory) -> None:
+    """Count the class folders in these folders that are empty or have other files alone, and images in none of them."""
+    files = [*inventory.others, *(f"{folder}/" for folder in inventory.empty_folders)]
+    known = {name for parent in parents for name in _folders_in(parent, inventory.images)}
+    for parent in parents:
+        for name in sorted(_folders_in(parent, files) - known):
+            if not name.startswith(HIDDEN):
+                inventory.leave_out("without images", f"{parent}{name}", unit="folders")
+
+
+def _folders_in(parent: str, paths: Iterable[str]) -> set[str]:
+    return _by_folder(path.removeprefix(parent) for path in paths if path.startswith(parent)).keys() - {""}
 
 
 def _by_folder(paths: Iterable[str]) -> dict[str, list[str]]:
