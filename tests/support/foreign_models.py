@@ -171,10 +171,12 @@ class FrozenBatch(Colors):
         return super().forward(images).reshape(1, 3)  # type: ignore[no-any-return]
 
 
-def write_torchscript(path: Path, module: nn.Module | None = None, batch_size: int = 2) -> Path:
-    """Write a module as a TorchScript file, traced with a batch of this size."""
+def write_torchscript(
+    path: Path, module: nn.Module | None = None, batch_size: int = 2, shape: Sequence[int] = (3, SIDE, SIDE)
+) -> Path:
+    """Write a module as a TorchScript file, traced with a batch of this size and images of this shape."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch has deprecated the format
-        traced = torch.jit.trace((module or Colors()).eval(), torch.zeros(batch_size, 3, SIDE, SIDE), strict=False)
+        traced = torch.jit.trace((module or Colors()).eval(), torch.zeros(batch_size, *shape), strict=False)
         torch.jit.save(traced, str(path))
     return path

@@ -13,6 +13,7 @@ from cifarx_train.checkpoints.checkpoint import file_sha256
 from cifarx_train.models.options import SpecOverrides
 
 _ANY_SIZE: Final = InputSpec(height=1, width=1)
+_PIXEL_RANGE: Final = (0.0, 255.0)
 
 
 class StatedInput(NamedTuple):
@@ -93,7 +94,8 @@ class ForeignFile(ABC):
         """Return the preprocessing: what the file says about the input, completed by the user and by defaults.
 
         Raises:
-            UsageError: the size is not stated, or the user states another one than the file.
+            UsageError: the size is not stated, the user states another one than the file, or a scaling of values that
+                the file takes as pixels.
             SpecError: the fields do not fit together.
         """
         fixed: dict[str, Any] = {
@@ -111,8 +113,15 @@ class ForeignFile(ABC):
         if known.get("channels") == 1:
             known["color"] = "L"
         if stated.pixels:
-            known["value_range"] = (0.0, 255.0)
-        return SpecOverrides({"input": known}, whole_input=True).apply_to_input(_ANY_SIZE)
+            known = {"value_range": _PIXEL_RANGE, **known}
+        size = SpecOverrides({"input": known}, whole_input=True).apply_to_input(_ANY_SIZE)
+        is_scaled = size.value_range != _PIXEL_RANGE or any(size.mean) or any(std != 1 for std in size.std)
+        if stated.pixels and is_scaled:
+            raise UsageError(
+                f"{self.path} takes pixels from 0 to 255, which it scales itself",
+                "leave out the value range, the mean and the std",
+            )
+        return size
 
     def complete_spec(self, size: InputSpec, output: StatedOutput, overrides: SpecOverrides) -> ModelSpec:
         """Return the spec for an input and an output.

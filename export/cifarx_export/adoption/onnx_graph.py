@@ -1,5 +1,6 @@
 """Give the graph of an ONNX model the input, the output and the variable batch size that cifarx expects."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -10,6 +11,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 INPUT: Final = "input"
 
 _PREFIX: Final = "adopted/"
+
+_ONNX_DOMAIN: Final = "ai.onnx"
+"""The same as the empty domain."""
 
 _SHAPE_OPERATORS: Final = frozenset({"Identity", "Cast", "Dropout", "Flatten", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators that change neither the values of an image nor their order."""
@@ -87,6 +91,7 @@ def connect(model: ModelProto, interface: Interface) -> ModelProto:
 
     Nodes are added instead of renaming values, which would have to reach into every subgraph.
     """
+    _use_empty_domain(model)
     (image,) = graph_inputs(model.graph)
     output = next(info for info in model.graph.output if info.name == interface.output)
     adds_input = image.name != INPUT or interface.input_type != TensorProto.FLOAT
@@ -112,7 +117,30 @@ def connect(model: ModelProto, interface: Interface) -> ModelProto:
     del graph.input[:], graph.output[:]
     graph.input.append(new_input)
     graph.output.append(new_output)
+    _name_nodes(graph)
     return model
+
+
+def _name_nodes(graph: GraphProto) -> None:
+    """Give names to nodes without one, and to those that share one: quantization tells nodes apart by their names."""
+    taken = Counter(node.name for node in graph.node)
+    for number, node in enumerate(graph.node):
+        if not node.name or taken[node.name] > 1:
+            node.name = f"{_PREFIX}{node.op_type} {number}"
+
+
+def _use_empty_domain(model: ModelProto) -> None:
+    """Replace the other name of the domain of ONNX's own operators, which many tools do not know."""
+    opsets = {"" if entry.domain == _ONNX_DOMAIN else entry.domain: entry.version for entry in model.opset_import}
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(*item) for item in opsets.items())
+    pending = [model.graph]
+    while pending:
+        for node in pending.pop().node:
+            if node.domain == _ONNX_DOMAIN:
+                node.domain = ""
+            for attribute in node.attribute:
+                pending += [attribute.g, *attribute.graphs]
 
 
 def free_batch_size(model: ModelProto, batch_size: int) -> None:
@@ -128,7 +156,7 @@ def free_batch_size(model: ModelProto, batch_size: int) -> None:
             constants[node.output[0]] = node.attribute[0].t
     for number, node in enumerate(graph.node):
         shape = constants.get(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
-        if shape is None:
+        if shape is None or node.input[0] in constants:  # weights have no batch
             continue
         sizes = numpy_helper.to_array(shape).copy()
         if not sizes.size or sizes[0] != batch_size or (0 in sizes and _allows_zero(node)):

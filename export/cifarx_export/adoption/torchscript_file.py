@@ -48,7 +48,7 @@ class TorchScriptFile(ForeignFile):
         self._module = load_script_module(path, CPU).eval()
 
     def describe(self, overrides: SpecOverrides) -> ModelSpec:
-        size = self.input_spec(self._stated_input(), overrides)
+        size = self.input_spec(self._stated_input(overrides), overrides)
         return self.complete_spec(size, self._find_output(size, overrides), overrides)
 
     def open_original(self, spec: ModelSpec) -> Backend:
@@ -65,8 +65,13 @@ class TorchScriptFile(ForeignFile):
             example = torch.zeros(2, *spec.input.shape)
             return TorchScriptArtifact(torch.jit.trace(single.eval(), example, check_trace=False))
 
-    def _stated_input(self) -> StatedInput:
-        """Return what the first weights say, which are those of a convolution. A frozen file has none."""
+    def _stated_input(self, overrides: SpecOverrides) -> StatedInput:
+        """Return what the first weights say, if the user does not say it. A frozen file has none.
+
+        They are those of the first convolution in the order of the attributes, which need not be the first that runs.
+        """
+        if overrides.fields.get("input", {}).keys() & {"channels", "color", "layout"}:
+            return StatedInput()
         first = next((weight for weight in self._module.parameters() if weight.ndim == 4), None)
         if first is None or first.shape[1] not in (1, 3):
             return StatedInput()

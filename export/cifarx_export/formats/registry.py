@@ -39,10 +39,10 @@ _TEST_BATCH_SIZE: Final = 64
 _ONNX_WEIGHT_LIMIT: Final = 2**31 - 2**24
 """Bytes of weights that fit into one ONNX file: protobuf's limit of 2 GiB, with 16 MiB for the graph and the spec."""
 
-_MIN_INT8_OPSET: Final = 13
+MIN_INT8_OPSET: Final = 13
 """The lowest opset in which weights can have one scale per channel."""
 
-_MIN_EMBEDDING_OPSET: Final = 18
+MIN_EMBEDDING_OPSET: Final = 18
 """The lowest opset with the operators of the embedded preprocessing."""
 
 
@@ -302,8 +302,8 @@ def _require_opset(opset: int, precision: str, options: ExportOptions) -> None:
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not supported", f"give {OPSETS[0]} to {OPSETS[-1]}")
     for given, feature, needed in (
-        (precision == "int8", "int8", _MIN_INT8_OPSET),
-        (options.embed_preprocessing, "--embed-preprocessing", _MIN_EMBEDDING_OPSET),
+        (precision == "int8", "int8", MIN_INT8_OPSET),
+        (options.embed_preprocessing, "--embed-preprocessing", MIN_EMBEDDING_OPSET),
     ):
         if given and opset < needed:
             raise UsageError(f"{feature} needs opset {needed}, not {opset}", f"give --opset {needed} to {OPSETS[-1]}")

@@ -8,13 +8,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper
+from torch import nn
 
 import cifarx
 from cifarx_export.adoption.adopt import adopt
 from cifarx_export.adoption.onnx_graph import connect
 from cifarx_export.checked_artifact import ExportResult
 from cifarx_export.export import export
+from cifarx_export.formats.registry import ExportOptions
 from cifarx_export.verify import verify
 from cifarx_serve.backends.registry import open_backend, read_spec
 from cifarx_serve.errors import CheckFailed, ModelFileError, UsageError
@@ -129,6 +132,21 @@ def test_the_adopted_file_works_in_the_other_commands(color_folder: Path) -> Non
 # What the spec states, and what it assumes.
 
 
+@pytest.mark.parametrize(
+    ("precision", "options", "words"),
+    [
+        ("int8", ExportOptions(), "int8 needs opset 13, and the model has 9"),
+        ("fp32", ExportOptions(embed_preprocessing=True), "--embed-preprocessing needs opset 18, and the model has 9"),
+    ],
+)
+def test_the_opset_of_the_author_can_be_too_low(
+    precision: str, options: ExportOptions, words: str, color_folder: Path
+) -> None:
+    adopt_with(write_onnx(Path("colors.onnx"), opset=9), color_folder, {"class_names": list(CLASSES)})
+    with pytest.raises(UsageError, match=words):
+        export(Path("colors.adopted.onnx"), ["onnx"], [precision], data=str(color_folder), options=options)
+
+
 def test_what_nobody_states_is_assumed(other_folder: Path) -> None:
     spec = read_spec(adopt_with(write_onnx(Path("colors.onnx")), other_folder).path)
     assert spec.assumed == ("class_names", "preprocessing", "output")
@@ -225,6 +243,28 @@ def test_torchscript_files_are_adopted(returns: str, output: str | None, color_f
         assert predictor.predict(blue_picture()).label == "blue"
 
 
+class LastAxisColors(Colors):
+    """Takes images as NHWC. Its first weights are those of a convolution of each channel, which runs later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Conv2d(3, 3, 1, groups=3, bias=False)
+        self.all = nn.Conv2d(3, 3, 1, bias=False)
+        nn.init.ones_(self.each.weight)
+        nn.init.eye_(self.all.weight[..., 0, 0])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.each(self.all(images.permute(0, 3, 1, 2))))  # type: ignore[no-any-return]
+
+
+def test_the_user_knows_better_than_the_first_weights(color_folder: Path) -> None:
+    path = write_torchscript(Path("colors.pt"), LastAxisColors(), shape=(SIDE, SIDE, 3))
+    size = {**SIZE["input"], "layout": "NHWC", "color": "RGB"}
+    result = adopt_with(path, color_folder, {"class_names": list(CLASSES), "input": size})
+    assert read_spec(result.path).input.shape == (SIDE, SIDE, 3)
+    assert result.report.summary.accuracy == 1
+
+
 def test_one_output_of_a_tuple_is_chosen(color_folder: Path) -> None:
     path = write_torchscript(Path("two.pt"), Colors("tuple"))
     fields = {"class_names": list(CLASSES), **SIZE}
@@ -289,6 +329,8 @@ def test_probabilities_have_to_be_stated(other_folder: Path) -> None:
         ({}, {"input": {"height": 16}}, "takes images with height 8, not 16"),
         ({}, {"input": {"color": "L"}}, "takes images with channels 3, not 1"),
         ({}, {"class_names": ["a", "b"]}, "returns 3 values per image, which do not fit 2 class names"),
+        ({"data_type": TensorProto.UINT8}, {"input": {"mean": [0.5]}}, "takes pixels from 0 to 255, which it scales"),
+        ({"data_type": TensorProto.UINT8}, {"input": {"value_range": [0, 1]}}, "takes pixels from 0 to 255"),
         ({"channels": 4}, {}, r"is \(\?, 4, 8, 8\): give a classifier of images with 1 or 3 channels"),
     ],
 )

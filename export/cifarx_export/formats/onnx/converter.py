@@ -16,10 +16,16 @@ from cifarx_export.formats.onnx.int8.search import QuantizationSearch
 from cifarx_export.formats.onnx.opset import convert_to_opset, unsupported_type_error
 from cifarx_export.formats.onnx.preprocessing import embed_preprocessing
 from cifarx_export.formats.quiet import quiet
-from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.registry import (
+    MIN_EMBEDDING_OPSET,
+    MIN_INT8_OPSET,
+    Artifact,
+    ConversionSource,
+)
 from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
 from cifarx_serve.backends.onnxruntime.model_reader import minimum_onnxruntime
+from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import ModelSpec
 
 DEFAULT_OPSET: Final = 18
@@ -85,8 +91,10 @@ def convert_to_onnx(source: ConversionSource) -> Iterator[OnnxArtifact]:
         DataError: int8 cannot be calibrated. See `QuantizationSearch`.
     """
     for network, facts, checks in _convert(source):
-        embedded = source.options.embed_preprocessing
-        model = embed_preprocessing(network, source.spec.input) if embedded else network
+        model = network
+        if source.options.embed_preprocessing:
+            _require_opset(network, "--embed-preprocessing", MIN_EMBEDDING_OPSET)
+            model = embed_preprocessing(network, source.spec.input)
         _strip_debug_metadata(model)
         _check_model(model, _opset(source))
         yield OnnxArtifact(model, {"opset": str(model_opset(model)), **facts}, checks)
@@ -108,7 +116,9 @@ def _convert(source: ConversionSource) -> Iterator[_Converted]:
 
 
 def _start_search(source: ConversionSource) -> QuantizationSearch:
-    return QuantizationSearch(_export_fp32(source), source)
+    model = _export_fp32(source)
+    _require_opset(model, "int8", MIN_INT8_OPSET)
+    return QuantizationSearch(model, source)
 
 
 def _convert_to_fp16(source: ConversionSource) -> _Converted:
@@ -143,6 +153,19 @@ def _export_fp32(source: ConversionSource) -> ModelProto:
     if _opset(source) < DEFAULT_OPSET:
         convert_to_opset(model, _opset(source))
     return model
+
+
+def _require_opset(model: ModelProto, feature: str, needed: int) -> None:
+    """Check the opset of a model. An adopted one has that of its author; any other was checked before.
+
+    Raises:
+        UsageError: it is too low.
+    """
+    if (opset := model_opset(model)) < needed:
+        raise UsageError(
+            f"{feature} needs opset {needed}, and the model has {opset}",
+            "export the original with a newer opset, and adopt it again",
+        )
 
 
 def _opset(source: ConversionSource) -> int:

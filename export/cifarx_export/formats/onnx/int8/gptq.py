@@ -68,22 +68,35 @@ def quantize_weights(
 def _compute_hessians(model: ModelProto, inputs: NDArray[np.float32]) -> list[tuple[NodeProto, Tensor]]:
     """Return each layer with its Hessian, the sum of x xᵀ over its input rows x: (in_features, in_features)."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    nodes = [
-        node
-        for node in nodes_with_weights(model)
-        if _in_features(node, shapes[node.input[1]]) <= _MAX_IN_FEATURES and _attributes(node).get("group", 1) == 1
-    ]
+    nodes = [node for node in nodes_with_weights(model) if _is_supported(node, shapes[node.input[1]])]
     hessians = [torch.zeros(()) for _ in nodes]
     for batch in iterate_activations(model, list(dict.fromkeys(node.input[0] for node in nodes)), inputs):
         limit = max(1, _MAX_ROWS * len(batch["input"]) // len(inputs))
         for index, node in enumerate(nodes):
-            rows = _input_rows(node, torch.from_numpy(np.array(batch[node.input[0]])), limit)
+            activation = torch.from_numpy(np.array(batch[node.input[0]]))
+            rows = _input_rows(node, shapes[node.input[1]], activation, limit)
             hessians[index] = hessians[index] + rows.T @ rows
     return list(zip(nodes, hessians, strict=True))
 
 
-def _input_rows(node: NodeProto, activation: Tensor, limit: int) -> Tensor:
-    """Return about `limit` of the rows that a layer multiplies by its weights, evenly spread: (rows, in_features)."""
+def _is_supported(node: NodeProto, shape: tuple[int, ...]) -> bool:
+    """Return whether the input rows of a layer are known. The weights of others are rounded to the nearest integer."""
+    attributes = _attributes(node)
+    is_usual = node.op_type != "Conv" or (
+        len(shape) == 4 and attributes.get("group", 1) == 1 and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
+    )
+    return is_usual and _in_features(node, shape) <= _MAX_IN_FEATURES
+
+
+def _input_rows(node: NodeProto, shape: tuple[int, ...], activation: Tensor, limit: int) -> Tensor:
+    """Return about `limit` of the rows that a layer multiplies by its weights, evenly spread: (rows, in_features).
+
+    Args:
+        node: the layer.
+        shape: the shape of its weights.
+        activation: its input.
+        limit: the number of rows.
+    """
     if node.op_type == "Conv":
         attributes = _attributes(node)
         strides, pads = attributes.get("strides", [1, 1]), attributes.get("pads", [0, 0, 0, 0])
@@ -91,9 +104,7 @@ def _input_rows(node: NodeProto, activation: Tensor, limit: int) -> Tensor:
         activation = activation[:: max(1, len(activation) * positions // (4 * limit))]  # unfolding takes much memory
         top, left, bottom, right = pads
         padded = functional.pad(activation, (left, right, top, bottom))
-        patches = functional.unfold(
-            padded, attributes["kernel_shape"], attributes.get("dilations", [1, 1]), stride=strides
-        )
+        patches = functional.unfold(padded, shape[2:], attributes.get("dilations", [1, 1]), stride=strides)
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     else:
         rows = activation.reshape(-1, activation.shape[-1])

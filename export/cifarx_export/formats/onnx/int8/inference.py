@@ -49,7 +49,8 @@ def iterate_activations(
     session = open_session(observed)
     for start in range(0, len(inputs), batch_size):
         batch = inputs[start : start + batch_size]
-        yield {"input": batch, **dict(zip(outputs, session.run(outputs, {"input": batch}), strict=True))}
+        values = session.run(outputs, {"input": batch}) if outputs else []  # no names stand for all outputs
+        yield {"input": batch, **dict(zip(outputs, values, strict=True))}
 
 
 def float_tensors(model: ModelProto) -> dict[str, ValueInfoProto]:
