@@ -411,6 +411,18 @@ def test_a_model_that_returns_probabilities_needs_no_activation(tmp_path: Path) 
         predictor.predict(RED, logits=True)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_temperature_calibrates_the_scores_and_decides_nothing(tmp_path: Path, activation: Any) -> None:
+    plain = open_model(tmp_path, make_spec(activation=activation)).predict(RED, top_k=3)
+    calibrated = open_model(tmp_path, make_spec(activation=activation, temperature=10.0)).predict(RED, top_k=3)
+    exponentials = np.exp([1.0, 0, -1])
+    scores = exponentials / (exponentials.sum() if activation == "softmax" else 1 + exponentials)
+    assert [candidate.score for candidate in calibrated.top] == pytest.approx(scores.tolist(), abs=1e-6)
+    assert [candidate.label for candidate in calibrated.top] == [candidate.label for candidate in plain.top]
+    before, after = (prediction.labels or () for prediction in (plain, calibrated))
+    assert [candidate.label for candidate in after] == [candidate.label for candidate in before]
+
+
 @pytest.mark.parametrize("output", ["logits", "probabilities"])
 def test_several_labels_apply_to_an_image(tmp_path: Path, output: str) -> None:
     spec = make_spec(output=output, activation="sigmoid", thresholds=(0.5, 0.5, 0.0))

@@ -41,6 +41,10 @@ def probe():
         module = torch.nn.BatchNorm1d(2)
         module.running_mean.fill_(process.rank)
         process.broadcast_buffers(module)
+        torch.nn.init.constant_(module.weight, process.rank)
+        convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # is not contiguous
+        torch.nn.init.constant_(convolution.weight, process.rank)
+        process.broadcast_state(torch.nn.Sequential(module, convolution))
         files_before = []
         with process.main_process_first():
             files_before.append(len(os.listdir(".")))
@@ -52,6 +56,7 @@ def probe():
             "any": [process.any(False), process.any(process.rank == 1), process.any(True)],
             "all_gather": [part.tolist() for part in process.all_gather(torch.tensor([process.rank, 7]))],
             "mean": module.running_mean.tolist(),
+            "weights": [module.weight.max().item(), convolution.weight.max().item()],
             "files_before": files_before[0],
         }
     print(json.dumps({**result, "group_destroyed": not distributed.is_initialized()}))
@@ -247,6 +252,7 @@ def test_collective_operations(processes: Processes, tmp_path: Path) -> None:
         assert found["any"] == [False, True, True]
         assert found["all_gather"] == [[0, 7], [1, 7], [2, 7]]
         assert found["mean"] == [0.0, 0.0]
+        assert found["weights"] == [0.0, 0.0]
         assert found["group_destroyed"]
     # Rank 0 runs the block first, and the other ranks see the file that it created.
     assert results[0].json["files_before"] < min(ran.json["files_before"] for ran in results[1:])
