@@ -64,6 +64,13 @@ def test_the_name_in_the_file_is_a_hint() -> None:
     )
 
 
+def test_a_name_in_a_file_that_fits_no_known_network_may_be_one_of_timm() -> None:
+    found = error({"cls_token": (1, 1, 8), "blocks.0.weight": (8, 8)}, "vit_tiny")
+    assert (
+        found.remedy == "state it with --model timm/vit_tiny if it is timm's, otherwise with --model FILE.py:CALLABLE"
+    )
+
+
 def test_several_networks_are_all_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
     from cifarx_serve.spec import InputSpec
     from cifarx_train.models import registry

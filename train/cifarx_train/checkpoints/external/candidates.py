@@ -5,6 +5,7 @@ them. So the candidates are only proposed, and the user states which of them it 
 """
 
 import re
+import shlex
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -144,7 +145,13 @@ def missing_network_error(path: Path, shapes: Shapes, mentioned: str | None) -> 
     problem += "; they do not fit any network that cifarx knows"
     if candidates and candidates[0].distance <= candidates[0].size:
         problem += f", the closest is {candidates[0].description} ({candidates[0].mismatches})"
-    return ModelFileError(problem, _REMEDY)
+    return ModelFileError(problem, _REMEDY if mentioned is None else _timm_remedy(mentioned))
+
+
+def _timm_remedy(name: str) -> str:
+    """Return what to do if the file names a network that may be one of timm, whose own files do so."""
+    model = shlex.quote(f"timm/{name}")
+    return f"state it with --model {model} if it is timm's, otherwise with --model FILE.py:CALLABLE"
 
 
 def _differences(candidate: Candidate) -> str:
