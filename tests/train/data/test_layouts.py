@@ -276,6 +276,12 @@ def test_files_of_phones(tmp_path: Path) -> None:
     assert left_out == ()
 
 
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree(tmp_path / "set") / "a.md").touch()
+    monkeypatch.chdir(tmp_path / "set")
+    assert load_with_note(Path()) == (plain(), "left out 1 file of set: 1 .md")
+
+
 def test_pixmaps(tmp_path: Path) -> None:
     assert load(tree(tmp_path / "ppm", suffix="ppm")) == (plain(), ())
 
@@ -349,9 +355,10 @@ def test_paths_that_lead_out_of_an_archive(tmp_path: Path) -> None:
     assert "1 behind links to files that are not in it" in left_out
 
 
-def test_the_cache_of_the_hub(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["main", "main/data"])
+def test_the_cache_of_the_hub(tmp_path: Path, folder: str) -> None:
     """Hugging Face's hub stores files under their hashes, and links to them."""
-    root = tree(tmp_path / "set" / "snapshots" / "main")
+    root = tree(tmp_path / "set" / "snapshots" / folder)
     (tmp_path / "set" / "blobs").mkdir()
     for number, path in enumerate(sorted(root.rglob("*.png"))):
         path.rename(tmp_path / "set" / "blobs" / str(number))

@@ -99,9 +99,8 @@ def _boundaries(folder: Path) -> tuple[str, ...]:
 
     In the cache of Hugging Face's hub, the files of a snapshot are links to the folder `blobs` beside all snapshots.
     """
-    if folder.parent.name == "snapshots":
-        return str(folder), str(folder.parent.parent / "blobs")
-    return (str(folder),)
+    blobs = (str(parent.parent / "blobs") for parent in folder.parents if parent.name == "snapshots")
+    return str(folder), *blobs
 
 
 def _walk(

@@ -1,5 +1,6 @@
 """What is in a dataset: the images, and all that is left out, so that messages can say both."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ class Inventory:
         path: the folder or file that the user named.
 
     Attributes:
+        name: the name of the folder or file without its path.
         images: the paths of the images, relative to the dataset.
         others: the paths of the files that are no images.
         empty_folders: the paths of the folders that contain nothing.
@@ -30,6 +32,7 @@ class Inventory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = encodable(Path(os.path.abspath(path)).name)  # noqa: PTH100 - unlike resolve(), this keeps the name of a link
         self.images: list[str] = []
         self.others: list[str] = []
         self.empty_folders: list[str] = []
@@ -69,7 +72,7 @@ class Inventory:
             if total := self._reasons[unit].total() + (len(self.others) if unit == "files" else 0):
                 number = f"1 {unit[:-1]}" if total == 1 else f"{total:,} {unit}"
                 described = ", ".join(self._left_out(unit))
-                lines.append(f"left out {number} of {encodable(self.path.name)}: {described}")
+                lines.append(f"left out {number} of {self.name}: {described}")
         return lines
 
     def error(self, problem: str, remedy: str) -> DataError:

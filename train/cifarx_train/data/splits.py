@@ -109,7 +109,7 @@ def _leave_out_unlabeled(splits: dict[Split, tuple[Entry, ...]], known: set[str]
             inventory.leave_out(f"in a {split} split without labels", entries[0].class_name, len(entries))
             del splits[split]
             if split == "test" and "val" in splits:
-                return [f"the val split of {encodable(inventory.path.name)} is its test split, which has no labels"]
+                return [f"the val split of {inventory.name} is used for testing, because the test split has no labels"]
     return []
 
 
