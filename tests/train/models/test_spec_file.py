@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cifarx.output.spec_template import spec_template
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import SpecError, UsageError
 from cifarx_serve.spec import InputSpec, ModelSource, ModelSpec
 from cifarx_train.models.options import ModelOptions
 from cifarx_train.models.spec_file import read_document, read_input_file, read_spec_file
@@ -96,6 +96,29 @@ def test_a_spec_never_names_code_to_run() -> None:
         "--model 'my net.py:Net'"
     )
     assert options._replace(model="net.py:Net").missing_code_error() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("class_names = 5", "class_names (Expected `array`, got `int`)"),
+        ('class_names = "cat,dog"', "class_names (Expected `array`, got `str`)"),
+        ('class_names = ["cat", 2]', "class_names (Expected `str`, got `int` - at `$[1]`)"),
+        ("thresholds = 0.5", "thresholds (Expected `array | null`, got `float`)"),
+        ('[input]\nchannels = "3"\nmean = [0.5]', "channels (Expected `int`, got `str`)"),
+        ('[input]\nheight = "big"', "height (Expected `int`, got `str`)"),
+        ("[input]\nheight = 0", "height (Expected `int` >= 1)"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(text: str, words: str) -> None:
+    for read in (read_spec_file, read_input_file):
+        with pytest.raises(SpecError) as caught:
+            read(write(text if read is read_spec_file or "input" in text else f"{text}\n[input]\n"))
+        assert str(caught.value) == f"spec.toml has an invalid {words}: correct that field"
+
+
+def test_a_spec_without_an_input_states_no_input() -> None:
+    assert read_input_file(write('{"output": "logits", "input": null}')) == {}
 
 
 def test_schema_1() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from cifarx_serve.errors import UsageError, error_message, unknown_name_error
+import msgspec
+
+from cifarx_serve.errors import SpecError, UsageError, error_message, unknown_name_error
 from cifarx_serve.files.regular_file import read_text_file
 from cifarx_serve.spec import SCHEMA_VERSION, InputSpec, ModelSource, ModelSpec
 from cifarx_train.models.options import SpecOverrides
@@ -16,6 +18,9 @@ _SETTABLE: Final = frozenset(
     {"class_names", "input", "output", "activation", "outputs", "thresholds", "temperature", "source"}
 )
 """The fields that the user states. The others describe one file."""
+
+_TABLES: Final = frozenset({"input", "source"})
+"""Those of the fields that can be stated in part."""
 
 
 def read_spec_file(path: Path) -> SpecOverrides:
@@ -27,12 +32,15 @@ def read_spec_file(path: Path) -> SpecOverrides:
 
     Raises:
         UsageError: the file cannot be read, or has an unknown field.
+        SpecError: a field has a wrong type or value.
     """
     document = _upgrade(read_document(path), path)
     _require_known(document, ModelSpec, path)
     fields = {name: value for name, value in document.items() if name in _SETTABLE and value is not None}
     input_ = fields.get("input", {})
     _require_known(input_, InputSpec, path)
+    _require_types({name: value for name, value in fields.items() if name not in _TABLES}, ModelSpec, path)
+    _require_types(input_, InputSpec, path)
     network: Mapping[str, Any] = {"kind": "builtin", "name": document["model"]} if "model" in document else {}
     if "source" in fields:
         network = fields["source"]
@@ -47,11 +55,14 @@ def read_input_file(path: Path) -> Mapping[str, Any]:
 
     Raises:
         UsageError: the file cannot be read, or has an unknown field.
+        SpecError: a field has a wrong type or value.
     """
     document = read_document(path)
     if "input" in document:
-        return read_spec_file(path).fields["input"]  # type: ignore[no-any-return]
+        stated: Mapping[str, Any] = read_spec_file(path).fields.get("input", {})
+        return stated
     _require_known(document, InputSpec, path)
+    _require_types(document, InputSpec, path)
     return document
 
 
@@ -100,3 +111,13 @@ def _require_known(fields: object, kind: Any, path: Path) -> None:
     for name in fields:
         if name not in known:
             raise unknown_name_error(f"field in {path}", name, known)
+
+
+def _require_types(fields: Mapping[str, Any], kind: type[msgspec.Struct], path: Path) -> None:
+    """Check the value of each field alone: whether they fit together shows only in the whole spec."""
+    for field in msgspec.structs.fields(kind):
+        try:
+            if field.name in fields:
+                msgspec.convert(fields[field.name], field.type)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise SpecError(f"{path} has an invalid {field.name} ({error})", "correct that field") from error
