@@ -101,11 +101,12 @@ class ImageFileDataset(Dataset):
         if cached and cached[1].splits:  # earlier versions wrote none, and did not find all images
             images, decoded = cached
             self.class_names, self.splits, self.left_out = decoded.class_names, decoded.splits, decoded.left_out
+            self._note_left_out()
             self._check_broken(decoded)
         else:
+            self._note_left_out()  # before an error about broken images
             count = len(self._catalog.splits[split])
             images, _ = decoded_cache.decode(key, count, spec, partial(self._decode, split, spec, identity))
-        self._note_left_out()
         return images
 
     def _identity(self, split: Split) -> tuple[object, ...]:
