@@ -44,6 +44,12 @@ def test_the_macro_average_is_over_the_classes_that_have_images(answers: list[tu
     assert average.f1 == pytest.approx(np.mean([each.f1 or 0.0 for each in measured]))
 
 
+def test_there_is_no_average_without_images() -> None:
+    metrics = class_metrics(np.zeros((2, 2), np.int64), "ab")
+    assert np.isnan(macro_average(metrics)).all()
+    assert worst_first(metrics) == []
+
+
 @given(arrays.arrays(np.int64, (3, 3), elements=st.integers(0, 9)))
 def test_the_support_adds_up(matrix: NDArray[np.int64]) -> None:
     assert sum(each.support for each in class_metrics(matrix, "abc")) == matrix.sum()

@@ -1,5 +1,6 @@
 """Precision, recall and F1 of every class, from a confusion matrix."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,8 +52,10 @@ def class_metrics(matrix: NDArray[np.int64], class_names: Sequence[str]) -> list
 
 
 def macro_average(metrics: Sequence[ClassMetrics]) -> MacroAverage:
-    """Return the means over the classes that have images. At least one class must have some."""
+    """Return the means over the classes that have images, NaN if none has."""
     measured = [each for each in metrics if each.support]
+    if not measured:
+        return MacroAverage(math.nan, math.nan, math.nan)
     columns = zip(*((each.precision, each.recall or 0.0, each.f1 or 0.0) for each in measured), strict=True)
     return MacroAverage(*(sum(column) / len(measured) for column in columns))
 
