@@ -284,6 +284,8 @@ class _ImageErrors:
 def _image_error(error: Exception, name: str) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         return TooManyPixels(f"{name} is a decompression bomb ({error_message(error)})", "resize the image first")
+    if isinstance(error, MemoryError):
+        return ImageError(f"{name} needs more memory than there is", "resize the image first")
     if isinstance(error, SyntaxError) and "pixel mode" in str(error):
         return ImageError(f"{name} has pixels of a kind that Pillow does not read", "save it with 8 bits per channel")
     if isinstance(error, UnidentifiedImageError | SyntaxError):  # a SyntaxError is how a reader rejects a file

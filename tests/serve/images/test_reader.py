@@ -1,6 +1,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -297,6 +299,25 @@ def test_a_truncated_file_behind_a_pillow_image() -> None:
     """Pillow can open it by its header, and fails only when it loads the pixels."""
     with Image.open(io.BytesIO(LOSSLESS["PNG"][:300])) as opened, pytest.raises(ImageError, match="truncated"):
         read_image(opened)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS works only on Linux")
+def test_an_image_without_memory_for_it_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.new("L", (9000, 9000)).save(path, compress_level=1)
+    code = """
+import re, resource, sys
+from cifarx_serve.errors import ImageError
+from cifarx_serve.images.reader import read_image
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), used + (40 << 20)))
+try:
+    read_image(sys.argv[1])
+except ImageError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"{path} needs more memory than there is: resize the image first\n", ran.stderr
 
 
 def test_damaged_metadata_is_ignored() -> None:
