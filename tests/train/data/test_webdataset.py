@@ -104,8 +104,15 @@ def test_labels_in_json(tmp_path: Path, key: str, label: int | str) -> None:
     assert np.bincount(loaded.labels).tolist() == [3, 3]
 
 
+def test_a_label_without_training_images(tmp_path: Path) -> None:
+    write(tmp_path / "wds" / "train-0.tar", samples([0, 1] * 4))
+    write(tmp_path / "wds" / "test-0.tar", samples([0, 1, 2]))
+    with pytest.raises(CifarxError, match=r"1 class in the test split without training images \(2\)"):
+        counts(tmp_path / "wds")
+
+
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
-    files = [*samples(TRAIN), ("x.png", png(0)), ("000000.txt", b"a caption"), ("000001.seg.png", png(1))]
+    files = [*samples(TRAIN), ("x.png", png(0)), ("000000.txt", b"a caption"), ("000001.json", b"[" * 100_000)]
     shard = write(tmp_path / "all.tar", files)
     with pytest.warns(FallbackWarning) as caught:
         assert counts(shard, 0.25)["test"] == [1, 1, 1]

@@ -112,11 +112,6 @@ def file_sha256(path: Path) -> str:
         raise DataError(f"cannot read {path} ({error_message(error)})", "make it readable") from error
 
 
-def is_archive(name: str) -> bool:
-    """Return whether a file is called like an archive."""
-    return name.lower().endswith(ARCHIVE_SUFFIXES)
-
-
 def require_archive(path: Path, remedy: str) -> None:
     """Check that a file is an archive by reading its beginning.
 

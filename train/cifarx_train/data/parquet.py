@@ -70,7 +70,7 @@ class ParquetStore(ImageStore):
                 split = split_of_file(file) if self.path.is_dir() else None
                 found.setdefault(split, []).extend(_list_rows(table, file, columns, inventory))
         unsplit = found.pop(None, [])
-        labels = {entry.class_name for entries in (unsplit, *found.values()) for entry in entries}
+        labels = {entry.class_name for entry in found.get("train") or unsplit}
         splits: dict[Split, list[Entry]] = {split: entries for split, entries in found.items() if split}
         if splits and unsplit:
             inventory.leave_out("in files that are of no split", unsplit[0].path, len(unsplit), unit="rows")
