@@ -58,14 +58,16 @@ def _describe(error: BaseException) -> tuple[str, int]:
             return _missing_package_message(error), 2
         case KeyboardInterrupt() | typer.Abort():
             return "interrupted: finished work is kept", _INTERRUPTED
-        case OSError() | UnicodeEncodeError():
+        case OSError() | UnicodeEncodeError() | MemoryError():
             return _system_message(error), 2
         case _:
             what = f"{type(error).__name__} {error}"
             return f"internal error ({what}): run it again with CIFARX_DEBUG=1 and report the traceback", 2
 
 
-def _system_message(error: OSError | UnicodeEncodeError) -> str:
+def _system_message(error: OSError | UnicodeEncodeError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory: use smaller images, batches or models, or end other programs"
     if isinstance(error, UnicodeEncodeError):
         return f"a name is not valid UTF-8 ({ascii(error.object)[:200]}): rename the file or directory"
     problem = f"cannot access {error.filename}" if error.filename else "input or output failed"

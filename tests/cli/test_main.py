@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 import cifarx
+from cifarx_serve.spec import InputSpec
 from tests.support.command_line import Cli
+from tests.support.spec_model import make_spec, write_model
 from tests.support.trained_model import Trained
 
 
@@ -117,6 +119,17 @@ def test_the_pytorch_backend_is_found_in_a_source_tree(trained: Trained, tmp_pat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS works only on Linux")
+def test_missing_memory_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """The size of the images, which the file states, is larger than any memory."""
+    file = write_model(tmp_path / "huge.onnx", make_spec(InputSpec(height=10**6, width=10**6)))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    command = f"ulimit -v 4000000; exec {sys.executable} -m cifarx infer {tmp_path}/x.png --model {file}"
+    ran = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: there is not enough memory: ")
+
+
 def test_a_full_disk_is_an_error_that_names_the_temporary_directory(trained: Trained) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "cifarx", "inspect", str(trained.onnx)]
