@@ -68,6 +68,14 @@ def test_a_file_can_import_its_neighbors(tmp_path: Path) -> None:
     assert sys.path == before
 
 
+def test_a_file_may_change_the_search_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
+    (tmp_path / "model.py").write_text("import sys\nsys.path.pop(0)\nNet = 3\n")
+    assert load_user_object(f"{tmp_path}/model.py:Net") == 3
+    assert sys.path == before
+
+
 def test_a_file_hides_no_module_of_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("class Net: pass")
     assert load_user_object("json.py:Net").__name__ == "Net"

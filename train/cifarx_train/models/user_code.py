@@ -10,7 +10,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -160,7 +160,8 @@ def running_user_code(reference: Reference) -> Iterator[None]:
     except BaseException as error:  # also SystemExit, from a script that parses arguments
         raise _user_error(reference, error) from error
     finally:
-        sys.path.remove(folder)
+        with suppress(ValueError):  # the code may change the search path
+            sys.path.remove(folder)
 
 
 def _import_file(path: Path) -> ModuleType:
