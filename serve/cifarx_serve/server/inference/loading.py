@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from cifarx_serve.errors import ModelFileError, error_message
+from cifarx_serve.errors import CifarxError, ModelFileError, error_message
 from cifarx_serve.server.inference.model import ServedModel
 from cifarx_serve.server.inference.trial_process import PASSED, STARTED, STEP, Trial
 from cifarx_serve.server.settings import Settings
@@ -96,7 +96,13 @@ async def load_model(name: str, settings: Settings) -> ServedModel:
         if time.monotonic() - steps[-1] > _step_limit_s(len(steps) - 1, settings):
             loading.add_done_callback(_close)
             raise _too_slow(name, len(steps) - 1, settings)
-    return waiting.result()
+    try:
+        return waiting.result()
+    except CifarxError:
+        raise
+    except Exception as error:  # the exceptions of other packages' backends have no common base class
+        problem = f"{settings.files[name]} cannot be loaded ({error_message(error)})"
+        raise ModelFileError(problem, "check the file and the free memory") from error
 
 
 def _step_limit_s(finished_steps: int, settings: Settings) -> float:

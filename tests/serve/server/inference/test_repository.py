@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.backends.registry import registered_backends
 from cifarx_serve.errors import DeviceMemoryError, ModelFileError
+from cifarx_serve.server.inference import loading
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.errors import (
     DeadlineExceeded,
@@ -20,6 +21,7 @@ from cifarx_serve.server.inference.errors import (
     ModelNotReady,
 )
 from cifarx_serve.server.inference.metrics import Metrics
+from cifarx_serve.server.inference.model import ServedModel
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
 from tests.support.color_model import write_onnx
@@ -171,6 +173,31 @@ def test_reload_keeps_the_old_version_of_a_file_that_does_not_load(tmp_path: Pat
         assert repository.state == "ready"
         assert await best_class(repository.get("a")) == 0
         assert FaultyBackend.open_count == 2
+
+    run_with_repository(test, path, other)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("an error of the library")])
+def test_reload_keeps_the_old_version_if_there_is_no_room_for_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The process that tries the new version has the memory for it, but this one holds the old version too."""
+    path, other = (write_faulty_model(tmp_path / f"{name}.faulty") for name in "ab")
+
+    def load(name: str, *arguments: Any) -> ServedModel:
+        if name == "a":
+            raise error
+        return ServedModel(name, *arguments)
+
+    async def test(repository: ModelRepository) -> None:
+        events: list[str] = []
+        for changed in (path, other):
+            write_faulty_model(changed, "new")
+        monkeypatch.setattr(loading, "ServedModel", load)
+        await repository.reload(events.append)
+        assert f"a.faulty cannot be loaded ({str(error) or 'MemoryError'})" in events[0]
+        assert events[1].startswith("reloaded b from version ")
+        assert repository.state == "ready"
 
     run_with_repository(test, path, other)
 
