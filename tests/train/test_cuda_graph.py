@@ -24,6 +24,7 @@ from cifarx_train.distributed import Distributed
 from cifarx_train.loop import TrainingLoop
 from cifarx_train.models.registry import get_architecture
 from cifarx_train.recipes import Recipe, load_recipe
+from cifarx_train.run_data import loss_weights
 from tests.support.recorded_graphs import RecordedGraph, use_recorded_graphs
 from tests.support.simulated_gpu.counters import changes, counters
 from tests.support.simulated_gpu.process import SimulatedGpuProcess
@@ -46,6 +47,7 @@ MATRIX = [
     if (name, precision) != ("muon", "fp16")  # cannot be captured
 ]
 PHOTOS = {"random_resized_crop": 0.3, "auto_augment": "trivial", "random_erasing": 0.3, "mixup": 0.2, "cutmix": 1.0}
+BALANCED = {"class_weights": {"a": 1, "b": 2, "c": 5}, "sampler": "balanced"}
 FINE_TUNING = {**PHOTOS, **OPTIMIZERS["adamw"], "freeze": ["0.*"], "batch_size": BATCH // 2, "accumulate": 2}
 
 
@@ -100,7 +102,9 @@ def run(
 ) -> tuple[TrainingLoop, list[float]]:
     """Train on 8x8 images on the CPU, and return the loop and the losses of the epochs."""
     spec = InputSpec(height=8, width=8)
-    loop = TrainingLoop(module, loader(random_split(count), CPU), spec, recipe, device=CPU, seed=3)
+    images = loader(random_split(count), CPU)
+    weights = loss_weights(recipe, ("a", "b", "c"), images)
+    loop = TrainingLoop(module, images, spec, recipe, device=CPU, seed=3, class_weights=weights)
     torch.manual_seed(1)
     if resume_from:
         loop.load_state_dict(*resume_from)
@@ -131,7 +135,9 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 # --- a captured step on the CPU
 
 
-@pytest.mark.parametrize("values", [*MATRIX, pytest.param(FINE_TUNING, id="fine-tuning")])
+@pytest.mark.parametrize(
+    "values", [*MATRIX, pytest.param(FINE_TUNING, id="fine-tuning"), pytest.param(BALANCED, id="balanced")]
+)
 def test_a_captured_step_equals_an_eager_one_bit_for_bit(
     values: dict[str, Any], graphs: list[RecordedGraph], eager: Callable[[], None]
 ) -> None:
