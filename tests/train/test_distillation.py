@@ -125,7 +125,7 @@ def test_the_recipe_has_defaults_for_a_teacher_only() -> None:
     plain = load_recipe("notes")
     assert complete_recipe(plain, has_teacher=False) == plain
     complete = complete_recipe(plain, has_teacher=True)
-    assert (complete.distillation_weight, complete.distillation_temperature) == (0.9, 4.0)
+    assert (complete.distillation_weight, complete.distillation_temperature) == (0.9, 2.0)
     given = load_recipe("notes", overrides={"distillation_weight": 0.0})
     assert complete_recipe(given, has_teacher=True).distillation_weight == 0
     with pytest.raises(UsageError, match="distillation_weight needs a teacher: give one with --teacher FILE"):
