@@ -217,7 +217,7 @@ def test_a_run_with_a_val_split_is_weighted_and_calibrated(cli: Cli, tmp_path: P
     assert "val loss" in result.err
     name = result.out.partition(":")[0]
     assert re.search(
-        rf"^note: the val accuracy of {name} is \d+\.\d\d%, the best of the run$", result.err, re.MULTILINE
+        rf"^note: the val accuracy of {name} is \d+\.\d\d%, the best epoch of the run$", result.err, re.MULTILINE
     )
     assert f"next: cifarx export --ckpt {name} --format onnx --data {data}\n" in result.err
     spec = cli("inspect", name, "--json").json
