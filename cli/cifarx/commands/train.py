@@ -196,8 +196,8 @@ def _print_result(trained: "TrainResult", model: str, data: str) -> None:
         f"peak memory {trained.peak_memory_bytes / 2**20:,.0f} MiB"
     )
     if val_accuracy is not None:
-        chosen = trained.best and trained.best[0] == tested
-        note(f"note: the val accuracy of {tested} is {val_accuracy:.2%}{', the best epoch of the run' if chosen else ''}")
+        best = ", the best epoch of the run" if trained.best and trained.best[0] == tested else ""
+        note(f"note: the val accuracy of {tested} is {val_accuracy:.2%}{best}")
     elif trained.best and trained.best[1] > trained.test_accuracy:
         note(f"note: the best checkpoint is {trained.best[0]} with {trained.best[1]:.2%}")
     source = ["--model", model] if ":" in model else []  # a file never names the code to run
