@@ -127,17 +127,21 @@ class Predictor:
 
         Returns:
             One prediction for one image. For several images, a list in their order, with an `ImageError` in place of
-            the prediction for an image that cannot be read.
+            the prediction for an image that cannot be read, or for which the model does not return numbers.
 
         Raises:
-            ImageError: the only image, or the array of several images, cannot be read.
+            ImageError: the only image, or the array of several images, cannot be read, or the model does not return
+                numbers for it.
             UsageError: `top_k` is out of range, or logits are requested from a model that returns probabilities.
         """
         self._require_top_k(top_k)
         if logits and self.spec.output != "logits":
             raise UsageError("logits were requested, but the model returns probabilities", "use `run` for its output")
         if not _are_several(image):
-            return self._classify([self._pixels(image)], self._backend, top_k, logits)[0]  # type: ignore[arg-type]
+            prediction = self._classify([self._pixels(image)], self._backend, top_k, logits)[0]  # type: ignore[arg-type]
+            if isinstance(prediction, ImageError):
+                raise prediction
+            return prediction
         images = iter(image)
         first = list(islice(images, self._batch + 1))
         if len(first) <= self._batch:
@@ -231,7 +235,7 @@ class Predictor:
 
     def _classify(
         self, images: Sequence[NDArray[np.uint8]], backend: Backend, top_k: int, with_logits: bool = False
-    ) -> list[Prediction]:
+    ) -> list[Prediction | ImageError]:
         """Classify images that `_pixels` returned."""
         if not images:
             return []
@@ -240,7 +244,10 @@ class Predictor:
         if not with_logits:
             return predictions
         rows = zip(predictions, outputs.tolist(), strict=True)
-        return [msgspec.structs.replace(prediction, logits=tuple(row)) for prediction, row in rows]
+        return [
+            prediction if isinstance(prediction, ImageError) else msgspec.structs.replace(prediction, logits=tuple(row))
+            for prediction, row in rows
+        ]
 
     def _outputs(self, images: Sequence[NDArray[np.uint8]], backend: Backend) -> NDArray[np.float32]:
         """Return the outputs (N, output_size); images of equal size are run as one batch."""
@@ -329,10 +336,24 @@ def _is_batch(array: NDArray[Any]) -> bool:
     return array.ndim == 4
 
 
-def top_predictions(outputs: NDArray[np.float32], spec: ModelSpec, top_k: int) -> list[Prediction]:
-    """Return one prediction with the `top_k` best classes for each row of outputs, (N, output_size)."""
-    ranking = _rank(outputs, spec)
+def top_predictions(outputs: NDArray[np.float32], spec: ModelSpec, top_k: int) -> list[Prediction | ImageError]:
+    """Return one prediction with the `top_k` best classes for each row of outputs, (N, output_size).
+
+    A row whose scores are not numbers has an `ImageError` in place of its prediction.
+    """
     scores = class_scores(outputs, spec)
+    predictions: list[Prediction | ImageError] = [*_predictions(outputs, scores, spec, top_k)]
+    if np.isnan(scores.sum()):
+        for row in np.flatnonzero(np.isnan(scores).any(axis=1)).tolist():
+            problem = "the model does not return numbers for the image"
+            predictions[row] = ImageError(problem, "check the model with `cifarx verify`, or export it in fp32")
+    return predictions
+
+
+def _predictions(
+    outputs: NDArray[np.float32], scores: NDArray[np.float64], spec: ModelSpec, top_k: int
+) -> list[Prediction]:
+    ranking = _rank(outputs, spec)
     if spec.multi_label:
         applicable = applicable_labels(outputs, spec).tolist()
         rows = zip(ranking.tolist(), scores.tolist(), applicable, strict=True)

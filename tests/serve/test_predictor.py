@@ -20,7 +20,7 @@ from cifarx_serve.errors import ImageError, ModelFileError, UsageError
 from cifarx_serve.predictor import Prediction, Predictor, load
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_serve.system.cpus import available_cpus
-from tests.support.color_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx, write_relative_onnx
 from tests.support.predictions import require_predictions
 from tests.support.spec_model import BGR, GRAYSCALE, RGB, make_spec, write_model
 from tests.support.trained_model import Trained
@@ -656,3 +656,16 @@ def test_an_onnx_model_needs_no_pytorch(trained: Trained, tmp_path: Path, fresh_
     )
     with load(trained.onnx, device="cpu") as predictor:
         assert fresh_python(code, trained.onnx, path) == predictor.predict(pixels).label
+
+
+def test_an_image_for_which_the_model_returns_no_numbers_has_an_error(tmp_path: Path) -> None:
+    black, red = (Image.new("RGB", (6, 4), color) for color in ("black", "red"))
+    message = "the model does not return numbers for the image: check the model with `cifarx verify`"
+    with load(write_relative_onnx(tmp_path / "relative.onnx"), device="cpu") as predictor:
+        for found in (predictor.predict([red, black, red], top_k=2), list(predictor.predict_stream([red, black, red]))):
+            first, second, third = found
+            assert isinstance(second, ImageError)
+            assert message in str(second)
+            assert [each.label for each in (first, third) if isinstance(each, Prediction)] == ["red", "red"]
+        with pytest.raises(ImageError, match=message):
+            predictor.predict(black, logits=True)

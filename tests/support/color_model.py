@@ -47,6 +47,24 @@ def write_onnx(
     return path
 
 
+def write_relative_onnx(path: Path) -> Path:
+    """Write an ONNX file whose logits are divided by the brightness, so that they are no numbers for a black image."""
+    import onnx
+    from onnx import helper
+
+    model = onnx.load_model_from_string(write_onnx(path).read_bytes())
+    nodes = list(model.graph.node)
+    nodes[-1].input[0] = "shares"
+    nodes[-1:-1] = [
+        helper.make_node("ReduceMean", ["means"], ["brightness"], axes=[1], keepdims=1),
+        helper.make_node("Div", ["means", "brightness"], ["shares"]),
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def write_torchscript(path: Path, document: str | None = SPEC.to_json(), channels_last: bool = False) -> Path:
     """Write the model as a TorchScript file.
 

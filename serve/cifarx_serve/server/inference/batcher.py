@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarx_serve.errors import ImageError
 from cifarx_serve.predictor import Prediction, top_predictions
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.errors import BatcherClosed, QueueFull, RequestCancelled
@@ -45,9 +46,9 @@ class BatchOutput:
 
     def __init__(self, values: NDArray[np.float32]) -> None:
         self.values = values
-        self._predictions: dict[int, list[Prediction]] = {}
+        self._predictions: dict[int, list[Prediction | ImageError]] = {}
 
-    def top_predictions(self, spec: ModelSpec, top_k: int) -> list[Prediction]:
+    def top_predictions(self, spec: ModelSpec, top_k: int) -> list[Prediction | ImageError]:
         """Return the predictions of all N images, cached per `top_k`: ten images cost about as much as one."""
         if top_k not in self._predictions:
             self._predictions[top_k] = top_predictions(self.values, spec, top_k)
@@ -74,7 +75,7 @@ class InferenceResult(NamedTuple):
         """The output of the model for the request's images, float32 (N, output_size)."""
         return self.output.values[self.rows]
 
-    def top_predictions(self, spec: ModelSpec, top_k: int) -> list[Prediction]:
+    def top_predictions(self, spec: ModelSpec, top_k: int) -> list[Prediction | ImageError]:
         """Return one prediction per image of the request, with its `top_k` best classes."""
         if top_k > _MAX_SHARED_TOP_K:  # otherwise each request could make the server rank the whole batch again
             return top_predictions(self.values, spec, top_k)

@@ -65,7 +65,7 @@ class ImageClassifier:
             is_disconnected: returns whether the client has disconnected.
 
         Raises:
-            ImageError: no image could be read; the error is that of the first one.
+            ImageError: no image could be classified; the error is that of the first one.
             InferenceError: the queue is full, the deadline has passed, or the model cannot run on the images.
             RequestCancelled: the client has disconnected.
         """
@@ -81,6 +81,8 @@ class ImageClassifier:
         for (indices, _), result in zip(batches, results, strict=True):
             for index, prediction in zip(indices, result.top_predictions(spec, top_k), strict=True):
                 predictions[index] = prediction
+        if all(isinstance(prediction, ImageError) for prediction in predictions):
+            raise predictions[0]
         return Classification(
             predictions,
             decode_s,

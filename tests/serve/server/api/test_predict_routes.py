@@ -16,7 +16,7 @@ from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.predictor import load
 from cifarx_serve.spec import ModelSpec
 from tests.support.asgi_client import AsgiClient, Response, encode_image, run_with_client
-from tests.support.color_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx, write_relative_onnx
 from tests.support.faulty_backend import POISON, write_faulty_model
 from tests.support.spec_model import BGR, GRAYSCALE, RGB, make_spec, write_model
 from tests.support.trained_model import Trained
@@ -334,6 +334,22 @@ def test_if_no_image_can_be_read_the_error_is_that_of_the_first(color_model: Pat
             assert (response.status, "error" in response.json) == (status, True)
 
     run_with_client(test, color_model, max_pixels=10_000)
+
+
+def test_an_image_for_which_the_model_returns_no_numbers_has_an_error(tmp_path: Path) -> None:
+    black = encode_image(Image.new("RGB", (9, 5), "black"))
+    message = "the model does not return numbers for the image: "
+
+    async def test(client: AsgiClient) -> None:
+        both = await post_form(client, [("black", black), ("red", encode_image(RED))])
+        refused, answered = both.json["predictions"]
+        assert refused["error"].startswith(message)
+        assert answered["label"] == "red"
+        alone = await client.post("/v1/predict", black)
+        assert alone.status == 400
+        assert alone.error.startswith(message)
+
+    run_with_client(test, write_relative_onnx(tmp_path / "relative.onnx"))
 
 
 def test_max_pixels_limits_all_images_of_a_model_with_embedded_preprocessing(faulty_model: Path) -> None:
