@@ -5,6 +5,7 @@ Nothing here uses cifarx. `network_table.py` exports these files and compares th
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -298,7 +299,9 @@ def adopted(name: str, kind: str) -> Entry:
                 verbose=False,
             )
         else:
-            torch.jit.save(torch.jit.trace(module, example), str(folder / "theirs.pt"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PyTorch has deprecated TorchScript
+                torch.jit.save(torch.jit.trace(module, example), str(folder / "theirs.pt"))
         file = "theirs.onnx" if kind == "ONNX" else "theirs.pt"
         return Author(module, transform, (file, "--spec", "spec.json"), artifact=True)
 
