@@ -227,7 +227,7 @@ BAD_IMAGES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("image", "problem"), BAD_IMAGES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("image", "problem"), BAD_IMAGES, ids=range(len(BAD_IMAGES)))
 def test_what_is_no_image_is_an_image_error(predictor: Predictor, image: Any, problem: str) -> None:
     with pytest.raises(ImageError, match=problem):
         predictor.predict(image)
