@@ -147,7 +147,7 @@ def test_exporting_again_writes_the_same_bytes_and_prints_nothing(
         "not/yet/there/best.of.run.onnx.parity.json",
     }
     assert tuple(capfd.readouterr()) == ("", "")
-    assert any("1010 images of pictures" in line for line in lines)
+    assert any("1,010 images of pictures" in line for line in lines)
 
 
 def test_a_failed_parity_check_keeps_the_last_good_artifact_and_its_report(

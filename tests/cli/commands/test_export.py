@@ -12,7 +12,7 @@ from tests.support.trained_model import Trained
 ROW = [
     "artifact", "format", "precision", "passed", "images", "batch_sizes", "max_abs_error", "mean_abs_error",
     "p999_abs_error", "required_tolerance", "agreement", "forgiven", "reference_accuracy", "accuracy", "nonfinite",
-    "provider", "agreement_bound", "assumed",
+    "provider", "agreement_bound", "test_images", "training_images", "warnings", "assumed",
 ]  # fmt: skip
 
 
