@@ -37,6 +37,7 @@ NOT_RUN = {
     "bgr.onnx": "a file of another program",
     "--baseline": "the result depends on the machine",
     "--pick": "the result depends on the machine",
+    "fastnet_7.pth": "the checkpoint of eight epochs of another network",
     "photos/": "the images are the reader's; tests/e2e/test_own_network.py runs the first three commands",
     "cifar_net.onnx": "a file of the reader's network",
     "model.py:Net": "the reader's network",

@@ -7,12 +7,13 @@ import pytest
 
 from tests.support.command_line import CommandResult, run_program
 from tests.support.image_datasets import write_image_folder
+from tests.support.server_process import PROGRAM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def cifarx(*command: object) -> CommandResult:
-    result = run_program("cifarx", *command)
+    result = run_program(PROGRAM, *command)
     assert result.status == 0, result.err
     return result
 
