@@ -59,6 +59,7 @@ def test_an_old_checkpoint_loads_and_resumes(cli: Cli, data: Path, tmp_path: Pat
     assert not set(RENAMED_FIELDS) & set(recorded_recipe(new))
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_exports(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     old = tmp_path / "lzh_0.pth"
     old.write_bytes(trained.checkpoint.read_bytes())

@@ -144,11 +144,13 @@ def test_a_checkpoint_is_read_with_the_new_field_names(old_files: Path, cli: Cli
     assert shown["input"]["color"] == "RGB"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported(old_copy: Path, cli: Cli) -> None:
     done = cli("export", "--ckpt", old_copy / "lzh_0.pth", "--format", "onnx", "--data", "builtin", "--out", "new")
     assert done.status == 0, done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_artifact_is_inspected_and_passes_the_parity_check(name: str, old_files: Path, cli: Cli) -> None:
     path = old_files / name

@@ -191,6 +191,7 @@ def test_an_artifact_that_never_passed_is_not_written(lone_checkpoint: Path, ima
 # Candidates of an int8 conversion. With a tolerance of 0, no int8 model can pass.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("agreement", "candidates"),
     [
@@ -378,6 +379,7 @@ def kill_at(moment: Callable[[Path, Path], bool], checkpoint: Path, kind: str, d
         return process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_killing_the_first_export_leaves_no_artifact(lone_checkpoint: Path, image_folder: Path) -> None:
     assert kill_at(content_written, lone_checkpoint.absolute(), "torchscript", image_folder) == -signal.SIGKILL
@@ -388,6 +390,7 @@ def test_killing_the_first_export_leaves_no_artifact(lone_checkpoint: Path, imag
         find_model(Path.cwd(), "torchscript")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_killing_a_later_export_keeps_the_last_artifact(artifact_folder: Path, image_folder: Path) -> None:
     before = contents(artifact_folder)

@@ -380,6 +380,7 @@ def failed_checks(path: Path, reference: Reference) -> tuple[set[str], str]:
     return names, str(result.checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(name: str, checkpoints: dict[str, Path], references: dict[str, Reference]) -> None:
     fault = FAULTS[name]

@@ -76,6 +76,7 @@ def test_invalid_options_are_usage_errors(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_compares_with_a_baseline_and_picks_a_row(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     """No row is a thousand times slower than itself, and every row is slower than a baseline of almost zero."""
     measured = cli("bench", trained.onnx, "--batch", "1", "--report", "old.json", "--report", "old.csv")

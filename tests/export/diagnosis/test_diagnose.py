@@ -82,6 +82,7 @@ def test_stated_class_names_are_kept_if_they_are_right(level_folder: Path) -> No
     assert found.spec.class_names == tuple(names)
 
 
+@pytest.mark.slow
 def test_checkpoints_and_their_own_files(checkpoint: Path, good_onnx: Path) -> None:
     """A network of `cifarx train` is best as it is, or as good, even one that has learned little."""
     for path, kind in ((checkpoint, "checkpoint"), (good_onnx, "artifact")):

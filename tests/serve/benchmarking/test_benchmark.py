@@ -24,6 +24,7 @@ def images() -> NDArray[np.uint8]:
     return np.broadcast_to(COLORS[:, None, None, :], (5, 4, 6, 3)).copy()
 
 
+@pytest.mark.slow
 def test_rows_are_sorted_by_batch_size_and_then_by_file(tmp_path: Path, images: NDArray[np.uint8]) -> None:
     files = [write_onnx(tmp_path / "a.onnx"), write_torchscript(tmp_path / "b.torchscript.pt")]
     messages: list[str] = []

@@ -170,6 +170,7 @@ def test_the_hash_covers_the_modules_that_the_code_can_import_from_its_folder(tm
     assert source_sha256("model.py") != first
 
 
+@pytest.mark.slow
 def test_the_hash_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
