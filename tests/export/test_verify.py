@@ -272,7 +272,7 @@ def test_a_fixed_batch_size_fails_and_cannot_be_the_reference(
 def test_unusable_specs_are_rejected(good_onnx: Path, checkpoint: Path, spec_file: Path, image_folder: Path) -> None:
     other = foreign(good_onnx, "other.onnx")
     Path("junk.json").write_text('{"model":')
-    Path("unknown.toml").write_text("colour = 1")
+    Path("unknown.toml").write_text("colors = 1")
     Path("text.onnx").write_text("text")
     Path("text.torchscript.pt").write_text("text")
     cases: list[tuple[str | Path, str | Path, str | Path, type[CifarxError], str]] = [
@@ -284,7 +284,7 @@ def test_unusable_specs_are_rejected(good_onnx: Path, checkpoint: Path, spec_fil
             r"both files contain a spec, so --spec spec\.json would be ignored",
         ),
         (other, checkpoint, "junk.json", UsageError, r"junk\.json is neither JSON nor TOML"),
-        (other, checkpoint, "unknown.toml", UsageError, r"unknown field in unknown\.toml 'colour'"),
+        (other, checkpoint, "unknown.toml", UsageError, r"unknown field in unknown\.toml 'colors'"),
         (other, checkpoint, "absent.json", UsageError, r"cannot read absent\.json"),
         ("text.onnx", checkpoint, spec_file, CifarxError, r"text\.onnx"),
         ("text.torchscript.pt", checkpoint, spec_file, CifarxError, r"text\.torchscript\.pt is not"),

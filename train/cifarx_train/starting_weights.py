@@ -64,7 +64,7 @@ class StartingWeights(NamedTuple):
         Args:
             recipe: the recipe.
             size: the input of the network.
-            progress: is told if the backbone has no trained weights.
+            progress: called with a note if the backbone has no trained weights.
         """
         if recipe.backbone_lr is None:
             return frozenset()

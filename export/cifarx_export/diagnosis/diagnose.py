@@ -3,37 +3,26 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from cifarx_export.adoption.adopt import open_foreign_file
 from cifarx_export.adoption.described_copy import is_foreign
-from cifarx_export.diagnosis.candidates import geometries, geometry, refinements, scaling_name
-from cifarx_export.diagnosis.class_order import (
-    UNKNOWN,
-    ClassOrder,
-    OrderName,
-    best_order,
-    complete_names,
-    known_orders,
-)
+from cifarx_export.diagnosis.candidates import scaling_name
+from cifarx_export.diagnosis.class_order import UNKNOWN, OrderName, complete_names, known_orders
 from cifarx_export.diagnosis.pictures import Pictures
-from cifarx_export.diagnosis.ranking import find_ties
+from cifarx_export.diagnosis.search import MIN_IMAGES, Finalist, Rung, Search
 from cifarx_export.parity.chance import measure_chance
-from cifarx_export.parity.predictions import best_classes
-from cifarx_export.parity.scalings import SCALINGS, Scaling, data_scaling, scaled
+from cifarx_export.parity.scalings import Scaling
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.registry import backend_for, model_file, open_backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import DataError, UsageError
-from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.progress import Progress, silent
-from cifarx_serve.spec import Color, InputSpec, ModelSpec
+from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_train.binomial import interval
 from cifarx_train.checkpoints.source_weights import load_model
 from cifarx_train.data.dataset import OnError
@@ -43,20 +32,7 @@ from cifarx_train.pytorch_backend import PyTorchBackend
 
 DEFAULT_IMAGES: Final = 1000
 
-_RUNGS: Final = (64, 192, 576)
-"""The number of images after which only the best third of the candidates goes on: successive halving (Jamieson and
-Talwalkar, 2016, arXiv:1502.07943)."""
-
-_KEPT: Final = 1 / 3
-_MIN_KEPT: Final = 6
-_REFINED: Final = 2
-"""Number of candidates whose filters and crops are varied too."""
-
-_SEARCHED: Final = 0.6
-"""The largest share of the images on which candidates are left out. The others are a fair test of those that remain."""
-
 _SIZES: Final = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
-_BATCH_SIZE: Final = 64
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,13 +58,6 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     high: float
     tied: bool
     stated: bool
-
-
-class Rung(msgspec.Struct, frozen=True):
-    """How many ways to preprocess images were tried on how many images."""
-
-    candidates: int
-    images: int
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,8 +116,8 @@ def diagnose(
     """
     path = Path(file)
     options = model if isinstance(model, ModelOptions) else ModelOptions(model)
-    if images < _RUNGS[0]:
-        raise UsageError(f"{images} images are too few to tell preprocessings apart", f"give {_RUNGS[0]} or more")
+    if images < MIN_IMAGES:
+        raise UsageError(f"{images} images are too few to tell preprocessings apart", f"give {MIN_IMAGES} or more")
     progress(f"reading {path}")
     with _open(path, options) as backend:
         spec = backend.spec
@@ -160,150 +129,17 @@ def diagnose(
                 "use images of its classes",
             )
         pictures = Pictures(dataset, images, on_error)
-        if len(pictures) < _RUNGS[0]:
+        if len(pictures) < MIN_IMAGES:
             raise DataError(
                 f"{dataset.name} has {len(pictures)} test images, too few to tell preprocessings apart",
-                f"use {_RUNGS[0]} or more",
+                f"use {MIN_IMAGES} or more",
             )
-        search = _Search(backend, pictures, orders, progress)
+        kind: Literal["checkpoint", "artifact"] = "checkpoint" if isinstance(backend, PyTorchBackend) else "artifact"
+        search = Search(backend, pictures, orders, progress)
         finalists = search.run(_sizes(backend, pictures, options))
     if "preprocessing" not in spec.assumed:
         finalists = _stated_first(finalists, search.ties(finalists))
-    return _diagnosis(path, dataset.name, dataset.class_names, search, finalists)
-
-
-@dataclass(eq=False)
-class _Candidate:
-    """A preprocessing, and the predictions with it for the first images."""
-
-    input: InputSpec
-    stated: bool = False
-    predictions: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-
-
-class _Finalist(NamedTuple):
-    candidate: _Candidate
-    order: ClassOrder
-
-
-class _Search:
-    """Successive halving over the candidates of one network.
-
-    Args:
-        backend: runs the network.
-        pictures: the images.
-        orders: orders of the classes to try.
-        progress: called with a line about each step.
-
-    Attributes:
-        spec: the spec of the network.
-        kind: as for `Diagnosis`.
-        labels: the labels of the images, (N,).
-        rungs: what was tried so far.
-        searched: the number of images, the first ones, on which candidates were left out.
-        scalings: the scalings that are tried.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        pictures: Pictures,
-        orders: dict[OrderName, NDArray[np.int64]],
-        progress: Progress,
-    ) -> None:
-        self._backend = backend
-        self._pictures = pictures
-        self._orders = orders
-        self._progress = progress
-        self.spec = backend.spec
-        self.kind: Literal["checkpoint", "artifact"] = (
-            "checkpoint" if isinstance(backend, PyTorchBackend) else "artifact"
-        )
-        self.labels = pictures.labels
-        self.rungs: list[Rung] = []
-        self.searched = 0
-        self._geometries: dict[bytes, InputSpec] = {}
-        plain = msgspec.structs.replace(geometry(backend.spec.input), height=64, width=64)
-        self.scalings: Sequence[Scaling] = SCALINGS
-        if plain.channels == 3:
-            sample = pictures.pixels(plain, 0, min(len(pictures), _RUNGS[0]))
-            self.scalings = (*SCALINGS, data_scaling(sample))
-
-    def run(self, sizes: Sequence[tuple[int, int]]) -> list[_Finalist]:
-        """Return the candidates that were tried on all images, the most accurate first."""
-        candidates = self._usual(sizes)
-        counts = [count for count in _RUNGS if count <= _SEARCHED * len(self._pictures)]
-        for number, count in enumerate(counts):
-            candidates = self._best(candidates, count)
-            if number == min(1, len(counts) - 1):
-                candidates = self._best([*candidates, *self._refined(candidates)], count)
-            self.searched = count
-        return self._ranked(self._evaluated(candidates, len(self._pictures)))
-
-    def ties(self, finalists: Sequence[_Finalist]) -> list[bool]:
-        """Return which finalists the first one is not better than, on the images that had no part in the search."""
-        return find_ties([finalist.order.correct[self.searched :] for finalist in finalists])
-
-    def _usual(self, sizes: Sequence[tuple[int, int]]) -> list[_Candidate]:
-        """Return a candidate for the stated input, and one for each combination of usual ones."""
-        spec = self._backend.spec.input
-        colors: tuple[Color, ...] = ("L",) if spec.channels == 1 else ("RGB", "BGR")
-        inputs = [
-            scaled(shape, scaling, color)
-            for height, width in sizes
-            for shape in geometries(msgspec.structs.replace(spec, height=height, width=width, resize_to=None))
-            for scaling in self.scalings
-            for color in colors
-        ]
-        return [_Candidate(spec, stated=True), *(_Candidate(one) for one in dict.fromkeys(inputs) if one != spec)]
-
-    def _refined(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
-        known = {candidate.input for candidate in candidates}
-        variants = (variant for candidate in candidates[:_REFINED] for variant in refinements(candidate.input))
-        return [_Candidate(variant) for variant in dict.fromkeys(variants) if variant not in known]
-
-    def _best(self, candidates: Sequence[_Candidate], count: int) -> list[_Candidate]:
-        """Try candidates on the first images, and return the best third of them and the stated one."""
-        ranked = [finalist.candidate for finalist in self._ranked(self._evaluated(candidates, count))]
-        kept = max(_MIN_KEPT, round(len(ranked) * _KEPT))
-        return [*ranked[:kept], *(candidate for candidate in ranked[kept:] if candidate.stated)]
-
-    def _evaluated(self, candidates: Sequence[_Candidate], count: int) -> list[_Candidate]:
-        """Predict the first images with each candidate, and return the candidates.
-
-        Those with the same geometry share the resized images. A geometry whose pixels are those of an earlier one is
-        left out: on square images, a letterbox is the same as a stretch.
-        """
-        groups: dict[tuple[InputSpec, int], list[_Candidate]] = {}
-        for candidate in candidates:
-            groups.setdefault((geometry(candidate.input), len(candidate.predictions)), []).append(candidate)
-        evaluated: list[_Candidate] = []
-        for (shape, start), members in groups.items():
-            if start < count:
-                pixels = self._pictures.pixels(shape, start, count)
-                if start == 0 and self._geometries.setdefault(pixels[: _RUNGS[0]].tobytes(), shape) != shape:
-                    continue
-                for candidate in members:
-                    new = self._predict(pixels, candidate.input)
-                    candidate.predictions = np.concatenate([candidate.predictions, new])
-            evaluated += members
-        self._progress(f"tried {len(evaluated)} preprocessings on {count:,} images")
-        self.rungs.append(Rung(len(evaluated), count))
-        return evaluated
-
-    def _predict(self, pixels: NDArray[np.uint8], size: InputSpec) -> NDArray[np.int64]:
-        starts = range(0, len(pixels), _BATCH_SIZE)
-        batches = (normalize(pixels[start : start + _BATCH_SIZE], size) for start in starts)
-        return np.concatenate([best_classes(self._backend.run(batch), self._backend.spec) for batch in batches])
-
-    def _ranked(self, candidates: Sequence[_Candidate]) -> list[_Finalist]:
-        """Return the candidates with their best order of the classes, the most accurate first."""
-        labels = self._pictures.labels
-        finalists = [
-            _Finalist(one, best_order(one.predictions, labels[: len(one.predictions)], self._orders))
-            for one in candidates
-        ]
-        return sorted(finalists, key=lambda finalist: -int(finalist.order.correct.sum()))
+    return _diagnosis(path, kind, dataset.name, dataset.class_names, search, finalists)
 
 
 @contextmanager
@@ -355,14 +191,19 @@ def _runs(backend: Backend, size: InputSpec) -> bool:
     return True
 
 
-def _stated_first(finalists: Sequence[_Finalist], tied: Sequence[bool]) -> list[_Finalist]:
+def _stated_first(finalists: Sequence[Finalist], tied: Sequence[bool]) -> list[Finalist]:
     """Return the finalists with the stated one first, unless the first one is better."""
     pairs = zip(finalists, tied, strict=True)
     return [finalist for finalist, _ in sorted(pairs, key=lambda pair: not (pair[1] and pair[0].candidate.stated))]
 
 
 def _diagnosis(
-    path: Path, data: str, classes: Sequence[str], search: _Search, finalists: Sequence[_Finalist]
+    path: Path,
+    kind: Literal["checkpoint", "artifact"],
+    data: str,
+    classes: Sequence[str],
+    search: Search,
+    finalists: Sequence[Finalist],
 ) -> Diagnosis:
     spec, (winner, order) = search.spec, finalists[0]
     labels = np.where(order.outputs == UNKNOWN, len(spec.class_names), order.outputs)[search.labels]
@@ -373,7 +214,7 @@ def _diagnosis(
     best = msgspec.structs.replace(spec, input=winner.input, class_names=names, assumed=())
     return Diagnosis(
         file=path.name,
-        kind=search.kind,
+        kind=kind,
         data=data,
         classes=len(spec.class_names),
         chance=found.chance,
@@ -387,7 +228,7 @@ def _diagnosis(
     )
 
 
-def _trial(finalist: _Finalist, tied: bool, scalings: Sequence[Scaling]) -> Trial:
+def _trial(finalist: Finalist, tied: bool, scalings: Sequence[Scaling]) -> Trial:
     (candidate, order), images = finalist, len(finalist.order.correct)
     correct = int(order.correct.sum())
     low, high = interval(correct, images)

@@ -7,7 +7,6 @@ or have readers that few people use. So only a few are opened, and the other rea
 import os
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Final
 
 from PIL import Image
@@ -149,6 +148,8 @@ def missing_reader(image_format: str) -> str | None:
     """Return how to install the reader of a format of `FILE_FORMATS`, or None if it is there."""
     if image_format not in _OPTIONAL_READERS:
         return None
+    from importlib.util import find_spec  # few images are in these formats
+
     module, remedy = _OPTIONAL_READERS[image_format]
     return None if find_spec(module) else remedy
 

@@ -1,4 +1,4 @@
-"""Logits and probabilities are told apart."""
+"""The check that a network returns what its spec states: logits or probabilities."""
 
 from typing import Literal
 

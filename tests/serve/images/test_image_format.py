@@ -76,7 +76,7 @@ def test_the_size_of_a_photograph_is_checked_before_it_is_decoded(
 def test_a_missing_reader_is_named(image_format: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(image_format)
     missing_reader.cache_clear()
-    monkeypatch.setattr("cifarx_serve.images.image_format.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     try:
         with pytest.raises(ImageError, match=f"no reader of {image_format} images is installed: {remedy}"):
             read_image(data)

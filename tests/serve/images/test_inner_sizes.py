@@ -1,11 +1,10 @@
-import io
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, PngImagePlugin
 
 from cifarx_serve.errors import ImageError
 from cifarx_serve.images.inner_sizes import MAX_COMPRESSED_CHUNKS, MAX_SCANS
@@ -131,12 +130,3 @@ def test_texts_that_are_not_compressed_are_not_counted() -> None:
         texts.add_itxt(f"key{number}", "a text")
         texts.add_text(f"name{number}", "a text")
     assert read_image(encode_image(Image.new("RGB", (8, 8)), "PNG", pnginfo=texts)).size == (8, 8)
-
-
-@pytest.mark.parametrize("compression", ["raw", "tiff_adobe_deflate", "packbits"])
-def test_a_tile_may_be_larger_than_the_image(compression: str) -> None:
-    """Programs write whole tiles, also for images of another size."""
-    image = Image.effect_mandelbrot((50, 30), (-2, -1.5, 1, 1.5), 100).convert("L")
-    file = io.BytesIO()
-    image.save(file, "TIFF", compression=compression, tiffinfo={TiffImagePlugin.ROWSPERSTRIP: 2**31 - 1})
-    assert np.array_equal(np.asarray(read_image(file.getvalue()))[..., 0], np.asarray(image))

@@ -29,7 +29,7 @@ def test_the_variable_adds_the_suffixes_of_its_formats(monkeypatch: pytest.Monke
 
 def test_left_out_files_are_counted_by_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
     missing_reader.cache_clear()
-    monkeypatch.setattr("cifarx_serve.images.image_format.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     left_out = LeftOutFiles()
     try:
         for name in ["a.HEIC", "b.heic", "c.heic", "scan1", "scan2", "notes.md"]:

@@ -15,7 +15,7 @@ from cifarx_train.data.catalog import Catalog, Entry
 from cifarx_train.data.dataset import Split
 from cifarx_train.data.folder import digest_of_files, take_inventory
 from cifarx_train.data.inventory import Inventory, listed
-from cifarx_train.data.splits import Fraction, assign_splits, numbers_sorted, split_of, split_of_file
+from cifarx_train.data.splits import Fraction, assign_splits_of_files, split_of, split_of_file
 from cifarx_train.data.store import ImageStore
 
 if TYPE_CHECKING:
@@ -69,13 +69,7 @@ class ParquetStore(ImageStore):
                 names = columns.names
                 split = split_of_file(file) if self.path.is_dir() else None
                 found.setdefault(split, []).extend(_list_rows(table, file, columns, inventory))
-        unsplit = found.pop(None, [])
-        labels = {entry.class_name for entry in found.get("train") or unsplit}
-        splits: dict[Split, list[Entry]] = {split: entries for split, entries in found.items() if split}
-        if splits and unsplit:
-            inventory.leave_out("in files that are of no split", unsplit[0].path, len(unsplit), unit="rows")
-            unsplit = []
-        return assign_splits(splits, unsplit, self._fraction, inventory, names or numbers_sorted(labels))
+        return assign_splits_of_files(found, self._fraction, inventory, "files", names, unit="rows")
 
     def identity(self, split: Split, catalog: Callable[[], Catalog]) -> object:
         files = sorted({entry.path.rpartition("#")[0] for entry in catalog().splits[split]})

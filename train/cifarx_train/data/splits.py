@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.system.terminal import encodable
@@ -59,6 +59,35 @@ def numbers_sorted(labels: Iterable[int | str]) -> tuple[str, ...]:
     """Return the names of classes that are known by their labels alone: by number if all are numbers, else by name."""
     names = {str(label) for label in labels}
     return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
+
+
+def assign_splits_of_files(
+    found: Mapping[Split | None, Sequence[Entry]],
+    fraction: Fraction | None,
+    inventory: Inventory,
+    kind: str,
+    class_names: tuple[str, ...] | None = None,
+    unit: Literal["files", "rows"] = "files",
+) -> Catalog:
+    """Return the catalog of a dataset in files that hold many images each, such as tables and shards.
+
+    Args:
+        found: the images of the files of each split, and under None those of files that name no split.
+        fraction, inventory, class_names: as for `assign_splits`. By default, labels that are numbers are sorted as
+            numbers.
+        kind: what the files are called in messages.
+        unit: what one image is called in messages.
+
+    Raises:
+        DataError, UsageError: as for `assign_splits`.
+    """
+    splits = {split: entries for split, entries in found.items() if split}
+    unsplit = found.get(None, ())
+    labels = {entry.class_name for entry in found.get("train") or unsplit}
+    if splits and unsplit:
+        inventory.leave_out(f"in {kind} that are of no split", unsplit[0].path, len(unsplit), unit)
+        unsplit = ()
+    return assign_splits(splits, unsplit, fraction, inventory, class_names or numbers_sorted(labels))
 
 
 def assign_splits(

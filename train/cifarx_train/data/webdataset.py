@@ -17,7 +17,7 @@ from cifarx_train.data.catalog import Catalog, Entry
 from cifarx_train.data.dataset import Split
 from cifarx_train.data.folder import digest_of_files, take_inventory
 from cifarx_train.data.inventory import Inventory
-from cifarx_train.data.splits import Fraction, assign_splits, numbers_sorted, split_of_file
+from cifarx_train.data.splits import Fraction, assign_splits_of_files, split_of_file
 from cifarx_train.data.store import ImageStore, by_path
 
 _TEXT_LABELS: Final = ("cls", "class", "label", "target")
@@ -47,13 +47,7 @@ class WebDatasetStore(ImageStore):
         for shard in self._shards:
             split = split_of_file(shard) if self.path.is_dir() else None
             found.setdefault(split, []).extend(self._list_shard(shard))
-        unsplit = found.pop(None, [])
-        labels = {entry.class_name for entry in found.get("train") or unsplit}
-        splits: dict[Split, list[Entry]] = {split: entries for split, entries in found.items() if split}
-        if splits and unsplit:
-            inventory.leave_out("in shards that are of no split", unsplit[0].path, len(unsplit))
-            unsplit = []
-        return assign_splits(splits, unsplit, self._fraction, inventory, numbers_sorted(labels))
+        return assign_splits_of_files(found, self._fraction, inventory, "shards")
 
     def identity(self, split: Split, catalog: Callable[[], Catalog]) -> object:
         shards = sorted({entry.path.partition("#")[0] for entry in catalog().splits[split]})

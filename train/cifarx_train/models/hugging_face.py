@@ -118,7 +118,7 @@ def _architecture(config: Any, source: ModelSource, size: InputSpec | None) -> A
 
     name = source.name.lower()
     several = config.problem_type == "multi_label_classification"
-    # transformers trains one output as a number unless told otherwise, so nothing states that it decides on a class.
+    # By default, transformers trains a single output as a regression, so nothing states that it is a class.
     activation: Activation | None = "sigmoid" if several else "softmax" if config.num_labels > 1 else None
     return Architecture(
         name,
