@@ -76,18 +76,26 @@ def parse_json_images(body: bytes, max_images: int) -> tuple[list[Upload], dict[
 
 def _upload(image: str | Instance, position: str) -> Upload:
     if isinstance(image, str):
-        return Upload(None, _decode(image, position))
+        return Upload(None, decode_base64(image, position))
     fields = ("b64", "image", "image_bytes", "data")
     given = [value for field in fields if (value := getattr(image, field)) is not None]
     if len(given) != 1:
         problem = f"{position} has {len(given)} images" if given else f"{position} has no image"
         raise _bad_request(problem, 'send each as {"b64": "…"}, or under the name image, image_bytes or data')
     (value,) = given
-    return Upload(image.key, _decode(value.b64 if isinstance(value, Base64) else value, position))
+    return Upload(image.key, decode_base64(value.b64 if isinstance(value, Base64) else value, position))
 
 
-def _decode(text: str, position: str) -> bytes:
-    """Return the bytes of an image from base64, which may contain white space, or from a data URL of it."""
+def decode_base64(text: str, position: str) -> bytes:
+    """Return the bytes of an image from base64, which may contain white space, or from a data URL of it.
+
+    Args:
+        text: the base64.
+        position: where it is in the request, for error messages.
+
+    Raises:
+        RequestError: it is not base64, or has no bytes (400).
+    """
     if text.startswith(("http://", "https://")):
         raise _bad_request(f"{position} is a URL, and the server downloads nothing", "send the image itself in base64")
     if text.startswith(_DATA_URL):

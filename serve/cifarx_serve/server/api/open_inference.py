@@ -21,6 +21,7 @@ from cifarx_serve.images.preprocess import peak_pixels
 from cifarx_serve.server.api.open_inference_schemas import (
     INPUT,
     AnyRequest,
+    Bytes,
     Fp32,
     InferenceResponse,
     Input,
@@ -32,9 +33,19 @@ from cifarx_serve.server.api.open_inference_schemas import (
     TensorMetadata,
     decode_request,
 )
-from cifarx_serve.server.api.tensor_codec import Tensor, from_binary, from_numbers
+from cifarx_serve.server.api.tensor_codec import (
+    EncodedImages,
+    Tensor,
+    from_binary,
+    from_numbers,
+    images_from_binary,
+    images_from_strings,
+)
 from cifarx_serve.server.errors import RequestError
 from cifarx_serve.spec import ModelSpec
+
+BYTES: Final = "BYTES"
+"""The data type of image files, in the encoding of their format."""
 
 _MAX_OTHER_VALUES: Final = 1024
 """The maximum number of JSON values of a request in addition to the numbers of its tensor."""
@@ -46,12 +57,12 @@ class InferRequest(NamedTuple):
     Attributes:
         id: the client's ID of the request, if it sent one.
         tensor: the preprocessed input of the network, finite float32 (N, *spec.input.shape); or pixels, uint8
-            (N, H, W, channels). It can be a read-only view of the body.
+            (N, H, W, channels). It can be a read-only view of the body. Or the contents of N image files.
         binary_output: whether to return the output as binary data after the JSON.
     """
 
     id: str | None
-    tensor: Tensor
+    tensor: Tensor | EncodedImages
     binary_output: bool
 
 
@@ -63,7 +74,8 @@ def server_metadata(version: str) -> ServerMetadata:
 def model_metadata(name: str, versions: Sequence[str], platform: str, spec: ModelSpec) -> ModelMetadata:
     """Return the metadata of a model.
 
-    The input is described as the model itself takes it; for a float32 model, `parse_infer` accepts pixels too.
+    The input is described as the model itself takes it; `parse_infer` accepts image files
+    too, and for a float32 model pixels.
 
     Args:
         name: the model's name in the URL.
@@ -109,7 +121,7 @@ def parse_infer(
     _limit_values(content[:length], spec, max_images, max_pixels)
     request = _decode(content[:length], spec)
     tensor_input = _only_input(request.inputs)
-    _check_shape(tensor_input, spec, max_images, max_pixels)
+    check_shape(_datatype(tensor_input), tensor_input.shape, spec, max_images, max_pixels)
     binary_output = _wants_binary_output(request, spec.output)
     tensor = _decode_tensor(tensor_input, None if header_length is None else content[length:])
     return InferRequest(None if request.id is UNSET else request.id, tensor, binary_output)
@@ -158,8 +170,8 @@ def _input_shapes(spec: ModelSpec) -> dict[str, tuple[int | str, ...]]:
     """Return the shape for each data type that is accepted, the model's own first; a letter stands for any size."""
     size = spec.input
     if spec.embedded_preprocessing:
-        return {"UINT8": ("N", "H", "W", size.channels)}
-    return {"FP32": ("N", *size.shape), "UINT8": ("N", size.height, size.width, size.channels)}
+        return {"UINT8": ("N", "H", "W", size.channels), BYTES: ("N",)}
+    return {"FP32": ("N", *size.shape), "UINT8": ("N", size.height, size.width, size.channels), BYTES: ("N",)}
 
 
 def _accepted(spec: ModelSpec) -> str:
@@ -167,27 +179,48 @@ def _accepted(spec: ModelSpec) -> str:
 
 
 def _datatype(tensor_input: Input[list[Any]]) -> str:
+    if isinstance(tensor_input, Bytes):
+        return BYTES
     return "FP32" if isinstance(tensor_input, Fp32) else "UINT8"
 
 
-def _check_shape(tensor_input: Input[list[Any]], spec: ModelSpec, max_images: int, max_pixels: int) -> None:
-    datatype, shape = _datatype(tensor_input), tensor_input.shape
-    expected = _input_shapes(spec)[datatype]
-    if len(shape) != len(expected) or not all(
-        size >= 1 if isinstance(allowed, str) else size == allowed
-        for size, allowed in zip(shape, expected, strict=True)
+def check_shape(datatype: str, shape: Sequence[int], spec: ModelSpec, max_images: int, max_pixels: int) -> None:
+    """Check the shape of an input tensor. The pixels of image files are limited when they are decoded.
+
+    Args:
+        datatype: FP32, UINT8 or BYTES.
+        shape: the shape.
+        spec: the model's spec.
+        max_images: the maximum number of images, N.
+        max_pixels: as for `parse_infer`.
+
+    Raises:
+        RequestError: there are too many images or pixels (413), or the model does not take this type or shape (400).
+    """
+    images, *rest = shape or (0,)
+    expected = _input_shapes(spec).get(datatype)
+    sizes = shape[:1] if datatype == BYTES and rest == [1] else shape
+    if (
+        expected is None
+        or len(sizes) != len(expected)
+        or not all(
+            size >= 1 if isinstance(allowed, str) else size == allowed
+            for size, allowed in zip(sizes, expected, strict=True)
+        )
     ):
-        problem = f"the input is {datatype} {shortened(shape)}"
+        problem = f"the input is {datatype} {shortened(list(shape))}"
         raise _bad_request(problem, f"the model takes {_accepted(spec)}, without empty dimensions")
-    if shape[0] > max_images:
-        raise _too_large(f"{shape[0]} images in one request", f"send at most {max_images}")
-    height, width = (spec.input.height, spec.input.width) if datatype == "FP32" else shape[1:3]
+    if images > max_images:
+        raise _too_large(f"{images} images in one request", f"send at most {max_images}")
+    if datatype == BYTES:
+        return
+    height, width = (spec.input.height, spec.input.width) if datatype == "FP32" else rest[:2]
     per_image = peak_pixels(width, height, spec.input) if spec.embedded_preprocessing else width * height
-    if (pixels := shape[0] * per_image) > max_pixels:
-        raise _too_large(f"{shape[0]} images of {width} x {height} have {pixels} pixels", f"send at most {max_pixels}")
+    if (pixels := images * per_image) > max_pixels:
+        raise _too_large(f"{images} images of {width} x {height} have {pixels} pixels", f"send at most {max_pixels}")
 
 
-def _decode_tensor(tensor_input: Input[list[Any]], raw: memoryview | None) -> Tensor:
+def _decode_tensor(tensor_input: Input[list[Any]], raw: memoryview | None) -> Tensor | EncodedImages:
     """Return the tensor of the input's data or, if it has a binary_data_size, of `raw`.
 
     `raw` is the part of the body after the JSON; None if the request has no Inference-Header-Content-Length.
@@ -202,6 +235,8 @@ def _decode_tensor(tensor_input: Input[list[Any]], raw: memoryview | None) -> Te
                 f"{len(raw)} bytes follow the JSON and no input has binary_data_size",
                 "set Inference-Header-Content-Length to the length of the JSON",
             )
+        if isinstance(tensor_input, Bytes):
+            return images_from_strings(tensor_input.data, tensor_input.shape)
         return from_numbers(tensor_input.data, _datatype(tensor_input), tensor_input.shape)
     if raw is None:
         raise _bad_request(
@@ -209,6 +244,8 @@ def _decode_tensor(tensor_input: Input[list[Any]], raw: memoryview | None) -> Te
         )
     if size != len(raw):
         raise _bad_request(f"binary_data_size is {size} and {len(raw)} bytes follow the JSON", "send as many bytes")
+    if isinstance(tensor_input, Bytes):
+        return images_from_binary(raw, tensor_input.shape)
     return from_binary(raw, _datatype(tensor_input), tensor_input.shape)
 
 

@@ -35,6 +35,8 @@ from cifarx_serve.server.errors import RequestError
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import JSON, ErrorResponse, Response, json_response
 from cifarx_serve.server.inference.deadline import Deadline, ThreadPool
+from cifarx_serve.server.inference.decoding import ImageDecoder
+from cifarx_serve.server.inference.image_batch import decode_batch
 from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.system.versions import package_version
@@ -63,12 +65,16 @@ class OpenInferenceRoutes:
     Args:
         repository: the models.
         readiness: the state of the worker.
+        decoder: decodes encoded images.
         threads: the threads that parse large requests.
     """
 
-    def __init__(self, repository: ModelRepository, readiness: Readiness, threads: ThreadPool) -> None:
+    def __init__(
+        self, repository: ModelRepository, readiness: Readiness, decoder: ImageDecoder, threads: ThreadPool
+    ) -> None:
         self._repository = repository
         self._readiness = readiness
+        self._decoder = decoder
         self._threads = threads
 
     def table(self) -> list[Route]:
@@ -177,7 +183,12 @@ class OpenInferenceRoutes:
         deadline = Deadline(request.received_at, request.limits.deadline_s)
         with self._instance(request) as instance:
             infer = await self._parse(request, instance, deadline)
-            result = await instance.infer(infer.tensor, deadline, request.is_disconnected)
+            tensor = infer.tensor
+            if isinstance(tensor, list):
+                tensor = await decode_batch(
+                    tensor, self._decoder, instance, request.limits.max_pixels, deadline, request.is_disconnected
+                )
+            result = await instance.infer(tensor, deadline, request.is_disconnected)
         model = instance.model
         body, header_length = infer_response(infer, model.name, model.version, model.spec.output, result.values)
         if header_length is None:

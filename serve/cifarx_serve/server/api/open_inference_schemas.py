@@ -21,6 +21,7 @@ Byte: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 InputName: TypeAlias = Annotated[str, Meta(extra_json_schema={"const": INPUT})]
 OutputName: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": OUTPUTS})]
 Shape: TypeAlias = Annotated[list[Size], Meta(extra_json_schema={"minItems": 4, "maxItems": 4})]
+ElementsShape: TypeAlias = Annotated[list[Size], Meta(extra_json_schema={"minItems": 1, "maxItems": 2})]
 
 Number = TypeVar("Number")
 Data = TypeVar("Data")
@@ -53,12 +54,22 @@ class Uint8(Input[Data], Generic[Data], tag="UINT8"):
     """An input of type uint8."""
 
 
+class Bytes(Input[Data], Generic[Data], tag="BYTES"):
+    """An input of type BYTES."""
+
+
 class Fp32Input(Fp32[Flat[float]]):
     """The preprocessed input of the network, of the shape in the metadata of the model: [N, 3, height, width], …"""
 
 
 class Uint8Input(Uint8[Flat[Byte]]):
     """Pixels that the server preprocesses: RGB, [N, height, width, 3], or grayscale, [N, height, width, 1]."""
+
+
+class BytesInput(Bytes[Flat[str]]):
+    """Image files, which the server decodes and preprocesses: [N] or [N, 1]. In JSON they are base64 or data URLs."""
+
+    shape: ElementsShape
 
 
 class OutputParameters(msgspec.Struct, frozen=True):
@@ -91,7 +102,7 @@ class Request(msgspec.Struct, Generic[AnyInput]):
     outputs: list[Output] = []
 
 
-class InferenceRequest(Request[Fp32Input | Uint8Input]):
+class InferenceRequest(Request[Fp32Input | Uint8Input | BytesInput]):
     """The body of an inference request."""
 
 
@@ -178,14 +189,14 @@ AnyRequest: TypeAlias = Request[Input[list[Any]]]
 _DECODERS: Final[dict[bool, tuple[msgspec.json.Decoder[Any], ...]]] = {
     False: (
         msgspec.json.Decoder(InferenceRequest),
-        msgspec.json.Decoder(Request[Fp32[Nested[float]] | Uint8[Nested[Byte]]]),
+        msgspec.json.Decoder(Request[Fp32[Nested[float]] | Uint8[Nested[Byte]] | Bytes[list[list[str]]]]),
     ),
     True: (
-        msgspec.json.Decoder(Request[Uint8Input]),
-        msgspec.json.Decoder(Request[Uint8[Nested[Byte]]]),
+        msgspec.json.Decoder(Request[Uint8Input | BytesInput]),
+        msgspec.json.Decoder(Request[Uint8[Nested[Byte]] | Bytes[list[list[str]]]]),
     ),
 }
-"""The decoders for flat and for nested data, by whether UINT8 is the only data type."""
+"""The decoders for flat and for nested data, by whether pixels are the only numbers that are accepted."""
 
 
 def decode_request(document: memoryview, uint8_only: bool) -> AnyRequest:
@@ -193,7 +204,7 @@ def decode_request(document: memoryview, uint8_only: bool) -> AnyRequest:
 
     Args:
         document: the JSON.
-        uint8_only: whether UINT8 is the only data type.
+        uint8_only: whether pixels are the only numbers that are accepted.
 
     Raises:
         msgspec.DecodeError: the document is not JSON, or a field is missing or has the wrong type.

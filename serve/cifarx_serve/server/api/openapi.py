@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cifarx_serve.server.api.open_inference_schemas import Byte, Fp32Input, Nested, Uint8Input
+from cifarx_serve.server.api.open_inference_schemas import Byte, BytesInput, Fp32Input, Nested, Uint8Input
 from cifarx_serve.server.asgi import Body, Operation, Parameter, Route
 from cifarx_serve.server.http.response import ErrorResponse
 from cifarx_serve.system.versions import package_version
@@ -121,11 +121,11 @@ def _components(schemas: Iterable[type]) -> dict[str, Any]:
     _, components = msgspec.json.schema_components(schemas, ref_template=_REF)
     # What the structs cannot declare: a field has no union of two list types, and the decoder accepts sizes of 0, which
     # are refused later with a clearer error message.
-    for schema, number in ((Fp32Input, float), (Uint8Input, Byte)):
+    for schema, nested in ((Fp32Input, Nested[float]), (Uint8Input, Nested[Byte]), (BytesInput, list[list[str]])):
         properties = components[schema.__name__]["properties"]
         properties["data"] = {
-            "description": "The numbers in row-major order, flat or nested like the shape.",
-            "anyOf": [properties["data"], msgspec.json.schema(Nested[number])],  # type: ignore[valid-type]
+            "description": "The elements in row-major order, flat or nested like the shape.",
+            "anyOf": [properties["data"], msgspec.json.schema(nested)],
         }
         properties["shape"]["items"]["minimum"] = 1
     return components

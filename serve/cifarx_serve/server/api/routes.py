@@ -49,7 +49,7 @@ def create_routes(
     readiness = Readiness(repository, decoder)
     routes = [
         *PredictRoutes(repository, decoder, threads).table(),
-        *OpenInferenceRoutes(repository, readiness, threads).table(),
+        *OpenInferenceRoutes(repository, readiness, decoder, threads).table(),
         *_StatusRoutes(readiness, metrics).table(),
     ]
 

@@ -3,19 +3,17 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import ImageError
-from cifarx_serve.images.preprocess import peak_pixels
 from cifarx_serve.predictor import Prediction
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.decoding import ImageDecoder
+from cifarx_serve.server.inference.image_batch import DecodedImage, decode_images, stack_images
 from cifarx_serve.server.inference.repository import ModelInstance
-
-_Decoded: TypeAlias = NDArray[np.uint8] | ImageError
 
 
 class Classification(NamedTuple):
@@ -69,9 +67,8 @@ class ImageClassifier:
             InferenceError: the queue is full, the deadline has passed, or the model cannot run on the images.
             RequestCancelled: the client has disconnected.
         """
-        instance.require_capacity(len(images))  # before decoding: a request that is refused should cost little
         started_at = time.perf_counter()
-        decoded = await self._decode(images, instance, deadline, is_disconnected)
+        decoded = await decode_images(images, self._decoder, instance, self._max_pixels, deadline, is_disconnected)
         decode_s = time.perf_counter() - started_at
         batches = _batches(decoded)
         pending = [instance.infer(batch, deadline, is_disconnected) for _, batch in batches]
@@ -90,34 +87,8 @@ class ImageClassifier:
             max(result.compute_s for result in results),
         )
 
-    async def _decode(
-        self,
-        images: Sequence[bytes],
-        instance: ModelInstance,
-        deadline: Deadline,
-        is_disconnected: Callable[[], bool],
-    ) -> list[_Decoded]:
-        """Decode the images, one after the other.
 
-        Images that the model resizes itself are all in memory at full size, and at the size before the crop, so
-        `max_pixels` limits them together.
-        """
-        spec, pixels_left = instance.model.spec, self._max_pixels
-        decoded: list[_Decoded] = []
-        for data in images:
-            try:
-                pixels = await self._decoder.decode(data, spec, pixels_left, deadline, is_disconnected)
-            except ImageError as error:
-                decoded.append(error)
-            else:
-                decoded.append(pixels)
-                if spec.embedded_preprocessing:
-                    height, width, _ = pixels.shape
-                    pixels_left = max(0, pixels_left - peak_pixels(width, height, spec.input))
-        return decoded
-
-
-def _batches(decoded: Sequence[_Decoded]) -> list[tuple[list[int], NDArray[np.uint8]]]:
+def _batches(decoded: Sequence[DecodedImage]) -> list[tuple[list[int], NDArray[np.uint8]]]:
     """Stack the readable images of each shape; return every batch, (N, H, W, channels), with the indices of its images.
 
     Raises:
@@ -131,8 +102,4 @@ def _batches(decoded: Sequence[_Decoded]) -> list[tuple[list[int], NDArray[np.ui
             images.append(image)
     if not groups:
         raise next(error for error in decoded if isinstance(error, ImageError))
-    return [(indices, _stack(images)) for indices, images in groups.values()]
-
-
-def _stack(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    return images[0][None] if len(images) == 1 else np.stack(images)
+    return [(indices, stack_images(images)) for indices, images in groups.values()]

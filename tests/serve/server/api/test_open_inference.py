@@ -1,6 +1,8 @@
 """The Open Inference Protocol against its specification, Triton's client and invalid requests."""
 
+import base64
 import json
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -50,6 +52,11 @@ def parse(body: bytes, header_length: int | None = None, spec: Any = SPEC) -> In
     return parse_infer(body, header_length, spec, MAX_IMAGES, MAX_PIXELS)
 
 
+def shape_of(parsed: InferRequest) -> tuple[int, ...]:
+    assert isinstance(parsed.tensor, np.ndarray)
+    return parsed.tensor.shape
+
+
 def datatype(tensor: NDArray[Any]) -> str:
     return {"float32": "FP32", "uint8": "UINT8"}[tensor.dtype.name]
 
@@ -74,7 +81,8 @@ def binary_request(tensor: NDArray[Any], **fields: Any) -> tuple[bytes, int]:
     return header + raw, len(header)
 
 
-def is_identical(tensor: NDArray[Any], expected: NDArray[Any]) -> bool:
+def is_identical(tensor: object, expected: NDArray[Any]) -> bool:
+    assert isinstance(tensor, np.ndarray)
     return tensor.dtype == expected.dtype and tensor.shape == expected.shape and tensor.tobytes() == expected.tobytes()
 
 
@@ -190,7 +198,7 @@ def test_the_shapes_are_those_of_the_spec(
 def test_the_limit_of_pixels_counts_images_of_every_layout() -> None:
     for spec, shape in ((NHWC, (3, 4, 6, 3)), (GRAY, (3, 1, 4, 6))):
         body = request(tensor_input(np.zeros(shape, np.float32)))
-        assert parse_infer(body, None, spec, MAX_IMAGES, max_pixels=72).tensor.shape == shape
+        assert shape_of(parse_infer(body, None, spec, MAX_IMAGES, max_pixels=72)) == shape
         with pytest.raises(RequestError, match="3 images of 6 x 4 have 72 pixels"):
             parse_infer(body, None, spec, MAX_IMAGES, max_pixels=71)
 
@@ -198,7 +206,7 @@ def test_the_limit_of_pixels_counts_images_of_every_layout() -> None:
 def test_the_limit_of_pixels_counts_those_before_the_model_crops_an_image() -> None:
     spec = make_spec(InputSpec(height=4, width=6, resize="shorter_side", resize_to=20), embedded_preprocessing=True)
     body = request(tensor_input(np.zeros((1, 2, 20, 3), np.uint8)))
-    assert parse_infer(body, None, spec, MAX_IMAGES, max_pixels=4000).tensor.shape == (1, 2, 20, 3)
+    assert shape_of(parse_infer(body, None, spec, MAX_IMAGES, max_pixels=4000)) == (1, 2, 20, 3)
     with pytest.raises(RequestError, match="1 images of 20 x 2 have 4000 pixels") as raised:
         parse_infer(body, None, spec, MAX_IMAGES, max_pixels=3999)
     assert raised.value.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
@@ -234,6 +242,7 @@ def test_images_of_any_size_have_the_same_bits(tensor: NDArray[Any]) -> None:
 def test_binary_data_is_aligned_wherever_the_json_ends(offset: int) -> None:
     tensor = np.arange(72, dtype=np.float32).reshape(1, 3, 4, 6)
     parsed = parse(*binary_request(tensor, id="x" * offset)).tensor
+    assert isinstance(parsed, np.ndarray)
     assert parsed.flags.aligned
     assert parsed.flags.c_contiguous
     assert is_identical(parsed, tensor)
@@ -339,7 +348,7 @@ LONG = "x" * 100_000
         ),
         (request(tensor_input(ZEROS), parameters={"binary_data_output": "yes"}), "binary_data_output"),
         (request(tensor_input(ZEROS, datatype="FP64")), "FP64"),
-        (request(tensor_input(ZEROS, datatype=LONG)), "FP32 [N, 3, 4, 6] or UINT8 [N, 4, 6, 3]"),
+        (request(tensor_input(ZEROS, datatype=LONG)), "FP32 [N, 3, 4, 6] or UINT8 [N, 4, 6, 3] or BYTES [N]"),
         (request(tensor_input(ZEROS, datatype=None)), "missing required field `datatype`"),
         (request(tensor_input(ZEROS, shape=None)), "missing required field `shape`"),
         (request(tensor_input(ZEROS, shape=[3, 4, 6])), "FP32 [3, 4, 6]: the model takes FP32 [N, 3, 4, 6] or UINT8"),
@@ -534,3 +543,84 @@ def test_random_json(fields: dict[str, Any], header_length: int | None, more: by
     header = json.dumps(fields).encode()
     check_parses_or_refuses(header, header_length)
     check_parses_or_refuses(header + more, len(header))
+
+
+# Encoded images
+
+
+def bytes_input(*images: bytes, **fields: Any) -> dict[str, Any]:
+    data = [base64.b64encode(image).decode() for image in images]
+    entry = {"name": "input", "shape": [len(images)], "datatype": "BYTES", "data": data} | fields
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def binary_images(*images: bytes, **fields: Any) -> tuple[bytes, int]:
+    tensor = InferInput("input", [len(images)], "BYTES")
+    tensor.set_data_from_numpy(np.array(images, object))
+    raw = tensor._get_binary_data()
+    entry = bytes_input(*images, data=None, parameters={"binary_data_size": len(raw)}, **fields)
+    header = request(entry)
+    return header + raw, len(header)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=MAX_IMAGES))
+def test_image_files_are_the_elements_of_a_bytes_tensor(images: list[bytes]) -> None:
+    count = len(images)
+    assert parse(*binary_images(*images)).tensor == images
+    assert parse(*binary_images(*images, shape=[count, 1]), EMBEDDED).tensor == images
+    assert parse(request(bytes_input(*images))).tensor == images
+    nested = [[text] for text in bytes_input(*images)["data"]]
+    assert parse(request(bytes_input(*images, shape=[count, 1], data=nested)), spec=EMBEDDED).tensor == images
+
+
+def test_a_bytes_tensor_in_json_takes_data_urls() -> None:
+    url = "data:image/png;base64," + base64.b64encode(b"image").decode()
+    assert parse(request(bytes_input(b"", data=[url]))).tensor == [b"image"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        (bytes_input(b"x", shape=[2]), "the data has 1 strings and the shape is [2]: send 2 images in base64"),
+        (bytes_input(b"x", data=["not base64!"]), "element 0 is not base64"),
+        (bytes_input(b"x", data=[""]), "element 0 is empty"),
+        (bytes_input(b"x", data=[7]), "Expected `str`"),
+        (bytes_input(shape=[0]), "the input is BYTES [0]: the model takes FP32"),
+        (bytes_input(b"x", shape=[1, 2]), "the input is BYTES [1, 2]"),
+        (bytes_input(b"x", shape=[]), "the input is BYTES []"),
+        (bytes_input(*[b"x"] * 5), "5 images in one request: send at most 4"),
+    ],
+)
+def test_invalid_bytes_tensors_are_refused(entry: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(problem)):
+        parse(request(entry))
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        (b"", "the binary data has 0 elements and the shape is [2]: send 2 image files"),
+        (b"\x01\0\0\0x", "the binary data has 1 elements"),
+        (b"\x01\0\0\0x\x02\0\0\0x", "element 1 has 2 bytes and 1 follow its length"),
+        (b"\x01\0\0\0x\xff\xff\xff\xffx", "element 1 has 4294967295 bytes and 1 follow"),
+        (b"\x01\0\0\0x\x01\0", "element 1 has 0 bytes and 0 follow its length"),
+        (b"\x01\0\0\0x" * 3, "the binary data has more than 2 elements"),
+    ],
+)
+def test_elements_that_do_not_match_their_lengths_are_refused(raw: bytes, problem: str) -> None:
+    header = request(bytes_input(b"", b"", data=None, parameters={"binary_data_size": len(raw)}))
+    with pytest.raises(RequestError, match=re.escape(problem)):
+        parse(header + raw, len(header))
+
+
+@given(st.binary(max_size=64), st.integers(1, MAX_IMAGES))
+@example(b"\0" * 8, 2)
+def test_any_binary_elements_are_parsed_or_refused(raw: bytes, count: int) -> None:
+    header = request(bytes_input(*[b""] * count, data=None, parameters={"binary_data_size": len(raw)}))
+    try:
+        images = parse(header + raw, len(header)).tensor
+    except RequestError as error:
+        assert error.status == HTTPStatus.BAD_REQUEST
+    else:
+        assert isinstance(images, list)
+        assert b"".join(len(image).to_bytes(4, "little") + image for image in images) == raw

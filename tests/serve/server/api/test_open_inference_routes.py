@@ -1,15 +1,17 @@
 """The routes below `/v2`, called by Triton's client."""
 
+import base64
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
 from cifarx_serve.predictor import load
-from tests.support.asgi_client import AsgiClient, run_with_client
+from tests.support.asgi_client import AsgiClient, encode_image, run_with_client
 from tests.support.trained_model import Trained
 
 
@@ -120,3 +122,35 @@ def test_a_tensor_over_the_limits_is_refused(color_model: Path) -> None:
         assert (response.status, "3 images in one request" in response.error) == (413, True)
 
     run_with_client(test, color_model, max_images=2)
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
+def test_image_files_are_decoded_by_the_server(color_model: Path, binary: bool) -> None:
+    images = [encode_image(Image.new("RGB", (9, 5), color)) for color in ("red", "blue")]
+    elements = images if binary else [base64.b64encode(image) for image in images]
+    tensor = InferInput("input", [2, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array(elements, object)[:, None], binary_data=binary)
+    body, length = InferenceServerClient.generate_request_body([tensor])
+    headers = {} if length is None else {"inference-header-content-length": str(length)}
+
+    async def test(client: AsgiClient) -> None:
+        response = await client.request("POST", "/v2/models/colors/infer", body, headers)
+        assert response.status == 200
+        length = response.headers.get("inference-header-content-length")
+        read = InferenceServerClient.parse_response_body(response.body, header_length=length and int(length))
+        assert read.as_numpy("logits") == pytest.approx(np.array([[10, 0, 0], [0, 0, 10]]), abs=1e-5)
+
+    run_with_client(test, color_model)
+
+
+def test_an_image_file_that_cannot_be_read_is_refused(color_model: Path) -> None:
+    tensor = InferInput("input", [2], "BYTES")
+    tensor.set_data_from_numpy(np.array([encode_image(Image.new("RGB", (9, 5))), b"text"], object))
+    body, length = InferenceServerClient.generate_request_body([tensor])
+
+    async def test(client: AsgiClient) -> None:
+        headers = {"inference-header-content-length": str(length)}
+        response = await client.request("POST", "/v2/models/colors/infer", body, headers)
+        assert (response.status, response.error.startswith("image 1: 4 bytes")) == (400, True)
+
+    run_with_client(test, color_model)
