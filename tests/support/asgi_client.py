@@ -133,11 +133,20 @@ async def open_client(
     api_key_file: Path | None = None,
     access_log: AccessLog | None = None,
     cors_origin: str | None = None,
+    root_path: str = "",
+    trusted_proxies: tuple[str, ...] = (),
     open_models: bool = True,
 ) -> AsyncIterator[AsgiClient]:
     """Open a client of an application in this event loop, with its models open; `routes` replaces the server's own."""
     paths = {name: str(path) for name, path in files.items()}
-    settings = Settings(files=paths, device="cpu", limits=limits or Limits(), cors_origin=cors_origin)
+    settings = Settings(
+        files=paths,
+        device="cpu",
+        limits=limits or Limits(),
+        cors_origin=cors_origin,
+        root_path=root_path,
+        trusted_proxies=trusted_proxies,
+    )
     metrics = Metrics()
     repository = ModelRepository(settings, metrics)
     with closing(ImageDecoder(1, settings.limits.max_pixels)) as decoder, closing(ThreadPool(1, "parse")) as threads:

@@ -46,11 +46,20 @@ class Response(NamedTuple):
 
 
 class Client:
-    """One connection, over which a test sends any bytes."""
+    """One connection, over which a test sends any bytes, to a port or to a Unix socket."""
 
-    def __init__(self, port: int, ssl_context: ssl.SSLContext | None = None) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, address: int | Path, ssl_context: ssl.SSLContext | None = None) -> None:
+        if isinstance(address, Path):
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.settimeout(TIMEOUT_S)
+            try:
+                self.socket.connect(str(address))
+            except OSError:
+                self.socket.close()
+                raise
+        else:
+            self.socket = socket.create_connection(("127.0.0.1", address), timeout=TIMEOUT_S)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if ssl_context:
             self.socket = ssl_context.wrap_socket(self.socket, server_hostname="localhost")
         self._received = b""
@@ -112,13 +121,14 @@ def predict_request(color: tuple[int, int, int] = (255, 0, 0)) -> bytes:
 
 
 class ServerProcess:
-    """A supervisor or a worker that serves on `port`; a worker alone has a `status` pipe."""
+    """A supervisor or a worker that serves on `port`, or on a Unix socket; a worker alone has a `status` pipe."""
 
     status: BinaryIO
 
     def __init__(self, process: "subprocess.Popen[bytes]", directory: Path) -> None:
         self.process = process
         self.port = 0
+        self.uds: Path | None = None
         self.ssl_context: ssl.SSLContext | None = None
         self._directory = directory
         self._started: set[psutil.Process] = set()
@@ -134,7 +144,7 @@ class ServerProcess:
         return (self._directory / "err.txt").read_text()
 
     def connect(self) -> Client:
-        return Client(self.port, self.ssl_context)
+        return Client(self.uds or self.port, self.ssl_context)
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> Response:
         """Send one request over a new connection."""
@@ -198,14 +208,14 @@ def wait_until(condition: Callable[[], object], message: Callable[[], str] = lam
 
 @contextmanager
 def start_server(directory: Path, *arguments: object, **environment: str) -> Iterator[ServerProcess]:
-    """Start `cifarx serve ARGUMENTS` on a free port, without waiting until it is ready.
+    """Start `cifarx serve ARGUMENTS`, on a free port unless they say where, without waiting until it is ready.
 
     Its output goes to the directory, and so do its temporary files, which it leaves behind when it is killed. It runs
     in a process group of its own, as from a terminal, and with warnings as errors.
     """
     directory.mkdir(exist_ok=True)
     command: list[str | Path] = [PROGRAM, "serve", *map(str, arguments)]
-    if "--port" not in arguments:
+    if not {"--port", "--uds"} & {*map(str, arguments)}:
         command += ["--port", "0"]
     with (directory / "out.txt").open("wb") as out, (directory / "err.txt").open("wb") as err:
         process = subprocess.Popen(
@@ -232,12 +242,15 @@ def run_server(directory: Path, *arguments: object, **environment: str) -> Itera
 
 
 def wait_until_ready(server: ServerProcess) -> None:
-    """Wait for the line with the URL of the server, and set its port."""
-    line = re.compile(r"^serving .* on https?://127\.0\.0\.1:(\d+) with ", re.MULTILINE)
+    """Wait for the line with the address of the server, and set its port or its socket."""
+    line = re.compile(r"^serving .* on (?:https?://127\.0\.0\.1:(\d+)|unix:(.*)) with ", re.MULTILINE)
     wait_until(lambda: line.search(server.err) or server.process.poll() is not None, lambda: f"not ready: {server.err}")
     match = line.search(server.err)
     assert match, server.err
-    server.port = int(match[1])
+    if match[1]:
+        server.port = int(match[1])
+    else:
+        server.uds = Path(match[2])
     server.workers()
 
 

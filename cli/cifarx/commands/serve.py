@@ -4,8 +4,9 @@ import asyncio
 import inspect
 import ipaddress
 import re
-from collections.abc import Callable
-from contextlib import suppress
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -18,8 +19,9 @@ from cifarx_serve.backends.registry import read_spec, registered_backends
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.server.http.api_keys import ApiKeys
+from cifarx_serve.server.http.forwarded import UNIX, TrustedProxies, require_root_path
 from cifarx_serve.server.http.listener import create_ssl_context
-from cifarx_serve.server.processes.supervisor import Supervisor, listen
+from cifarx_serve.server.processes.supervisor import BACKLOG, Supervisor, listen
 from cifarx_serve.server.settings import (
     LimitOption,
     Settings,
@@ -29,6 +31,9 @@ from cifarx_serve.server.settings import (
     limits_from_options,
 )
 from cifarx_serve.system.cpus import available_cpus
+
+_HOST: Final = "127.0.0.1"
+_PORT: Final = 8000
 
 _SECOND_GROUP: Final = "max_body_mb"
 """On the help page, limit options before this one follow --workers; this one and the rest follow --watch."""
@@ -61,8 +66,24 @@ def command(
             metavar="[NAME=]FILE...", help="Model files, with the names to serve them under; the first is the default."
         ),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
+    host: Annotated[str | None, typer.Option(help=f"Address to listen on; 0.0.0.0 for all. [default: {_HOST}]")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help=f"Port to listen on; 0 chooses a free one. [default: {_PORT}]"),
+    ] = None,
+    uds: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Listen on a Unix socket instead, such as of a reverse proxy.")
+    ] = None,
+    root_path: Annotated[
+        str, typer.Option(metavar="/PREFIX", help="Path under which a reverse proxy makes the server available.")
+    ] = "",
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CIDR",
+            help="Network of reverse proxies whose X-Forwarded-* headers are used, or unix for --uds; repeatable.",
+        ),
+    ] = None,
     workers: Annotated[
         str, typer.Option(metavar="N", help="Number of worker processes; auto is one per CPU, or one on a GPU.")
     ] = "auto",
@@ -104,28 +125,53 @@ def command(
         certfile=_absolute(certfile),
         keyfile=_absolute(keyfile),
         access_log=access_log,
+        root_path=require_root_path(root_path),
+        trusted_proxies=_check_proxies(trusted_proxy or [], uds),
     )
-    if not (_is_loopback(host) or settings.api_key_file):
+    if host is not None and not (_is_loopback(host) or settings.api_key_file):
         note(f"note: {host} can be reached from other machines, and no API key is required: see --api-key-file")
-    asyncio.run(_serve(settings, host, port, worker_count, watch, "https" if ssl_context else "http"))
+    with _listen(host, port, uds, "https" if ssl_context else "http") as (listener, address, on_drain):
+        asyncio.run(_serve(settings, listener, worker_count, watch, address, on_drain))
     return 0
 
 
-async def _serve(settings: Settings, host: str, port: int, workers: int, watch: bool, scheme: str) -> None:
-    with listen(host, port) as listener:
-        url_host = f"[{host}]" if ":" in host else host
-        url = f"{scheme}://{url_host}:{listener.getsockname()[1]}"
-        processes = f"{workers} {'process' if workers == 1 else 'processes'}"
+@contextmanager
+def _listen(
+    host: str | None, port: int | None, uds: Path | None, scheme: str
+) -> Iterator[tuple[socket.socket, str, Callable[[], None]]]:
+    """Return a listening socket, its address for the user, and what to call before it is closed."""
+    if uds is None:
+        host = _HOST if host is None else host
+        with listen(host, _PORT if port is None else port) as listener:
+            url_host = f"[{host}]" if ":" in host else host
+            yield listener, f"{scheme}://{url_host}:{listener.getsockname()[1]}", lambda: None
+        return
+    if host is not None or port is not None:
+        raise UsageError(f"--uds {uds} with --host or --port", "give one of them: the server listens at one address")
+    from cifarx_serve.server.processes.unix_socket import UnixSocket  # not every system has such sockets
 
-        def print_event(event: str) -> None:
-            with suppress(OSError):  # standard error is closed, which must not stop the server
-                note(
-                    f"serving {', '.join(settings.files)} on {url} with {processes}"
-                    if event == "ready"
-                    else f"note: {event}"
-                )
+    unix_socket = UnixSocket(uds, BACKLOG)
+    with unix_socket.listener:
+        try:
+            yield unix_socket.listener, f"unix:{uds}", unix_socket.remove
+        finally:
+            unix_socket.remove()
 
-        await Supervisor(settings, listener, workers, watch, print_event).run()
+
+async def _serve(
+    settings: Settings, listener: socket.socket, workers: int, watch: bool, address: str, on_drain: Callable[[], None]
+) -> None:
+    processes = f"{workers} {'process' if workers == 1 else 'processes'}"
+
+    def print_event(event: str) -> None:
+        with suppress(OSError):  # standard error is closed, which must not stop the server
+            note(
+                f"serving {', '.join(settings.files)} on {address} with {processes}"
+                if event == "ready"
+                else f"note: {event}"
+            )
+
+    await Supervisor(settings, listener, workers, watch, print_event, on_drain).run()
 
 
 def _count_workers(value: str, device: str) -> int:
@@ -137,6 +183,14 @@ def _count_workers(value: str, device: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,3}", value):
         raise UsageError(f"--workers {value!r} is not a number from 1 to 9999", "give the number of processes, or auto")
     return int(value)
+
+
+def _check_proxies(networks: Sequence[str], uds: Path | None) -> tuple[str, ...]:
+    TrustedProxies(networks)
+    if networks and (UNIX in networks) != (uds is not None):
+        problem = f"--trusted-proxy {' '.join(networks)} {'with' if uds else 'without'} --uds trusts no client"
+        raise UsageError(problem, f"add --trusted-proxy {UNIX}" if uds else "give the network of the proxy")
+    return tuple(networks)
 
 
 def _check_origin(origin: str | None) -> None:

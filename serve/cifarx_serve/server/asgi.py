@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+from cifarx_serve.errors import UsageError
 from cifarx_serve.server.errors import CAUSES, CLIENT_CLOSED_REQUEST, ClientDisconnect, RequestError
 from cifarx_serve.server.http.access_log import AccessLog, AccessRecord
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.body_budget import BodyBudget
+from cifarx_serve.server.http.forwarded import TrustedProxies
 from cifarx_serve.server.http.request import Receive, Request, Scope, Send
 from cifarx_serve.server.http.response import JSON, Response, error_body
 from cifarx_serve.server.inference.metrics import Metrics
@@ -103,6 +105,9 @@ class Application:
             returns any other exception as it is.
         api_keys: the accepted API keys; None if no key is required.
         access_log: receives one record per request; None for no log.
+
+    Raises:
+        UsageError: the root path of the settings is the start of a route.
     """
 
     def __init__(
@@ -122,6 +127,9 @@ class Application:
         self._api_keys = api_keys
         self._access_log = access_log
         self._body_budget = BodyBudget(self._limits.max_body_bytes)
+        self._root_path = _require_no_route(repository.settings.root_path, routes)
+        trusted = repository.settings.trusted_proxies
+        self._trusted_proxies = TrustedProxies(trusted) if trusted else None
         self._static_routes: dict[str, dict[str, Route]] = {}
         self._dynamic_routes: list[tuple[re.Pattern[str], dict[str, Route]]] = []
         for path in dict.fromkeys(route.path for route in routes):
@@ -140,6 +148,10 @@ class Application:
         request = Request(scope, receive, self._limits, self._body_budget)
         route, cause = _UNKNOWN, None
         try:
+            if self._root_path:
+                request.mount(self._root_path)
+            if self._trusted_proxies is not None:
+                self._trusted_proxies.apply(request)
             methods = self._static_routes.get(request.path) or self._match(request)
             is_preflight = request.method == "OPTIONS" and self._cors_origin is not None
             route = _PREFLIGHT if is_preflight else next(iter(methods.values())).path
@@ -173,11 +185,13 @@ class Application:
         return await route.handler(request)
 
     def _match(self, request: Request) -> dict[str, Route]:
-        """Return the routes of a path with placeholders, by method, and set the path parameters.
+        """Return the routes of a path with placeholders, or of the root path itself, and set the path parameters.
 
         Raises:
             RequestError: no route matches the path (404).
         """
+        if not request.path and request.root_path:
+            return _ROOT_REDIRECT
         for pattern, methods in self._dynamic_routes:
             if match := pattern.fullmatch(request.path):
                 request.path_params = match.groupdict()
@@ -216,6 +230,27 @@ class Application:
                 cause=cause,
             )
         )
+
+
+def _require_no_route(root_path: str, routes: Sequence[Route]) -> str:
+    """Return a root path after checking that no route starts with it: whether a path includes it would be unclear.
+
+    Raises:
+        UsageError: a route does.
+    """
+    first = root_path.split("/")[1:2]
+    if any(route.path.split("/")[1:2] == first for route in routes):
+        raise UsageError(f"--root-path {root_path} starts like a route of the server", "choose another prefix")
+    return root_path
+
+
+async def _redirect_to_root(request: Request) -> Response:
+    """Redirect from the root path itself to its first page, whose links are relative."""
+    location = f"{request.root_path}/".encode()
+    return Response(b"", HTTPStatus.TEMPORARY_REDIRECT, headers=((b"location", location),))
+
+
+_ROOT_REDIRECT: Final = {"GET": Route("GET", "/", _redirect_to_root, None, public=True)}
 
 
 def _cors_headers(origin: str) -> tuple[tuple[bytes, bytes], ...]:

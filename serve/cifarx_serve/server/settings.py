@@ -158,6 +158,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         certfile: the PEM certificate for TLS; set together with `keyfile`.
         keyfile: the private key of the certificate.
         access_log: whether each request is logged.
+        root_path: the prefix under which a reverse proxy makes the server available, such as "/models".
+        trusted_proxies: the networks of the reverse proxies whose headers are used, as `TrustedProxies` takes them.
     """
 
     files: dict[str, str]
@@ -171,6 +173,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     certfile: str | None = None
     keyfile: str | None = None
     access_log: bool = True
+    root_path: str = ""
+    trusted_proxies: tuple[str, ...] = ()
 
 
 def files_by_name(arguments: Sequence[str]) -> dict[str, Path]:

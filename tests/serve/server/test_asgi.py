@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cifarx_serve.errors import UsageError
 from cifarx_serve.server.asgi import Route
 from cifarx_serve.server.errors import CAUSES, ClientDisconnect, RequestError
 from cifarx_serve.server.http.access_log import AccessLog
@@ -296,3 +297,52 @@ def test_ignores_other_scopes_than_http() -> None:
         await client.app({"type": "lifespan"}, unused, unused)
 
     run(test)
+
+
+@pytest.mark.parametrize("path", ["/models/thing", "/thing"])
+def test_the_root_path_may_be_part_of_the_path(path: str) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get(path)
+        assert (response.status, response.json) == (200, ["/thing", {}])
+
+    run(test, root_path="/models")
+
+
+def test_the_root_path_itself_redirects_to_the_first_page() -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get("/models")
+        assert (response.status, response.headers["location"]) == (307, "/models/")
+        assert (await client.get("/modelsandmore")).status == 404
+
+    run(test, root_path="/models")
+
+
+@pytest.mark.parametrize("root_path", ["/thing", "/things/a"])
+def test_a_root_path_that_starts_like_a_route_is_refused(root_path: str) -> None:
+    async def test(_: AsgiClient) -> None:
+        pytest.fail("it is accepted")
+
+    with pytest.raises(UsageError, match="starts like a route of the server: choose another prefix"):
+        run(test, root_path=root_path)
+
+
+def test_an_invalid_prefix_from_a_proxy_is_a_bad_request() -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get("/thing", x_forwarded_prefix="thing")
+        assert response.status == 400
+        assert response.error.startswith("X-Forwarded-Prefix is 'thing'")
+
+    run(test, trusted_proxies=("127.0.0.1",))
+
+
+def test_the_access_log_has_the_client_of_a_trusted_proxy() -> None:
+    file = io.BytesIO()
+    log = AccessLog(file)
+
+    async def test(client: AsgiClient) -> None:
+        await client.get("/models/thing", x_forwarded_for="9.9.9.9, 192.0.2.7")
+        log.flush()
+        record = json.loads(file.getvalue())
+        assert (record["client"], record["path"]) == ("192.0.2.7", "/thing")
+
+    run(test, access_log=log, trusted_proxies=("127.0.0.1",), root_path="/models")

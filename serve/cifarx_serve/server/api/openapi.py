@@ -53,8 +53,8 @@ def reference(schema: type) -> dict[str, str]:
     return {"$ref": _REF.format(name=schema.__name__)}
 
 
-def openapi_document(routes: Sequence[Route]) -> bytes:
-    """Return the OpenAPI document of the routes that have an operation, as JSON."""
+def openapi_document(routes: Sequence[Route], root_path: str = "") -> bytes:
+    """Return the OpenAPI document of the routes that have an operation, as JSON; their paths follow the root path."""
     paths: dict[str, dict[str, Any]] = {}
     schemas: dict[Any, None] = {}  # an ordered set
     for route in routes:
@@ -70,6 +70,7 @@ def openapi_document(routes: Sequence[Route]) -> bytes:
     document = {
         "openapi": _VERSION,
         "info": {"title": "cifarx serve", "version": package_version(), "description": _DESCRIPTION},
+        **({"servers": [{"url": root_path}]} if root_path else {}),
         "paths": paths,
         "components": {"schemas": _components(schemas), "securitySchemes": _SECURITY_SCHEMES},
     }

@@ -2,7 +2,7 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,9 @@ _CONTENT_SECURITY_POLICY: Final = (
     b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+_CACHED_ROOT_PATHS: Final = 8
+"""A server has one root path, and another one for each prefix that its reverse proxies send."""
+
 _READY_RESPONSES: Final = {
     **ok_response("All models can answer requests", StatusResponse),
     HTTPStatus.SERVICE_UNAVAILABLE: Body("A model cannot answer requests", {JSON_TYPE: StatusResponse}),
@@ -53,12 +56,12 @@ def create_routes(
         *_StatusRoutes(readiness, metrics).table(),
     ]
 
-    @cache
-    def document() -> bytes:
-        return openapi_document(routes)
+    @lru_cache(_CACHED_ROOT_PATHS)
+    def document(root_path: str) -> bytes:
+        return openapi_document(routes, root_path)
 
-    async def openapi(request: Request) -> Response:  # noqa: ARG001
-        return Response(document())
+    async def openapi(request: Request) -> Response:
+        return Response(document(request.root_path))
 
     return [
         *routes,

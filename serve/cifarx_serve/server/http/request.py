@@ -51,7 +51,8 @@ class Request:
     Attributes:
         received_at: when the request headers were received, on the clock of `time.perf_counter`.
         id: the `X-Request-ID` of the client if it is valid, otherwise a random one.
-        path: the decoded path, without the query string.
+        root_path: the prefix under which clients reach the application, such as "/models"; usually empty.
+        path: the decoded path, without the root path and the query string.
         path_params: the values of the placeholders of the route's path.
     """
 
@@ -59,7 +60,10 @@ class Request:
         self.received_at = time.perf_counter()
         self.scope = scope
         self.method: str = scope["method"]
+        self.root_path = ""
         self.path: str = scope["path"]
+        if root_path := scope.get("root_path"):
+            self.mount(root_path)
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.path_params: dict[str, str] = {}
         self.limits = limits
@@ -71,6 +75,13 @@ class Request:
         self.id = (
             client_id.decode() if client_id and _REQUEST_ID.fullmatch(client_id) else f"{_RANDOM.getrandbits(128):032x}"
         )
+
+    def mount(self, root_path: str) -> None:
+        """Set the root path. The path of the scope includes it, unless a proxy or the ASGI server has removed it."""
+        self.root_path = root_path
+        path: str = self.scope["path"]
+        is_included = path.startswith(root_path) and path[len(root_path) :][:1] in ("", "/")
+        self.path = path[len(root_path) :] if is_included else path
 
     @property
     def content_type(self) -> str:

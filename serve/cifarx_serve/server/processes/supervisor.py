@@ -24,7 +24,9 @@ from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR, Settings
 from cifarx_serve.system.worker_process import worker_command, worker_environment
 
 _WORKER_MODULE: Final = "cifarx_serve.server.processes.worker"
-_BACKLOG: Final = 1024
+BACKLOG: Final = 1024
+"""The number of connections that may wait until a worker accepts them."""
+
 _WATCH_INTERVAL_S: Final = 1.0
 _MIN_RESTART_DELAY_S: Final = 0.25
 _MAX_RESTART_DELAY_S: Final = 8.0
@@ -53,7 +55,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
-            listener.listen(_BACKLOG)
+            listener.listen(BACKLOG)
         except OSError:
             listener.close()
             raise
@@ -73,16 +75,24 @@ class Supervisor:
         workers: the number of workers.
         watch: whether to reload models when their files change.
         on_event: called with a line of text for each event; the first is "ready".
+        on_drain: called when no new connections shall reach the socket, before it is closed.
     """
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, workers: int, watch: bool, on_event: Callable[[str], None]
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        workers: int,
+        watch: bool,
+        on_event: Callable[[str], None],
+        on_drain: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._listener = listener
         self._count = workers
         self._watch = watch
         self._on_event = on_event
+        self._on_drain = on_drain
         self._stopping = asyncio.Event()
         self._workers: dict[int, asyncio.subprocess.Process] = {}
         self._ready: set[int] = set()
@@ -107,6 +117,7 @@ class Supervisor:
             workers = [asyncio.create_task(self._supervise(number, metrics_dir)) for number in range(self._count)]
             watching = asyncio.create_task(self._watch_files()) if self._watch else None
             await self._stopping.wait()
+            self._on_drain()
             drop_new_connections(self._listener)
             self._listener.close()
             if watching:

@@ -21,7 +21,7 @@ from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
-from tests.support.asgi_client import encode_image, open_client
+from tests.support.asgi_client import AsgiClient, encode_image, open_client, run_with_client
 from tests.support.color_model import write_onnx
 from tests.support.spec_model import make_spec, write_model
 
@@ -185,3 +185,14 @@ def test_a_server_that_is_not_ready_responds_as_described(document: dict[str, An
                 Draft202012Validator({**schema, "components": document["components"]}).validate(response.json)
 
     asyncio.run(run())
+
+
+def test_the_paths_follow_the_root_path_of_the_server_or_of_the_proxy() -> None:
+    async def test(client: AsgiClient) -> None:
+        document = (await client.get("/models/openapi.json")).json
+        assert document["servers"] == [{"url": "/models"}]
+        assert "/v1/predict" in document["paths"]
+        document = (await client.get("/openapi.json", x_forwarded_prefix="/edge/models")).json
+        assert document["servers"] == [{"url": "/edge/models"}]
+
+    run_with_client(test, root_path="/models", trusted_proxies=("127.0.0.1",), open_models=False)
