@@ -370,6 +370,7 @@ def list_files(folder: Path) -> list[str]:
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"data": "nowhere"}, "dataset nowhere does not exist"),
         ({"data": "."}, "0 class folders"),
+        ({"freeze": ["layer9.*"]}, "--freeze layer9.* matches no parameter"),
     ],
 )
 def test_invalid_input_leaves_no_files(options: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def open_teacher(
         f"teacher {path.name} ({spec.model}): {describe_classes(spec.class_names)}, images resized to "
         f"{describe_input(spec.input)}"
     )
+    if device.type == "cuda" and not teacher.runs_on_device:
+        progress(f"note: {path.name} cannot be part of a CUDA graph: training is faster with a checkpoint as teacher")
     return teacher
 
 

@@ -144,30 +144,30 @@ def train(
             spec = _input_spec(requested_input, fits_normalization, splits.train, point)
             if point:
                 _require_same_run(point, architecture, requested_input, splits.record, seed)
-        num_classes = len(dataset.class_names)
-        callback = CallbackList([TensorBoard(logs), *callbacks] if distributed.is_main_process else [])
-        with report_out_of_memory(target, recipe.batch_size, "--batch-size"):
-            module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target, transfer)
-            if not (architecture.is_registered or supports_channels_last(module, spec)):
-                make_input_contiguous(module)
-                recipe = msgspec.structs.replace(recipe, channels_last=False)
-            names, record = dataset.class_names, splits.record
-            learned_from = start.record, tutor.record if tutor else None
-            plan = TrainingPlan(architecture, spec, recipe, names, record, seed, target, distributed, *learned_from)
-            images = RunData.select(splits, recipe, seed, target)
-            loop = TrainingLoop(
-                module,
-                images.train,
-                spec,
-                recipe,
-                device=target,
-                seed=seed,
-                distributed=distributed,
-                head=head,
-                teacher=tutor,
-                class_weights=loss_weights(recipe, names, images.train),
-            )
-            return Trainer(plan, loop, images, directory, callback).fit(point)
+            num_classes = len(dataset.class_names)
+            callback = CallbackList([TensorBoard(logs), *callbacks] if distributed.is_main_process else [])
+            with report_out_of_memory(target, recipe.batch_size, "--batch-size"):
+                module = _initialize_model(architecture, spec, splits.train, num_classes, seed, target, transfer)
+                if not (architecture.is_registered or supports_channels_last(module, spec)):
+                    make_input_contiguous(module)
+                    recipe = msgspec.structs.replace(recipe, channels_last=False)
+                names, record = dataset.class_names, splits.record
+                learned_from = start.record, tutor.record if tutor else None
+                plan = TrainingPlan(architecture, spec, recipe, names, record, seed, target, distributed, *learned_from)
+                images = RunData.select(splits, recipe, seed, target)
+                loop = TrainingLoop(
+                    module,
+                    images.train,
+                    spec,
+                    recipe,
+                    device=target,
+                    seed=seed,
+                    distributed=distributed,
+                    head=head,
+                    teacher=tutor,
+                    class_weights=loss_weights(recipe, names, images.train),
+                )
+                return Trainer(plan, loop, images, directory, callback).fit(point)
 
     with init_distributed() as distributed, lock_directory(out) if distributed.is_main_process else nullcontext():
         return run(distributed)  # a function, so that the DDP model is freed before the process group is destroyed

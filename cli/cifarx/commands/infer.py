@@ -109,6 +109,8 @@ def command(
         if sheet:
             sheet.write(predictor.spec.model, description)
             note(f"wrote {annotate}")
+    if not predicted and len(named) == 1 and named[0].endswith(".txt"):
+        note(f"note: if {named[0]} is a list of paths, give it with --from")
     if predicted == classified:
         return 0
     return 1 if predicted else 2
@@ -131,7 +133,8 @@ def _listed(path_list: str | None, named: list[str], *, null: bool) -> Iterator[
     from cifarx_serve.images.path_list import read_path_list  # few commands have a list
 
     file = sys.stdin.buffer if path_list == STANDARD_INPUT else Path(path_list)
-    return read_path_list(file, null_separated=null)
+    paths = read_path_list(file, null_separated=null)
+    return (f"./{path}" if path == STANDARD_INPUT else path for path in paths)  # a list has files alone
 
 
 def _open(path: str, network: str | None, backend: str | None, device: str, flags: ModelFlags) -> Predictor:

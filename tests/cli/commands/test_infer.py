@@ -231,11 +231,12 @@ def test_the_paths_in_a_list_are_classified_after_the_named_images(
     """A list may name files whose names are not UTF-8 or have spaces, and what is no image."""
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 [1].png")
     shutil.copy(drawings[1], odd)
-    listed = [odd, "https://example.org/dog.jpg", str(tmp_path), *map(str, drawings)] * 40
+    listed = [odd, "https://example.org/dog.jpg", str(tmp_path), "-", *map(str, drawings)] * 40
     (tmp_path / "list.txt").write_bytes(b"\n".join(map(os.fsencode, listed)))
     result = cli("infer", drawings[0], "--from", tmp_path / "list.txt", "--model", trained.onnx, "--json")
     assert result.status == 1
-    names, entries = [str(drawings[0]), *listed], result.json
+    names = [str(drawings[0]), *("./-" if name == "-" else name for name in listed)]  # not standard input
+    entries = result.json
     assert [entry["image"] for entry in entries] == [name.replace("\udce9", "\ufffd") for name in names]
     found = dict(zip(names, entries, strict=True))
     assert found[odd]["label"] == found[str(drawings[1])]["label"]
@@ -270,6 +271,13 @@ def test_lists_and_names_that_cannot_be_used(
     result = cli("infer", "--model", trained.onnx, *arguments)
     assert result.status == 2
     assert problem in result.error
+
+
+def test_a_list_that_is_named_as_an_image(cli: Cli, trained: Trained, drawings: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{drawings[0]}\n")
+    result = cli("infer", "--model", trained.onnx, "list.txt")
+    assert result.status == 2
+    assert "note: if list.txt is a list of paths, give it with --from" in result.err
 
 
 def test_csv_has_one_row_per_image(cli: Cli, trained: Trained, folder: Path) -> None:
