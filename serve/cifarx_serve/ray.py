@@ -19,7 +19,8 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.images.reader import suppress_pillow_warnings
 from cifarx_serve.server.app import configure_process, create_app
 from cifarx_serve.server.http.request import Message, Receive, Scope, Send
-from cifarx_serve.server.settings import Settings, absolute_path, files_by_name, limit_options, limits_from_options
+from cifarx_serve.server.model_files import absolute_path, absolute_paths, files_by_name
+from cifarx_serve.server.settings import Settings, limit_options, limits_from_options
 
 try:
     import ray
@@ -160,7 +161,7 @@ def parse_settings(arguments: dict[str, Any]) -> Settings:
     if not any(files):
         raise UsageError("no file to serve", f"set {ENV_PREFIX}FILES, or pass the argument files")
     return Settings(
-        files={name: absolute_path(path) for name, path in files_by_name([file for file in files if file]).items()},
+        files=absolute_paths(files_by_name([file for file in files if file])),
         backend=parsed.backend,
         device=parsed.device,
         limits=limits_from_options({option.name: getattr(parsed, option.name) for option in _LIMIT_OPTIONS}),

@@ -21,12 +21,11 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.forwarded import UNIX, TrustedProxies, require_root_path
 from cifarx_serve.server.http.listener import create_ssl_context
+from cifarx_serve.server.model_files import absolute_path, absolute_paths, files_by_name
 from cifarx_serve.server.processes.supervisor import BACKLOG, Supervisor, listen
 from cifarx_serve.server.settings import (
     LimitOption,
     Settings,
-    absolute_path,
-    files_by_name,
     limit_options,
     limits_from_options,
 )
@@ -114,7 +113,7 @@ def command(
     ssl_context = create_ssl_context(_absolute(certfile), _absolute(keyfile))
     worker_count = _count_workers(workers, device)
     settings = Settings(
-        files={name: absolute_path(path) for name, path in models.items()},
+        files=absolute_paths(models),
         backend=backend,
         device=device,
         threads=max(1, available_cpus() // worker_count),

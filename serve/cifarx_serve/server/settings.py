@@ -1,20 +1,13 @@
 """The settings of a server: model files, limits, TLS and access."""
 
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import ceil, floor
-from pathlib import Path
 from typing import Annotated, Final, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
 
 from cifarx_serve.backends.registry import RegisteredBackend
-from cifarx_serve.errors import UsageError
-from cifarx_serve.system.terminal import printable, require_utf8
-
-_MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 PROMETHEUS_MULTIPROC_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The environment variable that names the directory in which workers share their metrics.
@@ -148,7 +141,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a worker; the supervisor sends them as JSON.
 
     Attributes:
-        files: the paths of the model files by model name, in order; the first model is the default.
+        files: the paths of the model files by key, as `files_by_name` returns them; the first model is the default.
         backend: the name of the backend; None to choose it by the file.
         device: where the models run, such as "auto", "cpu" or "cuda:0".
         threads: the number of CPUs that one worker computes with.
@@ -175,53 +168,3 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     access_log: bool = True
     root_path: str = ""
     trusted_proxies: tuple[str, ...] = ()
-
-
-def files_by_name(arguments: Sequence[str]) -> dict[str, Path]:
-    """Return the paths of model files by model name, in order.
-
-    An argument is the path of a file, or NAME=FILE. Without NAME, the name is the file name without its suffix, and
-    with a replacement for characters that are not safe to print. Files that would have the same name keep the suffix,
-    and those that still would are numbered.
-
-    Raises:
-        UsageError: there is no file, or a file or a name is given twice.
-    """
-    if not arguments:
-        raise UsageError("no file to serve", "name at least one model file")
-    given = [_parse_argument(argument) for argument in arguments]
-    paths = [path for _, path in given]
-    if repeated := [path for number, path in enumerate(paths) if path in paths[:number]]:
-        raise UsageError(f"{repeated[0]} is named twice", "name each file once")
-    derived = iter(_derived_names([path for name, path in given if name is None]))
-    names = [next(derived) if name is None else name for name, _ in given]
-    if repeated_names := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise UsageError(f"two models have the name {repeated_names[0]}", "name one of them, as in NAME=FILE")
-    return dict(zip(names, paths, strict=True))
-
-
-def _parse_argument(argument: str) -> tuple[str | None, Path]:
-    """Return the name, if the argument states one, and the path of a model file."""
-    name, equals, file = argument.partition("=")
-    if equals and file and _MODEL_NAME.fullmatch(name) and not os.path.lexists(argument):
-        return name, Path(file)
-    return None, Path(argument)
-
-
-def _derived_names(paths: list[Path]) -> list[str]:
-    file_names = [printable(path.absolute().name) for path in paths]  # absolute, because the name of "." is empty
-    stems = [name.rpartition(".")[0] or name for name in file_names]
-    names = [
-        stem if stems.count(stem) == 1 else name.replace(".", "-") for stem, name in zip(stems, file_names, strict=True)
-    ]
-    return [f"{name}-{number}" for number, name in enumerate(names)] if len(set(names)) != len(names) else names
-
-
-def absolute_path(path: Path) -> str:
-    """Return the absolute path of a file of the settings.
-
-    Raises:
-        UsageError: the path is not valid UTF-8. The settings are sent to the workers as JSON.
-    """
-    require_utf8(path.absolute())
-    return str(path.absolute())

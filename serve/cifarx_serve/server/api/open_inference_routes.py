@@ -172,7 +172,8 @@ class OpenInferenceRoutes:
 
     async def _model_metadata(self, request: Request) -> Response:
         model = self._instance(request).model
-        return json_response(model_metadata(model.name, [model.version], model.platform, model.spec))
+        versions = [instance.model.protocol_version for instance in self._repository.versions(model.name)]
+        return json_response(model_metadata(model.name, versions, model.platform, model.spec))
 
     async def _model_ready(self, request: Request) -> Response:
         model = self._instance(request).model
@@ -190,7 +191,9 @@ class OpenInferenceRoutes:
                 )
             result = await instance.infer(tensor, deadline, request.is_disconnected)
         model = instance.model
-        body, header_length = infer_response(infer, model.name, model.version, model.spec.output, result.values)
+        body, header_length = infer_response(
+            infer, model.name, model.protocol_version, model.spec.output, result.values
+        )
         if header_length is None:
             return Response(body, content_type=JSON)
         headers = ((_HEADER_LENGTH, str(header_length).encode()),)

@@ -15,6 +15,7 @@ from cifarx_serve.backends.registry import model_file, open_backend
 from cifarx_serve.errors import CifarxError, ModelFileError, error_message
 from cifarx_serve.files.regular_file import open_regular_file
 from cifarx_serve.images.preprocess import model_input, pixels_to_input
+from cifarx_serve.server.model_files import parse_key
 from cifarx_serve.spec import ModelSpec
 
 _VERSION_DIGITS: Final = 12
@@ -22,6 +23,8 @@ _VERSION_DIGITS: Final = 12
 
 class ModelInfo(msgspec.Struct, frozen=True):
     """A served model. `version` is the start of the file's SHA-256; `provider` is what runs the model.
+
+    `number` is the number of its version, if it was given one.
 
     `assumption` says, after the word ASSUMED, what was stated neither by the file nor by the user; null if all was.
     """
@@ -35,16 +38,21 @@ class ModelInfo(msgspec.Struct, frozen=True):
     loaded_at: str
     spec: ModelSpec
     assumption: str | None
+    number: int | None = None
 
 
 class ServedModel:
     """One version of one model. One thread at a time may call `run`.
 
     Attributes:
+        key: the key of its file, which is the name, or NAME@2 for version 2.
+        name: the name that it is served under.
+        number: the number of its version; None if it has none.
+        version: the start of the SHA-256 of its file.
         failed: whether the model fails on every input.
 
     Args:
-        name: the name that the model is served under.
+        key: the key of its file.
         path: the model file.
         backend: the backend's name; by default the suffix of the file selects it.
         device: the device, as users write it.
@@ -58,7 +66,7 @@ class ServedModel:
 
     def __init__(
         self,
-        name: str,
+        key: str,
         path: str,
         backend: str | None,
         device: str,
@@ -66,7 +74,8 @@ class ServedModel:
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
         file = model_file(Path(path))
-        self.name = name
+        self.key = key
+        self.name, self.number = parse_key(key)
         self.version = file_version(path)
         self._backend: Backend = open_backend(file, backend, device)
         self._file = file.name
@@ -85,6 +94,15 @@ class ServedModel:
     def spec(self) -> ModelSpec:
         """The model's spec, from its file."""
         return self._backend.spec
+
+    @property
+    def protocol_version(self) -> str:
+        """The version in the Open Inference Protocol: the number if the model has one, otherwise `version`."""
+        return self.version if self.number is None else str(self.number)
+
+    def has_version(self, version: str) -> bool:
+        """Return whether a client means this version: its number, or `version`; 1 is the only one without a number."""
+        return version in (self.version, str(self.number or 1))
 
     @property
     def platform(self) -> str:
@@ -108,6 +126,7 @@ class ServedModel:
             self._loaded_at,
             self.spec,
             self.spec.assumption,
+            self.number,
         )
 
     def run(self, images: NDArray[Any]) -> NDArray[np.float32]:

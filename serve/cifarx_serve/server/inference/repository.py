@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, Self, TypeAlias
 
+import msgspec
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import CifarxError, DeviceMemoryError, unknown_name_error
@@ -20,6 +21,7 @@ from cifarx_serve.server.inference.errors import (
 from cifarx_serve.server.inference.loading import load_model, try_model
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.model import ServedModel, file_version
+from cifarx_serve.server.model_files import latest_keys, parse_key
 from cifarx_serve.server.settings import Settings
 
 ModelState: TypeAlias = Literal["starting", "ready", "draining", "failed"]
@@ -50,7 +52,7 @@ class ModelInstance:
             limits.max_batch,
             limits.max_delay_us / 1e6,
             limits.max_queue,
-            metrics.batch_observer(model.name),
+            metrics.batch_observer(model.key),
             _INLINE_LIMIT_S if model.has_predictable_latency and settings.threads == 1 else 0.0,
         )
 
@@ -139,6 +141,7 @@ class ModelRepository:
         self.peers_starting = False
         self._metrics = metrics
         self._instances: dict[str, ModelInstance] = {}
+        self._by_name: dict[str, ModelInstance] = {}
         self._lock = asyncio.Lock()
 
     @property
@@ -153,32 +156,51 @@ class ModelRepository:
     @property
     def instances(self) -> list[ModelInstance]:
         """The loaded models, in the order of the files."""
-        return [self._instances[name] for name in self.settings.files if name in self._instances]
+        return [self._instances[key] for key in self.settings.files if key in self._instances]
 
     def get(self, name: str | None = None, version: str | None = None) -> ModelInstance:
         """Return a model.
 
         Args:
-            name: the name it is served under; by default the first one.
-            version: the version that it must have; by default any.
+            name: the name it is served under, or NAME@2 for version 2; by default the first one. Without a version, it
+                is the latest one.
+            version: the number of a version, or the start of the SHA-256 of its file.
 
         Raises:
-            ModelNotFound: there is no such model, or it has another version.
+            ModelNotFound: there is no such model, or it has no such version.
             ModelNotReady: it is not loaded yet.
         """
-        files = self.settings.files
         if name is None:
-            name = next(iter(files))
-        instance = self._instances.get(name)
+            name = next(iter(self.settings.files), "")
+            name = name if version is not None else parse_key(name).name
+        instance = self._by_name.get(name)
         if instance is None:
-            if name in files:
-                raise ModelNotReady(f"model {name} is still loading", "try again in a second")
-            error = unknown_name_error("model", name[:80], files)
-            raise ModelNotFound(error.problem, error.remedy)
-        if version is not None and version != instance.model.version:
-            problem = f"model {name} has no version {version[:80]!r}"
-            raise ModelNotFound(problem, f"its version is {instance.model.version}")
-        return instance
+            raise self._missing(name)
+        return instance if version is None else self._of_version(instance, name, version)
+
+    def _missing(self, name: str) -> CifarxError:
+        files = self.settings.files
+        names = latest_keys(files)
+        if name in files or name in names:
+            return ModelNotReady(f"model {name} is still loading", "try again in a second")
+        if not files:
+            return ModelNotFound("no model is loaded", "load one of the model repository")
+        error = unknown_name_error("model", name[:80], names)
+        return ModelNotFound(error.problem, error.remedy)
+
+    def _of_version(self, instance: ModelInstance, name: str, version: str) -> ModelInstance:
+        versions = self.versions(name) if name == instance.model.name else [instance]
+        for candidate in versions:
+            if candidate.model.has_version(version):
+                return candidate
+        known = ", ".join(candidate.model.protocol_version for candidate in versions)
+        problem = f"model {name} has no version {version[:80]!r}"
+        raise ModelNotFound(problem, f"its version is {known}" if len(versions) == 1 else f"its versions are {known}")
+
+    def versions(self, name: str) -> list[ModelInstance]:
+        """Return the loaded versions of a model, in ascending order."""
+        found = [instance for instance in self._instances.values() if instance.model.name == name]
+        return sorted(found, key=lambda instance: instance.model.number or 0)
 
     async def open(self) -> None:
         """Load the models, one after the other, without blocking the event loop.
@@ -186,31 +208,65 @@ class ModelRepository:
         Raises:
             CifarxError: a model cannot be loaded.
         """
-        async with self._lock:  # a reload that is requested meanwhile follows
-            for name in self.settings.files:
-                self._instances[name] = await self._load(name)
+        async with self._lock:  # an update that is requested meanwhile follows
+            for key in self.settings.files:
+                self._instances[key] = await self._load(key, self.settings)
+                self._index()
 
     async def reload(self, on_event: Callable[[str], None]) -> None:
-        """Replace each model whose file has changed, if the new version loads, verifies and runs; keep it otherwise.
+        """Update the models whose file has changed, as `update` does."""
+        async with self._lock:
+            await self._update(self.settings.files, on_event)
 
-        Requests that are queued for the old version are answered by it.
+    async def update(self, files: Mapping[str, str], on_event: Callable[[str], None]) -> dict[str, str]:
+        """Serve these files: load those that are new, replace those that have changed, and unload the others.
+
+        A new version must load, verify and run; otherwise the old one is kept. Requests that are queued for an old
+        version are answered by it.
 
         Args:
-            on_event: called with a line of text for each model that was reloaded or had to be kept.
+            files: the paths of the files by key.
+            on_event: called with a line of text for each model that was loaded, replaced, kept or unloaded.
+
+        Returns:
+            Why a model could not be loaded, by its key.
         """
         async with self._lock:
-            for name in self.settings.files:
-                try:
-                    if await asyncio.to_thread(file_version, self.settings.files[name]) == self._version(name):
-                        continue
-                    await try_model(name, self.settings)
-                    new = await self._load(name)
-                except CifarxError as error:
-                    on_event(f"kept {name} at version {self._version(name)}: {error}")
-                    continue
-                old, self._instances[name] = self._instances[name], new
-                on_event(f"reloaded {name} from version {old.model.version} to {new.model.version}")
-                await old.drain()
+            return await self._update(files, on_event)
+
+    async def _update(self, files: Mapping[str, str], on_event: Callable[[str], None]) -> dict[str, str]:
+        errors: dict[str, str] = {}
+        for key in files:
+            try:
+                await self._load_changed(key, files, on_event)
+            except CifarxError as error:
+                errors[key] = str(error)
+                old = self._instances.get(key)
+                outcome = f"kept {key} at version {old.model.version}" if old else f"did not load {key}"
+                on_event(f"{outcome}: {error}")
+        unloaded = [self._instances.pop(key) for key in list(self._instances) if key not in files]
+        loaded = {key: path for key, path in files.items() if key in self._instances}
+        self.settings = msgspec.structs.replace(self.settings, files=loaded)
+        self._index()
+        for instance in unloaded:
+            on_event(f"unloaded {instance.model.key}")
+            await instance.drain()
+        return errors
+
+    async def _load_changed(self, key: str, files: Mapping[str, str], on_event: Callable[[str], None]) -> None:
+        """Load a model that is new, or whose file is not the one that is served."""
+        old = self._instances.get(key)
+        if old is not None and await asyncio.to_thread(file_version, files[key]) == old.model.version:
+            return
+        settings = msgspec.structs.replace(self.settings, files=dict(files))
+        await try_model(key, settings)
+        new = self._instances[key] = await self._load(key, settings)
+        if old is None:
+            on_event(f"loaded {key} at version {new.model.version}")
+            return
+        self._index()
+        on_event(f"reloaded {key} from version {old.model.version} to {new.model.version}")
+        await old.drain()
 
     async def recheck_failed(self) -> bool:
         """Run the models that have failed once more, and return whether all models work."""
@@ -224,9 +280,13 @@ class ModelRepository:
         for instance in self.instances:
             await instance.drain()
         self._instances.clear()
+        self._by_name.clear()
 
-    def _version(self, name: str) -> str:
-        return self._instances[name].model.version
+    def _index(self) -> None:
+        """Find the models by name, which is that of their latest version, and by key."""
+        latest = latest_keys([*self.settings.files, *self._instances])
+        by_name = {name: self._instances[key] for name, key in latest.items() if key in self._instances}
+        self._by_name = self._instances | by_name
 
-    async def _load(self, name: str) -> ModelInstance:
-        return ModelInstance(await load_model(name, self.settings), self.settings, self._metrics)
+    async def _load(self, key: str, settings: Settings) -> ModelInstance:
+        return ModelInstance(await load_model(key, settings), settings, self._metrics)

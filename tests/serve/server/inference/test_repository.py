@@ -81,11 +81,69 @@ def test_a_model_is_found_by_its_version(tmp_path: Path) -> None:
     async def test(repository: ModelRepository) -> None:
         version = repository.get("a").model.version
         assert repository.get("a", version) is repository.get("a")
+        assert repository.get("a", "1") is repository.get("a"), "clients of Triton ask for version 1 by habit"
         with pytest.raises(ModelNotFound) as not_found:
-            repository.get("a", "1")
-        assert str(not_found.value) == f"model a has no version '1': its version is {version}"
+            repository.get("a", "2")
+        assert str(not_found.value) == f"model a has no version '2': its version is {version}"
 
     run_with_repository(test, write_faulty_model(tmp_path / "a.faulty"))
+
+
+def test_the_latest_of_several_versions_is_the_default(tmp_path: Path) -> None:
+    async def test(repository: ModelRepository) -> None:
+        latest = repository.get("a")
+        assert repository.get() is latest
+        assert (latest.model.key, latest.model.name, latest.model.number) == ("a@10", "a", 10)
+        assert [instance.model.protocol_version for instance in repository.versions("a")] == ["2", "10"]
+        older = repository.get("a", "2")
+        assert older is repository.get("a@2") is repository.get("a", older.model.version)
+        assert repository.get("a@2", "2") is older
+        assert await best_class(latest) != await best_class(older)
+        assert repository.get("b").model.protocol_version == repository.get("b").model.version
+        for name, version, message in [
+            ("a", "1", "model a has no version '1': its versions are 2, 10"),
+            ("a@2", "10", "model a@2 has no version '10': its version is 2"),
+            ("a@3", None, "unknown model 'a@3': did you mean 'a'"),
+        ]:
+            with pytest.raises(ModelNotFound) as not_found:
+                repository.get(name, version)
+            assert str(not_found.value).startswith(message)
+
+    paths = [write_onnx(tmp_path / "a@10.onnx"), write_onnx(tmp_path / "a@2.onnx", order=(2, 1, 0))]
+    run_with_repository(test, *paths, write_onnx(tmp_path / "b.onnx", opset=18))
+
+
+def test_an_update_loads_and_unloads_models(tmp_path: Path) -> None:
+    a, b, broken = write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b.onnx"), tmp_path / "broken.onnx"
+    broken.write_bytes(b"text")
+
+    async def test(repository: ModelRepository) -> None:
+        events: list[str] = []
+        used = repository.get("a")
+        with used:
+            updating = asyncio.create_task(
+                repository.update({"b": str(b), "broken": str(broken), "b@2": str(a)}, events.append)
+            )
+            while "unloaded a" not in events:
+                await asyncio.sleep(0.01)
+            with pytest.raises(ModelNotFound, match="unknown model 'a': choose from b"):
+                repository.get("a")
+            assert await best_class(used) == 0, "a request that came before is answered"
+            assert not updating.done()
+        errors = await updating
+        assert list(errors) == ["broken"]
+        version = repository.get("b", "1").model.version
+        assert events[0] == f"loaded b at version {version}"
+        assert events[1].startswith("did not load broken: ")
+        assert list(repository.settings.files) == ["b", "b@2"]
+        assert repository.get("b").model.key == "b@2"
+        assert repository.state == "ready"
+        await repository.update({}, events.append)
+        with pytest.raises(ModelNotFound, match="no model is loaded: load one of the model repository"):
+            repository.get()
+        assert repository.state == "ready"
+
+    run_with_repository(test, a)
 
 
 def test_the_state_is_starting_until_all_models_are_loaded(tmp_path: Path) -> None:
