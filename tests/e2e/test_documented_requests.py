@@ -14,6 +14,7 @@ from tests.support.server_process import run_server
 
 GUIDE = Path(__file__).parents[2] / "docs" / "serving.md"
 ADDRESS = "http://127.0.0.1:8000"
+SOCKET = "/run/cifarx/cifarx.sock"
 CLASSIFYING = re.compile(r"/v1/predict|:predict|/invocations")
 
 pytestmark = [
@@ -43,10 +44,14 @@ def test_every_documented_request_is_answered(tmp_path: Path) -> None:
     model = write_onnx(tmp_path / "colors.onnx")
     for name in ("dog.png", "horse.jpg"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / name)
-    with run_server(tmp_path / "server", f"lzh_9={model}", "--workers", 1) as server:
+    uds = tmp_path / "cifarx.sock"
+    with (
+        run_server(tmp_path / "server", f"lzh_9={model}", "--workers", 1) as server,
+        run_server(tmp_path / "uds", f"lzh_9={model}", "--workers", 1, "--uds", uds),
+    ):
         for command in documented_commands():
-            assert ADDRESS in command
-            local = command.replace(ADDRESS, f"http://127.0.0.1:{server.port}")
+            assert ADDRESS in command or SOCKET in command
+            local = command.replace(ADDRESS, f"http://127.0.0.1:{server.port}").replace(SOCKET, str(uds))
             ran = subprocess.run(["bash", "-c", local], cwd=tmp_path, capture_output=True, text=True, check=True)
             predictions = json.loads(ran.stdout)["predictions"]
             assert predictions, command

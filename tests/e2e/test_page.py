@@ -2,37 +2,25 @@
 
 import base64
 import json
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import pytest
 from PIL import Image
-from selenium.common.exceptions import StaleElementReferenceException
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import Select
 
+from tests.support.browser import Browser, open_browser
 from tests.support.color_model import write_onnx
 from tests.support.server_process import PROGRAM, ServerProcess, run_server
 from tests.support.spec_model import GRAYSCALE, RGB, make_spec, write_model
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-PATIENCE_S = 30
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1200,1000"),
-)
-PHONE = {
-    "deviceMetrics": {"width": 360, "height": 780, "pixelRatio": 2, "touch": True},
-    "userAgent": "Mozilla/5.0 (Linux; Android 14) Mobile",
-}
 GREENISH, REDDISH = (100, 120, 90), (130, 100, 90)
 
 # Dispatches the event of a browser when a file is dropped or pasted.
@@ -46,84 +34,11 @@ document.getElementById("drop").dispatchEvent(event);
 """
 
 
-class Page:
-    """A page of a server in its own browser."""
-
-    def __init__(self, driver: Chrome, server: ServerProcess) -> None:
-        self.driver = driver
-        self.server = server
-
-    def open(self, path: str = "/") -> None:
-        self.driver.get(f"http://127.0.0.1:{self.server.port}{path}")
-
-    def text(self, name: str) -> str:
-        return str(self.driver.find_element(By.ID, name).text)
-
-    def texts(self, selector: str) -> list[str]:
-        return [element.text for element in self.driver.find_elements(By.CSS_SELECTOR, selector)]
-
-    def wait(self, condition: Callable[[], object], problem: str) -> None:
-        # The page may replace an element between finding it and reading it.
-        ignored = [StaleElementReferenceException]
-        waiting = WebDriverWait(self.driver, PATIENCE_S, poll_frequency=0.05, ignored_exceptions=ignored)
-        waiting.until(lambda _: condition(), problem)
-
-    def wait_text(self, name: str, expected: str) -> None:
-        self.wait(lambda: self.text(name) == expected, f"#{name} is not {expected!r}")
-
-    def choose(self, *files: Path) -> None:
-        self.driver.find_element(By.ID, "files").send_keys("\n".join(map(str, files)))
-
-    def press(self, *keys: str) -> None:
-        """Send keys to the element that has the focus."""
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def tab_to(self, name: str) -> None:
-        """Move the focus to an element with the Tab key."""
-        for _ in range(20):
-            self.press(Keys.TAB)
-            if self.driver.switch_to.active_element.get_attribute("id") == name:
-                return
-        pytest.fail(f"the Tab key does not reach #{name}")
-
-    def scrolls_horizontally(self) -> bool:
-        return bool(self.driver.execute_script("return document.documentElement.scrollWidth > innerWidth"))
-
-    def console_errors(self) -> list[str]:
-        """Return the errors in the console, except for responses with an error status, which browsers log too."""
-        errors = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
-        return [message for message in errors if "Failed to load resource" not in message]
-
-
-Browse: TypeAlias = Callable[..., Page]
-
-
 @pytest.fixture
-def browse(tmp_path: Path) -> Iterator[Browse]:
-    """Open the first page of a server: `browse(server, phone=True)`. At the end no script may have failed on it."""
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver on the PATH")
-    pages: list[Page] = []
-
-    def start(server: ServerProcess, phone: bool = False) -> Page:
-        options = ChromeOptions()
-        options.binary_location = str(CHROMIUM)
-        for flag in (*FLAGS, f"--user-data-dir={tmp_path / f'profile-{len(pages)}'}"):
-            options.add_argument(flag)
-        if phone:
-            options.add_experimental_option("mobileEmulation", PHONE)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        pages.append(Page(Chrome(options, Service(str(DRIVER))), server))
-        pages[-1].open()
-        return pages[-1]
-
-    try:
-        yield start
-        for page in pages:
-            assert page.console_errors() == []
-    finally:
-        for page in pages:
-            page.driver.quit()
+def browse(tmp_path: Path) -> Iterator[Browser]:
+    """Open the first page of a server: `browse(server, phone=True)`."""
+    with open_browser(tmp_path) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +72,7 @@ def image_with_long_name(directory: Path) -> Path:
     return path
 
 
-def test_the_prediction_is_that_of_infer(browse: Browse, server: ServerProcess, directory: Path) -> None:
+def test_the_prediction_is_that_of_infer(browse: Browser, server: ServerProcess, directory: Path) -> None:
     page = browse(server)
     page.wait_text("state", "ready")
     page.choose(directory / "greenish.png")
@@ -174,7 +89,7 @@ def test_the_prediction_is_that_of_infer(browse: Browse, server: ServerProcess, 
 
 
 @pytest.mark.parametrize("event", ["drop", "paste"])
-def test_images_can_be_dropped_and_pasted(browse: Browse, server: ServerProcess, directory: Path, event: str) -> None:
+def test_images_can_be_dropped_and_pasted(browse: Browser, server: ServerProcess, directory: Path, event: str) -> None:
     page = browse(server)
     data = base64.b64encode((directory / "greenish.png").read_bytes()).decode()
     page.driver.execute_script(DISPATCH_FILE_EVENT, event, data, "transferred.png")
@@ -183,7 +98,7 @@ def test_images_can_be_dropped_and_pasted(browse: Browse, server: ServerProcess,
 
 
 def test_each_of_several_images_has_a_prediction_or_an_error(
-    browse: Browse, server: ServerProcess, directory: Path
+    browse: Browser, server: ServerProcess, directory: Path
 ) -> None:
     page = browse(server)
     files = [directory / "greenish.png", directory / "broken.png", image_with_long_name(directory)]
@@ -196,7 +111,7 @@ def test_each_of_several_images_has_a_prediction_or_an_error(
 
 
 def test_the_error_of_an_invalid_file_is_shown_until_the_next_prediction(
-    browse: Browse, server: ServerProcess, directory: Path
+    browse: Browser, server: ServerProcess, directory: Path
 ) -> None:
     page = browse(server)
     page.choose(directory / "broken.png")
@@ -214,7 +129,7 @@ def error_message(server: ServerProcess, file: Path) -> str:
     return str(reply.json["error"])
 
 
-def test_the_page_can_be_used_with_the_keyboard(browse: Browse, server: ServerProcess, directory: Path) -> None:
+def test_the_page_can_be_used_with_the_keyboard(browse: Browser, server: ServerProcess, directory: Path) -> None:
     page = browse(server)
     page.wait_text("state", "ready")
     page.driver.execute_cdp_cmd("Page.setInterceptFileChooserDialog", {"enabled": True})
@@ -242,7 +157,7 @@ def test_the_page_can_be_used_with_the_keyboard(browse: Browse, server: ServerPr
     page.wait(lambda: len(page.texts("#bars li")) == 2, "top-k is not 2")
 
 
-def test_a_phone_does_not_scroll_horizontally(browse: Browse, server: ServerProcess, directory: Path) -> None:
+def test_a_phone_does_not_scroll_horizontally(browse: Browser, server: ServerProcess, directory: Path) -> None:
     page = browse(server, phone=True)
     assert page.driver.execute_script("return innerWidth") == 360
     page.wait_text("state", "ready")
@@ -258,7 +173,7 @@ def test_a_phone_does_not_scroll_horizontally(browse: Browse, server: ServerProc
     assert not page.scrolls_horizontally()
 
 
-def test_latency_is_plotted_after_requests(browse: Browse, server: ServerProcess, directory: Path) -> None:
+def test_latency_is_plotted_after_requests(browse: Browser, server: ServerProcess, directory: Path) -> None:
     page = browse(server)
     page.wait(lambda: "no requests yet" in page.text("plot"), "it does not poll")
     assert page.text("p50-now") == "-"
@@ -273,7 +188,7 @@ def test_latency_is_plotted_after_requests(browse: Browse, server: ServerProcess
     assert page.text("plot-problem") == ""
 
 
-def test_the_selected_model_is_used_and_described(browse: Browse, server: ServerProcess, directory: Path) -> None:
+def test_the_selected_model_is_used_and_described(browse: Browser, server: ServerProcess, directory: Path) -> None:
     page = browse(server)
     page.wait(lambda: page.texts("#model option") == ["colors", "swapped"], "the models are not listed")
     page.choose(directory / "greenish.png")
@@ -286,7 +201,7 @@ def test_the_selected_model_is_used_and_described(browse: Browse, server: Server
     assert not page.driver.find_element(By.ID, "verdict").is_displayed()
 
 
-def test_the_api_key_is_requested_once(browse: Browse, directory: Path, tmp_path: Path) -> None:
+def test_the_api_key_is_requested_once(browse: Browser, directory: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.txt"
     keys.write_text("open-sesame\n")
     arguments = (directory / "colors.onnx", "--workers", 1, "--api-key-file", keys)
@@ -307,7 +222,7 @@ def test_the_api_key_is_requested_once(browse: Browse, directory: Path, tmp_path
         assert not page.driver.find_element(By.ID, "key-form").is_displayed()
 
 
-def test_the_documentation_has_the_values_of_the_server(browse: Browse, server: ServerProcess) -> None:
+def test_the_documentation_has_the_values_of_the_server(browse: Browser, server: ServerProcess) -> None:
     page = browse(server)
     page.open("/docs")
     origin = f"http://127.0.0.1:{server.port}"
@@ -319,7 +234,7 @@ def test_the_documentation_has_the_values_of_the_server(browse: Browse, server: 
     assert "Attributes" not in spec
 
 
-def test_several_labels_and_what_was_assumed_are_shown(browse: Browse, directory: Path, tmp_path: Path) -> None:
+def test_several_labels_and_what_was_assumed_are_shown(browse: Browser, directory: Path, tmp_path: Path) -> None:
     letterbox = msgspec.structs.replace(RGB, resize="letterbox", fill=114)
     spec = make_spec(letterbox, activation="sigmoid", thresholds=(0.6, 0.9, 0.1), assumed=("class_names", "output"))
     with run_server(tmp_path / "log", write_model(tmp_path / "labels.onnx", spec), "--workers", 1) as running:
@@ -349,7 +264,7 @@ def test_several_labels_and_what_was_assumed_are_shown(browse: Browse, directory
         page.wait(lambda: page.driver.find_element(By.ID, "crops").is_displayed(), "the crop is not mentioned")
 
 
-def test_a_grayscale_network_in_nhwc_is_described(browse: Browse, tmp_path: Path) -> None:
+def test_a_grayscale_network_in_nhwc_is_described(browse: Browser, tmp_path: Path) -> None:
     spec = make_spec(
         msgspec.structs.replace(GRAYSCALE, layout="NHWC", resize_to=(8, 10)),
         class_names=("no", "yes"),
