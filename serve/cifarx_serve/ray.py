@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from cifarx_serve.errors import UsageError
 from cifarx_serve.images.reader import suppress_pillow_warnings
-from cifarx_serve.server.app import configure_process, create_app
+from cifarx_serve.server.app import configure_process, create_app, create_components
 from cifarx_serve.server.http.request import Message, Receive, Scope, Send
 from cifarx_serve.server.model_files import absolute_path, absolute_paths, files_by_name
 from cifarx_serve.server.settings import Settings, limit_options, limits_from_options
@@ -76,7 +76,7 @@ class Replica:
         configure_process(settings)
         self._exit_stack = ExitStack()
         self._exit_stack.enter_context(suppress_pillow_warnings)
-        self._app = create_app(settings, None)  # without an access log: Ray logs every request
+        self._app = create_app(create_components(settings, None))  # without an access log: Ray logs every request
         self._opening = asyncio.create_task(self._app.repository.open())
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,12 +1,13 @@
 """The `cifarx serve` command: serve model files over HTTP until a signal stops the server."""
 
 import asyncio
+import importlib.util
 import inspect
 import ipaddress
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -22,6 +23,7 @@ from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.forwarded import UNIX, TrustedProxies, require_root_path
 from cifarx_serve.server.http.listener import create_ssl_context
 from cifarx_serve.server.model_files import absolute_path, absolute_paths, files_by_name
+from cifarx_serve.server.processes.port_reservation import PortReservation
 from cifarx_serve.server.processes.supervisor import BACKLOG, Supervisor, listen
 from cifarx_serve.server.settings import (
     LimitOption,
@@ -33,6 +35,9 @@ from cifarx_serve.system.cpus import available_cpus
 
 _HOST: Final = "127.0.0.1"
 _PORT: Final = 8000
+
+_GRPC_PACKAGES: Final = ("grpc", "tritonclient", "grpc_health", "grpc_reflection")
+"""The packages of the extra `grpc`."""
 
 _SECOND_GROUP: Final = "max_body_mb"
 """On the help page, limit options before this one follow --workers; this one and the rest follow --watch."""
@@ -69,6 +74,9 @@ def command(
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help=f"Port to listen on; 0 chooses a free one. [default: {_PORT}]"),
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to serve gRPC on as well; 0 chooses a free one.")
     ] = None,
     uds: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Listen on a Unix socket instead, such as of a reverse proxy.")
@@ -129,8 +137,11 @@ def command(
     )
     if host is not None and not (_is_loopback(host) or settings.api_key_file):
         note(f"note: {host} can be reached from other machines, and no API key is required: see --api-key-file")
-    with _listen(host, port, uds, "https" if ssl_context else "http") as (listener, address, on_drain):
-        asyncio.run(_serve(settings, listener, worker_count, watch, address, on_drain))
+    with (
+        _listen(host, port, uds, "https" if ssl_context else "http") as (listener, address, on_drain),
+        _reserve_grpc_port(host, grpc_port) as grpc,
+    ):
+        asyncio.run(_serve(settings, listener, worker_count, watch, address, on_drain, grpc))
     return 0
 
 
@@ -157,20 +168,40 @@ def _listen(
             unix_socket.remove()
 
 
+@contextmanager
+def _reserve_grpc_port(host: str | None, port: int | None) -> Iterator[PortReservation | None]:
+    """Reserve the port for gRPC, if there is to be one."""
+    if port is None:
+        yield None
+        return
+    for package in _GRPC_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"--grpc-port needs {package}, which is not installed", 'pip install "cifarx[grpc]"')
+    with closing(PortReservation(_HOST if host is None else host, port)) as reservation:
+        yield reservation
+
+
 async def _serve(
-    settings: Settings, listener: socket.socket, workers: int, watch: bool, address: str, on_drain: Callable[[], None]
+    settings: Settings,
+    listener: socket.socket,
+    workers: int,
+    watch: bool,
+    address: str,
+    on_drain: Callable[[], None],
+    grpc: PortReservation | None,
 ) -> None:
     processes = f"{workers} {'process' if workers == 1 else 'processes'}"
+    also_grpc = f", gRPC on {grpc.address}" if grpc else ""
 
     def print_event(event: str) -> None:
         with suppress(OSError):  # standard error is closed, which must not stop the server
             note(
-                f"serving {', '.join(settings.files)} on {address} with {processes}"
+                f"serving {', '.join(settings.files)} on {address} with {processes}{also_grpc}"
                 if event == "ready"
                 else f"note: {event}"
             )
 
-    await Supervisor(settings, listener, workers, watch, print_event, on_drain).run()
+    await Supervisor(settings, listener, workers, watch, print_event, on_drain, grpc).run()
 
 
 def _count_workers(value: str, device: str) -> int:

@@ -1,8 +1,9 @@
-"""Creates the application of one process from the settings."""
+"""Creates what serves HTTP and gRPC in one process, from the settings."""
 
+import os
 import sys
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cifarx_serve.backends.registry import register_backend
 from cifarx_serve.server.api.errors import to_http_error
@@ -13,9 +14,14 @@ from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.inference.deadline import ThreadPool
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
+from cifarx_serve.server.inference.model_control import ModelControl
+from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
 from cifarx_serve.system.cpus import set_cpu_limit
+
+if TYPE_CHECKING:
+    from cifarx_serve.server.grpc.server import GrpcServer
 
 _SWITCH_INTERVAL_S: Final = 5e-4
 """How long a thread may keep the interpreter while another one waits for it; Python's default is 5 ms."""
@@ -29,8 +35,30 @@ def configure_process(settings: Settings) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def create_app(settings: Settings, access_log: AccessLog | None, worker: int = 0) -> Application:
-    """Create the application in the event loop that will run it. Its models are not opened yet.
+class Components(NamedTuple):
+    """What HTTP and gRPC share.
+
+    Attributes:
+        repository: the models; they are not opened yet.
+        metrics: counts the requests and batches.
+        decoder: decodes encoded images.
+        threads: the threads that parse large requests.
+        api_keys: the accepted API keys; None if no key is required.
+        access_log: receives a line per request, unless it is None.
+        control: loads and unloads models.
+    """
+
+    repository: ModelRepository
+    metrics: Metrics
+    decoder: ImageDecoder
+    threads: ThreadPool
+    api_keys: ApiKeys | None
+    access_log: AccessLog | None
+    control: ModelControl
+
+
+def create_components(settings: Settings, access_log: AccessLog | None, worker: int = 0) -> Components:
+    """Create the components in the event loop that will run them.
 
     Args:
         settings: the settings of the server.
@@ -44,5 +72,35 @@ def create_app(settings: Settings, access_log: AccessLog | None, worker: int = 0
     repository = ModelRepository(settings, metrics)
     api_keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
     decoder = ImageDecoder(settings.threads, settings.limits.max_pixels)
-    routes = create_routes(repository, metrics, decoder, ThreadPool(settings.threads, "parse"))
+    return Components(repository, metrics, decoder, ThreadPool(settings.threads, "parse"), api_keys, access_log, ModelControl(repository))
+
+
+def create_app(components: Components) -> Application:
+    """Create the application that serves HTTP."""
+    repository, metrics, decoder, threads, api_keys, access_log, control = components
+    routes = create_routes(repository, metrics, decoder, threads, control)
     return Application(repository, metrics, routes, to_http_error, api_keys, access_log)
+
+
+def create_grpc_server(components: Components, address: str) -> "GrpcServer":
+    """Create the server that serves gRPC at an address; it does not listen yet.
+
+    Raises:
+        UsageError: the TLS files cannot be read.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when gRPC is imported; the access log has errors of clients
+    from cifarx_serve.server.grpc.handlers import Handlers  # only here: these modules import gRPC
+    from cifarx_serve.server.grpc.health_service import HealthService
+    from cifarx_serve.server.grpc.inference_service import InferenceService
+    from cifarx_serve.server.grpc.reflection_service import ReflectionService
+    from cifarx_serve.server.grpc.server import GrpcServer
+
+    repository, metrics, decoder, threads, api_keys, access_log, _ = components
+    readiness = Readiness(repository, decoder)
+    methods = {
+        **InferenceService(repository, readiness, decoder, threads).methods(),
+        **HealthService(repository, readiness).methods(),
+        **ReflectionService().methods(),
+    }
+    settings = repository.settings
+    return GrpcServer(Handlers(methods, settings.limits, metrics, api_keys, access_log), settings, address)

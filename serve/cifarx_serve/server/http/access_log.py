@@ -17,6 +17,9 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         time: when the response was sent; written as RFC 3339.
         id: the request ID.
         client: the address of the client.
+        method: the HTTP method, or gRPC.
+        path: the path of the URL, or the full name of the gRPC method.
+        status: the HTTP status, or the name of the gRPC status code.
         ms: the duration of the request, in milliseconds.
         bytes: the size of the response body.
         worker: the process ID of the worker.
@@ -28,7 +31,7 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     client: str
     method: str
     path: str
-    status: int
+    status: int | str
     ms: float
     bytes: int
     worker: int

@@ -63,17 +63,20 @@ class Metrics:
             "cifarx_queue_images", "Images in the queue.", ["model"], registry=registry, multiprocess_mode="livesum"
         )
         self._errors = Counter("cifarx_errors", "Requests answered with an error.", ["cause"], registry=registry)
-        self._by_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._by_route: dict[tuple[str, int | str], tuple[Counter, Histogram]] = {}
 
-    def observe_request(self, route: str, status: int, seconds: float, cause: str | None) -> None:
-        """Count a request that was answered; `cause` is that of an error response."""
+    def observe_request(self, route: str, status: int | str, seconds: float, cause: str | None) -> None:
+        """Count a request that was answered; `cause` is that of an error response.
+
+        Over gRPC, `route` is the full name of the method, and `status` the name of the status code.
+        """
         requests, request_seconds = self._of_route(route, status)
         requests.inc()
         request_seconds.observe(seconds)
         if cause is not None:
             self._errors.labels(cause).inc()
 
-    def _of_route(self, route: str, status: int) -> tuple[Counter, Histogram]:
+    def _of_route(self, route: str, status: int | str) -> tuple[Counter, Histogram]:
         """Cache the metrics per route and status: `labels()` is slow, and there are few route templates."""
         if (route, status) not in self._by_route:
             self._by_route[route, status] = (

@@ -25,6 +25,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
         settings: the settings of the server.
         number: the number of the worker, from 0. A worker that replaces another one has its number.
         listener_fd: the file descriptor of the listening socket.
+        grpc_address: the numeric address and the port for gRPC, such as `127.0.0.1:8001`; None for no gRPC.
         status_fd: the file descriptor to which the worker writes `READY`, or an error as a JSON array of the problem
             and the remedy.
         accept_while_opening: whether to accept connections before the models are open, and answer that they are not.
@@ -35,3 +36,4 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     listener_fd: int
     status_fd: int
     accept_while_opening: bool
+    grpc_address: str | None = None

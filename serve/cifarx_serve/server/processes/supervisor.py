@@ -19,8 +19,9 @@ import msgspec
 from cifarx_serve.errors import CifarxError, UsageError, error_message
 from cifarx_serve.server.inference.metrics_files import clear_gauges, create_metrics_files
 from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start
-from cifarx_serve.server.processes.socket_filter import drop_new_connections
+from cifarx_serve.server.processes.port_reservation import PortReservation
 from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR, Settings
+from cifarx_serve.system.socket_filter import drop_new_connections
 from cifarx_serve.system.worker_process import worker_command, worker_environment
 
 _WORKER_MODULE: Final = "cifarx_serve.server.processes.worker"
@@ -76,6 +77,7 @@ class Supervisor:
         watch: whether to reload models when their files change.
         on_event: called with a line of text for each event; the first is "ready".
         on_drain: called when no new connections shall reach the socket, before it is closed.
+        grpc_port: the port on which the workers listen for gRPC; `run` closes it. None for no gRPC.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Supervisor:
         watch: bool,
         on_event: Callable[[str], None],
         on_drain: Callable[[], None] = lambda: None,
+        grpc_port: PortReservation | None = None,
     ) -> None:
         self._settings = settings
         self._listener = listener
@@ -93,6 +96,7 @@ class Supervisor:
         self._watch = watch
         self._on_event = on_event
         self._on_drain = on_drain
+        self._grpc_port = grpc_port
         self._stopping = asyncio.Event()
         self._workers: dict[int, asyncio.subprocess.Process] = {}
         self._ready: set[int] = set()
@@ -120,6 +124,8 @@ class Supervisor:
             self._on_drain()
             drop_new_connections(self._listener)
             self._listener.close()
+            if self._grpc_port:
+                self._grpc_port.close()
             if watching:
                 watching.cancel()
             for process in self._workers.values():
@@ -180,6 +186,7 @@ class Supervisor:
             listener_fd=listener_fd,
             status_fd=write_fd,
             accept_while_opening=not self._all_were_ready,
+            grpc_address=self._grpc_port.address if self._grpc_port else None,
         )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(start) + b"\n")

@@ -17,7 +17,7 @@ import msgspec
 
 from cifarx_serve.errors import CifarxError
 from cifarx_serve.images.reader import suppress_pillow_warnings
-from cifarx_serve.server.app import configure_process, create_app
+from cifarx_serve.server.app import configure_process, create_app, create_components, create_grpc_server
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.listener import Listener
 from cifarx_serve.server.processes.messages import ALIVE, ALIVE_INTERVAL_S, ALL_READY, READY, Start
@@ -39,10 +39,11 @@ class Worker:
         self._accept_while_opening = start.accept_while_opening
         self._status_fd = start.status_fd
         self._access_log = AccessLog(sys.stdout.buffer) if settings.access_log else None
-        app = create_app(settings, self._access_log, start.number)
-        self._repository, self._metrics = app.repository, app.metrics
+        components = create_components(settings, self._access_log, start.number)
+        self._repository, self._metrics = components.repository, components.metrics
         self._repository.peers_starting = start.accept_while_opening
-        self._listener = Listener(app, settings, socket.socket(fileno=start.listener_fd))
+        self._listener = Listener(create_app(components), settings, socket.socket(fileno=start.listener_fd))
+        self._grpc_server = create_grpc_server(components, start.grpc_address) if start.grpc_address else None
         self._stopping = asyncio.Event()
         self._failed = False
 
@@ -50,7 +51,7 @@ class Worker:
         """Serve until the worker is stopped; return the exit status.
 
         Raises:
-            CifarxError: a model cannot be opened.
+            CifarxError: a model cannot be opened, or the port for gRPC cannot be listened on.
         """
         tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
 
@@ -64,14 +65,14 @@ class Worker:
         loop.add_signal_handler(signal.SIGHUP, reload)
         loop.add_reader(sys.stdin.fileno(), self._read_stdin)
         if self._accept_while_opening:
-            self._listener.start()
+            await self._accept()
         opening = asyncio.create_task(self._repository.open())
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
             opening.result()
             if not self._accept_while_opening:
-                self._listener.start()
+                await self._accept()
             os.write(self._status_fd, READY)
             tasks.add(asyncio.create_task(self._report_alive()))  # it also runs during the shutdown
             health = asyncio.create_task(self._monitor_health())
@@ -80,9 +81,17 @@ class Worker:
         await self._shutdown()
         return EXIT_MODEL_FAILED if self._failed else 0
 
+    async def _accept(self) -> None:
+        self._listener.start()
+        if self._grpc_server:
+            await self._grpc_server.start()
+
     async def _shutdown(self) -> None:
         self._repository.draining = True
-        await self._listener.drain()
+        draining = [self._listener.drain()]
+        if self._grpc_server:
+            draining.append(self._grpc_server.drain())
+        await asyncio.gather(*draining)
         self._metrics.flush()
         if self._access_log:
             self._access_log.flush()

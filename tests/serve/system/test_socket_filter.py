@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from cifarx_serve.server.processes.socket_filter import drop_new_connections
+from cifarx_serve.system.socket_filter import drop_new_connections
 from cifarx_serve.server.processes.supervisor import listen
 
 

@@ -1,0 +1,303 @@
+"""What every call has in common: API keys, limits, errors, metrics and the access log."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import grpc
+
+from cifarx_serve.server.errors import ClientDisconnect, RequestError
+from cifarx_serve.server.grpc.call import REQUEST_ID, Call, client_address
+from cifarx_serve.server.grpc.status import (
+    CANCELLED,
+    CLIENT_DEADLINE,
+    OK,
+    TOO_LARGE,
+    Status,
+    Unimplemented,
+    error_status,
+)
+from cifarx_serve.server.http.access_log import AccessLog, AccessRecord
+from cifarx_serve.server.http.api_keys import ApiKeys
+from cifarx_serve.server.http.body_budget import BodyBudget
+from cifarx_serve.server.inference.metrics import Metrics
+from cifarx_serve.server.settings import Limits
+from cifarx_serve.system.terminal import printable
+
+UnaryHandler: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
+
+_UNKNOWN: Final = "unknown"
+"""The route in the metrics of a call of an unknown method."""
+
+_PROTOCOL: Final = "gRPC"
+"""Stands for the HTTP method in the access log."""
+
+_REJECTION_S: Final = 0.05
+"""How long after a missing message gRPC may cancel the call. It then has rejected the message as too large."""
+
+_GRACE_S: Final = 0.5
+"""How long a stream stays open for a request that is already on its way when the server is shut down."""
+
+
+class Stream:
+    """A call with several messages.
+
+    Attributes:
+        call: the call.
+    """
+
+    def __init__(self, call: Call, context: Any, handlers: "Handlers") -> None:
+        self.call = call
+        self._context = context
+        self._handlers = handlers
+
+    async def receive(self) -> bytes | None:
+        """Return the next message; None if the client sends no more.
+
+        Raises:
+            RequestError: the server is shut down (503).
+        """
+        reading = asyncio.ensure_future(self._context.read())
+        draining = self._handlers.draining
+        try:
+            if not draining.is_set():
+                waiting = asyncio.ensure_future(draining.wait())
+                await asyncio.wait({reading, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
+            if not reading.done():
+                await asyncio.wait({reading}, timeout=_GRACE_S)
+            if not reading.done():
+                raise shutting_down()
+        finally:
+            if not reading.done():
+                reading.cancel()
+        message = reading.result()
+        return None if message is grpc.aio.EOF else message
+
+    async def send(self, message: bytes) -> None:
+        """Send a message.
+
+        Raises:
+            ClientDisconnect: the client has left.
+        """
+        try:
+            await self._context.write(message)
+        except grpc.aio.BaseError as error:
+            raise ClientDisconnect from error
+
+    async def answer(self, message: bytes, handler: UnaryHandler, error_message: Callable[[Status], bytes]) -> bytes:
+        """Return the answer to one request of several, which is counted and logged like a call.
+
+        Args:
+            message: the request.
+            handler: answers it.
+            error_message: returns the answer to a request that failed, from its status.
+        """
+        call, status = self.call.of_stream(), OK
+        try:
+            return await self._handlers.answer(call, message, handler)
+        except asyncio.CancelledError:
+            call.cancelled = True
+            status = CANCELLED
+            raise
+        except Exception as error:
+            status = error_status(error)
+            return error_message(status)
+        finally:
+            self._handlers.record(call, status, self._context.peer)
+
+    async def wait_for_drain(self, timeout_s: float) -> bool:
+        """Wait until the server is shut down, for this long at most; return whether it is."""
+        try:
+            await asyncio.wait_for(self._handlers.draining.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+StreamHandler: TypeAlias = Callable[[Stream], Awaitable[None]]
+
+
+class Method(NamedTuple):
+    """A method of a service.
+
+    Attributes:
+        unary: takes the only message of the call, and returns the only answer.
+        stream: answers a call with several messages; one of the two is set.
+        public: whether the method requires no API key. It then also answers when the limit of calls is reached.
+    """
+
+    unary: UnaryHandler | None = None
+    stream: StreamHandler | None = None
+    public: bool = False
+
+
+class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Handles all calls of a server.
+
+    Args:
+        methods: the methods by their full name.
+        limits: the limits of the server.
+        metrics: counts the calls.
+        api_keys: the accepted API keys; None if no key is required.
+        access_log: receives one record per call, or per request of a stream; None for no log.
+
+    Attributes:
+        draining: is set when the server is shut down, so that streams end.
+        last_active_at: when a call began or ended, on the clock of `time.perf_counter`.
+        active: the number of calls now.
+    """
+
+    def __init__(
+        self,
+        methods: dict[str, Method],
+        limits: Limits,
+        metrics: Metrics,
+        api_keys: ApiKeys | None,
+        access_log: AccessLog | None,
+    ) -> None:
+        self._methods = methods
+        self._limits = limits
+        self._metrics = metrics
+        self._api_keys = api_keys
+        self._access_log = access_log
+        self._budget = BodyBudget(limits.max_body_bytes)
+        self.draining = asyncio.Event()
+        self.active = 0
+        self.last_active_at = 0.0
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler:
+        """Return the handler of a call. gRPC calls this when the call arrives, before its first message."""
+        call = Call(handler_call_details.method, handler_call_details.invocation_metadata)
+        method = self._methods.get(call.method)
+        if method is not None and method.stream is not None:
+            stream = method.stream
+
+            async def handle_stream(_: Any, context: Any) -> None:
+                await self._handle(call, method, context, lambda: stream(Stream(call, context, self)))
+
+            return grpc.stream_stream_rpc_method_handler(handle_stream)
+
+        async def handle(_: Any, context: Any) -> bytes:
+            # Not a unary method for gRPC, which waits without a time limit for the message of one.
+            response: bytes = await self._handle(call, method, context, lambda: self._answer(call, method, context))
+            return response
+
+        return grpc.stream_unary_rpc_method_handler(handle)
+
+    async def _handle(
+        self, call: Call, method: Method | None, context: Any, answer: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """Return the answer of a call, and record it."""
+        status = OK
+        self.active += 1
+        self.last_active_at = call.started_at
+        call.set_time_remaining(context.time_remaining())
+        context.set_trailing_metadata(((REQUEST_ID, call.id),))
+        try:
+            self._admit(call, method)
+            return await answer()
+        except asyncio.CancelledError:
+            call.cancelled = True
+            status = _cancellation_status(call, context)
+            raise
+        except Exception as error:
+            status = error_status(error)
+        finally:
+            self.active -= 1
+            self.last_active_at = time.perf_counter()
+            if _is_counted(method, status):
+                self.record(call, status, context.peer)
+        return await context.abort(status.code, status.message)
+
+    async def _answer(self, call: Call, method: Method | None, context: Any) -> bytes:
+        if method is None or method.unary is None:
+            raise Unimplemented(f"unknown method {call.method[:120]}", "see the reflection service for the methods")
+        return await self.answer(call, await self._receive(call, context), method.unary)
+
+    async def answer(self, call: Call, message: bytes, handler: UnaryHandler) -> bytes:
+        """Return the answer to a message, within the memory for messages.
+
+        Raises:
+            RequestError: the memory is used up (503).
+            Exception: whatever the handler raises.
+        """
+        self._budget.acquire(len(message))
+        try:
+            response = await handler(message, call)
+        finally:
+            self._budget.release(len(message))
+        call.response_bytes = len(response)
+        return response
+
+    async def _receive(self, call: Call, context: Any) -> bytes:
+        """Return the message of a call with one message."""
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                message = await context.read()
+        except TimeoutError as error:
+            problem = f"the message was not received within {self._limits.body_timeout_s:g} s"
+            raise RequestError(HTTPStatus.REQUEST_TIMEOUT, problem, "send it faster, or send less") from error
+        if message is grpc.aio.EOF:
+            call.too_large = True
+            await asyncio.sleep(_REJECTION_S)
+            call.too_large = False
+            raise RequestError(HTTPStatus.BAD_REQUEST, "the call has no message", "send one")
+        return bytes(message)
+
+    def _admit(self, call: Call, method: Method | None) -> None:
+        """Check the API key and the number of calls.
+
+        Raises:
+            RequestError: the key is missing or invalid (401), or there are too many calls (503).
+        """
+        call.authenticated = self._api_keys is None or self._api_keys.authenticate(call.headers())
+        if method is not None and method.public:
+            return
+        call.require_key()
+        if self.active > self._limits.max_connections:
+            problem = f"{self.active - 1} calls are open"
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")
+
+    def record(self, call: Call, status: Status, peer: Callable[[], str]) -> None:
+        """Count a call that has ended, and write it to the access log."""
+        seconds = time.perf_counter() - call.started_at
+        route = call.method if call.method in self._methods else _UNKNOWN
+        self._metrics.observe_request(route, status.code.name, seconds, status.cause)
+        if self._access_log is None:
+            return
+        self._access_log.write(
+            AccessRecord(
+                time=datetime.now(UTC),
+                id=call.id,
+                client=client_address(peer()),
+                method=_PROTOCOL,
+                path=call.method if call.method.isascii() else printable(call.method),
+                status=status.code.name,
+                ms=round(seconds * 1e3, 3),
+                bytes=call.response_bytes,
+                worker=os.getpid(),
+                cause=status.cause,
+            )
+        )
+
+
+def _cancellation_status(call: Call, context: Any) -> Status:
+    if call.too_large:
+        return TOO_LARGE
+    return CLIENT_DEADLINE if context.time_remaining() == 0 else CANCELLED
+
+
+def _is_counted(method: Method | None, status: Status) -> bool:
+    """Return whether a call is counted: a stream is if it failed, because its requests are counted one by one."""
+    return method is None or method.stream is None or status not in (OK, CANCELLED)
+
+
+def shutting_down() -> RequestError:
+    """Return the error that ends a stream when the server is shut down."""
+    problem = "the server is shutting down"
+    return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "open another stream, which reaches another server")
