@@ -121,13 +121,17 @@ def predict_request(color: tuple[int, int, int] = (255, 0, 0)) -> bytes:
 
 
 class ServerProcess:
-    """A supervisor or a worker that serves on `port`, or on a Unix socket; a worker alone has a `status` pipe."""
+    """A supervisor or a worker that serves on `port`, or on a Unix socket, and gRPC on `grpc_address` if told to.
+
+    A worker alone has a `status` pipe.
+    """
 
     status: BinaryIO
 
     def __init__(self, process: "subprocess.Popen[bytes]", directory: Path) -> None:
         self.process = process
         self.port = 0
+        self.grpc_address = ""
         self.uds: Path | None = None
         self.ssl_context: ssl.SSLContext | None = None
         self._directory = directory
@@ -243,7 +247,10 @@ def run_server(directory: Path, *arguments: object, **environment: str) -> Itera
 
 def wait_until_ready(server: ServerProcess) -> None:
     """Wait for the line with the address of the server, and set its port or its socket."""
-    line = re.compile(r"^serving .* on (?:https?://127\.0\.0\.1:(\d+)|unix:(.*)) with ", re.MULTILINE)
+    line = re.compile(
+        r"^serving .* on (?:https?://127\.0\.0\.1:(\d+)|unix:(.*)) with \d+ process(?:es)?(?:, gRPC on (\S+))?$",
+        re.MULTILINE,
+    )
     wait_until(lambda: line.search(server.err) or server.process.poll() is not None, lambda: f"not ready: {server.err}")
     match = line.search(server.err)
     assert match, server.err
@@ -251,6 +258,7 @@ def wait_until_ready(server: ServerProcess) -> None:
         server.port = int(match[1])
     else:
         server.uds = Path(match[2])
+    server.grpc_address = match[3] or ""
     server.workers()
 
 

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from cifarx_serve.system.socket_filter import drop_new_connections
 from cifarx_serve.server.processes.supervisor import listen
+from cifarx_serve.system.socket_filter import drop_new_connections
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="socket filters exist on Linux only")
