@@ -69,7 +69,8 @@ def test_health(client: InferenceServerClient) -> None:
 def test_versions(client: InferenceServerClient, logits: NDArray[np.float32]) -> None:
     (version,) = client.get_model_metadata("colors")["versions"]
     assert client.is_model_ready("colors", version)
-    assert not client.is_model_ready("colors", "1")
+    assert client.is_model_ready("colors", "1")
+    assert not client.is_model_ready("colors", "2")
     assert client.get_model_metadata("colors", version)["versions"] == [version]
     result = client.infer("colors", inputs(BATCH), version)
     assert result.get_response()["model_version"] == version
@@ -123,7 +124,7 @@ def test_a_compressed_request_is_refused(client: InferenceServerClient, algorith
 def test_errors_have_the_message_of_the_server(client: InferenceServerClient) -> None:
     for arguments, status, message in (
         (("shapes", inputs(BATCH)), "404", "unknown model 'shapes': choose from colors"),
-        (("colors", inputs(BATCH), "1"), "404", "model colors has no version '1'"),
+        (("colors", inputs(BATCH), "2"), "404", "model colors has no version '2'"),
         (
             ("colors", inputs(BATCH, name="images")),
             "400",

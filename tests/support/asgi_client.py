@@ -19,6 +19,7 @@ from cifarx_serve.server.http.request import Message, Scope
 from cifarx_serve.server.inference.deadline import ThreadPool
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
+from cifarx_serve.server.inference.model_control import ModelControl
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
 
@@ -150,7 +151,8 @@ async def open_client(
     metrics = Metrics()
     repository = ModelRepository(settings, metrics)
     with closing(ImageDecoder(1, settings.limits.max_pixels)) as decoder, closing(ThreadPool(1, "parse")) as threads:
-        table = create_routes(repository, metrics, decoder, threads) if routes is None else routes
+        control = ModelControl(repository)
+        table = create_routes(repository, metrics, decoder, threads, control) if routes is None else routes
         api_keys = ApiKeys(api_key_file) if api_key_file else None
         app = Application(repository, metrics, table, to_http_error, api_keys, access_log)
         if open_models:

@@ -22,11 +22,12 @@ from cifarx_serve.errors import UsageError
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.forwarded import UNIX, TrustedProxies, require_root_path
 from cifarx_serve.server.http.listener import create_ssl_context
-from cifarx_serve.server.model_files import absolute_path, absolute_paths, files_by_name
+from cifarx_serve.server.model_files import absolute_path, absolute_paths, initial_files
 from cifarx_serve.server.processes.port_reservation import PortReservation
 from cifarx_serve.server.processes.supervisor import BACKLOG, Supervisor, listen
 from cifarx_serve.server.settings import (
     LimitOption,
+    ModelControlMode,
     Settings,
     limit_options,
     limits_from_options,
@@ -65,11 +66,12 @@ def _parameter(option: LimitOption) -> inspect.Parameter:
 @_add_limit_options
 def command(
     files: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="[NAME=]FILE...", help="Model files, with the names to serve them under; the first is the default."
+            metavar="[NAME[@N]=]FILE...",
+            help="Model files, with the names and versions to serve them under; the first is the default.",
         ),
-    ],
+    ] = None,
     host: Annotated[str | None, typer.Option(help=f"Address to listen on; 0.0.0.0 for all. [default: {_HOST}]")] = None,
     port: Annotated[
         int | None,
@@ -99,7 +101,17 @@ def command(
     watch: Annotated[bool, typer.Option("--watch", help="Reload a model when its file changes, as on SIGHUP.")] = False,
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, one per line.")] = None,
     certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="TLS certificate, PEM.")] = None,
+    model_repository: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory with model files, and with folders NAME/1, NAME/2 as in Triton."),
+    ] = None,
+    model_control: Annotated[
+        ModelControlMode,
+        typer.Option(help="Load the models of the repository at the start, on request, or whenever they change."),
+    ] = "none",
     keyfile: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of the certificate, PEM.")] = None,
+        Path | None,
+    ] = None,
     cors_origin: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +124,7 @@ def command(
     **limits: int,
 ) -> int:
     """Serve model files over HTTP. The server documents its API at /docs."""
-    models = files_by_name(files)
+    models = initial_files(files or [], model_repository, model_control)
     for path in models.values():
         read_spec(path)  # report an invalid file before any process is started
     _check_origin(cors_origin)
@@ -130,6 +142,8 @@ def command(
         api_key_file=_absolute(api_key_file),
         cors_origin=cors_origin,
         certfile=_absolute(certfile),
+        model_repository=_absolute(model_repository),
+        model_control=model_control,
         keyfile=_absolute(keyfile),
         access_log=access_log,
         root_path=require_root_path(root_path),
@@ -196,7 +210,7 @@ async def _serve(
     def print_event(event: str) -> None:
         with suppress(OSError):  # standard error is closed, which must not stop the server
             note(
-                f"serving {', '.join(settings.files)} on {address} with {processes}{also_grpc}"
+                f"serving {', '.join(settings.files) or 'no model yet'} on {address} with {processes}{also_grpc}"
                 if event == "ready"
                 else f"note: {event}"
             )

@@ -72,7 +72,8 @@ def create_components(settings: Settings, access_log: AccessLog | None, worker: 
     repository = ModelRepository(settings, metrics)
     api_keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
     decoder = ImageDecoder(settings.threads, settings.limits.max_pixels)
-    return Components(repository, metrics, decoder, ThreadPool(settings.threads, "parse"), api_keys, access_log, ModelControl(repository))
+    threads, control = ThreadPool(settings.threads, "parse"), ModelControl(repository)
+    return Components(repository, metrics, decoder, threads, api_keys, access_log, control)
 
 
 def create_app(components: Components) -> Application:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from cifarx_serve.backends.registry import registered_backends
 from cifarx_serve.errors import UsageError
+from cifarx_serve.server.settings import ModelControlMode
 from cifarx_serve.system.terminal import printable, require_utf8
 
 _MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -162,6 +163,31 @@ def scan_repository(directory: Path) -> dict[str, Path]:
             raise UsageError(f"{found[name]} and {directory / name} have the same name", "rename one of them")
         found |= {f"{name}@{number}": file for number, folder in versions.items() if (file := _only_file(folder))}
     return dict(sorted(found.items(), key=lambda item: parse_key(item[0])[:1]))
+
+
+def initial_files(arguments: Sequence[str], directory: Path | None, mode: ModelControlMode) -> dict[str, Path]:
+    """Return the model files that a server starts with, by key: those of its arguments, then those of a repository.
+
+    Args:
+        arguments: the arguments, as for `files_by_name`.
+        directory: the model repository, if there is one.
+        mode: how the models of the repository are loaded; with "explicit" none of them is loaded at the start.
+
+    Raises:
+        UsageError: as for `files_by_name` and `scan_repository`, or there is no model.
+    """
+    if directory is None:
+        if mode != "none":
+            raise UsageError(f"--model-control {mode} without --model-repository", "name the directory of the models")
+        return files_by_name(arguments)
+    given, found = files_by_name(arguments) if arguments else {}, scan_repository(directory)
+    if both := {parse_key(key).name for key in given} & {parse_key(key).name for key in found}:
+        raise UsageError(f"the model repository {directory} has {min(both)} too", "serve it under another name")
+    if mode == "explicit":
+        return given
+    if mode == "none" and not given | found:
+        raise UsageError(f"the model repository {directory} has no model", "put one into it, such as NAME/1/model.onnx")
+    return given | found
 
 
 def _only_file(folder: Path) -> Path | None:

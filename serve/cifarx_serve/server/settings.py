@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from math import ceil, floor
-from typing import Annotated, Final, NamedTuple, get_args
+from typing import Annotated, Final, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta
 
 from cifarx_serve.backends.registry import RegisteredBackend
+
+ModelControlMode: TypeAlias = Literal["none", "explicit", "poll"]
 
 PROMETHEUS_MULTIPROC_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The environment variable that names the directory in which workers share their metrics.
@@ -142,6 +144,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         files: the paths of the model files by key, as `files_by_name` returns them; the first model is the default.
+        model_repository: a directory with models, see `scan_repository`; None for no model repository.
+        model_control: whether the models of the repository are all loaded at the start, on request, or at the start and
+            whenever the directory has changed.
         backend: the name of the backend; None to choose it by the file.
         device: where the models run, such as "auto", "cpu" or "cuda:0".
         threads: the number of CPUs that one worker computes with.
@@ -157,6 +162,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     files: dict[str, str]
     backend: str | None = None
+    model_repository: str | None = None
+    model_control: ModelControlMode = "none"
     device: str = "auto"
     threads: Annotated[int, Meta(ge=1)] = 1
     registered_backends: tuple[RegisteredBackend, ...] = ()

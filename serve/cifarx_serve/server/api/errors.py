@@ -12,6 +12,7 @@ from cifarx_serve.server.inference.errors import (
     DeadlineExceeded,
     DecoderUnavailable,
     InvalidInput,
+    ModelControlError,
     ModelFailed,
     ModelNotFound,
     ModelNotReady,
@@ -22,6 +23,7 @@ from cifarx_serve.server.inference.errors import (
 STATUSES: Final[dict[type[CifarxError], HTTPStatus]] = {
     ImageError: HTTPStatus.BAD_REQUEST,
     InvalidInput: HTTPStatus.BAD_REQUEST,
+    ModelControlError: HTTPStatus.BAD_REQUEST,
     ModelNotFound: HTTPStatus.NOT_FOUND,
     TooManyPixels: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     SlowImage: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

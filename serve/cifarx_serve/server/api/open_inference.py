@@ -44,6 +44,9 @@ from cifarx_serve.server.api.tensor_codec import (
 from cifarx_serve.server.errors import RequestError
 from cifarx_serve.spec import ModelSpec
 
+EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+"""The extensions of the protocol that are supported, by their names in Triton."""
+
 BYTES: Final = "BYTES"
 """The data type of image files, in the encoding of their format."""
 
@@ -68,7 +71,7 @@ class InferRequest(NamedTuple):
 
 def server_metadata(version: str) -> ServerMetadata:
     """Return the metadata of a server of this version."""
-    return ServerMetadata("cifarx", version, ("binary_tensor_data",))
+    return ServerMetadata("cifarx", version, EXTENSIONS)
 
 
 def model_metadata(name: str, versions: Sequence[str], platform: str, spec: ModelSpec) -> ModelMetadata:
@@ -83,12 +86,15 @@ def model_metadata(name: str, versions: Sequence[str], platform: str, spec: Mode
         platform: the format and runtime, as the protocol names them: `onnx_onnxruntime`, `pytorch_torchscript`, …
         spec: the model's spec.
     """
-    datatype, shape = next(iter(_input_shapes(spec).items()))
-    sizes = tuple([size if isinstance(size, int) else -1 for size in shape])
-    inputs = (TensorMetadata(INPUT, datatype, sizes),)
     outputs = (TensorMetadata(spec.output, "FP32", (-1, spec.output_size)),)
     parameters = ModelParameters(spec.assumption) if spec.assumption else UNSET
-    return ModelMetadata(name, tuple(versions), platform, inputs, outputs, parameters)
+    return ModelMetadata(name, tuple(versions), platform, (input_metadata(spec),), outputs, parameters)
+
+
+def input_metadata(spec: ModelSpec) -> TensorMetadata:
+    """Return the metadata of the input tensor as the model itself takes it."""
+    datatype, shape = next(iter(_input_shapes(spec).items()))
+    return TensorMetadata(INPUT, datatype, tuple([size if isinstance(size, int) else -1 for size in shape]))
 
 
 def parse_infer(

@@ -11,12 +11,14 @@ from cifarx_serve.server.api.open_inference_routes import OpenInferenceRoutes
 from cifarx_serve.server.api.openapi import JSON_TYPE, ok_response, openapi_document
 from cifarx_serve.server.api.predict_routes import PredictRoutes
 from cifarx_serve.server.api.schemas import StatusResponse
+from cifarx_serve.server.api.triton_routes import TritonRoutes
 from cifarx_serve.server.asgi import Body, Handler, Operation, Route
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response, json_response
 from cifarx_serve.server.inference.deadline import ThreadPool
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import CONTENT_TYPE, Metrics
+from cifarx_serve.server.inference.model_control import ModelControl
 from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelRepository
 
@@ -39,7 +41,11 @@ _READY_RESPONSES: Final = {
 
 
 def create_routes(
-    repository: ModelRepository, metrics: Metrics, decoder: ImageDecoder, threads: ThreadPool
+    repository: ModelRepository,
+    metrics: Metrics,
+    decoder: ImageDecoder,
+    threads: ThreadPool,
+    control: ModelControl,
 ) -> list[Route]:
     """Return all routes of the server.
 
@@ -48,11 +54,13 @@ def create_routes(
         metrics: the metrics that `/metrics` returns.
         decoder: decodes the images of requests.
         threads: the threads that parse large requests.
+        control: loads and unloads models.
     """
     readiness = Readiness(repository, decoder)
     routes = [
         *PredictRoutes(repository, decoder, threads).table(),
         *OpenInferenceRoutes(repository, readiness, decoder, threads).table(),
+        *TritonRoutes(repository, metrics, control).table(),
         *_StatusRoutes(readiness, metrics).table(),
     ]
 

@@ -90,12 +90,14 @@ class BatchEvent(NamedTuple):
         queued_images: the images still queued when the call ended.
         queue_s: how long each request of the batch was queued, in seconds.
         compute_s: how long the call took, in seconds.
+        failed: the requests of the batch that got no result: the model failed, or they had ended before.
     """
 
     images: int
     queued_images: int
     queue_s: tuple[float, ...]
     compute_s: float
+    failed: int
 
 
 class _PendingRequest:
@@ -318,17 +320,21 @@ class Batcher:
         self._schedule()  # first, so that the thread runs the next batch while the responses of this one are written
         compute_s = completed.ended_at - completed.started_at
         queue_s = []
+        unanswered = 0
         for request, outcome in zip(completed.requests, completed.outcomes, strict=True):
             waited_s = completed.started_at - request.queued_at
             queue_s.append(waited_s)
-            if isinstance(outcome, Exception):
+            if request.future.done():
+                unanswered += 1
+            elif isinstance(outcome, Exception):
+                unanswered += 1
                 request.fail(outcome)
-            elif not request.future.done():
+            else:
                 request.future.set_result(InferenceResult(*outcome, waited_s, compute_s))
         images = _count_images(completed.requests)
         failed = any(isinstance(outcome, Exception) for outcome in completed.outcomes)
         self._seconds_per_image = math.inf if failed else compute_s / images  # a failure may end long before a run
-        self._on_batch(BatchEvent(images, self._queued_images, tuple(queue_s), compute_s))
+        self._on_batch(BatchEvent(images, self._queued_images, tuple(queue_s), compute_s, unanswered))
 
     def _expire(self) -> None:
         """Fail the requests whose deadline has passed and remove them from the queue; repeat while any is pending."""

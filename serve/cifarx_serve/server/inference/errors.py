@@ -23,6 +23,10 @@ class InvalidInput(InferenceError):
     """The model cannot run on the images of this request; it still runs on others."""
 
 
+class ModelControlError(InferenceError):
+    """A model cannot be loaded or unloaded as a client requests."""
+
+
 class QueueFull(InferenceError):
     """The model's queue has no capacity left for the images of this request."""
 

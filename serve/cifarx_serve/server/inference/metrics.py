@@ -62,6 +62,24 @@ class Metrics:
         self._queue_images = Gauge(
             "cifarx_queue_images", "Images in the queue.", ["model"], registry=registry, multiprocess_mode="livesum"
         )
+        self._model_seconds = Counter(
+            "cifarx_model_request_seconds",
+            "Time that requests spent in the queue and in the model.",
+            ["model"],
+            registry=registry,
+        )
+        self._unanswered = Counter(
+            "cifarx_batch_failures", "Requests of batches that got no result.", ["model"], registry=registry
+        )
+        self._failures = Counter(
+            "cifarx_model_failures", "Requests for a model that failed.", ["model"], registry=registry
+        )
+        self._failure_seconds = Counter(
+            "cifarx_model_failure_seconds",
+            "Time from the arrival of a request for a model to its failure.",
+            ["model"],
+            registry=registry,
+        )
         self._errors = Counter("cifarx_errors", "Requests answered with an error.", ["cause"], registry=registry)
         self._by_route: dict[tuple[str, int | str], tuple[Counter, Histogram]] = {}
 
@@ -89,6 +107,7 @@ class Metrics:
         """Return a function that counts the batches of one model, for `Batcher`'s `on_batch`."""
         queue_seconds, compute_seconds = self._queue_seconds.labels(model), self._compute_seconds.labels(model)
         batch_images, queue_images = self._batch_images.labels(model), self._queue_images.labels(model)
+        model_seconds, unanswered = self._model_seconds.labels(model), self._unanswered.labels(model)
 
         def observe(event: BatchEvent) -> None:
             batch_images.observe(event.images)
@@ -96,6 +115,19 @@ class Metrics:
             queue_images.set(event.queued_images)
             for seconds in event.queue_s:
                 queue_seconds.observe(seconds)
+            model_seconds.inc(sum(event.queue_s) + event.compute_s * len(event.queue_s))
+            if event.failed:
+                unanswered.inc(event.failed)
+
+        return observe
+
+    def failure_observer(self, model: str) -> Callable[[float], None]:
+        """Return a function that counts a failed request for a model, and the seconds since it arrived."""
+        failures, failure_seconds = self._failures.labels(model), self._failure_seconds.labels(model)
+
+        def observe(seconds: float) -> None:
+            failures.inc()
+            failure_seconds.inc(seconds)
 
         return observe
 
@@ -104,10 +136,14 @@ class Metrics:
         if self._shared:
             self._shared.flush()
 
-    def render(self) -> bytes:
-        """Return the metrics of all processes in Prometheus's text format, as far as they have been flushed."""
+    def all_processes(self) -> CollectorRegistry:
+        """Return the metrics of all processes, as far as they have been flushed."""
         if not self._shared:
-            return generate_latest(self._registry)
+            return self._registry
         all_processes = CollectorRegistry()
         MultiProcessCollector(all_processes)
-        return generate_latest(all_processes)
+        return all_processes
+
+    def render(self) -> bytes:
+        """Return the metrics of all processes in Prometheus's text format, as far as they have been flushed."""
+        return generate_latest(self.all_processes())

@@ -17,6 +17,7 @@ from cifarx_serve.server.inference.errors import (
     ModelFailed,
     ModelNotFound,
     ModelNotReady,
+    RequestCancelled,
 )
 from cifarx_serve.server.inference.loading import load_model, try_model
 from cifarx_serve.server.inference.metrics import Metrics
@@ -47,6 +48,7 @@ class ModelInstance:
         self.model = model
         self._users = 0
         self._limits = limits
+        self._observe_failure = metrics.failure_observer(model.key)
         self._batcher = Batcher(
             model.run,
             limits.max_batch,
@@ -88,9 +90,11 @@ class ModelInstance:
         """
         try:
             return await self._batcher.submit(images, deadline, is_disconnected)
-        except InferenceError:
+        except (InferenceError, RequestCancelled):
+            self._observe_failure(time.perf_counter() - deadline.started_at)
             raise
         except CifarxError as error:
+            self._observe_failure(time.perf_counter() - deadline.started_at)
             if self.model.failed:
                 raise ModelFailed(f"model {self.model.name} has failed", "try again in a second") from error
             if isinstance(error, DeviceMemoryError):

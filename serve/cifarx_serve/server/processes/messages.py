@@ -37,3 +37,17 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     status_fd: int
     accept_while_opening: bool
     grpc_address: str | None = None
+
+
+class Update(msgspec.Struct, frozen=True, tag="update"):
+    """Sent by the supervisor to a worker: serve these files, by key, and reply with `Updated`."""
+
+    number: int
+    files: dict[str, str]
+
+
+class Updated(msgspec.Struct, frozen=True, tag="updated"):
+    """Sent by a worker that has followed an `Update`. `errors` says why a model could not be loaded, by its key."""
+
+    number: int
+    errors: dict[str, str]

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -18,11 +18,16 @@ import msgspec
 
 from cifarx_serve.errors import CifarxError, UsageError, error_message
 from cifarx_serve.server.inference.metrics_files import clear_gauges, create_metrics_files
-from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start
+from cifarx_serve.server.inference.model_control import ChangeReply, ChangeRequest
+from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start, Update, Updated
+from cifarx_serve.server.processes.model_updates import ModelUpdates
 from cifarx_serve.server.processes.port_reservation import PortReservation
 from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR, Settings
 from cifarx_serve.system.socket_filter import drop_new_connections
 from cifarx_serve.system.worker_process import worker_command, worker_environment
+
+_OBJECT: Final = b"{"
+"""The start of a message that is a JSON object."""
 
 _WORKER_MODULE: Final = "cifarx_serve.server.processes.worker"
 BACKLOG: Final = 1024
@@ -101,6 +106,8 @@ class Supervisor:
         self._workers: dict[int, asyncio.subprocess.Process] = {}
         self._ready: set[int] = set()
         self._reload_when_ready: set[int] = set()
+        self._updates = ModelUpdates(settings, self._send, lambda: set(self._workers))
+        self._changes: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
         self._all_were_ready = False
         self._failure: CifarxError | None = None
 
@@ -119,7 +126,11 @@ class Supervisor:
             for worker in range(self._count):
                 create_metrics_files(Path(metrics_dir), worker)
             workers = [asyncio.create_task(self._supervise(number, metrics_dir)) for number in range(self._count)]
-            watching = asyncio.create_task(self._watch_files()) if self._watch else None
+            watching = (
+                asyncio.create_task(self._watch_files())
+                if self._watch or self._settings.model_control == "poll"
+                else None
+            )
             await self._stopping.wait()
             self._on_drain()
             drop_new_connections(self._listener)
@@ -165,6 +176,7 @@ class Supervisor:
         error = await reading or CifarxError(f"worker {number} exited with status {status}", "see its output")
         error.exit_status = max(status, 1)
         del self._workers[number]
+        self._updates.on_exit(number)
         was_ready = number in self._ready
         self._ready.discard(number)
         clear_gauges(Path(metrics_dir), number)
@@ -181,7 +193,7 @@ class Supervisor:
         )
         os.close(write_fd)
         start = Start(
-            settings=self._settings,
+            settings=msgspec.structs.replace(self._settings, files=self._updates.files),
             number=number,
             listener_fd=listener_fd,
             status_fd=write_fd,
@@ -215,10 +227,24 @@ class Supervisor:
             if line == READY:
                 self._on_ready(number)
                 limit_s = _HANG_S
+            elif line.startswith(_OBJECT):
+                self._on_message(number, msgspec.json.decode(line, type=Updated | ChangeRequest))
             elif line != ALIVE:
                 error = CifarxError(*msgspec.json.decode(line, type=tuple[str, str]))
         transport.close()
         return error
+
+    def _on_message(self, number: int, message: Updated | ChangeRequest) -> None:
+        if isinstance(message, Updated):
+            self._updates.on_updated(number, message)
+            return
+        change = asyncio.create_task(self._updates.handle(number, message))
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+
+    def _send(self, number: int, message: Update | ChangeReply) -> None:
+        if (process := self._workers.get(number)) and process.stdin is not None:
+            process.stdin.write(msgspec.json.encode(message) + b"\n")
 
     def _on_ready(self, number: int) -> None:
         self._ready.add(number)
@@ -268,17 +294,22 @@ class Supervisor:
 
     async def _watch_files(self) -> None:
         """Reload when a file has changed, but only once it stays the same, because it may still be written."""
-        loaded = previous = self._file_states()
+        loaded = previous = _file_states(self._updates.files)
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
-            current = self._file_states()
+            files = await asyncio.to_thread(self._updates.wanted_files)
+            current = _file_states(files)
             if current == previous and current != loaded:
                 loaded = current
-                self._reload()
+                if self._settings.model_control == "poll":
+                    await self._updates.serve(files)
+                else:
+                    self._reload()
             previous = current
 
-    def _file_states(self) -> list[tuple[int, int, int] | None]:
-        return [_file_state(Path(path)) for path in self._settings.files.values()]
+
+def _file_states(files: Mapping[str, str]) -> dict[str, tuple[int, int, int] | None]:
+    return {key: _file_state(Path(path)) for key, path in files.items()}
 
 
 def _file_state(path: Path) -> tuple[int, int, int] | None:

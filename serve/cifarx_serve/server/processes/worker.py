@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -20,12 +21,16 @@ from cifarx_serve.images.reader import suppress_pillow_warnings
 from cifarx_serve.server.app import configure_process, create_app, create_components, create_grpc_server
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.listener import Listener
-from cifarx_serve.server.processes.messages import ALIVE, ALIVE_INTERVAL_S, ALL_READY, READY, Start
+from cifarx_serve.server.inference.model_control import ChangeReply, ChangeRequest
+from cifarx_serve.server.processes.messages import ALIVE, ALIVE_INTERVAL_S, ALL_READY, READY, Start, Update, Updated
 from cifarx_serve.system.terminal import printable
 
 _RECHECK_INTERVAL_S: Final = 1.0
 _MAX_RECHECKS: Final = 5
 """After this many failed rechecks of a model that has failed, the worker exits, and the supervisor starts another."""
+
+_READ_BYTES: Final = 1 << 16
+_MAX_ERROR: Final = 500
 
 EXIT_MODEL_FAILED: Final = 70
 """The exit status of a worker whose model has failed for good: EX_SOFTWARE of sysexits.h."""
@@ -42,6 +47,10 @@ class Worker:
         components = create_components(settings, self._access_log, start.number)
         self._repository, self._metrics = components.repository, components.metrics
         self._repository.peers_starting = start.accept_while_opening
+        self._control = components.control
+        self._control.connect(self._send)
+        self._received = b""
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
         self._listener = Listener(create_app(components), settings, socket.socket(fileno=start.listener_fd))
         self._grpc_server = create_grpc_server(components, start.grpc_address) if start.grpc_address else None
         self._stopping = asyncio.Event()
@@ -53,16 +62,9 @@ class Worker:
         Raises:
             CifarxError: a model cannot be opened, or the port for gRPC cannot be listened on.
         """
-        tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
-
-        def reload() -> None:
-            task = asyncio.create_task(self._repository.reload(_log_event))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._start(self._repository.reload(_log_event)))
         loop.add_reader(sys.stdin.fileno(), self._read_stdin)
         if self._accept_while_opening:
             await self._accept()
@@ -74,7 +76,7 @@ class Worker:
             if not self._accept_while_opening:
                 await self._accept()
             os.write(self._status_fd, READY)
-            tasks.add(asyncio.create_task(self._report_alive()))  # it also runs during the shutdown
+            self._start(self._report_alive())  # it also runs during the shutdown
             health = asyncio.create_task(self._monitor_health())
             await stopping
             health.cancel()
@@ -113,12 +115,37 @@ class Worker:
                 os.write(self._status_fd, ALIVE)
 
     def _read_stdin(self) -> None:
-        """Handle `ALL_READY`, or the end of standard input, which means that the supervisor has exited."""
-        if os.read(sys.stdin.fileno(), len(ALL_READY)):
-            self._repository.peers_starting = False
-        else:
+        """Handle messages of the supervisor, or the end of standard input, which means that it has exited."""
+        received = os.read(sys.stdin.fileno(), _READ_BYTES)
+        if not received:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
             self._stopping.set()
+        *lines, self._received = (self._received + received).split(b"\n")
+        for line in lines:
+            self._handle(line + b"\n")
+
+    def _handle(self, line: bytes) -> None:
+        if line == ALL_READY:
+            self._repository.peers_starting = False
+            return
+        message = msgspec.json.decode(line, type=Update | ChangeReply)
+        if isinstance(message, Update):
+            self._start(self._update(message))
+        else:
+            self._control.on_reply(message)
+
+    async def _update(self, update: Update) -> None:
+        errors = await self._repository.update(update.files, _log_event)
+        self._send(Updated(update.number, {key: error[:_MAX_ERROR] for key, error in errors.items()}))
+
+    def _send(self, message: Updated | ChangeRequest) -> None:
+        with suppress(OSError):  # the supervisor has exited
+            os.write(self._status_fd, msgspec.json.encode(message) + b"\n")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 def _log_event(event: str) -> None:

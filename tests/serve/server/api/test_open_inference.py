@@ -134,7 +134,7 @@ def test_server_metadata() -> None:
     assert msgspec.to_builtins(server_metadata("0.1.0")) == {
         "name": "cifarx",
         "version": "0.1.0",
-        "extensions": ("binary_tensor_data",),
+        "extensions": ("binary_tensor_data", "model_configuration", "model_repository", "statistics"),
     }
 
 

@@ -19,6 +19,7 @@ from cifarx_serve.server.asgi import Route
 from cifarx_serve.server.inference.deadline import ThreadPool
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
+from cifarx_serve.server.inference.model_control import ModelControl
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Settings
 from tests.support.asgi_client import AsgiClient, encode_image, open_client, run_with_client
@@ -32,7 +33,8 @@ PAGES = {"/", "/docs", "/openapi.json"}
 def routes() -> list[Route]:
     metrics = Metrics()
     with closing(ImageDecoder(1, 1)) as decoder, closing(ThreadPool(1, "parse")) as threads:
-        return create_routes(ModelRepository(Settings(files={}), metrics), metrics, decoder, threads)
+        repository = ModelRepository(Settings(files={}), metrics)
+        return create_routes(repository, metrics, decoder, threads, ModelControl(repository))
 
 
 @pytest.fixture(scope="module")
