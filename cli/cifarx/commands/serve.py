@@ -98,9 +98,6 @@ def command(
     ] = "auto",
     device: DeviceName = "auto",
     backend: Annotated[str | None, typer.Option(metavar="NAME", help="[default: by the file]")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Reload a model when its file changes, as on SIGHUP.")] = False,
-    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, one per line.")] = None,
-    certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="TLS certificate, PEM.")] = None,
     model_repository: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Directory with model files, and with folders NAME/1, NAME/2 as in Triton."),
@@ -109,9 +106,10 @@ def command(
         ModelControlMode,
         typer.Option(help="Load the models of the repository at the start, on request, or whenever they change."),
     ] = "none",
+    watch: Annotated[bool, typer.Option("--watch", help="Reload a model when its file changes, as on SIGHUP.")] = False,
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, one per line.")] = None,
+    certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="TLS certificate, PEM.")] = None,
     keyfile: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of the certificate, PEM.")] = None,
-        Path | None,
-    ] = None,
     cors_origin: Annotated[
         str | None,
         typer.Option(
@@ -134,6 +132,8 @@ def command(
     worker_count = _count_workers(workers, device)
     settings = Settings(
         files=absolute_paths(models),
+        model_repository=_absolute(model_repository),
+        model_control=model_control,
         backend=backend,
         device=device,
         threads=max(1, available_cpus() // worker_count),
@@ -142,8 +142,6 @@ def command(
         api_key_file=_absolute(api_key_file),
         cors_origin=cors_origin,
         certfile=_absolute(certfile),
-        model_repository=_absolute(model_repository),
-        model_control=model_control,
         keyfile=_absolute(keyfile),
         access_log=access_log,
         root_path=require_root_path(root_path),
