@@ -117,7 +117,8 @@ class InferenceService:
     async def _model_metadata(self, message: bytes, call: Call) -> bytes:  # noqa: ARG002
         request = parse(message, service_pb2.ModelMetadataRequest)
         model = self._instance(request.name, request.version).model
-        return _encode(model_metadata_response(model_metadata(model.name, [model.version], model.platform, model.spec)))
+        versions = [instance.model.protocol_version for instance in self._repository.versions(model.name)]
+        return _encode(model_metadata_response(model_metadata(model.name, versions, model.platform, model.spec)))
 
     async def _model_infer(self, message: bytes, call: Call) -> bytes:
         deadline = call.deadline(self._limits.deadline_s)
@@ -173,7 +174,7 @@ class InferenceService:
             if isinstance(tensor, list):
                 tensor = await self._decode(tensor, instance, call, deadline)
             result = await instance.infer(tensor, deadline, call.is_disconnected)
-        return infer_response(infer, model.name, model.version, model.spec.output, result.values)
+        return infer_response(infer, model.name, model.protocol_version, model.spec.output, result.values)
 
     async def _decode(
         self, images: EncodedImages, instance: ModelInstance, call: Call, deadline: Deadline
