@@ -1,6 +1,7 @@
 """Triton's client against a running server; its logits must be those of the model file."""
 
 import asyncio
+import base64
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import tritonclient.http.aio
 from numpy.typing import NDArray
+from PIL import Image
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.predictor import load
+from tests.support.asgi_client import encode_image
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.server_process import run_server
 
@@ -115,10 +118,55 @@ def test_the_client_may_accept_compressed_responses(client: InferenceServerClien
 
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
-def test_a_compressed_request_is_refused(client: InferenceServerClient, algorithm: str) -> None:
-    with pytest.raises(InferenceServerException, match=f"encoding '{algorithm}': send it without") as raised:
-        client.infer("colors", inputs(BATCH), request_compression_algorithm=algorithm)
-    assert raised.value.status() == "415"
+@pytest.mark.parametrize("binary", [False, True])
+def test_requests_and_responses_may_be_compressed(
+    client: InferenceServerClient, logits: NDArray[np.float32], algorithm: str, binary: bool
+) -> None:
+    repeated = np.repeat(BATCH, 12, axis=0)
+    outputs = [InferRequestedOutput("logits", binary_data=binary)]
+    compression = {"request_compression_algorithm": algorithm, "response_compression_algorithm": algorithm}
+    result = client.infer("colors", inputs(repeated, binary), outputs=outputs, **compression)
+    np.testing.assert_allclose(result.as_numpy("logits"), np.repeat(logits, 12, axis=0), rtol=1e-5)
+
+
+def test_image_files_need_no_preprocessing(client: InferenceServerClient) -> None:
+    files = [encode_image(Image.new("RGB", (9, 5), color), "JPEG") for color in ("red", "blue", "lime")]
+    tensor = InferInput("input", [3], "BYTES")
+    tensor.set_data_from_numpy(np.array(files, object))
+    assert client.infer("colors", [tensor]).as_numpy("logits").argmax(axis=1).tolist() == [0, 2, 1]
+    encoded = InferInput("input", [3, 1], "BYTES")
+    base64_texts = np.array([base64.b64encode(file) for file in files], object)[:, None]
+    encoded.set_data_from_numpy(base64_texts, binary_data=False)
+    assert client.infer("colors", [encoded]).as_numpy("logits").argmax(axis=1).tolist() == [0, 2, 1]
+
+
+def test_extensions(client: InferenceServerClient) -> None:
+    assert client.get_model_config("colors")["input"] == [
+        {"name": "input", "data_type": "TYPE_FP32", "dims": [3, 4, 6]}
+    ]
+    client.infer("colors", inputs(BATCH))
+    (statistics,) = client.get_inference_statistics()["model_stats"]
+    assert statistics["inference_stats"]["success"]["count"] >= 1
+    assert [entry["name"] for entry in client.get_model_repository_index()] == ["colors"]
+    with pytest.raises(InferenceServerException, match="start it with --model-repository DIR") as raised:
+        client.load_model("colors")
+    assert raised.value.status() == "400"
+
+
+def test_extensions_that_the_server_does_not_have(client: InferenceServerClient) -> None:
+    for call in (
+        client.get_system_shared_memory_status,
+        client.get_cuda_shared_memory_status,
+        client.get_trace_settings,
+        lambda: client.get_trace_settings("colors"),
+        client.get_log_settings,
+        lambda: client.update_log_settings({}),
+    ):
+        with pytest.raises(
+            InferenceServerException, match="model_configuration, model_repository, statistics"
+        ) as raised:
+            call()
+        assert raised.value.status() == "404"
 
 
 def test_errors_have_the_message_of_the_server(client: InferenceServerClient) -> None:
@@ -160,6 +208,9 @@ def test_the_asynchronous_client(address: str, logits: NDArray[np.float32]) -> N
         async with tritonclient.http.aio.InferenceServerClient(address) as client:
             assert await client.is_server_ready()
             assert await client.is_model_ready("colors")
+            assert (await client.get_model_config("colors"))["name"] == "colors"
+            assert (await client.get_inference_statistics("colors"))["model_stats"][0]["name"] == "colors"
+            assert (await client.get_model_repository_index())[0]["state"] == "READY"
             return await asyncio.gather(*(client.infer("colors", inputs(BATCH[n:])) for n in range(5)))
 
     for number, result in enumerate(asyncio.run(infer())):

@@ -9,10 +9,11 @@ from http import HTTPStatus
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from cifarx_serve.errors import UsageError
-from cifarx_serve.server.errors import CAUSES, CLIENT_CLOSED_REQUEST, ClientDisconnect, RequestError
+from cifarx_serve.server.errors import CAUSES, CLIENT_CLOSED_REQUEST, ClientDisconnect, RequestError, RouteNotFound
 from cifarx_serve.server.http.access_log import AccessLog, AccessRecord
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.body_budget import BodyBudget
+from cifarx_serve.server.http.compression import compress_response
 from cifarx_serve.server.http.forwarded import TrustedProxies
 from cifarx_serve.server.http.request import Receive, Request, Scope, Send
 from cifarx_serve.server.http.response import JSON, Response, error_body
@@ -160,6 +161,8 @@ class Application:
             response, cause = _error_response(self._to_http_error(error))
         finally:
             request.release_body()
+        if request.method == "POST" and (accepted := request.headers.get(b"accept-encoding")):
+            response = await compress_response(response, accepted)
         if response.status != CLIENT_CLOSED_REQUEST:
             await self._send(request, response, send)
         seconds = time.perf_counter() - request.received_at
@@ -188,7 +191,7 @@ class Application:
         """Return the routes of a path with placeholders, or of the root path itself, and set the path parameters.
 
         Raises:
-            RequestError: no route matches the path (404).
+            RouteNotFound: no route matches the path.
         """
         if not request.path and request.root_path:
             return _ROOT_REDIRECT
@@ -196,8 +199,7 @@ class Application:
             if match := pattern.fullmatch(request.path):
                 request.path_params = match.groupdict()
                 return methods
-        problem = f"no route matches the path {request.path[:80]!r}"
-        raise RequestError(HTTPStatus.NOT_FOUND, problem, "see /docs for the routes")
+        raise RouteNotFound(request.path)
 
     async def _send(self, request: Request, response: Response, send: Send) -> None:
         headers = [

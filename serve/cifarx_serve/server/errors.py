@@ -27,6 +27,18 @@ class ClientDisconnect(Exception):
     """The client closed the connection before it was sent a response."""
 
 
+class RouteNotFound(Exception):
+    """No route matches the path of a request.
+
+    Args:
+        path: the path.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
 class RequestError(CifarxError):
     """A request that is answered with an error status.
 

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.http.body_budget import BodyBudget
+from cifarx_serve.server.http.compression import Decompressor
 from cifarx_serve.server.settings import Limits
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -33,7 +34,7 @@ _RANDOM: Final = random.Random()
 
 _MAX_QUERY_FIELDS: Final = 16
 _MAX_LENGTH_DIGITS: Final = 18
-_ACCEPT_IDENTITY: Final = ((b"accept-encoding", b"identity"),)
+_IDENTITY: Final = b"identity"
 
 _DISCARD_TIMEOUT_S: Final = 2.0
 """How long the rest of a body that is too large is received and discarded."""
@@ -111,17 +112,15 @@ class Request:
         """Receive and return the whole body.
 
         Raises:
-            RequestError: the body is compressed (415), is too large (413), does not fit into the memory for bodies
-                (503), or was not received in time (408).
+            RequestError: the body has an encoding that is not supported (415), is too large (413), does not fit into
+                the memory for bodies (503), was not received in time (408), or cannot be decompressed (400).
             ClientDisconnect: the client disconnected before the end of the body.
         """
-        coding = self.headers.get(b"content-encoding", b"identity")
-        if coding.lower() != b"identity":
-            problem = f"the body has the encoding {coding[:20].decode('latin-1')!r}"
-            remedy = "send it without Content-Encoding"
-            raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, problem, remedy, _ACCEPT_IDENTITY)
+        coding = self.headers.get(b"content-encoding", _IDENTITY)
         try:
-            return await self._receive_body()
+            if coding.lower() == _IDENTITY:
+                return await self._receive_body()
+            return await self._receive_compressed_body(Decompressor(coding, self.limits.max_body_bytes))
         except RequestError as error:
             if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
                 await self._discard_body()
@@ -137,6 +136,21 @@ class Request:
             self._body_bytes += len(chunk)
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def _receive_compressed_body(self, decompressor: Decompressor) -> bytes:
+        self._check_body_size(self._content_length())
+        pieces: list[bytes] = []
+        received = 0
+        while not self._body_received:
+            chunk = await self._receive_chunk()
+            received += len(chunk)
+            self._check_body_size(received)
+            async for piece in decompressor.decompress(chunk):
+                self._body_budget.acquire(len(piece))
+                self._body_bytes += len(piece)
+                pieces.append(piece)
+        decompressor.require_end()
+        return b"".join(pieces)
 
     def release_body(self) -> None:
         """Return the memory of the body to the budget; called once the handler has finished."""

@@ -1,5 +1,8 @@
 import asyncio
+import gzip
 import re
+import tracemalloc
+import zlib
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
@@ -9,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
-from cifarx_serve.server.http.body_budget import BodyBudget
+from cifarx_serve.server.http.body_budget import MAX_BODIES, BodyBudget
 from cifarx_serve.server.http.request import IS_DISCONNECTED, Message, Request
 from cifarx_serve.server.http.response import json_response
 from cifarx_serve.server.settings import Limits
@@ -41,10 +44,13 @@ def make_request(
     headers: dict[bytes, bytes] | None = None,
     query: bytes = b"",
     limits: Limits = LIMITS,
+    body_budget: BodyBudget | None = None,
 ) -> Request:
     scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": query}
     scope["headers"] = list((headers or {}).items())
-    return Request(scope, (connection or Connection()).receive, limits, BodyBudget(limits.max_body_bytes))
+    return Request(
+        scope, (connection or Connection()).receive, limits, body_budget or BodyBudget(limits.max_body_bytes)
+    )
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -186,15 +192,71 @@ def test_rejects_a_large_body_of_a_client_that_disconnects() -> None:
     )
 
 
-def test_rejects_a_compressed_body() -> None:
+@pytest.mark.parametrize("size", [1, 7, 1000], ids="{}-byte chunks".format)
+@pytest.mark.parametrize("coding", [b"identity", b"Identity", b"gzip", b"GZIP", b"deflate"])
+def test_returns_a_compressed_body(coding: bytes, size: int) -> None:
+    body = b"0123456789"
+    sent = {b"gzip": gzip.compress(body), b"deflate": zlib.compress(body)}.get(coding.lower(), body)
+    parts = [sent[start : start + size] for start in range(0, len(sent), size)]
+
     async def test() -> None:
-        for coding in (b"identity", b"Identity"):
-            assert await make_request(Connection(b"x"), {b"content-encoding": coding}).body() == b"x"
+        budget = BodyBudget(100)
+        limits = Limits(max_body_bytes=100)
+        request = make_request(Connection(*parts), {b"content-encoding": coding}, limits=limits, body_budget=budget)
+        assert await request.body() == body
+        request.release_body()
+        budget.acquire(MAX_BODIES * 100)  # all of it has been returned
 
     run(test)
-    request = make_request(Connection(b"x"), {b"content-encoding": b"gzip"})
-    problem = "the body has the encoding 'gzip': send it without Content-Encoding"
-    check_rejected(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, request, problem)
+
+
+@pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, gzip", b"x-gzip", b""])
+def test_rejects_a_body_with_another_encoding(coding: bytes) -> None:
+    problem = f"the body has the encoding {coding.decode()!r}: send it with Content-Encoding gzip or deflate, or"
+    request = make_request(Connection(b"x"), {b"content-encoding": coding})
+    check_rejected(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, request, re.escape(problem))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one part", "two parts"])
+@pytest.mark.parametrize(
+    ("sent", "problem"),
+    [
+        (
+            b"text",
+            r"the body is not valid gzip \(Error -3 .*: incorrect header check\): compress all of it",
+        ),
+        (gzip.compress(b"x")[:-1], r"\(its end is missing\)"),
+        (gzip.compress(b"x")[:-6] + bytes(6), "incorrect data check"),
+        (gzip.compress(b"x") + b"more", r"\([134] bytes follow its end\)"),
+        (gzip.compress(b"x") * 2, r"bytes follow its end"),
+        (b"", r"\(its end is missing\)"),
+    ],
+)
+def test_rejects_a_body_that_cannot_be_decompressed(sent: bytes, problem: str, split: bool) -> None:
+    parts = [sent[:-1], sent[-1:]] if split else [sent]
+    request = make_request(Connection(*parts), {b"content-encoding": b"gzip"}, limits=Limits())
+    check_rejected(HTTPStatus.BAD_REQUEST, request, problem)
+
+
+def test_rejects_a_compressed_body_that_grows_over_the_limit() -> None:
+    """No more is decompressed than the limit, so that 100 KB do not take the time and the memory of 100 MB."""
+    limits = Limits(max_body_bytes=1 << 20)
+    for size, is_accepted in [(1 << 20, True), ((1 << 20) + 1, False), (100 << 20, False)]:
+        sent = zlib.compress(bytes(size), 1 if size > 1 << 21 else 9)
+        request = make_request(Connection(sent), {b"content-encoding": b"deflate"}, limits=limits)
+        if is_accepted:
+            assert asyncio.run(request.body()) == bytes(size)
+            continue
+        tracemalloc.start()
+        problem = "the decompressed body is over the limit of 1,048,576 bytes: send smaller or fewer images"
+        check_rejected(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, request, problem)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        tracemalloc.stop()
+
+
+def test_rejects_a_compressed_body_that_is_sent_over_the_limit() -> None:
+    request = make_request(Connection(b"x" * 11), {b"content-encoding": b"gzip"})
+    check_rejected(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, request, "the body of 11 bytes is over the limit of 10 bytes")
 
 
 @pytest.mark.parametrize("content_length", [b"", b"-1", b"1e9", b"9" * 30, b"\xb2"])
