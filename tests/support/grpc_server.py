@@ -57,8 +57,8 @@ async def run_grpc_server(
             reservation.address, options=[("grpc.use_local_subchannel_pool", 1)]
         ) as channel:
             yield Server(server, components, channel)
-        await server.drain()
     finally:
+        await server.drain()
         reservation.close()
         await components.repository.close()
         components.decoder.close()

@@ -38,7 +38,7 @@ def test_many_parameters_are_refused(of_input: bool) -> None:
 
 
 def test_a_small_message_is_not_counted() -> None:
-    require_few_fields(service_pb2.ModelInferRequest(inputs=[{}] * 30_000).SerializeToString())
+    require_few_fields(service_pb2.ModelInferRequest(raw_input_contents=[b""] * 30_000).SerializeToString())
 
 
 def test_a_group_cannot_hide_what_follows() -> None:
