@@ -19,6 +19,7 @@ from cifarx.options import (
     resolve_on_error,
 )
 from cifarx.output.console import json_result, note, print_error, styled_result
+from cifarx.signatures import SigningKey, open_signer, sign_artifact
 
 
 @takes_flags(FileFlags)
@@ -32,6 +33,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The adopted file. [default: NAME.adopted.onnx, next to FILE]")
     ] = None,
+    sign: SigningKey = None,
     html_report: HtmlReport = None,
     allow_chance_accuracy: AllowChance = False,
     json: Json = False,
@@ -43,6 +45,7 @@ def command(
     """
     from cifarx_export.adoption.adopt import adopt
 
+    signer = open_signer(sign)
     adopted = adopt(
         file,
         overrides=spec_overrides(flags),
@@ -62,6 +65,7 @@ def command(
         styled_result(parity_lines(adopted.report))
     if passed:
         note(f"wrote {adopted.path} ({adopted.path.stat().st_size:,} bytes) and {adopted.report_path.name}")
+        sign_artifact(signer, adopted.path)
         note(f"next: cifarx infer IMAGE --model {shlex.quote(str(adopted.path))}")
     else:
         print_error(f"{adopted.path} failed the parity check and was not written: see {adopted.report_path}")

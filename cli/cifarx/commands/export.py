@@ -22,6 +22,7 @@ from cifarx.options import (
     resolve_on_error,
 )
 from cifarx.output.console import json_result, note, print_error, styled_result
+from cifarx.signatures import SigningKey, open_signer, sign_artifact
 from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, get_format
 from cifarx_serve.backends.registry import model_file
 from cifarx_serve.errors import UsageError
@@ -69,6 +70,7 @@ def command(
     ] = False,
     allow_chance_accuracy: AllowChance = False,
     batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
+    sign: SigningKey = None,
     html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
     rtol: RelativeTolerance = None,
@@ -86,6 +88,7 @@ def command(
     for name in formats:
         if get_format(name).legacy:
             note(f"note: {name} is deprecated by PyTorch: use onnx if possible")
+    signer = open_signer(sign)
     exported = export(
         ckpt,
         formats,
@@ -112,6 +115,7 @@ def command(
         if artifact.report.summary.passed:
             size = model_file(artifact.path).stat().st_size
             note(f"wrote {artifact.path} ({size:,} bytes) and {artifact.report_path.name}")
+            sign_artifact(signer, artifact.path)
             note(f"next: cifarx infer IMAGE --model {shlex.quote(str(artifact.path))}")
         else:
             print_error(f"{artifact.path} failed the parity check and was not written: see {artifact.report_path}")

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -33,6 +33,9 @@ from cifarx_serve.server.settings import (
     limits_from_options,
 )
 from cifarx_serve.system.cpus import available_cpus
+
+if TYPE_CHECKING:
+    from cifarx_serve.files.signature import Verifier
 
 _HOST: Final = "127.0.0.1"
 _PORT: Final = 8000
@@ -107,6 +110,10 @@ def command(
         typer.Option(help="Load the models of the repository at the start, on request, or whenever they change."),
     ] = "none",
     watch: Annotated[bool, typer.Option("--watch", help="Reload a model when its file changes, as on SIGHUP.")] = False,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(metavar="PUBKEY", help="Serve only files signed with the private key of this PEM public key."),
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, one per line.")] = None,
     certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="TLS certificate, PEM.")] = None,
     keyfile: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of the certificate, PEM.")] = None,
@@ -123,7 +130,10 @@ def command(
 ) -> int:
     """Serve model files over HTTP. The server documents its API at /docs."""
     models = initial_files(files or [], model_repository, model_control)
+    verifier = None if require_signature is None else _verifier(require_signature)
     for path in models.values():
+        if verifier is not None:
+            verifier.verify(path)
         read_spec(path)  # report an invalid file before any process is started
     _check_origin(cors_origin)
     if api_key_file:
@@ -146,6 +156,7 @@ def command(
         access_log=access_log,
         root_path=require_root_path(root_path),
         trusted_proxies=_check_proxies(trusted_proxy or [], uds),
+        public_key=_absolute(require_signature),
     )
     if host is not None and not (_is_loopback(host) or settings.api_key_file):
         note(f"note: {host} can be reached from other machines, and no API key is required: see --api-key-file")
@@ -225,6 +236,12 @@ def _count_workers(value: str, device: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,3}", value):
         raise UsageError(f"--workers {value!r} is not a number from 1 to 9999", "give the number of processes, or auto")
     return int(value)
+
+
+def _verifier(public_key: Path) -> "Verifier":
+    from cifarx_serve.files.signature import Verifier  # its libraries take 0.5 s to import
+
+    return Verifier(public_key)
 
 
 def _check_proxies(networks: Sequence[str], uds: Path | None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import msgspec
 import typer
 
 from cifarx.model_flags import NO_MODEL_FLAGS, SOURCE_HELP, ModelFlags, model_options, takes_flags
@@ -21,6 +22,7 @@ from cifarx.options import (
     resolve_on_error,
 )
 from cifarx.output.console import json_result, note, print_error, styled_result
+from cifarx.signatures import RequiredKey, check_signature
 
 
 @takes_flags(ModelFlags)
@@ -42,6 +44,7 @@ def command(
     device: DeviceName = "cpu",
     batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
     locate: Annotated[bool, typer.Option("--locate", help="Find the first layer whose output differs.")] = False,
+    require_signature: RequiredKey = None,
     html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
     rtol: RelativeTolerance = None,
@@ -51,9 +54,15 @@ def command(
     """Check the parity of two files.
 
     Compare an artifact with its checkpoint or with any other file, on any data. The exit status is 1 if a check fails.
+    With --require-signature, the signature is checked first, and nothing else if there is no file to compare with.
     """
     from cifarx_export.verify import verify
 
+    signature, signature_holds = check_signature(artifact, require_signature)
+    if not signature_holds or (require_signature and not (reference or ckpt or model)):
+        if json:
+            json_result([{"artifact": artifact, "signature": signature}])
+        return 0 if signature_holds else 1
     report = verify(
         artifact,
         reference,
@@ -71,7 +80,7 @@ def command(
         progress=note,
     )
     if json:
-        json_result([report.row()])
+        json_result([{**msgspec.structs.asdict(report.row()), "signature": signature}])
     else:
         from cifarx.output.parity import parity_lines
 

@@ -158,12 +158,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         access_log: whether each request is logged.
         root_path: the prefix under which a reverse proxy makes the server available, such as "/models".
         trusted_proxies: the networks of the reverse proxies whose headers are used, as `TrustedProxies` takes them.
+        public_key: the file of the public key with which all model files must be signed; None if they need not be.
     """
 
     files: dict[str, str]
-    backend: str | None = None
     model_repository: str | None = None
     model_control: ModelControlMode = "none"
+    backend: str | None = None
     device: str = "auto"
     threads: Annotated[int, Meta(ge=1)] = 1
     registered_backends: tuple[RegisteredBackend, ...] = ()
@@ -175,3 +176,4 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     access_log: bool = True
     root_path: str = ""
     trusted_proxies: tuple[str, ...] = ()
+    public_key: str | None = None

@@ -89,6 +89,7 @@ async def load_model(name: str, settings: Settings) -> ServedModel:
         settings.device,
         settings.limits.max_batch,
         lambda: steps.append(time.monotonic()),
+        settings.public_key,
     )
     executor.shutdown(wait=False)
     waiting = asyncio.wrap_future(loading)

@@ -58,9 +58,10 @@ class ServedModel:
         device: the device, as users write it.
         max_batch: the largest batch it will be run with.
         on_step: called when the file is open, and after each batch of the warm-up.
+        public_key: the file of the public key with which the model must be signed; None if it need not be.
 
     Raises:
-        ModelFileError: the file is missing or damaged, or the model does not return valid outputs.
+        ModelFileError: the file is missing, damaged or not signed, or the model does not return valid outputs.
         DeviceError: the device is not available.
     """
 
@@ -72,7 +73,9 @@ class ServedModel:
         device: str,
         max_batch: int,
         on_step: Callable[[], None] = lambda: None,
+        public_key: str | None = None,
     ) -> None:
+        _verify_signature(path, public_key)
         file = model_file(Path(path))
         self.key = key
         self.name, self.number = parse_key(key)
@@ -83,6 +86,7 @@ class ServedModel:
         self._max_batch = max_batch
         self.failed = False
         try:
+            _verify_signature(path, public_key)  # it may have been replaced while it was opened
             require_interface(self._backend, self._file)
             on_step()
             self.warm_up(on_step)
@@ -188,6 +192,13 @@ class ServedModel:
 def _warm_up_sizes(largest: int) -> list[int]:
     """Return the powers of two up to `largest`, and `largest`: runtimes allocate and choose kernels per batch size."""
     return sorted({1 << bits for bits in range(largest.bit_length())} | {largest})
+
+
+def _verify_signature(path: str, public_key: str | None) -> None:
+    if public_key is not None:
+        from cifarx_serve.files.signature import Verifier  # its libraries take 0.5 s to import
+
+        Verifier(Path(public_key)).verify(Path(path))
 
 
 def file_version(path: str) -> str:

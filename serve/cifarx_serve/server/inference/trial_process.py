@@ -45,9 +45,9 @@ def main() -> None:
     for backend in settings.registered_backends:
         register_backend(*backend)
     set_cpu_limit(settings.threads)
-    path, max_batch = settings.files[trial.name], settings.limits.max_batch
+    path, max_batch, key = settings.files[trial.name], settings.limits.max_batch, settings.public_key
     try:
-        ServedModel(trial.name, path, settings.backend, settings.device, max_batch, lambda: reply(STEP))
+        ServedModel(trial.name, path, settings.backend, settings.device, max_batch, lambda: reply(STEP), key)
     except CifarxError as error:
         reply(msgspec.json.encode([error.problem, error.remedy]) + b"\n")
     else:

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from cifarx_serve.errors import CifarxError, UsageError, error_message
+from cifarx_serve.files.signature import signature_path
 from cifarx_serve.server.inference.metrics_files import clear_gauges, create_metrics_files
 from cifarx_serve.server.inference.model_control import ChangeReply, ChangeRequest
 from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start, Update, Updated
@@ -294,11 +295,11 @@ class Supervisor:
 
     async def _watch_files(self) -> None:
         """Reload when a file has changed, but only once it stays the same, because it may still be written."""
-        loaded = previous = _file_states(self._updates.files)
+        loaded = previous = self._file_states(self._updates.files)
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             files = await asyncio.to_thread(self._updates.wanted_files)
-            current = _file_states(files)
+            current = self._file_states(files)
             if current == previous and current != loaded:
                 loaded = current
                 if self._settings.model_control == "poll":
@@ -307,9 +308,15 @@ class Supervisor:
                     self._reload()
             previous = current
 
-
-def _file_states(files: Mapping[str, str]) -> dict[str, tuple[int, int, int] | None]:
-    return {key: _file_state(Path(path)) for key, path in files.items()}
+    def _file_states(self, files: Mapping[str, str]) -> dict[str, list[tuple[int, int, int] | None]]:
+        """Return the states of the files by key, with those of their signatures if they need one."""
+        return {
+            key: [
+                _file_state(Path(path)),
+                _file_state(signature_path(Path(path))) if self._settings.public_key else None,
+            ]
+            for key, path in files.items()
+        }
 
 
 def _file_state(path: Path) -> tuple[int, int, int] | None:
