@@ -1,5 +1,7 @@
 """Counting the fields of a message before it is parsed."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_a_request_with_much_data_has_few_fields() -> None:
 
 @pytest.mark.parametrize("field", ["inputs", "outputs", "raw_input_contents"])
 def test_many_small_fields_are_refused(field: str) -> None:
-    elements = [b""] * 50_000 if field == "raw_input_contents" else [{}] * 50_000
+    elements: list[Any] = [b"" if field == "raw_input_contents" else {}] * 50_000
     with pytest.raises(RequestError, match="has more than 4096 fields: send numbers as raw_input_contents, or packed"):
         require_few_fields(service_pb2.ModelInferRequest(**{field: elements}).SerializeToString())
 
