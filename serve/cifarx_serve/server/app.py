@@ -95,13 +95,15 @@ def create_grpc_server(components: Components, address: str) -> "GrpcServer":
     from cifarx_serve.server.grpc.inference_service import InferenceService
     from cifarx_serve.server.grpc.reflection_service import ReflectionService
     from cifarx_serve.server.grpc.server import GrpcServer
+    from cifarx_serve.server.grpc.triton_methods import TritonMethods
 
-    repository, metrics, decoder, threads, api_keys, access_log, _ = components
-    readiness = Readiness(repository, decoder)
+    repository, metrics, decoder = components.repository, components.metrics, components.decoder
+    readiness, settings = Readiness(repository, decoder), repository.settings
     methods = {
-        **InferenceService(repository, readiness, decoder, threads).methods(),
+        **InferenceService(repository, readiness, decoder, components.threads).methods(),
+        **TritonMethods(repository, metrics, components.control).methods(),
         **HealthService(repository, readiness).methods(),
         **ReflectionService().methods(),
     }
-    settings = repository.settings
-    return GrpcServer(Handlers(methods, settings.limits, metrics, api_keys, access_log), settings, address)
+    handlers = Handlers(methods, settings.limits, metrics, components.api_keys, components.access_log)
+    return GrpcServer(handlers, settings, address)

@@ -47,11 +47,6 @@ _UNSUPPORTED: Final = {
         ("CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"),
         "send tensors as raw_input_contents",
     ),
-    "ModelConfig": "use ModelMetadata",
-    "ModelStatistics": "see /metrics of the HTTP server",
-    "RepositoryIndex": "see /v1/models of the HTTP server",
-    "RepositoryModelLoad": "replace the file and send SIGHUP to the server",
-    "RepositoryModelUnload": "restart the server without the model",
     "TraceSetting": "set it when the server is started",
     "LogSettings": "set it when the server is started",
 }
