@@ -6,7 +6,7 @@ import inspect
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -18,11 +18,12 @@ from cifarx.output.console import note
 from cifarx_serve.backends.cuda_libraries import has_driver
 from cifarx_serve.backends.registry import read_spec, registered_backends
 from cifarx_serve.devices import parse_device
-from cifarx_serve.errors import UsageError
+from cifarx_serve.errors import UsageError, unknown_name_error
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.forwarded import UNIX, TrustedProxies, require_root_path
 from cifarx_serve.server.http.listener import create_ssl_context
-from cifarx_serve.server.model_files import absolute_path, absolute_paths, initial_files
+from cifarx_serve.server.inference.shadow import require_comparable
+from cifarx_serve.server.model_files import absolute_path, absolute_paths, initial_files, latest_keys
 from cifarx_serve.server.processes.port_reservation import PortReservation
 from cifarx_serve.server.processes.supervisor import BACKLOG, Supervisor, listen
 from cifarx_serve.server.settings import (
@@ -43,6 +44,10 @@ _PORT: Final = 8000
 _GRPC_PACKAGES: Final = ("grpc", "tritonclient", "grpc_health", "grpc_reflection")
 """The packages of the extra `grpc`."""
 
+_OTEL_PACKAGES: Final = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+"""The packages of the extra `otel`."""
+
+_SHADOW_SHARE: Final = 0.1
 _SECOND_GROUP: Final = "max_body_mb"
 """On the help page, limit options before this one follow --workers; this one and the rest follow --watch."""
 
@@ -109,6 +114,16 @@ def command(
         ModelControlMode,
         typer.Option(help="Load the models of the repository at the start, on request, or whenever they change."),
     ] = "none",
+    shadow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Model that answers a share of the requests of NAME too, to compare."),
+    ] = None,
+    shadow_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0001, max=1, help="Share of the requests that a shadow answers, in spare time. [default: 0.1]"
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Reload a model when its file changes, as on SIGHUP.")] = False,
     require_signature: Annotated[
         Path | None,
@@ -144,6 +159,8 @@ def command(
         files=absolute_paths(models),
         model_repository=_absolute(model_repository),
         model_control=model_control,
+        shadows=_shadows(shadow or [], models),
+        shadow_share=_shadow_share(shadow, shadow_share),
         backend=backend,
         device=device,
         threads=max(1, available_cpus() // worker_count),
@@ -250,6 +267,30 @@ def _check_proxies(networks: Sequence[str], uds: Path | None) -> tuple[str, ...]
         problem = f"--trusted-proxy {' '.join(networks)} {'with' if uds else 'without'} --uds trusts no client"
         raise UsageError(problem, f"add --trusted-proxy {UNIX}" if uds else "give the network of the proxy")
     return tuple(networks)
+
+
+def _shadow_share(shadows: list[str] | None, share: float | None) -> float:
+    if share is not None and not shadows:
+        raise UsageError(f"--shadow-share {share:g} without --shadow", "name the model, as in --shadow NAME=FILE")
+    return _SHADOW_SHARE if share is None else share
+
+
+def _shadows(arguments: list[str], models: Mapping[str, Path]) -> dict[str, str]:
+    """Return the files of shadows by the key of their model, after checking that they can be compared."""
+    shadows: dict[str, str] = {}
+    latest = latest_keys(models)
+    for argument in arguments:
+        name, equals, file = argument.partition("=")
+        if not (name and equals and file):
+            raise UsageError(f"--shadow {argument!r} names no file", "give it as NAME=FILE, with the name of a model")
+        key = latest.get(name, name)
+        if key not in models:
+            raise unknown_name_error("model", name, latest)
+        if key in shadows:
+            raise UsageError(f"two shadows for {name}", "give one")
+        require_comparable(key, read_spec(models[key]), file, read_spec(file))
+        shadows[key] = absolute_path(Path(file))
+    return shadows
 
 
 def _check_origin(origin: str | None) -> None:

@@ -147,6 +147,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         model_repository: a directory with models, see `scan_repository`; None for no model repository.
         model_control: whether the models of the repository are all loaded at the start, on request, or at the start and
             whenever the directory has changed.
+        shadows: the files of models that answer a share of the requests of a model too, by the key of that model.
+        shadow_share: the share of its requests.
         backend: the name of the backend; None to choose it by the file.
         device: where the models run, such as "auto", "cpu" or "cuda:0".
         threads: the number of CPUs that one worker computes with.
@@ -164,6 +166,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, str]
     model_repository: str | None = None
     model_control: ModelControlMode = "none"
+    shadows: dict[str, str] = {}
+    shadow_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
     backend: str | None = None
     device: str = "auto"
     threads: Annotated[int, Meta(ge=1)] = 1

@@ -9,15 +9,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from cifarx_serve.server.inference.batcher import BatchEvent
 from cifarx_serve.server.inference.multiprocess_metrics import BufferedValues
+from cifarx_serve.server.inference.shadow_metrics import SECONDS_BUCKETS, ShadowMetrics, ShadowObservation
 from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-# From 0.1 ms to 10 s, about 1.6 times apart: close enough to interpolate percentiles within a bucket.
-_SECONDS_BUCKETS: Final = (
-    *(0.0001, 0.00016, 0.00025, 0.0004, 0.00063, 0.001, 0.0016, 0.0025, 0.004, 0.0063, 0.01, 0.016, 0.025),
-    *(0.04, 0.063, 0.1, 0.16, 0.25, 0.4, 0.63, 1.0, 1.6, 2.5, 4.0, 6.3, 10.0),
-)
 _IMAGES_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -39,21 +35,21 @@ class Metrics:
             "cifarx_request_seconds",
             "Time from the head of a request to its response.",
             ["route"],
-            buckets=_SECONDS_BUCKETS,
+            buckets=SECONDS_BUCKETS,
             registry=registry,
         )
         self._queue_seconds = Histogram(
             "cifarx_queue_seconds",
             "Time that a request was queued for the model.",
             ["model"],
-            buckets=_SECONDS_BUCKETS,
+            buckets=SECONDS_BUCKETS,
             registry=registry,
         )
         self._compute_seconds = Histogram(
             "cifarx_compute_seconds",
             "Time that the model took for a batch.",
             ["model"],
-            buckets=_SECONDS_BUCKETS,
+            buckets=SECONDS_BUCKETS,
             registry=registry,
         )
         self._batch_images = Histogram(
@@ -81,6 +77,7 @@ class Metrics:
             registry=registry,
         )
         self._errors = Counter("cifarx_errors", "Requests answered with an error.", ["cause"], registry=registry)
+        self._shadow: ShadowMetrics | None = None
         self._by_route: dict[tuple[str, int | str], tuple[Counter, Histogram]] = {}
 
     def observe_request(self, route: str, status: int | str, seconds: float, cause: str | None) -> None:
@@ -130,6 +127,12 @@ class Metrics:
             failure_seconds.inc(seconds)
 
         return observe
+
+    def shadow_observer(self, model: str) -> Callable[[ShadowObservation], None]:
+        """Return a function that counts what becomes of the requests that the shadow of one model answers."""
+        if self._shadow is None:
+            self._shadow = ShadowMetrics(self._registry)
+        return self._shadow.observer(model)
 
     def flush(self) -> None:
         """Make everything counted so far visible to other processes now. Call it in the thread that counts."""

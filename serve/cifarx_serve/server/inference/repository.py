@@ -22,6 +22,7 @@ from cifarx_serve.server.inference.errors import (
 from cifarx_serve.server.inference.loading import load_model, try_model
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.model import ServedModel, file_version
+from cifarx_serve.server.inference.shadow import Shadow
 from cifarx_serve.server.model_files import latest_keys, parse_key
 from cifarx_serve.server.settings import Settings
 
@@ -46,6 +47,7 @@ class ModelInstance:
     def __init__(self, model: ServedModel, settings: Settings, metrics: Metrics) -> None:
         limits = settings.limits
         self.model = model
+        self.shadow: Shadow | None = None
         self._users = 0
         self._limits = limits
         self._observe_failure = metrics.failure_observer(model.key)
@@ -89,7 +91,7 @@ class ModelInstance:
             RequestCancelled: the client has disconnected.
         """
         try:
-            return await self._batcher.submit(images, deadline, is_disconnected)
+            result = await self._batcher.submit(images, deadline, is_disconnected)
         except (InferenceError, RequestCancelled):
             self._observe_failure(time.perf_counter() - deadline.started_at)
             raise
@@ -102,6 +104,14 @@ class ModelInstance:
             # Not the message of the error: it names the file, which clients should not see.
             problem = f"model {self.model.name} cannot run on {images.dtype} {images.shape}"
             raise InvalidInput(problem, "send images of the shape in /v1/models") from error
+        if self.shadow is not None:
+            self.shadow.offer(images, result.values)
+        return result
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the model has nothing to do. Any thread may ask for it."""
+        return self._batcher.is_idle
 
     async def recheck(self) -> None:
         """Run the model on a gray image, which clears `model.failed` if it succeeds."""
@@ -146,6 +156,7 @@ class ModelRepository:
         self._metrics = metrics
         self._instances: dict[str, ModelInstance] = {}
         self._by_name: dict[str, ModelInstance] = {}
+        self._shadows: dict[str, Shadow] = {}
         self._lock = asyncio.Lock()
 
     @property
@@ -206,8 +217,11 @@ class ModelRepository:
         found = [instance for instance in self._instances.values() if instance.model.name == name]
         return sorted(found, key=lambda instance: instance.model.number or 0)
 
-    async def open(self) -> None:
+    async def open(self, on_event: Callable[[str], None] = lambda _event: None) -> None:
         """Load the models, one after the other, without blocking the event loop.
+
+        Args:
+            on_event: called in any thread with a line of text when a shadow fails.
 
         Raises:
             CifarxError: a model cannot be loaded.
@@ -216,11 +230,16 @@ class ModelRepository:
             for key in self.settings.files:
                 self._instances[key] = await self._load(key, self.settings)
                 self._index()
+            for key, path in self.settings.shadows.items():
+                self._shadows[key] = self._create_shadow(key, path, on_event)
+                self._instances[key].shadow = self._shadows[key]
 
     async def reload(self, on_event: Callable[[str], None]) -> None:
-        """Update the models whose file has changed, as `update` does."""
+        """Update the models whose file has changed, as `update` does, and open the files of all shadows again."""
         async with self._lock:
             await self._update(self.settings.files, on_event)
+            for shadow in self._shadows.values():
+                shadow.restart()
 
     async def update(self, files: Mapping[str, str], on_event: Callable[[str], None]) -> dict[str, str]:
         """Serve these files: load those that are new, replace those that have changed, and unload the others.
@@ -281,6 +300,8 @@ class ModelRepository:
 
     async def close(self) -> None:
         """Drain and close all models."""
+        for shadow in self._shadows.values():
+            shadow.close()
         for instance in self.instances:
             await instance.drain()
         self._instances.clear()
@@ -293,4 +314,14 @@ class ModelRepository:
         self._by_name = self._instances | by_name
 
     async def _load(self, key: str, settings: Settings) -> ModelInstance:
-        return ModelInstance(await load_model(key, settings), settings, self._metrics)
+        instance = ModelInstance(await load_model(key, settings), settings, self._metrics)
+        instance.shadow = self._shadows.get(key)
+        return instance
+
+    def _create_shadow(self, key: str, path: str, on_event: Callable[[str], None]) -> Shadow:
+        def is_idle() -> bool:
+            instance = self._instances.get(key)
+            return instance is not None and instance.is_idle
+
+        spec = self._instances[key].model.spec
+        return Shadow(key, path, spec, self.settings, self._metrics.shadow_observer(key), is_idle, on_event)

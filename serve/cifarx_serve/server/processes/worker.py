@@ -68,7 +68,7 @@ class Worker:
         loop.add_reader(sys.stdin.fileno(), self._read_stdin)
         if self._accept_while_opening:
             await self._accept()
-        opening = asyncio.create_task(self._repository.open())
+        opening = asyncio.create_task(self._repository.open(_log_event))
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
