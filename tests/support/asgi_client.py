@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
@@ -22,6 +22,9 @@ from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.model_control import ModelControl
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
+
+if TYPE_CHECKING:
+    from cifarx_serve.server.tracing.tracer import RequestTracer
 
 
 class Response(NamedTuple):
@@ -136,6 +139,7 @@ async def open_client(
     cors_origin: str | None = None,
     root_path: str = "",
     trusted_proxies: tuple[str, ...] = (),
+    tracer: "RequestTracer | None" = None,
     open_models: bool = True,
 ) -> AsyncIterator[AsgiClient]:
     """Open a client of an application in this event loop, with its models open; `routes` replaces the server's own."""
@@ -154,7 +158,7 @@ async def open_client(
         control = ModelControl(repository)
         table = create_routes(repository, metrics, decoder, threads, control) if routes is None else routes
         api_keys = ApiKeys(api_key_file) if api_key_file else None
-        app = Application(repository, metrics, table, to_http_error, api_keys, access_log)
+        app = Application(repository, metrics, table, to_http_error, api_keys, access_log, tracer)
         if open_models:
             await repository.open()
         try:

@@ -141,6 +141,14 @@ def command(
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="Log one line of JSON per request on standard output.")
     ] = True,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Record traces, and export them to this collector, http://127.0.0.1:4318."),
+    ] = None,
+    trace_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the requests to trace that are not part of a trace. [default: all]"),
+    ] = None,
     **limits: int,
 ) -> int:
     """Serve model files over HTTP. The server documents its API at /docs."""
@@ -174,6 +182,8 @@ def command(
         root_path=require_root_path(root_path),
         trusted_proxies=_check_proxies(trusted_proxy or [], uds),
         public_key=_absolute(require_signature),
+        otlp_endpoint=_check_collector(otlp_endpoint, trace_share),
+        trace_share=trace_share,
     )
     if host is not None and not (_is_loopback(host) or settings.api_key_file):
         note(f"note: {host} can be reached from other machines, and no API key is required: see --api-key-file")
@@ -259,6 +269,21 @@ def _verifier(public_key: Path) -> "Verifier":
     from cifarx_serve.files.signature import Verifier  # its libraries take 0.5 s to import
 
     return Verifier(public_key)
+
+
+def _check_collector(endpoint: str | None, share: float | None) -> str | None:
+    if endpoint is None:
+        if share is not None:
+            raise UsageError(f"--trace-share {share:g} without --otlp-endpoint", "name the collector of the traces")
+        return None
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", endpoint):
+        raise UsageError(f"--otlp-endpoint {endpoint!r} is not a URL", "give it as http://127.0.0.1:4318")
+    for package in _OTEL_PACKAGES:
+        with suppress(ModuleNotFoundError):  # a package that contains it is missing
+            if importlib.util.find_spec(package) is not None:
+                continue
+        raise UsageError(f"--otlp-endpoint needs {package}, which is not installed", 'pip install "cifarx[otel]"')
+    return endpoint
 
 
 def _check_proxies(networks: Sequence[str], uds: Path | None) -> tuple[str, ...]:

@@ -2,10 +2,12 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cifarx_serve.backends.registry import register_backend
+from cifarx_serve.errors import UsageError
 from cifarx_serve.server.api.errors import to_http_error
 from cifarx_serve.server.api.routes import create_routes
 from cifarx_serve.server.asgi import Application
@@ -22,6 +24,7 @@ from cifarx_serve.system.cpus import set_cpu_limit
 
 if TYPE_CHECKING:
     from cifarx_serve.server.grpc.server import GrpcServer
+    from cifarx_serve.server.tracing.tracer import RequestTracer
 
 _SWITCH_INTERVAL_S: Final = 5e-4
 """How long a thread may keep the interpreter while another one waits for it; Python's default is 5 ms."""
@@ -46,6 +49,7 @@ class Components(NamedTuple):
         api_keys: the accepted API keys; None if no key is required.
         access_log: receives a line per request, unless it is None.
         control: loads and unloads models.
+        tracer: records traces; None to record none.
     """
 
     repository: ModelRepository
@@ -55,32 +59,52 @@ class Components(NamedTuple):
     api_keys: ApiKeys | None
     access_log: AccessLog | None
     control: ModelControl
+    tracer: "RequestTracer | None"
 
 
-def create_components(settings: Settings, access_log: AccessLog | None, worker: int = 0) -> Components:
+def create_components(
+    settings: Settings,
+    access_log: AccessLog | None,
+    worker: int = 0,
+    on_event: Callable[[str], None] = lambda _: None,
+) -> Components:
     """Create the components in the event loop that will run them.
 
     Args:
         settings: the settings of the server.
         access_log: receives a line per request, unless it is None.
         worker: the number of this process among those that share their metrics.
+        on_event: called with a line of text for each event in a thread.
 
     Raises:
-        UsageError: the file of the API keys cannot be read, or as for `image_format.extra_formats`.
+        UsageError: the file of the API keys cannot be read, traces cannot be recorded, or as for
+            `image_format.extra_formats`.
     """
     metrics = Metrics(worker)
     repository = ModelRepository(settings, metrics)
     api_keys = ApiKeys(Path(settings.api_key_file)) if settings.api_key_file else None
     decoder = ImageDecoder(settings.threads, settings.limits.max_pixels)
     threads, control = ThreadPool(settings.threads, "parse"), ModelControl(repository)
-    return Components(repository, metrics, decoder, threads, api_keys, access_log, control)
+    tracer = _create_tracer(settings, on_event)
+    return Components(repository, metrics, decoder, threads, api_keys, access_log, control, tracer)
+
+
+def _create_tracer(settings: Settings, on_event: Callable[[str], None]) -> "RequestTracer | None":
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from cifarx_serve.server.tracing.tracer import OtlpExporter, RequestTracer  # only here: imports OpenTelemetry
+
+        return RequestTracer(OtlpExporter(settings.otlp_endpoint, on_event), settings.trace_share)
+    except ValueError as error:  # OpenTelemetry reads its variables when it is imported, and later
+        raise UsageError(f"traces cannot be recorded ({error})", "check the environment variables OTEL_*") from error
 
 
 def create_app(components: Components) -> Application:
     """Create the application that serves HTTP."""
-    repository, metrics, decoder, threads, api_keys, access_log, control = components
+    repository, metrics, decoder, threads, api_keys, access_log, control, tracer = components
     routes = create_routes(repository, metrics, decoder, threads, control)
-    return Application(repository, metrics, routes, to_http_error, api_keys, access_log)
+    return Application(repository, metrics, routes, to_http_error, api_keys, access_log, tracer)
 
 
 def create_grpc_server(components: Components, address: str) -> "GrpcServer":

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 from cifarx_serve.errors import UsageError
 from cifarx_serve.server.errors import CAUSES, CLIENT_CLOSED_REQUEST, ClientDisconnect, RequestError, RouteNotFound
@@ -17,9 +17,14 @@ from cifarx_serve.server.http.compression import compress_response
 from cifarx_serve.server.http.forwarded import TrustedProxies
 from cifarx_serve.server.http.request import Receive, Request, Scope, Send
 from cifarx_serve.server.http.response import JSON, Response, error_body
+from cifarx_serve.server.http.span_attributes import end_span, start_span
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
+from cifarx_serve.server.tracing.trace_context import TRACEPARENT, TRACERESPONSE, parse_trace_id
 from cifarx_serve.system.terminal import printable
+
+if TYPE_CHECKING:
+    from cifarx_serve.server.tracing.tracer import RequestTracer
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -29,8 +34,10 @@ _SECURITY_HEADERS: Final = (
     (b"cache-control", b"no-store"),
 )
 _CORS_METHODS: Final = b"GET, POST, OPTIONS"
-_CORS_HEADERS: Final = b"authorization, content-type, inference-header-content-length, x-api-key, x-request-id"
-_CORS_EXPOSED_HEADERS: Final = b"inference-header-content-length, retry-after, x-request-id"
+_CORS_HEADERS: Final = (
+    b"authorization, content-type, inference-header-content-length, traceparent, tracestate, x-api-key, x-request-id"
+)
+_CORS_EXPOSED_HEADERS: Final = b"inference-header-content-length, retry-after, traceresponse, x-request-id"
 _RETRY_AFTER: Final = (b"retry-after", b"1")
 
 _UNKNOWN: Final = "unknown"
@@ -106,6 +113,7 @@ class Application:
             returns any other exception as it is.
         api_keys: the accepted API keys; None if no key is required.
         access_log: receives one record per request; None for no log.
+        tracer: records a trace of every request; None to record none.
 
     Raises:
         UsageError: the root path of the settings is the start of a route.
@@ -119,6 +127,7 @@ class Application:
         to_http_error: Callable[[Exception], Exception],
         api_keys: ApiKeys | None,
         access_log: AccessLog | None,
+        tracer: "RequestTracer | None" = None,
     ) -> None:
         self.repository = repository
         self.metrics = metrics
@@ -127,6 +136,7 @@ class Application:
         self._to_http_error = to_http_error
         self._api_keys = api_keys
         self._access_log = access_log
+        self._tracer = tracer
         self._body_budget = BodyBudget(self._limits.max_body_bytes)
         self._root_path = _require_no_route(repository.settings.root_path, routes)
         trusted = repository.settings.trusted_proxies
@@ -153,6 +163,8 @@ class Application:
                 request.mount(self._root_path)
             if self._trusted_proxies is not None:
                 self._trusted_proxies.apply(request)
+            if self._tracer is not None:
+                start_span(self._tracer, request)
             methods = self._static_routes.get(request.path) or self._match(request)
             is_preflight = request.method == "OPTIONS" and self._cors_origin is not None
             route = _PREFLIGHT if is_preflight else next(iter(methods.values())).path
@@ -168,6 +180,9 @@ class Application:
         seconds = time.perf_counter() - request.received_at
         self.metrics.observe_request(route, response.status, seconds, cause)
         self._log_request(request, response, seconds, cause)
+        if self._tracer is not None:
+            matched = None if route in (_UNKNOWN, _PREFLIGHT) else route
+            end_span(request, matched, response.status, len(response.body), cause)
 
     async def _dispatch(self, request: Request, methods: dict[str, Route]) -> Response:
         """Call the handler for the method of the request.
@@ -209,6 +224,8 @@ class Application:
             *self._common_headers,
             *response.headers,
         ]
+        if request.span is not None:
+            headers.append((TRACERESPONSE, request.span.traceresponse))
         if self.repository.draining:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": int(response.status), "headers": headers})
@@ -217,7 +234,7 @@ class Application:
     def _log_request(self, request: Request, response: Response, seconds: float, cause: str | None) -> None:
         if self._access_log is None:
             return
-        client = request.scope.get("client")
+        client, span = request.scope.get("client"), request.span
         self._access_log.write(
             AccessRecord(
                 time=datetime.now(UTC),
@@ -230,6 +247,7 @@ class Application:
                 bytes=len(response.body),
                 worker=os.getpid(),
                 cause=cause,
+                trace=span.trace_id if span is not None else parse_trace_id(request.headers.get(TRACEPARENT)),
             )
         )
 

@@ -161,6 +161,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         root_path: the prefix under which a reverse proxy makes the server available, such as "/models".
         trusted_proxies: the networks of the reverse proxies whose headers are used, as `TrustedProxies` takes them.
         public_key: the file of the public key with which all model files must be signed; None if they need not be.
+        otlp_endpoint: the URL of the collector for traces; None to record none.
+        trace_share: the share of the traces that begin here to record, from 0 to 1; None for OpenTelemetry's default.
     """
 
     files: dict[str, str]
@@ -181,3 +183,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     root_path: str = ""
     trusted_proxies: tuple[str, ...] = ()
     public_key: str | None = None
+    otlp_endpoint: str | None = None
+    trace_share: float | None = None

@@ -1,6 +1,7 @@
 """The routes of the Open Inference Protocol."""
 
 import re
+import time
 from http import HTTPStatus
 from typing import Final
 
@@ -39,6 +40,7 @@ from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.image_batch import decode_batch
 from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
+from cifarx_serve.server.inference.stages import record_decoding, record_inference
 from cifarx_serve.system.versions import package_version
 
 _HEADER_LENGTH: Final = b"inference-header-content-length"
@@ -186,10 +188,15 @@ class OpenInferenceRoutes:
             infer = await self._parse(request, instance, deadline)
             tensor = infer.tensor
             if isinstance(tensor, list):
+                started_at, images = time.perf_counter(), len(tensor)
                 tensor = await decode_batch(
                     tensor, self._decoder, instance, request.limits.max_pixels, deadline, request.is_disconnected
                 )
+                if request.span is not None:
+                    record_decoding(request.span, started_at, time.perf_counter() - started_at, images)
             result = await instance.infer(tensor, deadline, request.is_disconnected)
+            if request.span is not None:
+                record_inference(request.span, instance.model, result)
         model = instance.model
         body, header_length = infer_response(
             infer, model.name, model.protocol_version, model.spec.output, result.values

@@ -35,6 +35,7 @@ from cifarx_serve.server.inference.deadline import Deadline, ThreadPool
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.model import ModelInfo
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
+from cifarx_serve.server.inference.stages import record_classification
 
 _DEFAULT_TOP_K: Final = 5
 _TOP_K: Final = {"type": "integer", "minimum": 1}
@@ -181,6 +182,8 @@ class PredictRoutes:
         top_k = _parse_top_k(fields.get("top_k"), len(instance.model.spec.class_names))
         images = [upload.data for upload in uploads]
         result = await self._classifier.classify(images, instance, top_k, deadline, request.is_disconnected)
+        if request.span is not None:
+            record_classification(request.span, instance.model, result, len(images))
         return respond(request, instance, uploads, result)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002

@@ -16,7 +16,7 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         time: when the response was sent; written as RFC 3339.
         id: the request ID.
-        client: the address of the client.
+        client: the address of the client, which a trusted proxy may have stated; empty on a Unix socket.
         method: the HTTP method, or gRPC.
         path: the path of the URL, or the full name of the gRPC method.
         status: the HTTP status, or the name of the gRPC status code.
@@ -24,6 +24,7 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         bytes: the size of the response body.
         worker: the process ID of the worker.
         cause: the cause of an error, as in the metrics; None for a request without error.
+        trace: the ID of the trace of the request; None if it has none.
     """
 
     time: datetime
@@ -36,6 +37,7 @@ class AccessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     bytes: int
     worker: int
     cause: str | None = None
+    trace: str | None = None
 
 
 class AccessLog:

@@ -7,13 +7,16 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import parse_qsl
 
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.http.body_budget import BodyBudget
 from cifarx_serve.server.http.compression import Decompressor
 from cifarx_serve.server.settings import Limits
+
+if TYPE_CHECKING:
+    from cifarx_serve.server.tracing.request_span import RequestSpan
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -55,6 +58,7 @@ class Request:
         root_path: the prefix under which clients reach the application, such as "/models"; usually empty.
         path: the decoded path, without the root path and the query string.
         path_params: the values of the placeholders of the route's path.
+        span: the span of the request, if traces are recorded.
     """
 
     def __init__(self, scope: Scope, receive: Receive, limits: Limits, body_budget: BodyBudget) -> None:
@@ -67,6 +71,7 @@ class Request:
             self.mount(root_path)
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.path_params: dict[str, str] = {}
+        self.span: RequestSpan | None = None
         self.limits = limits
         self._receive = receive
         self._body_received = False

@@ -63,12 +63,14 @@ class InferenceResult(NamedTuple):
         rows: the rows of the batch that belong to the request.
         queue_s: how long the request was queued, in seconds.
         compute_s: how long the model took for the batch, in seconds.
+        started_at: when the model began with the batch, on the clock of `time.perf_counter`.
     """
 
     output: BatchOutput
     rows: slice
     queue_s: float
     compute_s: float
+    started_at: float
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -330,7 +332,7 @@ class Batcher:
                 unanswered += 1
                 request.fail(outcome)
             else:
-                request.future.set_result(InferenceResult(*outcome, waited_s, compute_s))
+                request.future.set_result(InferenceResult(*outcome, waited_s, compute_s, completed.started_at))
         images = _count_images(completed.requests)
         failed = any(isinstance(outcome, Exception) for outcome in completed.outcomes)
         self._seconds_per_image = math.inf if failed else compute_s / images  # a failure may end long before a run

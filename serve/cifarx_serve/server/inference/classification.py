@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.errors import ImageError
 from cifarx_serve.predictor import Prediction
+from cifarx_serve.server.inference.batcher import InferenceResult
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.image_batch import DecodedImage, decode_images, stack_images
@@ -21,15 +22,25 @@ class Classification(NamedTuple):
 
     Attributes:
         predictions: one per image, in order; the error of an image that could not be read.
+        decode_started_at: when decoding began, on the clock of `time.perf_counter`.
         decode_s: how long decoding took, in seconds.
-        queue_s: the longest time that images of the request were queued, in seconds.
-        compute_s: the longest time that the model took for one of its batches, in seconds.
+        inferences: the results of the model: one, or one for each size of the images.
     """
 
     predictions: list[Prediction | ImageError]
+    decode_started_at: float
     decode_s: float
-    queue_s: float
-    compute_s: float
+    inferences: list[InferenceResult]
+
+    @property
+    def queue_s(self) -> float:
+        """The longest time that images of the request were queued, in seconds."""
+        return max(result.queue_s for result in self.inferences)
+
+    @property
+    def compute_s(self) -> float:
+        """The longest time that the model took for a batch with images of the request, in seconds."""
+        return max(result.compute_s for result in self.inferences)
 
 
 class ImageClassifier:
@@ -80,12 +91,7 @@ class ImageClassifier:
                 predictions[index] = prediction
         if all(isinstance(prediction, ImageError) for prediction in predictions):
             raise predictions[0]
-        return Classification(
-            predictions,
-            decode_s,
-            max(result.queue_s for result in results),
-            max(result.compute_s for result in results),
-        )
+        return Classification(predictions, started_at, decode_s, results)
 
 
 def _batches(decoded: Sequence[DecodedImage]) -> list[tuple[list[int], NDArray[np.uint8]]]:

@@ -44,10 +44,10 @@ class Worker:
         self._accept_while_opening = start.accept_while_opening
         self._status_fd = start.status_fd
         self._access_log = AccessLog(sys.stdout.buffer) if settings.access_log else None
-        components = create_components(settings, self._access_log, start.number)
+        components = create_components(settings, self._access_log, start.number, _log_event)
         self._repository, self._metrics = components.repository, components.metrics
         self._repository.peers_starting = start.accept_while_opening
-        self._control = components.control
+        self._control, self._tracer = components.control, components.tracer
         self._control.connect(self._send)
         self._received = b""
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
@@ -97,6 +97,8 @@ class Worker:
         self._metrics.flush()
         if self._access_log:
             self._access_log.flush()
+        if self._tracer:
+            await self._tracer.close()
 
     async def _monitor_health(self) -> None:
         """Recheck models that have failed; stop the worker if one does not recover."""

@@ -122,7 +122,7 @@ def test_one_request_is_one_call() -> None:
 def test_a_request_gets_the_predictions_of_its_own_images(top_k: int, start: int, activation: str) -> None:
     logits = np.random.default_rng(0).standard_normal((4, 12), np.float32)
     spec = make_spec(class_names=tuple(f"class {n}" for n in range(12)), activation=activation)
-    result = InferenceResult(BatchOutput(logits), slice(start, 4), 0.0, 0.0)
+    result = InferenceResult(BatchOutput(logits), slice(start, 4), 0.0, 0.0, 0.0)
     np.testing.assert_array_equal(result.values, logits[start:])
     for _ in range(2):
         assert result.top_predictions(spec, top_k) == top_predictions(logits[start:], spec, top_k)

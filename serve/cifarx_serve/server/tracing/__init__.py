@@ -1,0 +1,1 @@
+"""Traces of requests with OpenTelemetry, whose libraries only `tracer` imports, if traces are recorded."""
