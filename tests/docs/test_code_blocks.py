@@ -48,8 +48,9 @@ NOT_RUN = {
 RAY_PAGES = ("docs/batch-inference.md",)
 """Pages whose Python runs on a cluster, in tests/serve/test_ray_data.py."""
 
-# Where the pages find the server.
+# Where the pages find the server, over HTTP and over gRPC.
 _SERVER = "127.0.0.1:8000"
+_GRPC_SERVER = "127.0.0.1:8001"
 
 _SLOW_PYTHON = re.compile(r"\bcifarx\.(train|export|verify|benchmark)\b|\btorch\b")
 
@@ -141,12 +142,12 @@ def run(*command: object) -> CommandResult:
 
 @contextmanager
 def served(directory: Path, text: str) -> Iterator[str]:
-    """Serve the model if a text contains the address of the server, and return the text with the right port."""
-    if _SERVER not in text:
+    """Serve the model if a text contains an address of the server, and return the text with the right ports."""
+    if _SERVER not in text and _GRPC_SERVER not in text:
         yield text
         return
-    with run_server(directory / "log", "lzh_9.onnx", "--workers", 1) as server:
-        yield text.replace(_SERVER, f"127.0.0.1:{server.port}")
+    with run_server(directory / "log", "lzh_9.onnx", "--workers", 1, "--grpc-port", 0) as server:
+        yield text.replace(_SERVER, f"127.0.0.1:{server.port}").replace(_GRPC_SERVER, server.grpc_address)
 
 
 def find_command(name: str) -> Any:
