@@ -187,7 +187,8 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     model. `agreement_bound` is the lower bound of the agreement with 95% confidence, None in files of earlier versions.
     The accuracies are of the test images alone. `test_images` is their number, which is `images` without those of the
     training split that joined them; None in files of earlier versions. `warnings` say what a check that passed did not
-    prove.
+    prove. `class_rates` say how often the reference predicts each class for a test image, and `score_rates` how often
+    the score of its prediction is in each bin of `prediction_counts.SCORE_BOUNDS`; None in files of earlier versions.
     """
 
     passed: bool
@@ -211,6 +212,8 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     test_images: int | None = None
     training_images: int = 0
     warnings: tuple[str, ...] = ()
+    class_rates: tuple[float, ...] | None = None
+    score_rates: tuple[float, ...] | None = None
 
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]

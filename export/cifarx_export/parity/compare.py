@@ -28,6 +28,7 @@ from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.errors import DeviceMemoryError, UsageError, error_message
 from cifarx_serve.images.preprocess import model_input
+from cifarx_serve.prediction_counts import count_predictions
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import InputSpec, ModelSpec, ParitySummary
 from cifarx_train.data.dataset import evenly_spaced
@@ -42,6 +43,7 @@ SUBSET_IMAGES: Final = 1000
 """Number of images, evenly spaced over the split, that are run at each of the other batch sizes."""
 
 _EDGE_INPUTS: Final = 3
+_RATE_DIGITS: Final = 6
 
 
 class ParityResult(msgspec.Struct, frozen=True):
@@ -181,7 +183,7 @@ def check_parity(
     metrics = compute_metrics(pairs, edges, reference.logits, test_labels, tolerance, spec)
     checks += [edge_check, *resize_checks, *check_metrics(metrics, tolerance, spec.output)]
     passed = all(check.passed for check in checks)
-    summary = _summary(metrics, passed, data, artifact.provider, tolerance, batch_sizes)
+    summary = _summary(metrics, passed, reference, artifact.provider, tolerance, batch_sizes)
     return ParityResult(tuple(checks), summary, _error_analysis(pairs, reference))
 
 
@@ -289,12 +291,13 @@ def _run_edge_inputs(reference: Reference, artifact: Backend) -> tuple[Check, li
 def _summary(
     metrics: ParityMetrics,
     passed: bool,
-    data: ParityData,
+    reference: Reference,
     provider: str,
     tolerance: Tolerance,
     batch_sizes: Sequence[int],
 ) -> ParitySummary:
-    errors = metrics.errors
+    errors, data = metrics.errors, reference.data
+    class_rates, score_rates = _prediction_rates(reference)
     return ParitySummary(
         passed=passed,
         images=metrics.images,
@@ -317,7 +320,19 @@ def _summary(
         test_images=data.test_images,
         training_images=len(data.training_rows),
         warnings=data.warnings(),
+        class_rates=class_rates,
+        score_rates=score_rates,
     )
+
+
+def _prediction_rates(reference: Reference) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return how often the reference predicts each class for a test image, and a score in each bin."""
+    counts = count_predictions(reference.logits[: reference.data.test_images], reference.spec)
+    if not counts.images:
+        return None, None
+    rates = (np.round(numbers / counts.images, _RATE_DIGITS) for numbers in (counts.classes, counts.scores))
+    class_rates, score_rates = (tuple(values.tolist()) for values in rates)
+    return class_rates, score_rates
 
 
 def _finite_or_none(value: float | None) -> float | None:

@@ -27,6 +27,7 @@ from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.images.preprocess import normalize
+from cifarx_serve.scores import class_scores
 from cifarx_train.binomial import floor_percent
 from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cifarx_train.pytorch_backend import PyTorchBackend
@@ -351,6 +352,13 @@ def test_the_accuracy_is_that_of_the_test_images_alone(
     expected = (reference.logits[:400].argmax(1) == parity_images.labels[:400]).mean()
     assert summary.reference_accuracy == pytest.approx(expected)
     assert summary.accuracy == pytest.approx(expected)
+    assert summary.class_rates is not None
+    assert summary.score_rates is not None
+    predicted = np.bincount(reference.logits[:400].argmax(1), minlength=reference.spec.output_size)
+    assert summary.class_rates == pytest.approx(predicted / 400)
+    assert sum(summary.score_rates) == pytest.approx(1)
+    best = class_scores(reference.logits[:400], reference.spec).max(axis=1)
+    assert summary.score_rates[-1] == pytest.approx((best > 0.9).mean())
 
 
 # The batch size that a user gives is checked too.

@@ -93,6 +93,7 @@ class BatchEvent(NamedTuple):
         queue_s: how long each request of the batch was queued, in seconds.
         compute_s: how long the call took, in seconds.
         failed: the requests of the batch that got no result: the model failed, or they had ended before.
+        outputs: what the model returned, (N, output_size): one array, or one per request if the whole batch failed.
     """
 
     images: int
@@ -100,6 +101,7 @@ class BatchEvent(NamedTuple):
     queue_s: tuple[float, ...]
     compute_s: float
     failed: int
+    outputs: list[NDArray[np.float32]]
 
 
 class _PendingRequest:
@@ -322,10 +324,13 @@ class Batcher:
         self._schedule()  # first, so that the thread runs the next batch while the responses of this one are written
         compute_s = completed.ended_at - completed.started_at
         queue_s = []
+        outputs: list[NDArray[np.float32]] = []
         unanswered = 0
         for request, outcome in zip(completed.requests, completed.outcomes, strict=True):
             waited_s = completed.started_at - request.queued_at
             queue_s.append(waited_s)
+            if not isinstance(outcome, Exception) and not outcome[1].start:  # the first request of an output
+                outputs.append(outcome[0].values)
             if request.future.done():
                 unanswered += 1
             elif isinstance(outcome, Exception):
@@ -336,7 +341,7 @@ class Batcher:
         images = _count_images(completed.requests)
         failed = any(isinstance(outcome, Exception) for outcome in completed.outcomes)
         self._seconds_per_image = math.inf if failed else compute_s / images  # a failure may end long before a run
-        self._on_batch(BatchEvent(images, self._queued_images, tuple(queue_s), compute_s, unanswered))
+        self._on_batch(BatchEvent(images, self._queued_images, tuple(queue_s), compute_s, unanswered, outputs))
 
     def _expire(self) -> None:
         """Fail the requests whose deadline has passed and remove them from the queue; repeat while any is pending."""

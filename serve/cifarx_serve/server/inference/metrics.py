@@ -1,16 +1,21 @@
 """Prometheus metrics of a server. Any worker's page shows the metrics of all workers."""
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from cifarx_serve.server.inference.batcher import BatchEvent
+from cifarx_serve.server.inference.drift import DriftMonitor
 from cifarx_serve.server.inference.multiprocess_metrics import BufferedValues
+from cifarx_serve.server.inference.prediction_metrics import PredictionMetrics
 from cifarx_serve.server.inference.shadow_metrics import SECONDS_BUCKETS, ShadowMetrics, ShadowObservation
 from cifarx_serve.server.settings import PROMETHEUS_MULTIPROC_DIR
+from cifarx_serve.spec import ModelSpec
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -77,6 +82,9 @@ class Metrics:
             registry=registry,
         )
         self._errors = Counter("cifarx_errors", "Requests answered with an error.", ["cause"], registry=registry)
+        self._predictions = PredictionMetrics(registry)
+        self._drift = DriftMonitor()
+        self._drift_lock = threading.Lock()
         self._shadow: ShadowMetrics | None = None
         self._by_route: dict[tuple[str, int | str], tuple[Counter, Histogram]] = {}
 
@@ -128,6 +136,18 @@ class Metrics:
 
         return observe
 
+    def prediction_observer(self, model: str, spec: ModelSpec) -> Callable[[BatchEvent], None]:
+        """Return a function that counts the predictions of one version of a model, for `Batcher`'s `on_batch`."""
+        counter = self._predictions.counter(model, spec)
+        with self._drift_lock:
+            self._drift.set_model(model, spec)
+
+        def observe(event: BatchEvent) -> None:
+            for outputs in event.outputs:
+                counter.add(outputs)
+
+        return observe
+
     def shadow_observer(self, model: str) -> Callable[[ShadowObservation], None]:
         """Return a function that counts what becomes of the requests that the shadow of one model answers."""
         if self._shadow is None:
@@ -136,6 +156,7 @@ class Metrics:
 
     def flush(self) -> None:
         """Make everything counted so far visible to other processes now. Call it in the thread that counts."""
+        self._predictions.count()
         if self._shared:
             self._shared.flush()
 
@@ -149,4 +170,29 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return the metrics of all processes in Prometheus's text format, as far as they have been flushed."""
-        return generate_latest(self.all_processes())
+        if not self._drift.is_active:
+            return generate_latest(self.all_processes())
+        families = list(self.all_processes().collect())
+        with self._drift_lock:
+            families.append(self._drift.observe(families))
+        return generate_latest(_Collected(families))
+
+    @property
+    def is_drift_due(self) -> bool:
+        """Whether `observe_drift` should be called, because nobody has read the metrics for a while."""
+        return self._drift.is_due
+
+    def observe_drift(self) -> None:
+        """Remember the counts of all processes, from which the drift of the next minutes is measured."""
+        with self._drift_lock:
+            self._drift.observe(self.all_processes().collect())
+
+
+class _Collected(Collector):
+    """Metrics that have been collected."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families

@@ -9,7 +9,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from cifarx_serve.errors import CifarxError, DeviceMemoryError, unknown_name_error
-from cifarx_serve.server.inference.batcher import Batcher, InferenceResult
+from cifarx_serve.server.inference.batcher import Batcher, BatchEvent, InferenceResult
 from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.errors import (
     InferenceError,
@@ -51,12 +51,19 @@ class ModelInstance:
         self._users = 0
         self._limits = limits
         self._observe_failure = metrics.failure_observer(model.key)
+        observe_batch = metrics.batch_observer(model.key)
+        observe_predictions = metrics.prediction_observer(model.key, model.spec)
+
+        def on_batch(event: BatchEvent) -> None:
+            observe_batch(event)
+            observe_predictions(event)
+
         self._batcher = Batcher(
             model.run,
             limits.max_batch,
             limits.max_delay_us / 1e6,
             limits.max_queue,
-            metrics.batch_observer(model.key),
+            on_batch,
             _INLINE_LIMIT_S if model.has_predictable_latency and settings.threads == 1 else 0.0,
         )
 

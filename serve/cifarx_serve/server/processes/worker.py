@@ -29,6 +29,7 @@ _RECHECK_INTERVAL_S: Final = 1.0
 _MAX_RECHECKS: Final = 5
 """After this many failed rechecks of a model that has failed, the worker exits, and the supervisor starts another."""
 
+_DRIFT_INTERVAL_S: Final = 5.0
 _READ_BYTES: Final = 1 << 16
 _MAX_ERROR: Final = 500
 
@@ -77,6 +78,7 @@ class Worker:
                 await self._accept()
             os.write(self._status_fd, READY)
             self._start(self._report_alive())  # it also runs during the shutdown
+            self._start(self._observe_drift())
             health = asyncio.create_task(self._monitor_health())
             await stopping
             health.cancel()
@@ -108,6 +110,13 @@ class Worker:
             failures = 0 if await self._repository.recheck_failed() else failures + 1
         self._failed = True
         self._stopping.set()
+
+    async def _observe_drift(self) -> None:
+        """Let the drift be measured from now on, even if nobody reads the metrics."""
+        while True:
+            if self._metrics.is_drift_due:
+                await asyncio.to_thread(self._metrics.observe_drift)
+            await asyncio.sleep(_DRIFT_INTERVAL_S)
 
     async def _report_alive(self) -> None:
         """Tell the supervisor that the event loop runs."""

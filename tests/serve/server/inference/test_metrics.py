@@ -43,9 +43,9 @@ def test_requests_are_counted_by_route_and_status() -> None:
 def test_batches_are_counted_by_model() -> None:
     metrics = Metrics()
     observe, observe_other = metrics.batch_observer("lzh_9"), metrics.batch_observer("other")
-    observe(BatchEvent(3, 5, (0.001, 0.002), 0.01, 0))
-    observe(BatchEvent(64, 2, (0.5,), 0.02, 1))
-    observe_other(BatchEvent(1, 0, (0.0,), 0.03, 0))
+    observe(BatchEvent(3, 5, (0.001, 0.002), 0.01, 0, []))
+    observe(BatchEvent(64, 2, (0.5,), 0.02, 1, []))
+    observe_other(BatchEvent(1, 0, (0.0,), 0.03, 0, []))
     values = parse(metrics.render())
     assert values["cifarx_batch_images_count", "lzh_9"] == 2
     assert values["cifarx_batch_images_sum", "lzh_9"] == 67
@@ -85,7 +85,7 @@ async def count():
             sys.stdout.flush()
         else:
             metrics.observe_request("/v1/predict", 200, 0.003, None)
-            observe(BatchEvent(int(line), int(line), (0.001,), 0.01, 0))
+            observe(BatchEvent(int(line), int(line), (0.001,), 0.01, 0, []))
             metrics.flush()
             print("counted", flush=True)
 
