@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import queue
 import re
 import ssl
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -62,9 +64,11 @@ def send(
     return response.status, response.read()
 
 
-def documented_configuration() -> str:
-    [block] = re.findall(r"```nginx\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
-    return str(block)
+def documented_configuration(grpc: bool) -> str:
+    """Return the configuration in the guide, with that for gRPC inside of it."""
+    server, location = re.findall(r"```nginx\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
+    end = server.rindex("}")
+    return f"{server[:end]}{location}}}" if grpc else str(server)
 
 
 @pytest.fixture
@@ -78,13 +82,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
             if uds:
                 options = (*options, "--uds", tmp_path / "cifarx.sock")
             server = stack.enter_context(run_server(tmp_path / "server", model, "--workers", 1, *options))
-            port = free_port()
-            configuration = documented_configuration()
+            port, grpc_port = free_port(), re.search(r"gRPC on 127\.0\.0\.1:(\d+)", server.err)
+            configuration = documented_configuration(grpc_port is not None)
             edits = {
                 "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
                 "/etc/ssl/certs/example.org.pem": str(certificate),
                 "/etc/ssl/private/example.org.key": str(key),
                 "server 127.0.0.1:8000": f"server unix:{server.uds}" if uds else f"server 127.0.0.1:{server.port}",
+                **({"grpc://127.0.0.1:8001": f"grpc://127.0.0.1:{grpc_port[1]}"} if grpc_port else {}),
                 **(edit or {}),
             }
             for old, new in edits.items():
@@ -156,6 +161,44 @@ def test_a_prefix_that_the_proxy_does_not_remove(start: Start) -> None:
         response = connection.getresponse()
         assert (response.status, response.headers["location"]) == (307, "/classify/")
     assert {record["path"] for record in proxied.records()} == {"/readyz", "/openapi.json", ""}
+
+
+# gevent, which Triton's HTTP client uses, patches modules of the standard library that are already imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_grpc(start: Start, tmp_path: Path) -> None:
+    from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
+    from tritonclient.utils import InferenceServerException
+
+    proxied = start("--trusted-proxy", "127.0.0.1", "--grpc-port", 0, "--max-body-mb", 2)
+    files = np.array([encode_image(Image.new("RGB", (6, 4), color)) for color in ("red", "lime")], object)
+    tensor = InferInput("input", list(files.shape), "BYTES").set_data_from_numpy(files)
+    certificate = str(tmp_path / "certificate.pem")
+    with InferenceServerClient(f"localhost:{proxied.port}", ssl=True, root_certificates=certificate) as client:
+        assert client.is_model_ready("colors")
+        for _ in range(5):
+            result = client.infer("colors", [tensor], headers={"x-forwarded-for": SPOOFED})
+            assert result.as_numpy("logits").argmax(axis=1).tolist() == [0, 1]
+        with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+            client.infer("absent", [tensor])
+        large = np.array([bytes(3 * MIB)], object)
+        with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
+            client.infer("colors", [InferInput("input", [1], "BYTES").set_data_from_numpy(large)])
+        answers: queue.Queue[tuple[InferResult | None, Exception | None]] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for _ in range(20):
+            client.async_stream_infer("colors", [tensor])
+        for _ in range(20):
+            result, error = answers.get(timeout=60)
+            assert error is None
+            assert result is not None
+            assert result.as_numpy("logits").argmax(axis=1).tolist() == [0, 1]
+        client.stop_stream()
+    assert proxied.request("GET", "/classify/readyz")[0] == 200
+    wait_until(lambda: len(proxied.records()) >= 29)
+    calls = [record for record in proxied.records() if record["method"] == "gRPC" and record["status"] == "OK"]
+    assert len(calls) >= 25
+    # Triton's client has the trusted address of nginx, so what it says is used.
+    assert {record["client"] for record in calls} == {SPOOFED, "127.0.0.1"}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Traces of `cifarx serve` at a collector: a small HTTP server that parses what OpenTelemetry's exporter sends."""
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from PIL import Image
 
+from tests.support.asgi_client import encode_image
 from tests.support.color_model import write_onnx
 from tests.support.server_process import predict_request, run_server, start_server, wait_until
 
@@ -110,6 +114,44 @@ def test_traces_reach_the_collector_before_the_server_exits(tmp_path: Path, mode
         assert {each.key: each.value.string_value for each in resource.attributes}["service.name"] == "cifarx-serve"
         logged = {record["trace"] for record in map(json.loads, server.out.splitlines())}
         assert logged == {span.trace_id.hex() for span in spans}
+
+
+# gevent, which Triton's HTTP client uses, patches modules of the standard library that are already imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_calls_over_grpc(tmp_path: Path, model: Path) -> None:
+    from tritonclient.grpc import InferenceServerClient, InferInput
+
+    files = np.array([encode_image(Image.new("RGB", (6, 4), "red"))], object)
+    tensor = InferInput("input", [1], "BYTES").set_data_from_numpy(files)
+    with run_collector() as collector:
+        options = ("--workers", 1, "--grpc-port", 0, "--otlp-endpoint", collector.url)
+        with run_server(tmp_path / "server", model, *options) as server:
+            address = re.search(r"gRPC on (\S+)", server.err)
+            assert address
+            with InferenceServerClient(address[1]) as client:
+                assert client.is_server_live()
+                client.infer("colors", [tensor], headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+                client.start_stream(lambda result, error: None)  # noqa: ARG005
+                for _ in range(3):
+                    client.async_stream_infer("colors", [tensor])
+                client.stop_stream()
+                with pytest.raises(Exception, match="NOT_FOUND"):
+                    client.infer("absent", [tensor])
+            assert server.stop() == 0
+        names = [span.name for span in collector.spans()]
+        service = "inference.GRPCInferenceService"
+        assert sorted(set(names)) == sorted(
+            ["decode", "queue", "compute", f"{service}/ModelInfer", f"{service}/ModelStreamInfer"]
+        )
+        assert [names.count(name) for name in ("decode", f"{service}/ModelInfer", f"{service}/ModelStreamInfer")] == [
+            4,
+            2,
+            3,
+        ]
+        traced = {span.name: span for span in collector.spans() if span.trace_id.hex() == TRACE}
+        assert traced[f"{service}/ModelInfer"].parent_span_id.hex() == PARENT
+        assert set(traced) == {"decode", "queue", "compute", f"{service}/ModelInfer"}
+        assert TRACE in {json.loads(line).get("trace") for line in server.out.splitlines()}
 
 
 def test_a_share_and_the_variables_of_opentelemetry(tmp_path: Path, model: Path) -> None:

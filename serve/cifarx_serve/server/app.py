@@ -13,6 +13,7 @@ from cifarx_serve.server.api.routes import create_routes
 from cifarx_serve.server.asgi import Application
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.api_keys import ApiKeys
+from cifarx_serve.server.http.forwarded import TrustedProxies
 from cifarx_serve.server.inference.deadline import ThreadPool
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.server.inference.metrics import Metrics
@@ -129,5 +130,7 @@ def create_grpc_server(components: Components, address: str) -> "GrpcServer":
         **HealthService(repository, readiness).methods(),
         **ReflectionService().methods(),
     }
-    handlers = Handlers(methods, settings.limits, metrics, components.api_keys, components.access_log)
+    trusted_proxies = TrustedProxies(settings.trusted_proxies) if settings.trusted_proxies else None
+    api_keys, access_log, tracer = components.api_keys, components.access_log, components.tracer
+    handlers = Handlers(methods, settings.limits, metrics, api_keys, access_log, trusted_proxies, tracer)
     return GrpcServer(handlers, settings, address)

@@ -5,11 +5,14 @@ import re
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from cifarx_serve.server.errors import RequestError
 from cifarx_serve.server.inference.deadline import Deadline
+
+if TYPE_CHECKING:
+    from cifarx_serve.server.tracing.request_span import RequestSpan
 
 REQUEST_ID: Final = "x-request-id"
 """The key of the request's ID in the metadata."""
@@ -36,6 +39,7 @@ class Call:
         too_large: whether gRPC may be rejecting the message because of its size.
         client_timeout_s: the time that the client allows from `started_at` on, in seconds; None if it sets no limit.
         response_bytes: the size of the answer.
+        span: the span of the call, if traces are recorded.
     """
 
     __slots__ = (
@@ -46,6 +50,7 @@ class Call:
         "metadata",
         "method",
         "response_bytes",
+        "span",
         "started_at",
         "too_large",
     )
@@ -62,6 +67,7 @@ class Call:
         self.too_large = False
         self.client_timeout_s: float | None = None
         self.response_bytes = 0
+        self.span: RequestSpan | None = None
 
     def of_stream(self) -> "Call":
         """Return a call for one of several requests of this one, which is a stream. It starts now."""
@@ -95,6 +101,10 @@ class Call:
     def is_disconnected(self) -> bool:
         """Return whether the client waits for no answer any more."""
         return self.cancelled
+
+    def metadata_values(self, key: str) -> list[str]:
+        """Return the values of a key in the metadata."""
+        return [value for name, value in self.metadata if name == key and isinstance(value, str)]
 
     def headers(self) -> dict[bytes, bytes]:
         """Return the metadata as HTTP headers."""

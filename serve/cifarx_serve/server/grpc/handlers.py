@@ -6,12 +6,13 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import grpc
 
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.grpc.call import REQUEST_ID, Call, client_address
+from cifarx_serve.server.grpc.span_attributes import end_span, start_span
 from cifarx_serve.server.grpc.status import (
     CANCELLED,
     CLIENT_DEADLINE,
@@ -24,9 +25,14 @@ from cifarx_serve.server.grpc.status import (
 from cifarx_serve.server.http.access_log import AccessLog, AccessRecord
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.body_budget import BodyBudget
+from cifarx_serve.server.http.forwarded import TrustedProxies
 from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.settings import Limits
+from cifarx_serve.server.tracing.trace_context import TRACEPARENT, TRACERESPONSE, parse_trace_id
 from cifarx_serve.system.terminal import printable
+
+if TYPE_CHECKING:
+    from cifarx_serve.server.tracing.tracer import RequestTracer
 
 UnaryHandler: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
 
@@ -98,6 +104,7 @@ class Stream:
             error_message: returns the answer to a request that failed, from its status.
         """
         call, status = self.call.of_stream(), OK
+        self._handlers.start_span(call)
         try:
             return await self._handlers.answer(call, message, handler)
         except asyncio.CancelledError:
@@ -145,6 +152,8 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         metrics: counts the calls.
         api_keys: the accepted API keys; None if no key is required.
         access_log: receives one record per call, or per request of a stream; None for no log.
+        trusted_proxies: the proxies that name the clients of their calls; None for none.
+        tracer: records a trace of every call, or of every request of a stream; None to record none.
 
     Attributes:
         draining: is set when the server is shut down, so that streams end.
@@ -159,12 +168,16 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         metrics: Metrics,
         api_keys: ApiKeys | None,
         access_log: AccessLog | None,
+        trusted_proxies: TrustedProxies | None = None,
+        tracer: "RequestTracer | None" = None,
     ) -> None:
         self._methods = methods
         self._limits = limits
         self._metrics = metrics
         self._api_keys = api_keys
         self._access_log = access_log
+        self._trusted_proxies = trusted_proxies
+        self._tracer = tracer
         self._budget = BodyBudget(limits.max_body_bytes)
         self.draining = asyncio.Event()
         self.active = 0
@@ -197,7 +210,9 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.active += 1
         self.last_active_at = call.started_at
         call.set_time_remaining(context.time_remaining())
-        context.set_trailing_metadata(((REQUEST_ID, call.id),))
+        if method is not None and method.unary is not None and not method.public:
+            self.start_span(call)
+        context.set_trailing_metadata(((REQUEST_ID, call.id), *_trace_metadata(call)))
         try:
             self._admit(call, method)
             return await answer()
@@ -249,6 +264,11 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             raise RequestError(HTTPStatus.BAD_REQUEST, "the call has no message", "send one")
         return bytes(message)
 
+    def start_span(self, call: Call) -> None:
+        """Start the span of a call, or of a request of a stream, if traces are recorded."""
+        if self._tracer is not None:
+            start_span(self._tracer, call)
+
     def _admit(self, call: Call, method: Method | None) -> None:
         """Check the API key and the number of calls.
 
@@ -268,13 +288,20 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         seconds = time.perf_counter() - call.started_at
         route = call.method if call.method in self._methods else _UNKNOWN
         self._metrics.observe_request(route, status.code.name, seconds, status.cause)
+        if self._access_log is None and call.span is None:
+            return
+        client = client_address(peer())
+        if self._trusted_proxies is not None:
+            client = self._trusted_proxies.client(client, call.metadata_values("x-forwarded-for"))
+        end_span(call, status, client)
         if self._access_log is None:
             return
+        traceparent = next(iter(call.metadata_values(TRACEPARENT.decode())), "").encode("latin-1", "replace")
         self._access_log.write(
             AccessRecord(
                 time=datetime.now(UTC),
                 id=call.id,
-                client=client_address(peer()),
+                client=client,
                 method=_PROTOCOL,
                 path=call.method if call.method.isascii() else printable(call.method),
                 status=status.code.name,
@@ -282,8 +309,13 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
                 bytes=call.response_bytes,
                 worker=os.getpid(),
                 cause=status.cause,
+                trace=call.span.trace_id if call.span is not None else parse_trace_id(traceparent),
             )
         )
+
+
+def _trace_metadata(call: Call) -> tuple[tuple[str, str], ...]:
+    return () if call.span is None else ((TRACERESPONSE.decode(), call.span.traceresponse.decode()),)
 
 
 def _cancellation_status(call: Call, context: Any) -> Status:

@@ -1,6 +1,7 @@
 """The service `inference.GRPCInferenceService` of the Open Inference Protocol, as Triton and KServe define it."""
 
 import asyncio
+import time
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +29,7 @@ from cifarx_serve.server.inference.errors import ModelNotFound, ModelNotReady
 from cifarx_serve.server.inference.image_batch import decode_batch
 from cifarx_serve.server.inference.readiness import Readiness
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
+from cifarx_serve.server.inference.stages import record_decoding, record_inference
 from cifarx_serve.system.versions import package_version
 
 SERVICE: Final = "inference.GRPCInferenceService"
@@ -167,8 +169,13 @@ class InferenceService:
                 infer = await self._threads.run(deadline, parse_infer, request, model.spec, self._limits)
             tensor = infer.tensor
             if isinstance(tensor, list):
+                started_at, images = time.perf_counter(), len(tensor)
                 tensor = await self._decode(tensor, instance, call, deadline)
+                if call.span is not None:
+                    record_decoding(call.span, started_at, time.perf_counter() - started_at, images)
             result = await instance.infer(tensor, deadline, call.is_disconnected)
+            if call.span is not None:
+                record_inference(call.span, model, result)
         return infer_response(infer, model.name, model.protocol_version, model.spec.output, result.values)
 
     async def _decode(

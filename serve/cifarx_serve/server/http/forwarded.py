@@ -57,9 +57,9 @@ class TrustedProxies:
             RequestError: `X-Forwarded-Prefix` is not the prefix of a path (400).
         """
         peer = request.scope.get("client")
-        if not (self._trusts(_parse_address(peer[0])) if peer else self._unix):
+        if not self._trusts_peer(peer and peer[0]):
             return
-        if (client := self._client(_values(request, b"x-forwarded-for"))) is not None:
+        if (client := self._last_client(_values(request, b"x-forwarded-for"))) is not None:
             request.scope["client"] = (str(client), 0)
         if (scheme := next(_values(request, b"x-forwarded-proto"), "").lower()) in _SCHEMES:
             request.scope["scheme"] = scheme
@@ -69,7 +69,23 @@ class TrustedProxies:
                 raise RequestError(HTTPStatus.BAD_REQUEST, problem, "let the proxy send a path such as /prefix")
             request.mount(prefix)
 
-    def _client(self, values: Iterable[str]) -> _Address | None:
+    def client(self, peer: str, forwarded_for: Sequence[str]) -> str:
+        """Return the address of the client of a call over gRPC.
+
+        Args:
+            peer: the address of the peer.
+            forwarded_for: the values of `x-forwarded-for` in the metadata.
+        """
+        if not self._trusts_peer(peer):
+            return peer
+        values = [element.strip() for value in forwarded_for for element in value.split(",")]
+        client = self._last_client(reversed(values))
+        return peer if client is None else str(client)
+
+    def _trusts_peer(self, peer: str | None) -> bool:
+        return self._trusts(_parse_address(peer)) if peer else self._unix
+
+    def _last_client(self, values: Iterable[str]) -> _Address | None:
         """Return the last address that is not of a trusted proxy, or the first of all; None if none is valid.
 
         What is left of it was sent by the client, which can send anything.

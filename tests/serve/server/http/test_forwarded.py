@@ -66,6 +66,21 @@ def test_the_client_is_the_last_address_that_is_not_trusted(forwarded_for: tuple
 
 
 @pytest.mark.parametrize(
+    ("peer", "forwarded_for", "expected"),
+    [
+        (PEER, [f"{SPOOFED}, 1.2.3.4"], "1.2.3.4"),
+        (PEER, [SPOOFED, "1.2.3.4, 10.2.2.2"], "1.2.3.4"),
+        (PEER, [], PEER),
+        (PEER, ["unknown"], PEER),
+        ("11.0.0.1", [SPOOFED], "11.0.0.1"),
+        ("", [SPOOFED], ""),
+    ],
+)
+def test_the_client_of_a_call_over_grpc(peer: str, forwarded_for: list[str], expected: str) -> None:
+    assert TrustedProxies(("10.0.0.0/8",)).client(peer, forwarded_for) == expected
+
+
+@pytest.mark.parametrize(
     ("trusted", "peer", "is_trusted"),
     [
         (("10.0.0.0/8",), "11.0.0.1", False),
