@@ -94,7 +94,7 @@ def export(
             names with its weights, such as `hf/DIRECTORY`.
         formats: names of formats, see `cifarx_export.formats.registry.FORMATS`; or the path of one artifact, whose
             suffix names the format, such as `net.onnx` or `net.int8.onnx`.
-        precisions: fp32, fp16 or int8. The default is fp32, or the one in the path.
+        precisions: fp32, bf16, fp16 or int8. The default is fp32, or the one in the path.
         model: the network, as `--model` names it, for a checkpoint that does not contain it; or `ModelOptions` with all
             that the user states.
         class_names: the classes in the order of their labels. The default is what the checkpoint states.

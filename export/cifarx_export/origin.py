@@ -183,7 +183,7 @@ def require_convertible(origin: Origin, name: str, precision: Precision, options
     require_weights_fit(name, origin.weight_bytes)
     if origin.load_onnx is None:
         return
-    formats = [other for other, row in FORMATS.items() if row.backend == OnnxRuntimeBackend.name]
+    formats = [other for other, row in FORMATS.items() if row.is_made_from_onnx]
     if name not in formats:
         raise UsageError(
             f"{origin.name} is an ONNX file and cannot become {name}", f"export it to {' or '.join(formats)}"

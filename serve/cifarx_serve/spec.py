@@ -216,7 +216,7 @@ class ParitySummary(msgspec.Struct, frozen=True, kw_only=True):
     score_rates: tuple[float, ...] | None = None
 
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):

@@ -135,7 +135,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         temperature=draw(st.none() | st.floats(0.01, 100)) if output == "logits" else None,
         source=draw(st.none() | sources),
         assumed=tuple(draw(assumptions)),
-        precision=draw(st.sampled_from(["fp32", "fp16", "int8"])),
+        precision=draw(st.sampled_from(["fp32", "bf16", "fp16", "int8"])),
         embedded_preprocessing=draw(st.booleans()),
         training=draw(st.none() | training_records),
         checkpoint_sha256=draw(st.none() | sha256),

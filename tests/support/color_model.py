@@ -1,11 +1,14 @@
 """A tiny model with known outputs: its logits are ten times the mean red, green and blue of the image."""
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from cifarx_serve.backends.onnxruntime.backend import SPEC_KEY
+from cifarx_serve.backends.openvino import GRAPH_FILE, WEIGHTS_FILE
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.spec import InputSpec, ModelSpec
 
@@ -44,6 +47,34 @@ def write_onnx(
         entry.key = SPEC_KEY
         entry.value = document
     path.write_bytes(model.SerializeToString())
+    return path
+
+
+def write_openvino(
+    path: Path, document: str | None = SPEC.to_json(), members: Mapping[str, bytes] = MappingProxyType({})
+) -> Path:
+    """Write the model as an OpenVINO file.
+
+    Args:
+        path: the file.
+        document: the spec to embed; None for no spec.
+        members: the content of members that replaces theirs.
+    """
+    import openvino
+
+    model = openvino.Core().read_model(write_onnx(path).read_bytes())
+    openvino.save_model(model, path.with_suffix(".xml"), compress_to_fp16=False)
+    written = [path.with_suffix(suffix) for suffix in (".xml", ".bin")]
+    content = dict(zip((GRAPH_FILE, WEIGHTS_FILE), (file.read_bytes() for file in written), strict=True))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, member in {
+            **content,
+            **({} if document is None else {SPEC_FILE: document.encode()}),
+            **members,
+        }.items():
+            archive.writestr(name, member)
+    for file in written:
+        file.unlink()
     return path
 
 

@@ -162,6 +162,7 @@ class Format(NamedTuple):
         devices: devices that the artifact runs on.
         options: names of the supported `ExportOptions`.
         converter: `module:function` of the `Converter`, imported on first use.
+        is_made_from_onnx: whether it is made from the ONNX model, so that an ONNX file can become it too.
         legacy: whether the authors of the format have deprecated it.
         directory_suffix: suffix of an artifact that is a directory. None for an artifact that is a file, which has the
             suffix of its backend.
@@ -174,6 +175,7 @@ class Format(NamedTuple):
     devices: tuple[str, ...]
     options: tuple[str, ...]
     converter: str
+    is_made_from_onnx: bool = False
     legacy: bool = False
     directory_suffix: str | None = None
     max_weight_bytes: int | None = None
@@ -203,6 +205,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             devices=("cpu", "cuda", "tensorrt"),
             options=("opset", "calibration_images", "embed_preprocessing"),
             converter="cifarx_export.formats.onnx.converter:convert_to_onnx",
+            is_made_from_onnx=True,
             max_weight_bytes=_ONNX_WEIGHT_LIMIT,
         ),
         "torchscript": Format(
@@ -227,12 +230,22 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             options=(),
             converter="cifarx_export.formats.aot_inductor:convert_to_aot_inductor",
         ),
+        "openvino": Format(
+            backend="openvino",
+            precisions=("fp32", "bf16", "int8"),
+            devices=("cpu",),
+            options=("opset", "calibration_images"),
+            converter="cifarx_export.formats.openvino:convert_to_openvino",
+            is_made_from_onnx=True,
+            max_weight_bytes=_ONNX_WEIGHT_LIMIT,
+        ),
         "triton": Format(
             backend="onnxruntime",
             precisions=("fp32", "fp16", "int8"),
             devices=("cpu", "cuda"),
             options=("opset", "calibration_images", "embed_preprocessing"),
             converter="cifarx_export.formats.triton.converter:convert_to_triton",
+            is_made_from_onnx=True,
             directory_suffix=".triton",
             max_weight_bytes=_ONNX_WEIGHT_LIMIT,
         ),

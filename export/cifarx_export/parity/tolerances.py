@@ -46,6 +46,7 @@ class Tolerance(NamedTuple):
 TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
     {
         "fp32": Tolerance(atol=1e-4, rtol=1e-4, agreement=1.0),
+        "bf16": Tolerance(atol=None, rtol=None, agreement=0.995, accuracy_drop=0.005),
         "fp16": Tolerance(atol=None, rtol=None, agreement=0.999),
         "int8": Tolerance(atol=None, rtol=None, agreement=0.99, accuracy_drop=0.005),
     }

@@ -26,6 +26,7 @@ _BACKEND_OF_FORMAT: Final = MappingProxyType(
         FileFormat.TORCHSCRIPT: "torchscript",
         FileFormat.EXPORTED_PROGRAM: "exported_program",
         FileFormat.AOT_INDUCTOR: "aot_inductor",
+        FileFormat.OPENVINO: "openvino",
         FileFormat.TORCH_ZIP: "pytorch",
         FileFormat.TORCH_PICKLE: "pytorch",
         FileFormat.SAFETENSORS: "pytorch",
@@ -62,6 +63,7 @@ register_backend("onnxruntime", "cifarx_serve.backends.onnxruntime.backend:OnnxR
 register_backend("torchscript", "cifarx_serve.backends.torch.torchscript:TorchScriptBackend", (".torchscript.pt",))
 register_backend("exported_program", "cifarx_serve.backends.torch.exported_program:ExportedProgramBackend", (".pt2",))
 register_backend("aot_inductor", "cifarx_serve.backends.torch.aot_inductor:AotInductorBackend", (".aoti.pt2",))
+register_backend("openvino", "cifarx_serve.backends.openvino:OpenVinoBackend", (".openvino.zip",))
 
 
 def registered_backends() -> tuple[RegisteredBackend, ...]:

@@ -3,7 +3,7 @@
 Only the first bytes and, for a zip archive, its directory are read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,7 @@ class FileFormat(Enum):
     TORCHSCRIPT = auto()
     EXPORTED_PROGRAM = auto()
     AOT_INDUCTOR = auto()
+    OPENVINO = auto()
     TORCH_ZIP = auto()
     """A file of `torch.save`."""
     TORCH_PICKLE = auto()
@@ -81,8 +82,10 @@ def _archive_format(path: Path) -> FileFormat | None:
         return FileFormat.TORCH_ZIP if b"/data.pkl" in _first_bytes(path) else None
 
 
-def _member_format(names: Iterable[str]) -> FileFormat | None:
-    # Every member is in one directory, whose name is that of the file when it was written.
+def _member_format(names: Collection[str]) -> FileFormat | None:
+    if {"model.xml", "model.bin"} <= set(names):
+        return FileFormat.OPENVINO
+    # Every other member is in one directory, whose name is that of the file when it was written.
     members = {name.partition("/")[2] for name in names}
     if any(name.startswith("data/aotinductor/") for name in members):
         return FileFormat.AOT_INDUCTOR

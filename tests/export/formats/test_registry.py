@@ -100,6 +100,7 @@ def test_suffixes_of_all_formats() -> None:
         "torchscript": ".torchscript.pt",
         "pt2": ".pt2",
         "aotinductor": ".aoti.pt2",
+        "openvino": ".openvino.zip",
         "triton": ".triton",
     }
 

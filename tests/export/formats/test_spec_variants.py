@@ -92,6 +92,8 @@ def expected_outputs(pixels: np.ndarray, spec: ModelSpec) -> np.ndarray:
     ("name", "precision", "tolerance"),
     [
         ("onnx", "fp32", 1e-5),
+        ("openvino", "fp32", 1e-5),
+        pytest.param("openvino", "bf16", 5e-2, marks=pytest.mark.slow),
         ("torchscript", "fp32", 1e-5),
         ("pt2", "fp16", 2e-2),
         pytest.param("onnx", "fp16", 2e-2, marks=pytest.mark.slow),

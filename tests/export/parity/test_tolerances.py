@@ -12,6 +12,10 @@ def test_fp32_allows_1e_4_and_no_flips() -> None:
     assert get_tolerance("fp32") == Tolerance(atol=1e-4, rtol=1e-4, agreement=1.0, accuracy_drop=None)
 
 
+def test_bf16_bounds_agreement_and_accuracy() -> None:
+    assert get_tolerance("bf16") == Tolerance(atol=None, rtol=None, agreement=0.995, accuracy_drop=0.005)
+
+
 def test_fp16_bounds_agreement_only() -> None:
     assert get_tolerance("fp16") == Tolerance(atol=None, rtol=None, agreement=0.999, accuracy_drop=None)
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from cifarx_serve.backends.openvino import GRAPH_FILE, WEIGHTS_FILE
 from cifarx_serve.files.file_format import CHECKPOINT_FORMATS, FileFormat, detect_format
 from tests.support.color_model import write_onnx
 
@@ -42,6 +43,12 @@ def write_exported_program(path: Path) -> None:
     path.write_bytes(buffer.getvalue())
 
 
+def write_openvino(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in (GRAPH_FILE, WEIGHTS_FILE):
+            archive.writestr(name, "")
+
+
 def write_safetensors(path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(3)}, path)
 
@@ -54,6 +61,7 @@ WRITERS: list[tuple[Callable[[Path], Any], FileFormat]] = [
     (write_torchscript, FileFormat.TORCHSCRIPT),
     (write_exported_program, FileFormat.EXPORTED_PROGRAM),
     (write_safetensors, FileFormat.SAFETENSORS),
+    (write_openvino, FileFormat.OPENVINO),
     (write_onnx, FileFormat.ONNX),
 ]
 

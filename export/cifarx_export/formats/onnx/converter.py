@@ -53,24 +53,24 @@ class OnnxArtifact(Artifact):
     """
 
     def __init__(self, model: ModelProto, facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
-        self._model = model
-        self._facts = facts
+        self.model = model
+        self.facts = facts
         self.checks = checks
 
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
         """Add the facts about the conversion, and the oldest version of ONNX Runtime that can run the model."""
         return msgspec.structs.replace(
             spec,
-            exporter={**(spec.exporter or {}), **self._facts},
-            minimum_onnxruntime=minimum_onnxruntime(self._model.ir_version, model_opset(self._model)),
+            exporter={**(spec.exporter or {}), **self.facts},
+            minimum_onnxruntime=minimum_onnxruntime(self.model.ir_version, model_opset(self.model)),
         )
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write one file. The same model, library versions and spec produce the same bytes."""
-        del self._model.metadata_props[:]
-        entry = self._model.metadata_props.add()
+        del self.model.metadata_props[:]
+        entry = self.model.metadata_props.add()
         entry.key, entry.value = SPEC_KEY, spec.to_json()
-        path.write_bytes(self._model.SerializeToString(deterministic=True))
+        path.write_bytes(self.model.SerializeToString(deterministic=True))
 
 
 def model_opset(model: ModelProto) -> int:

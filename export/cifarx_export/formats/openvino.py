@@ -1,0 +1,81 @@
+"""OpenVINO's own format, made from the ONNX model: one file with a dynamic batch size and the spec."""
+
+import dataclasses
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from cifarx_export.formats.onnx.converter import OnnxArtifact, convert_to_onnx
+from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.parity.checks import Check
+from cifarx_serve.backends.openvino import GRAPH_FILE, SPEC_FILE, WEIGHTS_FILE, library_message
+from cifarx_serve.errors import UsageError
+from cifarx_serve.files.checksum import write_checksum
+from cifarx_serve.spec import ModelSpec
+
+_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
+"""The date of every member, so that the bytes do not depend on the time: the earliest that a zip archive can hold."""
+
+
+class OpenVinoArtifact(Artifact):
+    """A model in OpenVINO's format.
+
+    Args:
+        members: the content of `GRAPH_FILE` and `WEIGHTS_FILE`.
+        facts: facts about the conversion that the spec records.
+        checks: what the conversion found about the model.
+    """
+
+    def __init__(self, members: Mapping[str, bytes], facts: Mapping[str, str], checks: Sequence[Check]) -> None:
+        self._members = members
+        self._facts = facts
+        self.checks = checks
+
+    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Add the facts about the conversion."""
+        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self._facts})
+
+    def save(self, path: Path, spec: ModelSpec) -> None:
+        """Write one archive. The same model, library versions and spec produce the same bytes."""
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in {**self._members, SPEC_FILE: spec.to_json().encode()}.items():
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), content)
+        write_checksum(path)
+
+
+def convert_to_openvino(source: ConversionSource) -> Iterator[OpenVinoArtifact]:
+    """Convert the network to ONNX, and that to OpenVINO. Yields one artifact per candidate of `convert_to_onnx`.
+
+    A file in bf16 has the same weights as one in fp32, in float32: OpenVINO rounds them when it opens the file.
+
+    Raises:
+        UsageError: OpenVINO is not installed or does not support an operator of the network, or see `convert_to_onnx`.
+    """
+    if source.spec.precision == "bf16":
+        source = dataclasses.replace(source, spec=msgspec.structs.replace(source.spec, precision="fp32"))
+    return map(_convert, convert_to_onnx(source))
+
+
+def _convert(artifact: OnnxArtifact) -> OpenVinoArtifact:
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise UsageError("OpenVINO is not installed", 'pip install "cifarx[openvino]"') from error
+    try:
+        model = openvino.Core().read_model(artifact.model.SerializeToString())
+    except RuntimeError as error:
+        raise UsageError(
+            f"OpenVINO cannot read the ONNX model ({library_message(error)})", "use --format onnx"
+        ) from error
+    for number, operation in enumerate(model.get_ordered_ops()):
+        if operation.get_type_name() not in ("Parameter", "Result"):  # their names are those of the tensors
+            operation.set_friendly_name(f"{operation.get_type_name()}_{number}")  # by default they differ in each run
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / GRAPH_FILE
+        openvino.save_model(model, path, compress_to_fp16=False)  # the default would round the weights
+        members = {name: (path.parent / name).read_bytes() for name in (GRAPH_FILE, WEIGHTS_FILE)}
+    return OpenVinoArtifact(members, {**artifact.facts, "openvino": openvino.__version__}, artifact.checks)
