@@ -1,5 +1,8 @@
 """`cifarx serve --require-signature` at the start and on reload, with files and folders."""
 
+import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,7 +14,7 @@ import pytest
 from cifarx_serve.files.signature import Signer, signature_path
 from tests.support.color_model import write_onnx
 from tests.support.key_pairs import KeyPair, create_key_pair
-from tests.support.server_process import ServerProcess, run_server, start_server
+from tests.support.server_process import PROGRAM, ServerProcess, run_server, start_server
 
 pytestmark = pytest.mark.slow
 
@@ -132,3 +135,37 @@ def test_without_the_option_a_worker_imports_nothing_for_signatures() -> None:
     for name in ("model_signing", "cryptography", "sigstore", "opentelemetry", "cifarx_serve.files.signature"):
         assert name not in imported
     assert "httptools" in imported
+
+
+def test_a_shadow_needs_a_signature(tmp_path: Path, keys: KeyPair) -> None:
+    model = write_signed(tmp_path / "colors.onnx", keys.private)
+    shadow = write_onnx(tmp_path / "shadow.onnx", order=(1, 0, 2))
+    options = (model, "--workers", 1, "--require-signature", keys.public, "--shadow", f"colors={shadow}")
+    with start_server(tmp_path / "refused", *options) as server:
+        assert server.wait() == 2
+        assert "shadow.onnx is not signed" in server.err
+    Signer(keys.private).sign(shadow)
+    with run_server(tmp_path / "server", *options) as server:
+        assert label(server) == "red"
+
+
+def test_the_documented_commands(tmp_path: Path) -> None:
+    create_key_pair(tmp_path)  # skips without model-signing
+    section = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8").partition("## Signed artifacts")[2]
+    commands = re.findall(r"^\$ (.*)$", section.partition("```console")[2].partition("```")[0], re.MULTILINE)
+    model = write_onnx(tmp_path / "lzh_9.onnx")
+    environment = {**os.environ, "PATH": f"{PROGRAM.parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(command: str) -> None:
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+    install, create, publish, export, verify, serve = commands
+    assert install.startswith("pip install")
+    run(create)
+    run(publish)
+    assert export.startswith("cifarx export ")
+    Signer(tmp_path / shlex.split(export)[shlex.split(export).index("--sign") + 1]).sign(model)
+    run(verify)
+    arguments = [str(tmp_path / each) if "." in each else each for each in shlex.split(serve)[2:]]
+    with run_server(tmp_path / "server", *arguments) as server:
+        assert label(server) == "red"

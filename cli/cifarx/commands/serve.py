@@ -167,7 +167,7 @@ def command(
         files=absolute_paths(models),
         model_repository=_absolute(model_repository),
         model_control=model_control,
-        shadows=_shadows(shadow or [], models),
+        shadows=_shadows(shadow or [], models, verifier),
         shadow_share=_shadow_share(shadow, shadow_share),
         backend=backend,
         device=device,
@@ -300,7 +300,7 @@ def _shadow_share(shadows: list[str] | None, share: float | None) -> float:
     return _SHADOW_SHARE if share is None else share
 
 
-def _shadows(arguments: list[str], models: Mapping[str, Path]) -> dict[str, str]:
+def _shadows(arguments: list[str], models: Mapping[str, Path], verifier: "Verifier | None") -> dict[str, str]:
     """Return the files of shadows by the key of their model, after checking that they can be compared."""
     shadows: dict[str, str] = {}
     latest = latest_keys(models)
@@ -313,6 +313,8 @@ def _shadows(arguments: list[str], models: Mapping[str, Path]) -> dict[str, str]
             raise unknown_name_error("model", name, latest)
         if key in shadows:
             raise UsageError(f"two shadows for {name}", "give one")
+        if verifier is not None:
+            verifier.verify(Path(file))
         require_comparable(key, read_spec(models[key]), file, read_spec(file))
         shadows[key] = absolute_path(Path(file))
     return shadows
