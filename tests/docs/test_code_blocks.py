@@ -41,6 +41,8 @@ NOT_RUN = {
     "photos/": "the images are the reader's; tests/e2e/test_own_network.py runs the first three commands",
     "cifar_net.onnx": "a file of the reader's network",
     "model.py:Net": "the reader's network",
+    "--sign": "openssl creates the key; tests/e2e/test_signed_models.py runs these commands",
+    "--require-signature": "the same",
     "onnx_reference": "the plug-in is installed by tests/examples/test_backend_plugin.py",
 }
 """Reasons not to run the commands that contain a text. Their options are checked all the same."""
