@@ -201,6 +201,17 @@ def test_the_selected_model_is_used_and_described(browse: Browser, server: Serve
     assert not page.driver.find_element(By.ID, "verdict").is_displayed()
 
 
+def test_versions_of_a_model_are_listed_and_used(browse: Browser, directory: Path, tmp_path: Path) -> None:
+    files = (f"colors@1={directory / 'colors.onnx'}", f"colors@2={directory / 'swapped.onnx'}")
+    with run_server(tmp_path / "log", *files, "--workers", 1) as server:
+        page = browse(server)
+        page.wait(lambda: page.texts("#model option") == ["colors@1", "colors@2"], "the versions are not listed")
+        page.choose(directory / "greenish.png")
+        page.wait_text("best", "green")
+        Select(page.driver.find_element(By.ID, "model")).select_by_value("colors@2")
+        page.wait_text("best", "red")
+
+
 def test_the_api_key_is_requested_once(browse: Browser, directory: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.txt"
     keys.write_text("open-sesame\n")

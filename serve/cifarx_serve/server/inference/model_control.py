@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -12,6 +12,8 @@ from cifarx_serve.errors import CifarxError
 from cifarx_serve.server.inference.errors import ModelControlError
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.model_files import parse_key, scan_repository
+
+_MAX_NAME: Final = 255
 
 Action: TypeAlias = Literal["load", "unload"]
 
@@ -80,6 +82,8 @@ class ModelControl:
         if settings.model_control != "explicit":
             problem = f"cannot {action} models: the server was started with --model-control {settings.model_control}"
             raise ModelControlError(problem, "start it with --model-control explicit")
+        if len(model) > _MAX_NAME:  # a message to the supervisor has a maximum length
+            raise ModelControlError(f"unknown model {model[:80]!r}", f"names have at most {_MAX_NAME} characters")
         number = next(self._ids)
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:

@@ -15,7 +15,7 @@ PREDICTIONS: Final = "cifarx_predictions"
 SCORES: Final = "cifarx_prediction_score"
 
 _COUNT_INTERVAL_S: Final = 0.1
-_MAX_NUMBERS: Final = 1 << 18
+_MAX_NUMBERS: Final = 1 << 16
 """When this many outputs wait to be counted, they are counted at once, to limit the memory."""
 
 
