@@ -4,11 +4,14 @@ No response has a server error other than 503 and 504, no request hangs, no work
 after every thousand requests the server predicts the right label.
 """
 
+import base64
+import gzip
 import json
 import random
 import re
 import socket
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -39,7 +42,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="a worker is a POSIX process"),
 ]
 
-API_REQUESTS, TENSORS, IMAGES, NOT_HTTP = 3_400, 3_300, 2_500, 1_000
+API_REQUESTS, TENSORS, COMPRESSED, IMAGES, NOT_HTTP = 3_400, 3_300, 600, 2_500, 1_000
 TIMEOUT_S = 20.0
 """Twice the deadline of the server."""
 
@@ -169,10 +172,22 @@ any_json = st.recursive(
 )
 
 
+def element(image: bytes) -> bytes:
+    """Return an image file as the element of a BYTES tensor."""
+    return len(image).to_bytes(4, "little") + image
+
+
 @st.composite
 def tensor_bodies(draw: st.DrawFn) -> tuple[bytes, str | None]:
     """Generate a body with binary tensor data and its header length, with or without errors."""
-    valid = st.sampled_from([("FP32", [1, 3, 4, 6], bytes(288)), ("UINT8", [2, 4, 6, 3], bytes(144))])
+    valid = st.sampled_from(
+        [
+            ("FP32", [1, 3, 4, 6], bytes(288)),
+            ("UINT8", [2, 4, 6, 3], bytes(144)),
+            ("BYTES", [1], element(GOOD)),
+            ("BYTES", [2, 1], element(GOOD) + element(GOOD[:40])),
+        ]
+    )
     invalid = st.tuples(st.sampled_from(["FP32", "UINT8", "FP16", "BYTES", ""]), shapes, st.binary(max_size=300))
     datatype, shape, raw = draw(st.one_of(valid, valid, invalid, st.just(("FP32", [1, 3, 4, 6], b"\0\0\xc0\x7f" * 72))))
     size = draw(st.one_of(st.just(len(raw)), st.just(len(raw)), st.integers(-2, 2**65)))
@@ -212,6 +227,26 @@ def test_tensors(target: Target) -> None:
     while target.statuses.total() < TENSORS:
         target.request("POST", INFER, header + rng.randbytes(288), inference_header_content_length=str(len(header)))
     assert target.statuses["200"], "some of them are valid"
+
+
+def test_compressed_bodies(target: Target) -> None:
+    tensor = {"name": "input", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(GOOD).decode()]}
+    valid = [("/v1/predict", GOOD), (INFER, json.dumps({"inputs": [tensor]}).encode())]
+    rng = random.Random(0)
+    for number in range(COMPRESSED):
+        coding = rng.choice(["gzip", "deflate"])
+        path, body = rng.choice(valid)
+        data = bytearray((gzip.compress if coding == "gzip" else zlib.compress)(body))
+        if number % 3:
+            place = rng.randrange(len(data))
+            data[place : place + rng.randint(0, 4)] = rng.randbytes(rng.randint(0, 4))
+        sent = data[: rng.randint(1, len(data))] if number % 7 == 6 else data
+        status = target.request("POST", path, bytes(sent), content_encoding=coding, accept_encoding="gzip, deflate")
+        if not number % 3 and number % 7 != 6:
+            assert status == 200
+    for coding, bomb in (("gzip", gzip.compress(bytes(1 << 28), 1)), ("deflate", zlib.compress(bytes(1 << 28), 1))):
+        assert target.request("POST", INFER, bomb, content_encoding=coding) == 413
+    assert target.statuses["400"], "some of them are damaged"
 
 
 def test_images(target: Target) -> None:
