@@ -82,14 +82,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
             if uds:
                 options = (*options, "--uds", tmp_path / "cifarx.sock")
             server = stack.enter_context(run_server(tmp_path / "server", model, "--workers", 1, *options))
-            port, grpc_port = free_port(), re.search(r"gRPC on 127\.0\.0\.1:(\d+)", server.err)
-            configuration = documented_configuration(grpc_port is not None)
+            port, grpc = free_port(), "--grpc-port" in options
+            configuration = documented_configuration(grpc)
             edits = {
                 "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
                 "/etc/ssl/certs/example.org.pem": str(certificate),
                 "/etc/ssl/private/example.org.key": str(key),
                 "server 127.0.0.1:8000": f"server unix:{server.uds}" if uds else f"server 127.0.0.1:{server.port}",
-                **({"grpc://127.0.0.1:8001": f"grpc://127.0.0.1:{grpc_port[1]}"} if grpc_port else {}),
+                **({"grpc://127.0.0.1:8001": f"grpc://{server.grpc_address}"} if grpc else {}),
                 **(edit or {}),
             }
             for old, new in edits.items():

@@ -14,7 +14,7 @@ import pytest
 from cifarx_serve.files.signature import Signer, signature_path
 from tests.support.color_model import write_onnx
 from tests.support.key_pairs import KeyPair, create_key_pair
-from tests.support.server_process import PROGRAM, ServerProcess, run_server, start_server
+from tests.support.server_process import PROGRAM, ServerProcess, run_server, start_server, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -169,3 +169,16 @@ def test_the_documented_commands(tmp_path: Path) -> None:
     arguments = [str(tmp_path / each) if "." in each else each for each in shlex.split(serve)[2:]]
     with run_server(tmp_path / "server", *arguments) as server:
         assert label(server) == "red"
+
+
+def test_a_model_repository_loads_what_is_signed(tmp_path: Path, keys: KeyPair) -> None:
+    repository = tmp_path / "models"
+    repository.mkdir()
+    write_signed(repository / "colors.onnx", keys.private)
+    options = ("--workers", 1, "--model-repository", repository, "--model-control", "poll")
+    with run_server(tmp_path / "server", *options, "--require-signature", keys.public) as server:
+        assert label(server) == "red"
+        new = write_onnx(repository / "swapped.onnx", order=(1, 0, 2))
+        server.wait_for("swapped.onnx is not signed")
+        Signer(keys.private).sign(new)
+        wait_until(lambda: server.request("GET", "/v1/models/swapped").status == 200)

@@ -1,7 +1,6 @@
 """Traces of `cifarx serve` at a collector: a small HTTP server that parses what OpenTelemetry's exporter sends."""
 
 import json
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -126,9 +125,7 @@ def test_calls_over_grpc(tmp_path: Path, model: Path) -> None:
     with run_collector() as collector:
         options = ("--workers", 1, "--grpc-port", 0, "--otlp-endpoint", collector.url)
         with run_server(tmp_path / "server", model, *options) as server:
-            address = re.search(r"gRPC on (\S+)", server.err)
-            assert address
-            with InferenceServerClient(address[1]) as client:
+            with InferenceServerClient(server.grpc_address) as client:
                 assert client.is_server_live()
                 client.infer("colors", [tensor], headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
                 client.start_stream(lambda result, error: None)  # noqa: ARG005

@@ -82,6 +82,8 @@ class Worker:
             health = asyncio.create_task(self._monitor_health())
             await stopping
             health.cancel()
+        else:  # nobody needs to know any more whether a model can be opened
+            opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         await self._shutdown()
         return EXIT_MODEL_FAILED if self._failed else 0
 
