@@ -96,7 +96,7 @@ def _create_tracer(settings: Settings, on_event: Callable[[str], None]) -> "Requ
     try:
         from cifarx_serve.server.tracing.tracer import OtlpExporter, RequestTracer  # only here: imports OpenTelemetry
 
-        return RequestTracer(OtlpExporter(settings.otlp_endpoint, on_event), settings.trace_share)
+        return RequestTracer(OtlpExporter(settings.otlp_endpoint, on_event), settings.trace_share, on_event)
     except ValueError as error:  # OpenTelemetry reads its variables when it is imported, and later
         raise UsageError(f"traces cannot be recorded ({error})", "check the environment variables OTEL_*") from error
 

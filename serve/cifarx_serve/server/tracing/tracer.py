@@ -22,6 +22,9 @@ TRACES_PATH: Final = "/v1/traces"
 _NAME: Final = "cifarx-serve"
 """The name of the service, unless `OTEL_SERVICE_NAME` or `OTEL_RESOURCE_ATTRIBUTES` states another one."""
 
+_QUEUE_FULL: Final = "Queue full"
+"""The start of what OpenTelemetry logs about spans for which its queue has no room."""
+
 _FLUSH_TIMEOUT_S: Final = 2.0
 """How long a server that drains waits until the spans are exported; a collector may not respond."""
 
@@ -34,16 +37,19 @@ class RequestTracer:
     Args:
         exporter: exports the spans; it is called in a thread.
         share: the share of the traces that begin here to record; by default all, or what `OTEL_TRACES_SAMPLER` says.
+        on_event: called with a line of text for each event.
 
     Raises:
         ValueError: a variable of OpenTelemetry has an invalid value.
     """
 
-    def __init__(self, exporter: SpanExporter, share: float | None) -> None:
+    def __init__(self, exporter: SpanExporter, share: float | None, on_event: Callable[[str], None]) -> None:
         sampler = None if share is None else ParentBased(TraceIdRatioBased(share))
         self._provider = TracerProvider(sampler, _resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it would log every batch that fails
+        logger = logging.getLogger("opentelemetry")
+        logger.propagate = False  # it would log every batch that fails, which `OtlpExporter` reports
+        logger.handlers = [_LossHandler(on_event)]
         self._tracer = self._provider.get_tracer("cifarx_serve", package_version())
 
     def start(self, name: str, started_at: float, headers: Mapping[str, str], attributes: Attributes) -> RequestSpan:
@@ -105,6 +111,20 @@ class OtlpExporter(SpanExporter):
     def shutdown(self) -> None:
         """End the exporter, and the attempts to repeat an export."""
         self._exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+class _LossHandler(logging.Handler):
+    """Reports once that spans are lost because they are recorded faster than they are exported."""
+
+    def __init__(self, on_event: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._on_event = on_event
+        self._reported = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._reported and str(record.msg).startswith(_QUEUE_FULL):
+            self._reported = True
+            self._on_event("loses spans, which are recorded faster than exported: lower --trace-share")
 
 
 def _resource() -> Resource:

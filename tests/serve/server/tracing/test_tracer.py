@@ -5,12 +5,15 @@ import io
 import json
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -21,6 +24,7 @@ from cifarx_serve.server.asgi import Route
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response
+from cifarx_serve.server.tracing.trace_context import parse_trace_id
 from cifarx_serve.server.tracing.tracer import RequestTracer
 from tests.support.asgi_client import AsgiClient, encode_image, open_client
 from tests.support.color_model import write_onnx
@@ -37,7 +41,7 @@ def trace(
     exporter = InMemorySpanExporter()
 
     async def main() -> None:
-        tracer = RequestTracer(exporter, share)
+        tracer = RequestTracer(exporter, share, pytest.fail)
         async with open_client(tracer=tracer, **options) as client:
             await test(client)
         await tracer.close()
@@ -200,7 +204,7 @@ class StuckExporter(SpanExporter):
 
 def test_a_collector_that_does_not_respond_delays_the_end_by_two_seconds_only() -> None:
     async def main() -> float:
-        tracer = RequestTracer(StuckExporter(), None)
+        tracer = RequestTracer(StuckExporter(), None, pytest.fail)
         async with open_client({}, tracer=tracer) as client:
             await client.get("/docs")
         started_at = time.perf_counter()
@@ -208,3 +212,25 @@ def test_a_collector_that_does_not_respond_delays_the_end_by_two_seconds_only() 
         return time.perf_counter() - started_at
 
     assert 1.9 < asyncio.run(main()) < 4
+
+
+def test_spans_for_which_there_is_no_room_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "4")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")
+    events: list[str] = []
+    tracer = RequestTracer(StuckExporter(), None, events.append)
+    for _ in range(40):
+        tracer.start("GET", time.perf_counter(), {}, {}).end("GET /", {}, None, time.perf_counter())
+    assert events == ["loses spans, which are recorded faster than exported: lower --trace-share"]
+
+
+@given(st.dictionaries(st.sampled_from(["traceparent", "tracestate", "baggage"]), st.text()))
+def test_any_header_begins_or_continues_a_trace(headers: dict[str, str]) -> None:
+    span = tracer_of_any_header().start("GET", time.perf_counter(), headers, {})
+    assert parse_trace_id(span.traceresponse) == span.trace_id
+    span.end("GET", {}, "internal", time.perf_counter())
+
+
+@cache
+def tracer_of_any_header() -> RequestTracer:
+    return RequestTracer(InMemorySpanExporter(), None, lambda _: None)
