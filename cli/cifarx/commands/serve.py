@@ -151,7 +151,7 @@ def command(
     ] = None,
     **limits: int,
 ) -> int:
-    """Serve model files over HTTP. The server documents its API at /docs."""
+    """Serve model files over HTTP, and over gRPC if a port is given. The server documents its API at /docs."""
     models = initial_files(files or [], model_repository, model_control)
     verifier = None if require_signature is None else _verifier(require_signature)
     for path in models.values():

@@ -1,10 +1,13 @@
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 from cifarx_serve.server.inference.model import file_version
 from cifarx_serve.server.processes.supervisor import listen
@@ -35,6 +38,7 @@ def one_worker(tmp_path: Path, *arguments: object) -> Iterator[ServerProcess]:
         (["--workers", "two"], "--workers 'two' is not a number"),
         (["--workers", "-1"], "--workers"),
         (["--port", "70000"], "--port"),
+        (["--grpc-port", "70000"], "--grpc-port"),
         (["--max-batch", "0"], "--max-batch"),
         (["--deadline-ms", "0"], "--deadline-ms"),
         (["--device", "abacus"], "abacus"),
@@ -87,6 +91,23 @@ def test_rejects_a_port_in_use(cli: Cli, onnx: Path) -> None:
     assert result.err.count("\n") == 1
 
 
+def test_rejects_a_port_for_grpc_in_use(cli: Cli, onnx: Path) -> None:
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        result = cli("serve", onnx, "--port", 0, "--grpc-port", port)
+    assert result.status == 2
+    assert f"cannot listen on 127.0.0.1 port {port} for gRPC" in result.error
+    assert result.err.count("\n") == 1
+
+
+def test_names_the_extra_for_grpc(monkeypatch: pytest.MonkeyPatch, cli: Cli, onnx: Path) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "grpc_health" else find_spec(name))
+    result = cli("serve", onnx, "--port", 0, "--grpc-port", 0)
+    assert result.status == 2
+    assert 'needs grpc_health, which is not installed: pip install "cifarx[grpc]"' in result.error
+
+
 def test_rejects_a_backend_that_cannot_open_the_file(tmp_path: Path, onnx: Path, cli: Cli) -> None:
     """Only the worker finds out; the program reports its error."""
     del tmp_path
@@ -126,6 +147,20 @@ def test_serves_files_under_their_names(tmp_path: Path, onnx: Path) -> None:
         lines = [json.loads(line) for line in server.out.splitlines()]
         assert [line["path"] for line in lines] == ["/v1/models", "/v1/predict", "/v2/models/turned"]
         assert lines[2]["id"] == "mine"
+        assert server.err.count("\n") == 1
+
+
+def test_serves_grpc_as_well(tmp_path: Path, onnx: Path) -> None:
+    with one_worker(tmp_path, onnx, "--grpc-port", 0) as server:
+        url, address = f"http://127.0.0.1:{server.port}", server.grpc_address
+        assert server.err == f"serving colors on {url} with 1 process, gRPC on {address}\n"
+        with grpc.insecure_channel(address) as channel:
+            answer = channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60)
+            assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
+        assert server.predict().status == 200
+        assert server.stop() == 0
+        records = [json.loads(line) for line in server.out.splitlines()]
+        assert [(record["method"], record["status"]) for record in records] == [("gRPC", "OK"), ("POST", 200)]
         assert server.err.count("\n") == 1
 
 

@@ -12,6 +12,7 @@ import grpc
 
 from cifarx_serve.server.errors import ClientDisconnect, RequestError
 from cifarx_serve.server.grpc.call import REQUEST_ID, Call, client_address
+from cifarx_serve.server.grpc.receiver import MessageReceiver
 from cifarx_serve.server.grpc.span_attributes import end_span, start_span
 from cifarx_serve.server.grpc.status import (
     CANCELLED,
@@ -41,9 +42,6 @@ _UNKNOWN: Final = "unknown"
 
 _PROTOCOL: Final = "gRPC"
 """Stands for the HTTP method in the access log."""
-
-_REJECTION_S: Final = 0.05
-"""How long after a missing message gRPC may cancel the call. It then has rejected the message as too large."""
 
 _GRACE_S: Final = 0.5
 """How long a stream stays open for a request that is already on its way when the server is shut down."""
@@ -179,6 +177,7 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._trusted_proxies = trusted_proxies
         self._tracer = tracer
         self._budget = BodyBudget(limits.max_body_bytes)
+        self._receiver = MessageReceiver(limits.body_timeout_s)
         self.draining = asyncio.Event()
         self.active = 0
         self.last_active_at = 0.0
@@ -232,7 +231,7 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _answer(self, call: Call, method: Method | None, context: Any) -> bytes:
         if method is None or method.unary is None:
             raise Unimplemented(f"unknown method {call.method[:120]}", "see the reflection service for the methods")
-        return await self.answer(call, await self._receive(call, context), method.unary)
+        return await self.answer(call, await self._receiver.receive(call, context), method.unary)
 
     async def answer(self, call: Call, message: bytes, handler: UnaryHandler) -> bytes:
         """Return the answer to a message, within the memory for messages.
@@ -248,21 +247,6 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._budget.release(len(message))
         call.response_bytes = len(response)
         return response
-
-    async def _receive(self, call: Call, context: Any) -> bytes:
-        """Return the message of a call with one message."""
-        try:
-            async with asyncio.timeout(self._limits.body_timeout_s):
-                message = await context.read()
-        except TimeoutError as error:
-            problem = f"the message was not received within {self._limits.body_timeout_s:g} s"
-            raise RequestError(HTTPStatus.REQUEST_TIMEOUT, problem, "send it faster, or send less") from error
-        if message is grpc.aio.EOF:
-            call.too_large = True
-            await asyncio.sleep(_REJECTION_S)
-            call.too_large = False
-            raise RequestError(HTTPStatus.BAD_REQUEST, "the call has no message", "send one")
-        return bytes(message)
 
     def start_span(self, call: Call) -> None:
         """Start the span of a call, or of a request of a stream, if traces are recorded."""

@@ -65,7 +65,7 @@ def test_a_message_must_arrive_in_time(settings: Settings) -> None:
     async def run() -> None:
         async with run_grpc_server(settings) as server:
             call = server.channel.stream_unary(INFER)(timeout=30)
-            with pytest.raises(grpc.aio.AioRpcError, match=r"the message was not received within 0\.1 s") as raised:
+            with pytest.raises(grpc.aio.AioRpcError, match=r"the message was not received within 0\.1") as raised:
                 await call
             assert raised.value.code() is StatusCode.DEADLINE_EXCEEDED
             assert len(await server.call(INFER, red_request())) > 10

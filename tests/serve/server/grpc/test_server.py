@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -198,5 +199,27 @@ def test_connections_end_when_they_are_old(settings: Settings) -> None:
                 clients |= client_ports(port_of(server))
                 await asyncio.sleep(0.01)
             assert len(clients) == 2
+
+    asyncio.run(run())
+
+
+def test_no_more_connections_than_allowed(settings: Settings) -> None:
+    settings = Settings(files=settings.files, limits=Limits(max_connections=2))
+
+    async def run() -> None:
+        async with run_grpc_server(settings) as server, AsyncExitStack() as channels:
+            answers = []
+            for _ in range(4):
+                options = [("grpc.use_local_subchannel_pool", 1)]
+                channel = grpc.aio.insecure_channel(f"127.0.0.1:{port_of(server)}", options=options)
+                await channels.enter_async_context(channel)
+                try:
+                    await channel.unary_unary(INFER)(infer_request(), timeout=2)
+                except grpc.aio.AioRpcError as error:
+                    answers.append(error.code())
+                else:
+                    answers.append(StatusCode.OK)
+            assert answers[:2] == [StatusCode.OK] * 2
+            assert set(answers[2:]) <= {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 
     asyncio.run(run())
