@@ -15,7 +15,7 @@ class KeyPair(NamedTuple):
 
 def create_key_pair(directory: Path, name: str = "key", kind: str = "P-256", password: str | None = None) -> KeyPair:
     """Write a key pair; the kind is P-256, P-384, secp256k1, RSA or Ed25519."""
-    pytest.importorskip("model_signing", reason="model-signing is not installed", exc_type=ImportError)
+    pytest.importorskip("model_signing", reason="model-signing or pyOpenSSL is not installed", exc_type=ImportError)
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 

@@ -157,3 +157,15 @@ def test_what_the_client_sends_before_its_proxy_never_matters(sent: str, address
     expected = getattr(address, "ipv4_mapped", None) or address
     if str(expected) != PEER and not str(expected).startswith("10.2."):
         assert forwarded.scope["client"][0] == str(expected)
+
+
+@given(st.text(st.characters(codec="latin-1")), st.sampled_from(["/v1/predict", "/a", "/a/b"]))
+def test_any_prefix_is_valid_or_refused(prefix: str, path: str) -> None:
+    forwarded = request(("X-Forwarded-Prefix", prefix), path=path)
+    try:
+        TrustedProxies((PEER,)).apply(forwarded)
+    except RequestError as error:
+        assert error.status == 400
+    else:
+        assert require_root_path(forwarded.root_path) == forwarded.root_path
+        assert path in (forwarded.path, forwarded.root_path + forwarded.path)
