@@ -308,6 +308,15 @@ def test_the_root_path_may_be_part_of_the_path(path: str) -> None:
     run(test, root_path="/models")
 
 
+@pytest.mark.parametrize("path", ["/thing", "/models/thing", "/edge/models/thing"])
+def test_the_prefix_of_a_proxy_may_be_longer_than_the_root_path(path: str) -> None:
+    async def test(client: AsgiClient) -> None:
+        response = await client.get(path, x_forwarded_prefix="/edge/models")
+        assert (response.status, response.json) == (200, ["/thing", {}])
+
+    run(test, root_path="/models", trusted_proxies=("127.0.0.1",))
+
+
 def test_the_root_path_itself_redirects_to_the_first_page() -> None:
     async def test(client: AsgiClient) -> None:
         response = await client.get("/models")

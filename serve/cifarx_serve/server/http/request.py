@@ -83,11 +83,12 @@ class Request:
         )
 
     def mount(self, root_path: str) -> None:
-        """Set the root path. The path of the scope includes it, unless a proxy or the ASGI server has removed it."""
+        """Set the root path, and remove it from the path unless a proxy or the ASGI server has done so."""
         self.root_path = root_path
-        path: str = self.scope["path"]
-        is_included = path.startswith(root_path) and path[len(root_path) :][:1] in ("", "/")
-        self.path = path[len(root_path) :] if is_included else path
+        full_path: str = self.scope["path"]
+        rest = full_path.removeprefix(root_path)
+        if rest != full_path and rest[:1] in ("", "/"):
+            self.path = rest
 
     @property
     def content_type(self) -> str:
