@@ -163,6 +163,7 @@ class ModelRepository:
         self._metrics = metrics
         self._instances: dict[str, ModelInstance] = {}
         self._by_name: dict[str, ModelInstance] = {}
+        self._default_name = _first_name(settings)
         self._shadows: dict[str, Shadow] = {}
         self._lock = asyncio.Lock()
 
@@ -193,8 +194,7 @@ class ModelRepository:
             ModelNotReady: it is not loaded yet.
         """
         if name is None:
-            name = next(iter(self.settings.files), "")
-            name = name if version is not None else parse_key(name).name
+            name = self._default_name
         instance = self._by_name.get(name)
         if instance is None:
             raise self._missing(name)
@@ -319,6 +319,7 @@ class ModelRepository:
         latest = latest_keys([*self.settings.files, *self._instances])
         by_name = {name: self._instances[key] for name, key in latest.items() if key in self._instances}
         self._by_name = self._instances | by_name
+        self._default_name = _first_name(self.settings)
 
     async def _load(self, key: str, settings: Settings) -> ModelInstance:
         instance = ModelInstance(await load_model(key, settings), settings, self._metrics)
@@ -332,3 +333,8 @@ class ModelRepository:
 
         spec = self._instances[key].model.spec
         return Shadow(key, path, spec, self.settings, self._metrics.shadow_observer(key), is_idle, on_event)
+
+
+def _first_name(settings: Settings) -> str:
+    """Return the name of the first model; empty if there is none."""
+    return parse_key(next(iter(settings.files), "")).name
