@@ -16,7 +16,7 @@ from cifarx_serve.server.api.openapi import (
     error_responses,
     ok_response,
 )
-from cifarx_serve.server.asgi import Body, Operation, Parameter, Route
+from cifarx_serve.server.asgi import Body, Handler, Operation, Parameter, Route
 from cifarx_serve.server.errors import RequestError
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response, json_response
@@ -136,7 +136,7 @@ class TritonRoutes:
         ]
 
     @staticmethod
-    def _change_route(action: Action, handler: Any, summary: str) -> Route:
+    def _change_route(action: Action, handler: Handler, summary: str) -> Route:
         return Route(
             "POST",
             f"/v2/repository/models/{{model}}/{action}",

@@ -112,7 +112,7 @@ class ModelInstance:
             problem = f"model {self.model.name} cannot run on {images.dtype} {images.shape}"
             raise InvalidInput(problem, "send images of the shape in /v1/models") from error
         if self.shadow is not None:
-            self.shadow.offer(images, result.values)
+            self.shadow.offer(images, result.values, self.model.spec)
         return result
 
     @property
@@ -331,8 +331,7 @@ class ModelRepository:
             instance = self._instances.get(key)
             return instance is not None and instance.is_idle
 
-        spec = self._instances[key].model.spec
-        return Shadow(key, path, spec, self.settings, self._metrics.shadow_observer(key), is_idle, on_event)
+        return Shadow(key, path, self.settings, self._metrics.shadow_observer(key), is_idle, on_event)
 
 
 def _first_name(settings: Settings) -> str:

@@ -39,6 +39,7 @@ _RESTART_DELAY_S: Final = 5.0
 class _Sample(NamedTuple):
     images: NDArray[Any]
     outputs: NDArray[np.float32]
+    spec: ModelSpec
 
 
 class Shadow:
@@ -47,7 +48,6 @@ class Shadow:
     Args:
         key: the key of the model.
         path: the file of the shadow.
-        spec: the spec of the model.
         settings: the settings of the server, with the share of the requests.
         observe: called in the event loop for each request that was chosen.
         is_idle: returns whether the model has nothing to do.
@@ -58,14 +58,12 @@ class Shadow:
         self,
         key: str,
         path: str,
-        spec: ModelSpec,
         settings: Settings,
         observe: Callable[[ShadowObservation], None],
         is_idle: Callable[[], bool],
         on_event: Callable[[str], None],
     ) -> None:
         self._start = ShadowStart(key, msgspec.structs.replace(settings, files={key: path}))
-        self._spec = spec
         self._share = settings.shadow_share
         self._observe = observe
         self._is_idle = is_idle
@@ -80,12 +78,13 @@ class Shadow:
         self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
         self._thread.start()
 
-    def offer(self, images: NDArray[Any], outputs: NDArray[np.float32]) -> None:
+    def offer(self, images: NDArray[Any], outputs: NDArray[np.float32], spec: ModelSpec) -> None:
         """Let the shadow answer a request too, if it is chosen and there is room for it. Nothing is waited for.
 
         Args:
             images: the images, as `ServedModel.run` takes them. They must not change afterwards.
             outputs: what the model returned for them.
+            spec: the spec of the model. A reload can change it.
         """
         if random.random() >= self._share:
             return
@@ -94,7 +93,7 @@ class Shadow:
             return
         self._waiting += 1
         self._waiting_bytes += images.nbytes
-        self._samples.put(_Sample(images, outputs))
+        self._samples.put(_Sample(images, outputs, spec))
 
     def restart(self) -> None:
         """Open the file again, once the requests that wait are answered."""
@@ -158,7 +157,10 @@ class Shadow:
         if reply.error is not None:
             return ShadowObservation("failed")
         labels = np.frombuffer(self._process.read(math.prod(reply.shape)), np.bool_).reshape(reply.shape)
-        agree = (labels == applicable_labels(sample.outputs, self._spec)).all(axis=1)
+        expected = applicable_labels(sample.outputs, sample.spec)
+        if labels.shape != expected.shape:
+            return ShadowObservation("failed")
+        agree = (labels == expected).all(axis=1)
         return ShadowObservation("answered", len(agree), int(agree.sum()), reply.compute_s)
 
     def _report(self, sample: _Sample, observation: ShadowObservation) -> None:

@@ -22,7 +22,7 @@ from cifarx_serve.server.inference.shadow import require_comparable
 from cifarx_serve.server.settings import Limits, Settings
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.faulty_backend import register_faulty_backend, write_faulty_model
-from tests.support.spec_model import GRAYSCALE, make_spec
+from tests.support.spec_model import GRAYSCALE, make_spec, write_model
 
 RED, GREEN, BLUE = (np.full((1, 4, 6, 3), color, np.uint8) for color in ([255, 0, 0], [0, 255, 0], [0, 0, 255]))
 
@@ -161,7 +161,7 @@ def test_a_shadow_runs_only_while_the_model_is_idle(tmp_path: Path, monkeypatch:
         await asyncio.sleep(0.05)
         shadow = server.repository.get().shadow
         assert shadow is not None
-        shadow.offer(RED, np.zeros((1, 3), np.float32))
+        shadow.offer(RED, np.zeros((1, 3), np.float32), SPEC)
         await asyncio.sleep(0.3)
         assert server.value("cifarx_shadow_requests_total", "answered") == 1
         busy.with_suffix(".slow").unlink()
@@ -219,6 +219,18 @@ def test_a_reload_opens_the_file_of_the_shadow_again(tmp_path: Path, model: Path
 
     run_with_shadow(model, shadow, test)
     assert not psutil.wait_procs(psutil.Process().children(), timeout=60)[1]
+
+
+def test_a_model_that_has_got_other_classes_cannot_be_compared(tmp_path: Path, model: Path) -> None:
+    async def test(server: Server) -> None:
+        classes = (*SPEC.class_names, "brown")
+        write_model(model, make_spec(class_names=classes))
+        await server.repository.reload(server.events.append)
+        await server.infer(RED)
+        await server.wait_for("cifarx_shadow_requests_total", 1, "failed")
+        assert server.value("cifarx_shadow_images_total") == 0
+
+    run_with_shadow(model, write_onnx(tmp_path / "shadow.onnx"), test)
 
 
 @pytest.mark.parametrize(
