@@ -11,8 +11,8 @@ from typing import Final
 from cifarx_serve.errors import OutputError, error_message
 
 _GAUGES: Final = "gauge_livesum"
-# prometheus_client doubles a file that is full. The series of all routes, and of fifty models with ten classes or one with
-# a thousand, fit into these sizes.
+# prometheus_client doubles a file that is full. The series of all routes, and of fifty models with ten classes or one
+# with a thousand, fit into these sizes.
 _SIZES: Final = {"counter": 1 << 18, "histogram": 1 << 20, _GAUGES: 1 << 16}
 _EMPTY: Final = bytes(8)
 """The head of a file without values."""
