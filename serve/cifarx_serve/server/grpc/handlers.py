@@ -66,20 +66,17 @@ class Stream:
             RequestError: the server is shut down (503).
         """
         reading = asyncio.ensure_future(self._context.read())
-        draining = self._handlers.draining
+        draining = asyncio.ensure_future(self._handlers.draining.wait())
         try:
-            if not draining.is_set():
-                waiting = asyncio.ensure_future(draining.wait())
-                await asyncio.wait({reading, waiting}, return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
+            await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 await asyncio.wait({reading}, timeout=_GRACE_S)
             if not reading.done():
                 raise shutting_down()
+            message = reading.result()
         finally:
-            if not reading.done():
-                reading.cancel()
-        message = reading.result()
+            reading.cancel()
+            draining.cancel()
         return None if message is grpc.aio.EOF else message
 
     async def send(self, message: bytes) -> None:
@@ -133,7 +130,7 @@ class Method(NamedTuple):
     Attributes:
         unary: takes the only message of the call, and returns the only answer.
         stream: answers a call with several messages; one of the two is set.
-        public: whether the method requires no API key. It then also answers when the limit of calls is reached.
+        public: whether the method requires no API key. A unary one also answers when the limit of calls is reached.
     """
 
     unary: UnaryHandler | None = None
@@ -260,9 +257,10 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             RequestError: the key is missing or invalid (401), or there are too many calls (503).
         """
         call.authenticated = self._api_keys is None or self._api_keys.authenticate(call.headers())
-        if method is not None and method.public:
+        if method is None or not method.public:
+            call.require_key()
+        elif method.unary is not None:
             return
-        call.require_key()
         if self.active > self._limits.max_connections:
             problem = f"{self.active - 1} calls are open"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, problem, "try again in a second")

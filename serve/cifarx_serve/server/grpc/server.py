@@ -14,14 +14,22 @@ from cifarx_serve.server.grpc.handlers import Handlers
 from cifarx_serve.server.grpc.sockets import drop_connections, has_connections, stop_listening
 from cifarx_serve.server.settings import Settings
 
-_MAX_STREAMS: Final = 128
-"""The maximum number of calls at the same time on one connection; the client keeps further ones back."""
+_MAX_STREAMS: Final = 4096
+"""The maximum number of calls on one connection. gRPC resets further ones of a new client, which does not know the
+limit yet. So it is far above `max_connections`, beyond which calls are answered with an error.
+"""
 
 _MAX_METADATA_BYTES: Final = 64 * 1024
 """The maximum size of the metadata of a call, as of the head of an HTTP request."""
 
 _NO_LIMIT_MS: Final = 2**31 - 1
 """Calls on a connection that has become old are not cut off."""
+
+_KEEPALIVE_MS: Final = 60_000
+"""How long a client may be silent before it is asked whether it is still there. Streams may be idle for hours."""
+
+_MIN_PING_INTERVAL_MS: Final = 10_000
+"""How often an idle client may ask the same; more often ends its connection."""
 
 _MIN_CONNECTION_AGE_S: Final = 1.0
 
@@ -78,6 +86,8 @@ class GrpcServer:
                 ("grpc.max_allowed_incoming_connections", limits.max_connections),
                 ("grpc.max_connection_age_ms", round(1000 * self._connection_age_s)),
                 ("grpc.max_connection_age_grace_ms", _NO_LIMIT_MS),
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
                 ("grpc.server_handshake_timeout_ms", round(1000 * limits.header_timeout_s)),
             )
         )
