@@ -102,7 +102,7 @@ def _derived_names(paths: list[Path]) -> list[str]:
 
 def _versions(key: str, path: Path) -> list[tuple[str, Path]]:
     """Return the keys and the files of a path: several if it is a folder with version folders."""
-    folders = _version_folders(path)
+    folders = _version_folders(path) or _versions_of_only_model(path)
     if not folders:
         return [(key, path)]
     if parse_key(key).number is not None:
@@ -117,6 +117,25 @@ def _version_folders(path: Path) -> dict[str, Path]:
     except OSError:
         return {}
     return dict(sorted(folders.items(), key=lambda item: int(item[0])))
+
+
+def _versions_of_only_model(path: Path) -> dict[str, Path]:
+    """Return the version folders of the model in a repository with one model, if it has several versions.
+
+    Raises:
+        UsageError: there are several models.
+    """
+    try:
+        models = {entry.name: versions for entry in sorted(path.iterdir()) if (versions := _version_folders(entry))}
+    except OSError:
+        return {}
+    if len(models) > 1:
+        problem = f"{path} is a model repository with several models: {', '.join(models)}"
+        raise UsageError(
+            problem, f"serve them with --model-repository {path}, or name one, as in {path / next(iter(models))}"
+        )
+    only = next(iter(models.values()), {})
+    return only if len(only) > 1 else {}
 
 
 def _file_of_version(folder: Path) -> Path:

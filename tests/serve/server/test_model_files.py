@@ -125,6 +125,19 @@ def test_a_folder_with_version_folders_is_a_model_with_versions(tmp_path: Path) 
     assert list(files_by_name([f"cats={folder}"])) == ["cats@1", "cats@2", "cats@10"]
 
 
+def test_a_repository_with_one_model_is_that_model(tmp_path: Path) -> None:
+    repository = write_files(tmp_path / "lzh_9.triton", "lzh/1/model.onnx", "kserve.yaml")
+    assert files_by_name([str(repository)]) == {"lzh_9": repository}, "as `cifarx export --format triton` writes it"
+    write_files(repository, "lzh/2/model.onnx")
+    assert files_by_name([str(repository)]) == {
+        "lzh_9@1": repository / "lzh/1/model.onnx",
+        "lzh_9@2": repository / "lzh/2/model.onnx",
+    }
+    write_files(repository, "cats/1/model.onnx")
+    with pytest.raises(UsageError, match="with several models: cats, lzh: serve them with --model-repository"):
+        files_by_name([str(repository)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
