@@ -53,6 +53,7 @@ RAY_PAGES = ("docs/batch-inference.md",)
 # Where the pages find the server, over HTTP and over gRPC.
 _SERVER = "127.0.0.1:8000"
 _GRPC_SERVER = "127.0.0.1:8001"
+_REPOSITORY = "/v2/repository/"
 
 _SLOW_PYTHON = re.compile(r"\bcifarx\.(train|export|verify|benchmark)\b|\btorch\b")
 
@@ -148,7 +149,14 @@ def served(directory: Path, text: str) -> Iterator[str]:
     if _SERVER not in text and _GRPC_SERVER not in text:
         yield text
         return
-    with run_server(directory / "log", "lzh_9.onnx", "--workers", 1, "--grpc-port", 0) as server:
+    options: list[object] = ["--workers", 1, "--grpc-port", 0]
+    if _REPOSITORY in text:
+        for version in ("1", "2"):
+            folder = Path("models", "lzh", version)
+            folder.mkdir(parents=True)
+            shutil.copy("lzh_9.onnx", folder / "model.onnx")
+        options += ["--model-repository", "models", "--model-control", "explicit"]
+    with run_server(directory / "log", "lzh_9.onnx", *options) as server:
         yield text.replace(_SERVER, f"127.0.0.1:{server.port}").replace(_GRPC_SERVER, server.grpc_address)
 
 
