@@ -22,7 +22,6 @@ from cifarx_serve.errors import UsageError, unknown_name_error
 from cifarx_serve.server.http.api_keys import ApiKeys
 from cifarx_serve.server.http.forwarded import UNIX, TrustedProxies, require_root_path
 from cifarx_serve.server.http.listener import create_ssl_context
-from cifarx_serve.server.inference.shadow import require_comparable
 from cifarx_serve.server.model_files import absolute_path, absolute_paths, initial_files, latest_keys
 from cifarx_serve.server.processes.port_reservation import PortReservation
 from cifarx_serve.server.processes.supervisor import BACKLOG, Supervisor, listen
@@ -302,6 +301,10 @@ def _shadow_share(shadows: list[str] | None, share: float | None) -> float:
 
 def _shadows(arguments: list[str], models: Mapping[str, Path], verifier: "Verifier | None") -> dict[str, str]:
     """Return the files of shadows by the key of their model, after checking that they can be compared."""
+    if not arguments:
+        return {}
+    from cifarx_serve.server.inference.shadow import require_comparable  # it imports what runs models
+
     shadows: dict[str, str] = {}
     latest = latest_keys(models)
     for argument in arguments:

@@ -21,9 +21,10 @@ from cifarx_serve.server.errors import RequestError
 from cifarx_serve.server.http.request import Request
 from cifarx_serve.server.http.response import Response, json_response
 from cifarx_serve.server.inference.metrics import Metrics
-from cifarx_serve.server.inference.model_control import Action, IndexEntry, ModelControl
+from cifarx_serve.server.inference.model_control import IndexEntry, ModelControl
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.server.inference.statistics import ModelStatistics, read_statistics
+from cifarx_serve.server.model_changes import Action
 
 _MODEL: Final = Parameter("model", "path", {"type": "string"}, "The name of the model.")
 _VERSION: Final = Parameter("version", "path", {"type": "string"}, "The version of the model.")

@@ -4,33 +4,17 @@ import asyncio
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import msgspec
 
 from cifarx_serve.errors import CifarxError
 from cifarx_serve.server.inference.errors import ModelControlError
 from cifarx_serve.server.inference.repository import ModelRepository
+from cifarx_serve.server.model_changes import Action, ChangeReply, ChangeRequest
 from cifarx_serve.server.model_files import parse_key, scan_repository
 
 _MAX_NAME: Final = 255
-
-Action: TypeAlias = Literal["load", "unload"]
-
-
-class ChangeRequest(msgspec.Struct, frozen=True, tag="change"):
-    """Sent by a worker to the supervisor: load or unload all versions of a model."""
-
-    id: int
-    action: Action
-    model: str
-
-
-class ChangeReply(msgspec.Struct, frozen=True, tag="reply"):
-    """The reply to a `ChangeRequest`, when every worker has done it. `error` says why a worker has not."""
-
-    id: int
-    error: tuple[str, str] | None
 
 
 class IndexEntry(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cifarx_serve.errors import CifarxError, unknown_name_error
-from cifarx_serve.server.inference.model_control import ChangeReply, ChangeRequest
+from cifarx_serve.server.model_changes import ChangeReply, ChangeRequest
 from cifarx_serve.server.model_files import absolute_paths, parse_key, scan_repository
 from cifarx_serve.server.processes.messages import Update, Updated
 from cifarx_serve.server.settings import Settings

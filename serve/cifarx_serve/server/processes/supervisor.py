@@ -19,7 +19,7 @@ import msgspec
 from cifarx_serve.errors import CifarxError, UsageError, error_message
 from cifarx_serve.files.signature import signature_path
 from cifarx_serve.server.inference.metrics_files import clear_gauges, create_metrics_files
-from cifarx_serve.server.inference.model_control import ChangeReply, ChangeRequest
+from cifarx_serve.server.model_changes import ChangeReply, ChangeRequest
 from cifarx_serve.server.processes.messages import ALIVE, ALL_READY, READY, Start, Update, Updated
 from cifarx_serve.server.processes.model_updates import ModelUpdates
 from cifarx_serve.server.processes.port_reservation import PortReservation

@@ -21,7 +21,7 @@ from cifarx_serve.images.reader import suppress_pillow_warnings
 from cifarx_serve.server.app import configure_process, create_app, create_components, create_grpc_server
 from cifarx_serve.server.http.access_log import AccessLog
 from cifarx_serve.server.http.listener import Listener
-from cifarx_serve.server.inference.model_control import ChangeReply, ChangeRequest
+from cifarx_serve.server.model_changes import ChangeReply, ChangeRequest
 from cifarx_serve.server.processes.messages import ALIVE, ALIVE_INTERVAL_S, ALL_READY, READY, Start, Update, Updated
 from cifarx_serve.system.terminal import printable
 

@@ -8,8 +8,9 @@ import pytest
 
 from cifarx_serve.server.inference.errors import ModelControlError
 from cifarx_serve.server.inference.metrics import Metrics
-from cifarx_serve.server.inference.model_control import ChangeReply, ChangeRequest, ModelControl
+from cifarx_serve.server.inference.model_control import ModelControl
 from cifarx_serve.server.inference.repository import ModelRepository
+from cifarx_serve.server.model_changes import ChangeReply, ChangeRequest
 from cifarx_serve.server.settings import ModelControlMode, Settings
 from tests.support.color_model import write_onnx
 

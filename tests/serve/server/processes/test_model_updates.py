@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cifarx_serve.server.inference.model_control import Action, ChangeReply, ChangeRequest
+from cifarx_serve.server.model_changes import Action, ChangeReply, ChangeRequest
 from cifarx_serve.server.processes.messages import Update, Updated
 from cifarx_serve.server.processes.model_updates import ModelUpdates
 from cifarx_serve.server.settings import ModelControlMode, Settings
