@@ -22,8 +22,8 @@ limit yet. So it is far above `max_connections`, beyond which calls are answered
 _MAX_METADATA_BYTES: Final = 64 * 1024
 """The maximum size of the metadata of a call, as of the head of an HTTP request."""
 
-_NO_LIMIT_MS: Final = 2**31 - 1
-"""Calls on a connection that has become old are not cut off."""
+_INT_MAX: Final = 2**31 - 1
+"""The largest value of an option; gRPC takes it for no limit, and does not allow it for the number of connections."""
 
 _KEEPALIVE_MS: Final = 60_000
 """How long a client may be silent before it is asked whether it is still there. Streams may be idle for hours."""
@@ -78,14 +78,14 @@ class GrpcServer:
         server = grpc.aio.server(
             options=(
                 ("grpc.so_reuseport", 1),
-                ("grpc.max_receive_message_length", limits.max_body_bytes),
+                ("grpc.max_receive_message_length", min(limits.max_body_bytes, _INT_MAX)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
                 ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
                 ("grpc.max_concurrent_streams", _MAX_STREAMS),
-                ("grpc.max_allowed_incoming_connections", limits.max_connections),
-                ("grpc.max_connection_age_ms", round(1000 * self._connection_age_s)),
-                ("grpc.max_connection_age_grace_ms", _NO_LIMIT_MS),
+                ("grpc.max_allowed_incoming_connections", min(limits.max_connections, _INT_MAX - 1)),
+                ("grpc.max_connection_age_ms", min(round(1000 * self._connection_age_s), _INT_MAX)),
+                ("grpc.max_connection_age_grace_ms", _INT_MAX),  # calls that have begun go on
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
                 ("grpc.server_handshake_timeout_ms", round(1000 * limits.header_timeout_s)),

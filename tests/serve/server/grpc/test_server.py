@@ -223,3 +223,15 @@ def test_no_more_connections_than_allowed(settings: Settings) -> None:
             assert set(answers[2:]) <= {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 
     asyncio.run(run())
+
+
+def test_limits_beyond_those_of_grpc(settings: Settings) -> None:
+    large = 2**40
+    limits = Limits(max_body_bytes=large, max_connections=large, deadline_s=large)
+    settings = Settings(files=settings.files, limits=limits)
+
+    async def run() -> None:
+        async with run_grpc_server(settings) as server:
+            assert len(await server.call(INFER, infer_request())) > 10
+
+    asyncio.run(run())
