@@ -5,7 +5,7 @@ import torch
 
 from cifarx_serve.errors import SpecError, UsageError
 from cifarx_serve.spec import InputSpec, ModelSource
-from cifarx_train.models.options import ModelOptions
+from cifarx_train.models.options import ModelOptions, SpecOverrides
 from cifarx_train.models.preprocessing import Preprocessing
 from cifarx_train.models.sources import find_architecture
 from cifarx_train.models.timm_networks import timm_architecture, timm_input
@@ -39,6 +39,26 @@ def test_a_tag_selects_the_preprocessing() -> None:
 def test_a_transformer_gets_the_size_of_the_images() -> None:
     found = timm_architecture("vit_tiny_patch16_224", {"depth": 1})
     assert found.build(5, InputSpec(height=32, width=48)).eval()(torch.zeros(1, 3, 32, 48)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("side", [32, 64, 96, 160, 288])
+def test_another_size_is_cropped_as_timm_does(side: int) -> None:
+    """The size before the crop is rounded down, so that it is not always in proportion to the published one."""
+    import timm.data
+
+    name = "convnext_atto"  # crop_pct 0.95
+    overrides = SpecOverrides({"input": {"height": side, "width": side}})
+    options = ModelOptions(f"timm/{name}")._replace(overrides=overrides)
+    found = overrides.apply_to_input(find_architecture(options).input)
+    config = timm.data.resolve_data_config({"img_size": side}, timm.get_pretrained_cfg(name).to_dict())
+    assert found == timm_input(config)
+    assert (found.height, found.width) == (side, side)
+
+
+def test_the_argument_img_size_is_the_size_of_the_images() -> None:
+    found = timm_architecture("vit_tiny_patch16_224", {"depth": 1, "img_size": 64})
+    assert (found.input.height, found.input.width) == (64, 64)
+    assert found.build(5).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_grayscale_images() -> None:

@@ -48,7 +48,9 @@ def find_architecture(options: ModelOptions, stem: Stem = "own") -> Architecture
     if model.startswith(TIMM_PREFIX):
         from cifarx_train.models.timm_networks import timm_architecture
 
-        return timm_architecture(model.removeprefix(TIMM_PREFIX), options.arguments)
+        stated = options.overrides.fields.get("input", {})
+        sides = (stated[side] if isinstance(stated.get(side), int) else None for side in ("height", "width"))
+        return timm_architecture(model.removeprefix(TIMM_PREFIX), options.arguments, *sides)
     if model.startswith(HUGGING_FACE_PREFIX):
         from cifarx_train.models.hugging_face import directory_architecture
 

@@ -26,12 +26,16 @@ except ModuleNotFoundError as missing:
 _INTERPOLATIONS: Final = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-def timm_architecture(name: str, arguments: Mapping[str, Any]) -> Architecture:
+def timm_architecture(
+    name: str, arguments: Mapping[str, Any], height: int | None = None, width: int | None = None
+) -> Architecture:
     """Return the architecture of a network of timm.
 
     Args:
         name: the name, with or without the tag of published weights, which selects their preprocessing.
         arguments: keyword arguments of `timm.create_model`.
+        height, width: the size of the images, from which timm computes the size before the crop. By default it is the
+            argument `img_size`, or that of the published weights.
 
     Raises:
         UsageError: timm has no such network. Building it raises the error for arguments that it does not take.
@@ -48,13 +52,15 @@ def timm_architecture(name: str, arguments: Mapping[str, Any]) -> Architecture:
     if tag and tag not in tags:
         raise unknown_name_error(f"tag of timm/{base}", tag, tags)
     config = timm.get_pretrained_cfg(name)
-    size = timm_input(timm.data.resolve_data_config({"in_chans": 3}, config.to_dict() if config else {}))
+    published = timm.data.resolve_data_config({"in_chans": 3}, config.to_dict() if config else {})
+    usual_size = tuple(published["input_size"][1:])
+    size = timm_input({**published, "input_size": (3, *_image_size(arguments, height, width, usual_size))})
 
     def build(outputs: int, requested: InputSpec) -> nn.Module:
         options: dict[str, Any] = {"num_classes": outputs}
         if requested.channels != 3:
             options["in_chans"] = requested.channels
-        if (requested.height, requested.width) == (size.height, size.width):
+        if (requested.height, requested.width) == usual_size:
             return _create_model(name, {**options, **arguments})
         try:  # transformers need the size of the images, other networks do not take it
             return _create_model(name, {**options, "img_size": (requested.height, requested.width), **arguments})
@@ -72,6 +78,17 @@ def timm_architecture(name: str, arguments: Mapping[str, Any]) -> Architecture:
         states_input=True,
         num_outputs=arguments.get("num_classes"),
     )
+
+
+def _image_size(
+    arguments: Mapping[str, Any], height: int | None, width: int | None, usual: tuple[int, ...]
+) -> tuple[int, int]:
+    match arguments.get("img_size"):
+        case int(side):
+            usual = side, side
+        case (int(), int()) as sides:
+            usual = tuple(sides)
+    return height or usual[0], width or usual[1]
 
 
 def load_published(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
