@@ -214,8 +214,10 @@ def _introduction() -> list[str]:
         "Networks from many sources, saved as their authors save them, exported by the command line and run by\n"
         "`cifarx.load`. Every percentage is of an artifact that passed the parity check. It is the argmax agreement\n"
         f"on {IMAGES:,} image files with the author's own module and the author's own transform, outside cifarx:\n"
-        f"100.00% is at least {floor_percent(lower_bound(IMAGES, IMAGES))} with 95% confidence. The weights are "
-        "random, with a\nlast layer that is fitted to the images.",
+        f"100.00% is at least {floor_percent(lower_bound(IMAGES, IMAGES))} with 95% confidence.\n"
+        "`refused` says which check failed: such an artifact is not written. The weights are from a few epochs on\n"
+        "drawings. Hugging Face's processors resize with torchvision, whose pixels differ from Pillow's by up to two\n"
+        "levels of 255, so that a tie can be broken the other way.",
         "Written by `python -m benchmarks.network_table --out docs/networks.md`.\n\n"
         f"{here.cpu}, {here.cpus} CPUs; {versions}.",
     ]

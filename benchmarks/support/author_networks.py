@@ -22,8 +22,11 @@ Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 CLASSES = 10
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_FIT_IMAGES = 400
 _SEED = 0
+_BATCH_SIZE = 50
+_MOST_EPOCHS, _MOST_EPOCHS_OF_LARGE_IMAGES = 40, 8
+_LARGE_SIDE = 128  # pixels
+_LEARNING_RATE = 1e-3
 
 
 class Author(NamedTuple):
@@ -52,36 +55,42 @@ class Entry(NamedTuple):
     make: Callable[[Path, Sequence[Image.Image], Sequence[int]], Author]
 
 
-def fit(module: nn.Module, transform: Transform, images: Sequence[Image.Image], labels: Sequence[int]) -> nn.Module:
-    """Make random weights useful: take the statistics of the BatchNorms, and fit the last linear layer to the labels.
+def _uniform_and_noise_images() -> list[Image.Image]:
+    """Return black, white, uniformly colored and noise images: 16 in all."""
+    random = np.random.default_rng(_SEED)
+    uniform = [np.zeros((1, 1, 3)), np.full((1, 1, 3), 255), *(random.integers(0, 256, (1, 1, 3)) for _ in range(6))]
+    noise = [random.integers(0, 256, (80, 80, 3)) for _ in range(8)]
+    return [Image.fromarray(np.broadcast_to(pixels, (80, 80, 3)).astype(np.uint8)) for pixels in (*uniform, *noise)]
 
-    Ridge regression on random features classifies well enough for the argmax to differ between images.
+
+def fit(
+    module: nn.Module,
+    transform: Transform,
+    images: Sequence[Image.Image],
+    labels: Sequence[int],
+    scores: Callable[[Any], Tensor] = lambda returned: returned,
+) -> nn.Module:
+    """Train a network until it classifies most images correctly, or for a number of epochs.
+
+    Images without an object join every batch and take no part in the loss. The statistics of a BatchNorm that has only
+    seen drawings make the rounding errors on other images grow without bound.
     """
-    batch = torch.stack([transform(image) for image in images[:_FIT_IMAGES]])
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    head = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
-    inputs: list[Tensor] = []
-    with torch.no_grad():
-        if norms:
-            for norm in norms:
-                norm.momentum = None
-            module.train()
-            for start in range(0, len(batch), 50):
-                module(batch[start : start + 50])
-        module.eval()
-        hook = head.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
-        for start in range(0, len(batch), 50):
-            module(batch[start : start + 50])
-        hook.remove()
-        features = torch.cat(inputs).double().flatten(1, -1)[:, -head.in_features :]
-        design = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
-        gram = design.T @ design
-        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        targets = nn.functional.one_hot(torch.tensor(labels[:_FIT_IMAGES]), head.out_features).double() * 8 - 1
-        solution = torch.linalg.solve(gram + ridge, design.T @ targets)
-        head.weight.copy_(solution[:-1].T)
-        if head.bias is not None:
-            head.bias.copy_(solution[-1])
+    pixels, expected = torch.stack([transform(image) for image in images]), torch.tensor(labels)
+    others = torch.stack([transform(image) for image in _uniform_and_noise_images()])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=_LEARNING_RATE)
+    module.train()
+    for _ in range(_MOST_EPOCHS if pixels.shape[-1] < _LARGE_SIDE else _MOST_EPOCHS_OF_LARGE_IMAGES):
+        correct = 0
+        for chosen in torch.randperm(len(pixels)).split(_BATCH_SIZE):
+            found = scores(module(torch.cat([pixels[chosen], others])))[: len(chosen)]
+            loss = nn.functional.cross_entropy(found, expected[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            correct += int((found.argmax(1) == expected[chosen]).sum())
+        if correct > 0.7 * len(pixels):
+            break
+    torch.optim.swa_utils.update_bn([torch.cat([batch, others]) for batch in pixels.split(_BATCH_SIZE)], module)
     return module.eval()
 
 
@@ -151,7 +160,8 @@ def own(name: str, callable_: str, side: int = 32, *options: str, gray: bool = F
         module = getattr(user_networks, callable_)()
         steps: list[Any] = [transforms.Grayscale()] if gray else []
         transform = transforms.Compose([*steps, transforms.Resize((side, side)), transforms.ToTensor()])
-        fit(module, transform, images, labels)
+        scores: Callable[[Any], Tensor] = (lambda returned: returned[pick]) if pick else (lambda returned: returned)
+        fit(module, transform, images, labels, scores)
         torch.save(module.state_dict(), folder / "net.pth")
         described = ("--color", "L", "--mean", "0", "--std", "1") if gray else _PLAIN
         command = (
@@ -159,7 +169,6 @@ def own(name: str, callable_: str, side: int = 32, *options: str, gray: bool = F
             *described,
             *options,
         )
-        scores = (lambda returned: returned[pick]) if pick else (lambda returned: returned)
         return Author(module, transform, command, scores=scores)
 
     return Entry("own file", name, make)
@@ -182,7 +191,7 @@ def whole(name: str, change: Callable[[nn.Module], None], described: str) -> Ent
     return Entry("whole module", f"{name}, {described}", make)
 
 
-def timm_network(name: str, **options: Any) -> Entry:
+def timm_network(name: str, side: int | None = None) -> Entry:
     """Return a network of timm with timm's own transform, saved as timm's training script does."""
 
     def make(folder: Path, images: Sequence[Image.Image], labels: Sequence[int]) -> Author:
@@ -190,14 +199,16 @@ def timm_network(name: str, **options: Any) -> Entry:
         from timm.data import create_transform, resolve_data_config
 
         torch.manual_seed(_SEED)
-        module = timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
-        transform = create_transform(**resolve_data_config({}, model=module), is_training=False)
+        is_transformer = side is not None and not name.startswith("convnext")
+        module = timm.create_model(name, num_classes=CLASSES, **({"img_size": side} if is_transformer else {}))
+        config = resolve_data_config({} if side is None else {"img_size": side}, model=module)
+        transform = create_transform(**config, is_training=False)
         fit(module, transform, images, labels)
         torch.save({"arch": name, "state_dict": module.state_dict()}, folder / "net.pth.tar")
-        arguments = [text for key, value in options.items() for text in ("--model-arg", f"{key}={value}")]
-        return Author(module, transform, ("--ckpt", "net.pth.tar", "--model", f"timm/{name}", *arguments))
+        size = () if side is None else ("--image-size", str(side))
+        return Author(module, transform, ("--ckpt", "net.pth.tar", "--model", f"timm/{name}", *size))
 
-    return Entry("timm", " ".join([name, *map(str, options.values())]), make)
+    return Entry("timm", name if side is None else f"{name} {side}", make)
 
 
 def hugging_face(name: str, config_class: str, processor: dict[str, Any], **options: Any) -> Entry:
@@ -219,9 +230,13 @@ def hugging_face(name: str, config_class: str, processor: dict[str, Any], **opti
             pixels: Tensor = preprocess(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
             return pixels
 
-        fit(module, transform, images, labels)
+        def scores(returned: Any) -> Tensor:
+            logits: Tensor = returned.logits
+            return logits
+
+        fit(module, transform, images, labels, scores)
         module.save_pretrained(directory)
-        return Author(module, transform, ("--model", "hf/model"), scores=lambda returned: returned.logits)
+        return Author(module, transform, ("--model", "hf/model"), scores=scores)
 
     return Entry("Hugging Face", name, make)
 
@@ -339,25 +354,22 @@ ENTRIES: tuple[Entry, ...] = (
     registry("resnet34", normalized=False),
     registry("mobilenet_v2"),
     registry("mobilenet_v3_small", 224),
-    registry("efficientnet_b0", 64),
+    registry("efficientnet_b0", 96),
     registry("shufflenet_v2_x1_0", 224),
     registry("densenet121"),
-    registry("regnet_y_400mf"),
+    registry("regnet_y_400mf", 64),
     registry("mnasnet0_5", 96),
     registry("convnext_tiny"),
-    registry("swin_t", 32),
-    registry("vgg11_bn"),
-    registry("vit_b_32", 64, image_size=64),
     whole("resnet18", _keep_pool, "3x3 stem, pool kept"),
     whole("resnet18", _change_eps_and_activation, "SiLU, eps 1e-3"),
     whole("mobilenet_v2", _stride_one, "stride 1"),
     timm_network("lcnet_050"),
     timm_network("mobilenetv3_small_050"),
-    timm_network("convnext_atto"),
-    timm_network("vit_tiny_patch16_224", img_size=64),
-    timm_network("deit_tiny_patch16_224", img_size=64),
+    timm_network("convnext_atto", 64),
+    timm_network("vit_tiny_patch16_224", 64),
+    timm_network("deit_tiny_patch16_224", 64),
     timm_network("ghostnet_050"),
-    timm_network("mixer_s32_224", img_size=64),
+    timm_network("mixer_s32_224", 64),
     hugging_face(
         "ViT",
         "ViTConfig",

@@ -53,7 +53,9 @@ class Heads(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.SiLU(), nn.Conv2d(16, 32, 3, 2), nn.SiLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 32, 3, 2), nn.SiLU()
+        )
         self.head = nn.Linear(32, num_classes)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
