@@ -410,7 +410,7 @@ ENTRIES: tuple[Entry, ...] = (
         depth_multiplier=0.5,
     ),
     safetensors_network("resnet18"),
-    lightning("mobilenet_v3_small"),
+    lightning("resnet18"),
     adopted("resnet18", "ONNX"),
     adopted("mobilenet_v2", "TorchScript"),
 )

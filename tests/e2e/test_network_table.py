@@ -19,7 +19,7 @@ CHOSEN = (
     "timm: lcnet_050",
     "Hugging Face: ConvNeXT",
     "safetensors: resnet18",
-    "Lightning: mobilenet_v3_small",
+    "Lightning: resnet18",
     "adopted ONNX: resnet18",
     "adopted TorchScript: mobilenet_v2",
 )
