@@ -231,6 +231,7 @@ def test_rejects_a_body_with_another_encoding(coding: bytes) -> None:
         (gzip.compress(b"x") * 2, r"bytes follow its end"),
         (b"", r"\(its end is missing\)"),
     ],
+    ids=["no gzip", "one byte less", "wrong checksum", "bytes after it", "two members", "nothing"],  # gzip has the time
 )
 def test_rejects_a_body_that_cannot_be_decompressed(sent: bytes, problem: str, split: bool) -> None:
     parts = [sent[:-1], sent[-1:]] if split else [sent]
