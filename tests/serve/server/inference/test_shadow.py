@@ -58,6 +58,11 @@ class Server:
         assert self.value(name, outcome) == value
 
 
+def shadow_processes() -> list[psutil.Process]:
+    """Return the running processes of shadows, because other tests of this process may leave children."""
+    return [child for child in psutil.Process().children() if any("shadow_process" in part for part in child.cmdline())]
+
+
 def run_with_shadow(model: Path, shadow: Path, test: Callable[[Server], Awaitable[None]], share: float = 1.0) -> None:
     async def run() -> None:
         settings = Settings(
@@ -193,7 +198,7 @@ def test_a_shadow_whose_process_ends_is_started_again(monkeypatch: pytest.Monkey
     async def test(server: Server) -> None:
         await server.infer(RED)
         await server.wait_for("cifarx_shadow_requests_total", 1, "answered")
-        (process,) = psutil.Process().children()
+        (process,) = shadow_processes()
         process.kill()
         assert await server.infer(RED) == [0]
         await server.wait_for("cifarx_shadow_requests_total", 1, "failed")
@@ -218,7 +223,7 @@ def test_a_reload_opens_the_file_of_the_shadow_again(tmp_path: Path, model: Path
         assert server.value("cifarx_shadow_agreeing_images_total") == 1
 
     run_with_shadow(model, shadow, test)
-    assert not psutil.wait_procs(psutil.Process().children(), timeout=60)[1]
+    assert not psutil.wait_procs(shadow_processes(), timeout=60)[1]
 
 
 def test_a_model_that_has_got_other_classes_cannot_be_compared(tmp_path: Path, model: Path) -> None:
