@@ -58,7 +58,14 @@ PARITY = {
     "data": "builtin drawings",
     "data_fingerprint": "9e9e4f194d6fd289129264271c54c74aed28e36bc2d649315e1bcddec9e63db6",
 }
-NEW_FIELDS: dict[str, object] = {"agreement_bound": None, "test_images": None, "training_images": 0, "warnings": []}
+NEW_FIELDS: dict[str, object] = {
+    "agreement_bound": None,
+    "test_images": None,
+    "training_images": 0,
+    "warnings": [],
+    "class_rates": None,
+    "score_rates": None,
+}
 """The fields that later versions added, with the values for older files."""
 
 MARKER = b"cifarx-seal:"
