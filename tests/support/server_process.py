@@ -121,7 +121,7 @@ def predict_request(color: tuple[int, int, int] = (255, 0, 0)) -> bytes:
 
 
 class ServerProcess:
-    """A supervisor or a worker that serves on `port`, or on a Unix socket, and gRPC on `grpc_address` if told to.
+    """A supervisor or a worker that serves on `port`, or on a Unix socket, and gRPC on `grpc_address` if it is set.
 
     A worker alone has a `status` pipe.
     """

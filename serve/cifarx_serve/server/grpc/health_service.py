@@ -24,7 +24,7 @@ _OVERALL: Final = ("", INFERENCE)
 """The names that stand for all models."""
 
 _POLL_S: Final = 0.25
-"""How late a client that watches the health is told of a change."""
+"""How late a client that watches the health learns of a change."""
 
 _SERVING: Final[int] = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING: Final[int] = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -49,7 +49,7 @@ class GrpcServer:
     """Serves calls on a port that other processes may serve too. Use it in one event loop.
 
     A call that a client sends while gRPC shuts a server down is cancelled. So each connection is ended when it gets
-    old, which gRPC does without loss: the client is told to open another one, and the calls that it has sent are
+    old, which gRPC does without loss: the client has to open another one, and the calls that it has sent are
     answered. A server that is drained accepts no connections, and waits until the old ones have ended.
 
     Args:

@@ -55,7 +55,7 @@ def test_checks(faulty: Path) -> None:
 
 
 def test_a_watch_ends_with_the_server(faulty: Path) -> None:
-    """It is told of every change, and at last that the server is shut down."""
+    """It receives every change, and finally the shutdown of the server."""
 
     async def run() -> None:
         settings = Settings(files={"colors": str(faulty)})
