@@ -130,7 +130,7 @@ def _write_spec(path: Path, side: int, **fields: Any) -> Path:
 _PLAIN = ("--mean", "0,0,0", "--std", "1,1,1")
 
 
-def registry(name: str, side: int = 32, normalized: bool = True, **options: Any) -> Entry:
+def registry(name: str, side: int = 32, normalized: bool = True) -> Entry:
     """Return a network of torchvision, saved as a state dict."""
 
     def make(folder: Path, images: Sequence[Image.Image], labels: Sequence[int]) -> Author:
@@ -138,7 +138,7 @@ def registry(name: str, side: int = 32, normalized: bool = True, **options: Any)
 
         torch.manual_seed(_SEED)
         transform = imagenet_transform(side) if normalized else plain_transform(side)
-        module = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
+        module = torchvision.models.get_model(name, weights=None, num_classes=CLASSES)
         fit(module, transform, images, labels)
         torch.save({"state_dict": module.state_dict(), "epoch": 3}, folder / "net.pth")
         described = (
@@ -151,7 +151,7 @@ def registry(name: str, side: int = 32, normalized: bool = True, **options: Any)
     return Entry("torchvision", f"{name} {side}", make)
 
 
-def own(name: str, callable_: str, side: int = 32, *options: str, gray: bool = False, pick: str = "") -> Entry:
+def own(name: str, callable_: str, side: int = 32, *, gray: bool = False, pick: str = "") -> Entry:
     """Return a network of a user's own file, saved as a state dict."""
 
     def make(folder: Path, images: Sequence[Image.Image], labels: Sequence[int]) -> Author:
@@ -167,7 +167,6 @@ def own(name: str, callable_: str, side: int = 32, *options: str, gray: bool = F
         command = (
             *("--ckpt", "net.pth", "--model", f"networks.py:{callable_}", "--image-size", str(side)),
             *described,
-            *options,
         )
         return Author(module, transform, command, scores=scores)
 

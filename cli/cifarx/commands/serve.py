@@ -26,6 +26,7 @@ from cifarx_serve.server.model_files import absolute_path, absolute_paths, initi
 from cifarx_serve.server.processes.port_reservation import PortReservation
 from cifarx_serve.server.processes.supervisor import BACKLOG, Supervisor, listen
 from cifarx_serve.server.settings import (
+    SHADOW_SHARE,
     LimitOption,
     ModelControlMode,
     Settings,
@@ -46,7 +47,6 @@ _GRPC_PACKAGES: Final = ("grpc", "tritonclient", "grpc_health", "grpc_reflection
 _OTEL_PACKAGES: Final = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 """The packages of the extra `otel`."""
 
-_SHADOW_SHARE: Final = 0.1
 _SECOND_GROUP: Final = "max_body_mb"
 """On the help page, limit options before this one follow --workers; this one and the rest follow --watch."""
 
@@ -120,7 +120,9 @@ def command(
     shadow_share: Annotated[
         float | None,
         typer.Option(
-            min=0.0001, max=1, help="Share of the requests that a shadow answers, in spare time. [default: 0.1]"
+            min=0.0001,
+            max=1,
+            help=f"Share of the requests that a shadow answers, in spare time. [default: {SHADOW_SHARE}]",
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Reload a model when its file changes, as on SIGHUP.")] = False,
@@ -296,7 +298,7 @@ def _check_proxies(networks: Sequence[str], uds: Path | None) -> tuple[str, ...]
 def _shadow_share(shadows: list[str] | None, share: float | None) -> float:
     if share is not None and not shadows:
         raise UsageError(f"--shadow-share {share:g} without --shadow", "name the model, as in --shadow NAME=FILE")
-    return _SHADOW_SHARE if share is None else share
+    return SHADOW_SHARE if share is None else share
 
 
 def _shadows(arguments: list[str], models: Mapping[str, Path], verifier: "Verifier | None") -> dict[str, str]:

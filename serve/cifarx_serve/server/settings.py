@@ -9,6 +9,9 @@ from msgspec import Meta
 
 from cifarx_serve.backends.registry import RegisteredBackend
 
+SHADOW_SHARE: Final = 0.1
+"""The default share of the requests that a shadow answers."""
+
 ModelControlMode: TypeAlias = Literal["none", "explicit", "poll"]
 
 PROMETHEUS_MULTIPROC_DIR: Final = "PROMETHEUS_MULTIPROC_DIR"
@@ -169,7 +172,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_repository: str | None = None
     model_control: ModelControlMode = "none"
     shadows: dict[str, str] = {}
-    shadow_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    shadow_share: Annotated[float, Meta(gt=0, le=1)] = SHADOW_SHARE
     backend: str | None = None
     device: str = "auto"
     threads: Annotated[int, Meta(ge=1)] = 1

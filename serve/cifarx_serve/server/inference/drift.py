@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class _Baseline(NamedTuple):
 class _Counts(NamedTuple):
     """The counts of one model, since the start of the server."""
 
+    class_names: tuple[str, ...]
     classes: NDArray[np.float64]
     scores: NDArray[np.float64]
 
@@ -79,17 +80,19 @@ class DriftMonitor:
         Args:
             families: the metrics of all workers now.
         """
-        now, counts = time.monotonic(), self._counts(families)
+        baselines = dict(self._baselines)  # a model can be loaded meanwhile, in the event loop
+        now, counts = time.monotonic(), _count(families, baselines)
         start = self._start_of_window(now)
         gauge = GaugeMetricFamily(
             "cifarx_input_drift_psi",
             "Population stability index of the predictions of the last minutes, compared with those for test images.",
             labels=["model", "of"],
         )
-        for model, baseline in list(self._baselines.items()):
+        for model, baseline in baselines.items():
             found = counts[model]
-            if (earlier := start.get(model)) is not None:
-                found = _Counts(found.classes - earlier.classes, found.scores - earlier.scores)
+            earlier = start.get(model)
+            if earlier is not None and earlier.class_names == found.class_names:  # a reload can change the classes
+                found = _Counts(found.class_names, found.classes - earlier.classes, found.scores - earlier.scores)
             if found.scores.sum() < MIN_IMAGES or not found.classes.sum():
                 continue
             gauge.add_metric([model, "classes"], population_stability_index(baseline.classes, found.classes))
@@ -105,19 +108,22 @@ class DriftMonitor:
         is_full = bool(self._snapshots) and now - self._snapshots[0].taken_at >= WINDOW_S
         return self._snapshots[0].counts if is_full else {}
 
-    def _counts(self, families: Iterable[Metric]) -> dict[str, _Counts]:
-        classes: defaultdict[tuple[str, str], float] = defaultdict(float)
-        at_most: defaultdict[tuple[str, float], float] = defaultdict(float)
-        for family in families:
-            for sample in family.samples:
-                if sample.name == f"{PREDICTIONS}_total":
-                    classes[sample.labels["model"], sample.labels["class"]] += sample.value
-                elif sample.name == f"{SCORES}_bucket":
-                    at_most[sample.labels["model"], float(sample.labels["le"])] += sample.value
-        return {
-            model: _Counts(
-                np.array([classes[model, name] for name in baseline.class_names]),
-                np.diff([at_most[model, bound] for bound in SCORE_BOUNDS], prepend=0.0),
-            )
-            for model, baseline in list(self._baselines.items())
-        }
+
+def _count(families: Iterable[Metric], baselines: Mapping[str, _Baseline]) -> dict[str, _Counts]:
+    """Return the predictions of the models since the start of the server."""
+    classes: defaultdict[tuple[str, str], float] = defaultdict(float)
+    at_most: defaultdict[tuple[str, float], float] = defaultdict(float)
+    for family in families:
+        for sample in family.samples:
+            if sample.name == f"{PREDICTIONS}_total":
+                classes[sample.labels["model"], sample.labels["class"]] += sample.value
+            elif sample.name == f"{SCORES}_bucket":
+                at_most[sample.labels["model"], float(sample.labels["le"])] += sample.value
+    return {
+        model: _Counts(
+            baseline.class_names,
+            np.array([classes[model, name] for name in baseline.class_names]),
+            np.diff([at_most[model, bound] for bound in SCORE_BOUNDS], prepend=0.0),
+        )
+        for model, baseline in baselines.items()
+    }

@@ -104,6 +104,22 @@ def test_the_index_is_that_of_the_last_minutes(monkeypatch: pytest.MonkeyPatch) 
     run(monkeypatch, with_rates(), test)
 
 
+def test_a_reload_may_change_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions of the old classes are not compared with those of the new ones."""
+    four = msgspec.structs.replace(with_rates(class_rates=(0.25,) * 4), class_names=(*SPEC.class_names, "brown"))
+
+    def test(live: Live) -> None:
+        for _ in range(12):  # a full window
+            live.predict(50, 25, 25)
+            live.metrics.observe_drift()
+            live.now += 60
+        assert live.index()["classes"] == pytest.approx(0, abs=1e-6)
+        live.metrics.prediction_observer("colors", four)
+        assert live.index()["classes"] > 1, "nothing was predicted as brown"
+
+    run(monkeypatch, with_rates(), test)
+
+
 @pytest.mark.parametrize(
     "spec",
     [
