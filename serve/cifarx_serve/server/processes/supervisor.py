@@ -43,8 +43,14 @@ _MAX_READY_DELAY_S: Final = 1.0
 _STABLE_S: Final = 10.0
 """A worker that ran for this long is replaced without a delay."""
 
-_HANG_S: Final = 30.0
-"""How long a worker that was ready may say nothing before it is killed: its event loop does not run."""
+_MAX_SILENCE_S: Final = 30.0
+"""How long a worker that was ready may be silent before it is killed: its event loop does not run.
+
+The supervisor counts this in intervals of its own event loop. If the whole server was suspended, as by `docker pause`,
+its clock has gone on but its workers are fine.
+"""
+
+_SILENCE_INTERVAL_S: Final = 3.0
 
 _SHUTDOWN_GRACE_S: Final = 5.0
 """How long a worker may take to exit, beyond the time limits of its requests, before it is killed."""
@@ -213,21 +219,25 @@ class Supervisor:
         transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_fd, "rb", buffering=0)
         )
-        limit_s = None
+        interval_s, silent_s = None, 0.0
         while True:
             try:
-                line = await asyncio.wait_for(stream.readline(), limit_s)
+                line = await asyncio.wait_for(stream.readline(), interval_s)
             except TimeoutError:
-                if not self._stopping.is_set():
-                    error = CifarxError(f"worker {number} has not responded for {_HANG_S:g} s", "see its output")
-                    _send_signal(self._workers[number], signal.SIGKILL)
-                limit_s = None  # the end of the pipe follows
+                silent_s += _SILENCE_INTERVAL_S
+                if silent_s >= _MAX_SILENCE_S:
+                    if not self._stopping.is_set():
+                        problem = f"worker {number} has not responded for {_MAX_SILENCE_S:g} s"
+                        error = CifarxError(problem, "see its output")
+                        _send_signal(self._workers[number], signal.SIGKILL)
+                    interval_s = None  # the end of the pipe follows
                 continue
+            silent_s = 0.0
             if not line:
                 break
             if line == READY:
                 self._on_ready(number)
-                limit_s = _HANG_S
+                interval_s = _SILENCE_INTERVAL_S
             elif line.startswith(_OBJECT):
                 self._on_message(number, msgspec.json.decode(line, type=Updated | ChangeRequest))
             elif line != ALIVE:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cifarx_serve.errors import UsageError
@@ -382,5 +383,22 @@ def test_a_worker_whose_event_loop_does_not_run_is_replaced(tmp_path: Path, onnx
         server.wait_for("is ready again")
         assert not hanging.is_running()
         assert len(server.workers()) == 2
+        server.signal(signal.SIGTERM)
+        assert stopped_cleanly(server)
+
+
+def test_a_suspended_server_keeps_its_workers(tmp_path: Path, onnx: Path) -> None:
+    """A suspended server's clock goes on, as under `docker pause`; its workers are silent, but they do not hang."""
+    with two_workers(tmp_path, onnx) as server:
+        supervisor, workers = psutil.Process(server.process.pid), server.workers()
+        for process in (supervisor, *workers):
+            process.suspend()
+        time.sleep(32)  # longer than a worker may be silent
+        for process in (supervisor, *workers):
+            process.resume()
+            time.sleep(0.2)  # the supervisor runs before the workers can say anything
+        assert server.predict().status == 200
+        assert server.workers() == workers
+        assert "has not responded" not in server.err
         server.signal(signal.SIGTERM)
         assert stopped_cleanly(server)
