@@ -113,6 +113,7 @@ def benchmark(
     stated: Mapping[str, Any] = NOTHING_STATED,
     test_images: int | None = None,
     warnings: tuple[str, ...] = (),
+    single_threaded: bool = False,
 ) -> BenchmarkReport:
     """Open each file in its own process, measure the files in turns, and compare their predictions on all images.
 
@@ -128,6 +129,7 @@ def benchmark(
         stated: what the user states about the checkpoints among the files, see `Backend.open_stated`.
         test_images: the number of the first images that the accuracy is measured on; None for all.
         warnings: what the images do not prove, for the report.
+        single_threaded: whether to run each file in one thread, see `Backend.single_threaded`.
 
     Raises:
         UsageError: there is no file, a batch size is less than 1, or more than 1,024 and the number of images, or the
@@ -149,7 +151,11 @@ def benchmark(
         except OSError as error:
             problem = f"cannot write the images to {folder} ({error_message(error)})"
             raise OutputError(problem, "free some space, or set TMPDIR to another directory") from error
-        processes = [stack.enter_context(closing(_open(path, device, images_file, stated, progress))) for path in files]
+        processes = []
+        for path in files:
+            progress(f"opening {path}")
+            process = BenchmarkProcess(path, device, images_file, stated, single_threaded=single_threaded)
+            processes.append(stack.enter_context(closing(process)))
         latencies = {batch: _measure(processes, batch, seconds, progress) for batch in batch_sizes}
         tested = len(images) if test_images is None else test_images
         compared = _compare(processes, None if labels is None else labels[:tested], progress)
@@ -162,13 +168,6 @@ def benchmark(
         return BenchmarkReport(
             current_environment(), data_name, len(images), tuple(rows), multi_label, tested, warnings
         )
-
-
-def _open(
-    path: Path, device: str, images_file: Path, stated: Mapping[str, Any], progress: Progress
-) -> BenchmarkProcess:
-    progress(f"opening {path}")
-    return BenchmarkProcess(path, device, images_file, stated)
 
 
 def _measure(processes: Sequence[BenchmarkProcess], batch: int, seconds: float, progress: Progress) -> list[Latency]:

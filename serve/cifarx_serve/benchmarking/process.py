@@ -26,7 +26,7 @@ from cifarx_serve.benchmarking.worker import (
     WarmUp,
 )
 from cifarx_serve.errors import FallbackWarning, ModelFileError
-from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
+from cifarx_serve.system.worker_process import WorkerExited, start_module
 
 _PROGRAM: Final = "cifarx_serve.benchmarking.worker"
 
@@ -43,6 +43,7 @@ class BenchmarkProcess:
         device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
         images_file: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
         stated: what the user states about the model, see `Backend.open_stated`.
+        single_threaded: whether to run it in one thread, see `Backend.single_threaded`.
 
     Attributes:
         opened: what runs the file, and how long opening it took.
@@ -53,11 +54,21 @@ class BenchmarkProcess:
         DeviceError: the device is not available.
     """
 
-    def __init__(self, path: Path, device: str, images_file: Path, stated: Mapping[str, Any] = NOTHING_STATED) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        images_file: Path,
+        stated: Mapping[str, Any] = NOTHING_STATED,
+        *,
+        single_threaded: bool = False,
+    ) -> None:
         self.path = path
-        self._process = WorkerProcess(_PROGRAM)
+        self._process = start_module(_PROGRAM)
         try:
-            request = OpenModel(str(path), device, str(images_file), registered_backends(), dict(stated))
+            request = OpenModel(
+                str(path), device, str(images_file), registered_backends(), dict(stated), single_threaded
+            )
             self.opened = self._request(request, OpenedModel)
         except BaseException:
             self.close()

@@ -34,6 +34,7 @@ class OpenModel(msgspec.Struct, frozen=True, tag=True):
         images: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
         registered: the backends that the parent process has registered.
         stated: what the user states about the model, see `Backend.open_stated`.
+        single_threaded: whether to run it in one thread, see `Backend.single_threaded`.
     """
 
     path: str
@@ -41,6 +42,7 @@ class OpenModel(msgspec.Struct, frozen=True, tag=True):
     images: str
     registered: tuple[RegisteredBackend, ...]
     stated: dict[str, Any] = {}
+    single_threaded: bool = False
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag=True):
@@ -137,6 +139,8 @@ class _Model:
             before = used_gpu_memory()
             started = time.perf_counter()
             self._backend = open_backend(request.path, device=request.device, stated=request.stated)
+            if request.single_threaded:
+                self._backend = self._backend.single_threaded()
             load_ms = (time.perf_counter() - started) * 1e3
         self._require_size(request.path)
         require_interface(self._backend, request.path)

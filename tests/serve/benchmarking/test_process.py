@@ -115,3 +115,28 @@ def test_registered_backends_are_available_in_the_process(
         with closing(BenchmarkProcess(model, "cpu", images)) as process:
             assert process.opened.backend == "mine"
     assert [str(warning.message) for warning in caught if warning.category is FallbackWarning] == ["running slowly"]
+
+
+_ONE_THREAD = """
+from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
+
+class Backend(OnnxRuntimeBackend):
+    name = "mine"
+
+    def single_threaded(self):
+        other = super().single_threaded()
+        other.provider = "one thread"
+        return other
+"""
+
+
+def test_a_file_can_be_run_in_one_thread(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one_thread_backend.py").write_text(_ONE_THREAD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    registry.register_backend("mine", "one_thread_backend:Backend", (".mine",))
+    model = write_onnx(tmp_path / "a.mine")
+    with closing(BenchmarkProcess(model, "cpu", images, single_threaded=True)) as process:
+        assert process.opened.provider == "one thread"
+        process.warm_up(3)
+        assert (process.measure_window() > 0).all()
