@@ -52,6 +52,7 @@ TENSOR_BATCH = 32
 TENSOR_QUEUE = 1024
 """More images than all connections send at once; the default queue holds 256."""
 MIN_SHARE = 0.60
+MIN_SHARE_OF_STEPS = 0.85
 
 STARTS = 5
 MAX_START_S = 1.5
@@ -310,6 +311,70 @@ def _bare_session(model: Path, batch: int, threads: int) -> Iterator[Callable[[f
         turn(WARM_UP_S)
         yield turn
         stdin.close()
+
+
+@pytest.mark.timeout(600)
+def test_share_of_what_its_steps_allow(
+    model: Path, picture: Path, tmp_path: Path, cores: list[int], notes: list[str]
+) -> None:
+    """Compare with a server that would cost no more than decoding, the model and an empty request do alone.
+
+    The empty request is answered by a protocol of uvloop and httptools with a constant, under the same load.
+    """
+    candidate = cifarx_serve(model, *QUIET)
+    post = Post("{}" + candidate.path, picture, {"Content-Type": "image/png"})
+    served, empty, steps = [], [], []
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(candidate.command, tmp_path))
+        server.wait(_are_ready)
+        reply = server.request("POST", candidate.path, picture.read_bytes(), post.headers)
+        command = [sys.executable, str(PEER_SCRIPTS / "constant_response_peer.py"), "{port}"]
+        peer = stack.enter_context(serving([*command, str(len(cores)), str(len(reply.body))], tmp_path))
+        peer.wait(_accepts)
+        _per_s(server, post, WARM_UP_S)
+        images = _images_per_batch(server)
+        for _ in range(ROUNDS):
+            served.append(_per_s(server, post, TURN_S))
+            empty.append(_per_s(peer, post, TURN_S))
+            steps.append(_steps_us(model, picture, images))
+    step_us, empty_us = statistics.median(steps), len(cores) * 1e6 / statistics.median(empty)
+    allowed = [len(cores) * 1e6 / (us + len(cores) * 1e6 / each) for us, each in zip(steps, empty, strict=True)]
+    share = statistics.median(ours / most for ours, most in zip(served, allowed, strict=True))
+    notes.append(
+        f"one 32x32 PNG per request, {CONNECTIONS} connections, in batches of {images}: "
+        f"{statistics.median(served):,.0f} requests/s; decoding and the model take {step_us:.0f} µs per image, an "
+        f"empty request {empty_us:.0f} µs with the load generator, which allow {statistics.median(allowed):,.0f}; "
+        f"share {share:.0%} (at least {MIN_SHARE_OF_STEPS:.0%}), medians of {ROUNDS} in turns"
+    )
+    require(share >= MIN_SHARE_OF_STEPS, f"{share:.0%} of what its steps allow is under {MIN_SHARE_OF_STEPS:.0%}")
+
+
+def _accepts(server: ServerProcess) -> bool:
+    return server.request("POST", "/").status == 200
+
+
+def _per_s(server: ServerProcess, post: Post, seconds: int) -> float:
+    """Return the requests per second that a server answers; every response must be good."""
+    answers = closed_loop(post._replace(url=post.url.format(server.url)), CONNECTIONS, seconds)
+    assert (answers.bad, answers.broken) == (0, 0), server.log()
+    return answers.per_s
+
+
+def _images_per_batch(server: ServerProcess) -> int:
+    """Return the mean number of images per batch so far."""
+    lines = server.request("GET", "/metrics").body.decode().splitlines()
+    images, batches = (
+        sum(float(line.split()[-1]) for line in lines if line.startswith(f"cifarx_batch_images_{name}"))
+        for name in ("sum", "count")
+    )
+    return max(1, round(images / batches))
+
+
+def _steps_us(model: Path, picture: Path, images: int) -> float:
+    """Return the microseconds per image of decoding and of the model, in a process alone."""
+    command = [sys.executable, str(PEER_SCRIPTS / "bare_steps.py"), str(model), str(picture), str(images)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.timeout(600)
