@@ -8,8 +8,9 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -p no:benchmark
 OLD_TORCH := .venv-torch-2.11
 RAY := .venv-ray
+LITERT := .venv-litert
 
-.PHONY: help demo test test-slow test-torch-2.11 test-ray bench gpu check docs coverage format clean
+.PHONY: help demo test test-slow test-torch-2.11 test-ray test-litert bench gpu check docs coverage format clean
 
 help:
 	@echo "make demo       train, export, verify, classify and benchmark on the built-in data (one minute)"
@@ -18,6 +19,8 @@ help:
 	@echo "make test-torch-2.11"
 	@echo "                run the tests of CUDA with the oldest supported PyTorch, in an environment of its own"
 	@echo "make test-ray   run the tests of Ray Serve and Ray Data on a local cluster, in an environment of its own"
+	@echo "make test-litert"
+	@echo "                run the tests of the format litert, whose converter needs an older PyTorch, in an environment of its own"
 	@echo "make bench      run every benchmark"
 	@echo "make gpu        run everything that needs a GPU and write benchmarks/results/gpu-*.md, in ten minutes"
 	@echo "make check      run ruff, mypy and the import rules, and build the documentation"
@@ -69,6 +72,17 @@ test-ray: $(RAY)/.ready
 	@echo "== the tests of Ray, without PyTorch"
 	$(RAY)/bin/pytest -p no:cacheprovider tests/serve/test_ray.py tests/serve/test_ray_data.py
 
+$(LITERT)/.ready: pyproject.toml
+	@echo "== creating the environment in $(LITERT): once, a few minutes, 7 GB including the CUDA libraries of PyTorch"
+	$(PYTHON) -m venv $(LITERT)
+	$(LITERT)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		-e ".[train,litert]" litert-torch hypothesis psutil pytest pytest-timeout pyyaml
+	@touch $@
+
+test-litert: $(LITERT)/.ready
+	@echo "== the tests of the format litert"
+	$(LITERT)/bin/pytest -p no:cacheprovider tests/export/formats/test_litert.py tests/serve/backends/test_litert.py
+
 bench: $(READY)
 	@echo "== the benchmarks"
 	$(BIN)/pytest $(BENCHMARKS) --limits $(LIMITS) -rx
@@ -98,4 +112,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD_TORCH) $(RAY) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD_TORCH) $(RAY) $(LITERT) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

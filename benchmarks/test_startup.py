@@ -1,6 +1,7 @@
 """`cifarx infer` from process start to the prediction, compared with minimal scripts without and with PyTorch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,10 @@ def _costs(models: Models, folder: Path, text: str, model: Path, rounds: int) ->
     ours = [infer, "infer", str(image), "--model", str(models.files["onnxruntime"]), "--json"]
     theirs = [sys.executable, str(script), str(image), str(model)]
     meter = [sys.executable, str(Path(__file__).parent / "support" / "process_cost.py"), str(rounds)]
-    measured = subprocess.run([*meter, json.dumps(ours), json.dumps(theirs)], stdout=subprocess.PIPE, check=True)
+    # Both run from bytecode, as installed programs do; a setting of the caller could compile ours at every start.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
+    command = [*meter, json.dumps(ours), json.dumps(theirs)]
+    measured = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     found: tuple[dict[str, Any], dict[str, Any]] = tuple(json.loads(measured.stdout))
     return found

@@ -1,46 +1,26 @@
 """Export a checkpoint: convert it, check parity, and give an artifact its name only if the parity check passed."""
 
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarx_export.checked_artifact import ArtifactWriter, ExportResult
-from cifarx_export.formats.determinism import require_deterministic
-from cifarx_export.formats.registry import (
-    NO_OPTIONS,
-    Artifact,
-    ConversionSource,
-    ExportOptions,
-    Format,
-    example_input,
-    get_format,
-)
-from cifarx_export.origin import Origin, open_origin, origin_directory, require_convertible
-from cifarx_export.parity.assumed_preprocessing import require_no_better_preprocessing
-from cifarx_export.parity.chance import require_better_than_chance
-from cifarx_export.parity.compare import Reference, parity_batch_sizes, run_reference
-from cifarx_export.parity.data import load_parity_data, load_training_images, name_classes
+from cifarx_export.checked_artifact import ExportResult
+from cifarx_export.exporter import open_exporter
+from cifarx_export.formats.registry import NO_OPTIONS, ExportOptions
+from cifarx_export.origin import origin_directory
 from cifarx_export.parity.html import render_html_report, require_html_path, write_html_report
-from cifarx_export.parity.stated_output import require_stated_output
-from cifarx_export.parity.tolerances import Tolerance, get_tolerance
 from cifarx_export.targets import find_targets
-from cifarx_serve.backends.base import Backend
-from cifarx_serve.errors import OutputError, UsageError, error_message
-from cifarx_serve.files.atomic import require_writable, write_error
+from cifarx_serve.errors import UsageError
 from cifarx_serve.progress import Progress, silent
-from cifarx_serve.spec import InputSpec, Precision
+from cifarx_serve.spec import InputSpec
 from cifarx_serve.system.terminal import require_utf8
-from cifarx_serve.system.versions import library_versions
 from cifarx_train.data.dataset import OnError
 from cifarx_train.data.selection import DataSource
-from cifarx_train.models.description import describe_model
 from cifarx_train.models.options import ModelOptions, SpecOverrides
 
 if TYPE_CHECKING:
@@ -131,64 +111,28 @@ def export(
     require_html_path(html_report)
     require_utf8(*(path for path in (source, targets.path, out) if isinstance(path, str | Path)))  # named in reports
     stated = _model_options(model, class_names, preprocessing)
-    progress(f"reading {stated.model if source is None else source if isinstance(source, Path) else 'the module'}")
-    opened = open_origin(source, stated)
-    origin = opened._replace(spec=name_classes(opened.spec, data, on_error))
-    for name, precision in targets.pairs:
-        require_convertible(origin, name, precision, options)
-    if origin.load_onnx is None:
-        require_deterministic(origin.build_module(), example_input(origin.spec))
-    if not origin.trained_here:
-        origins = stated.origins
-        if origin.spec.class_names != opened.spec.class_names:
-            origins["class_names"] = f"--data {data}"
-        for line in describe_model(origin.spec, opened.name, origins):
-            progress(line)
-    tolerances = {
-        precision: get_tolerance(precision, atol, rtol, origin.spec.output) for precision in targets.precisions
-    }
-    images = load_parity_data(origin.spec, data, on_error)
-    batch_sizes = parity_batch_sizes(batch_size, len(images.images))
-    with origin.open() as backend:
-        reference = run_reference(backend, images, progress)._replace(spec=origin.spec)
-        _require_plausible(origin, backend, reference, allow_chance_accuracy, progress)
     directory = origin_directory(source, stated) if out is None else Path(out)
-    require_writable(directory if targets.path is None else targets.path.parent)
-    base = ConversionSource(
-        origin.build_module,
-        msgspec.structs.replace(origin.spec, embedded_preprocessing=bool(options.embed_preprocessing)),
-        options,
-        lambda count: load_training_images(origin.spec, data, count, on_error, images),
-        progress,
-        origin.load_onnx,
-        images.images,
+    exporter = open_exporter(
+        source,
+        stated,
+        directory if targets.path is None else targets.path.parent,
+        pairs=targets.pairs,
+        data=data,
+        on_error=on_error,
+        options=options,
+        batch_size=batch_size,
+        atol=atol,
+        rtol=rtol,
+        allow_chance_accuracy=allow_chance_accuracy,
+        progress=progress,
     )
-    sources = {precision: _with_precision(base, precision) for precision in tolerances}
-    writer = ArtifactWriter(origin.name, origin.sha256, reference, batch_sizes, progress)
-    facts = {} if origin.spec == opened.spec else {"class names": f"of the dataset {images.name}"}
-    exporter = _Exporter(origin, directory, targets.path, tolerances, writer, facts)
-    results = [exporter.run(name, sources[precision]) for name, precision in targets.pairs]
+    results = [exporter.run(name, precision, targets.path) for name, precision in targets.pairs]
+    images = exporter.reference.data.images
     if html_report is not None:
-        write_html_report(Path(html_report), [result.report for result in results], images.images)
+        write_html_report(Path(html_report), [result.report for result in results], images)
     analyses = [result.report.error_analysis for result in results]
     worst = {row.image for analysis in analyses if analysis for row in analysis.worst}
-    return ExportResults(results, {position: np.array(images.images[position]) for position in worst})
-
-
-def _require_plausible(
-    origin: Origin, backend: Backend, reference: Reference, allowed: bool, progress: Progress
-) -> None:
-    """Refuse what is likely a wrong assumption about the network: its output, preprocessing or classes.
-
-    Raises:
-        CheckFailed: see the checks.
-    """
-    require_stated_output(reference, origin.name, is_stated=origin.states_output)
-    require_better_than_chance(
-        reference, origin.name, trained_here=origin.trained_here, allowed=allowed, progress=progress
-    )
-    if not (origin.trained_here or allowed):
-        require_no_better_preprocessing(backend, reference, origin.name, progress)
+    return ExportResults(results, {position: np.array(images[position]) for position in worst})
 
 
 def _model_options(
@@ -203,59 +147,3 @@ def _model_options(
         fields["input"], origins["input"] = msgspec.to_builtins(preprocessing), "preprocessing"
     whole_input = options.overrides.whole_input or preprocessing is not None
     return options._replace(overrides=SpecOverrides(fields, whole_input, origins))
-
-
-def _with_precision(source: ConversionSource, precision: Precision) -> ConversionSource:
-    return replace(source, spec=msgspec.structs.replace(source.spec, precision=precision))
-
-
-class _Exporter(NamedTuple):
-    """Exports one network.
-
-    Attributes:
-        origin: the network.
-        directory: directory for the artifacts.
-        path: path of the only artifact, or None for names after the origin.
-        tolerances: tolerance of each precision.
-        writer: checks the artifacts and writes them.
-        facts: facts about the export that the spec records.
-    """
-
-    origin: Origin
-    directory: Path
-    path: Path | None
-    tolerances: dict[Precision, Tolerance]
-    writer: ArtifactWriter
-    facts: Mapping[str, str]
-
-    def run(self, name: str, source: ConversionSource) -> ExportResult:
-        """Export to one format in one precision, and write the parity report."""
-        row, precision = get_format(name), source.spec.precision
-        name_of_file = row.file_name(self.origin.stem, precision, source.spec.embedded_preprocessing)
-        target = self.path or self.directory / name_of_file
-        base_spec = msgspec.structs.replace(source.spec, exporter={"format": name, **self.facts, **library_versions()})
-        source.progress(f"converting to {name} {precision}")
-        for attempt, artifact in enumerate(_convert(row, source), start=1):
-            if attempt > 1:
-                source.progress(f"converting to {name} {precision}, attempt {attempt}")
-            spec = artifact.complete_spec(base_spec)
-            parity = self.writer.write(row, artifact, spec, target, self.tolerances[precision])
-            if parity.passed:
-                break
-        return self.writer.report(name, spec, target, parity)
-
-
-def _convert(row: Format, source: ConversionSource) -> Iterator[Artifact]:
-    """Yield the candidates of a format.
-
-    Raises:
-        OutputError: there is no space for temporary files, which some converters need.
-    """
-    try:
-        yield from row.convert(source)
-    except OSError as error:
-        temporary = tempfile.gettempdir()
-        if error.filename and not Path(error.filename).is_relative_to(temporary):
-            raise write_error(Path(error.filename), error) from error
-        problem = f"cannot write temporary files to {temporary} ({error_message(error)})"
-        raise OutputError(problem, "free some space, or set TMPDIR to another directory") from error

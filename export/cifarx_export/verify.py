@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarx_export.adoption.described_copy import is_foreign, write_described_copy
+from cifarx_export.adoption.onnx_functions import inline_functions
+from cifarx_export.adoption.onnx_weights import load_onnx_model
+from cifarx_export.formats.onnx.half_precision import MAX_IMAGES, check_half_precision
 from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_export.layerwise.locate import locate as locate_layer
 from cifarx_export.layerwise.locate import require_locatable
@@ -21,6 +24,7 @@ from cifarx_export.parity.compare import (
     Reference,
     check_parity,
     parity_batch_sizes,
+    reference_batches,
     run_reference,
 )
 from cifarx_export.parity.data import ParityData, load_parity_data, name_classes
@@ -115,6 +119,7 @@ def verify(
             progress=progress,
         )
         result = check_parity(outputs, opened.artifact, tolerance, progress, batch_sizes)
+        result = result.with_checks(_half_precision_checks(opened, outputs, progress))
         result = _with_weights_check(result, opened).renamed(opened.files[0], paths.artifact.name)
         if locate and not result.passed and result.error_analysis:
             progress("looking for the first layer that differs")
@@ -235,6 +240,17 @@ def _with_weights_check(result: ParityResult, opened: _Opened) -> ParityResult:
     return result.with_checks(
         [Check("weights", same, "same as the checkpoint's" if same else "exported from other weights")]
     )
+
+
+def _half_precision_checks(opened: _Opened, reference: Reference, progress: Progress) -> list[Check]:
+    """Check a file in fp16 in float16, if it ran in ONNX Runtime on the CPU, which computes it in float32."""
+    backend = opened.artifact
+    if backend.spec.precision != "fp16" or backend.provider != "CPUExecutionProvider":
+        return []
+    progress("fp16: simulating it, because a CPU computes it in float32")
+    model = inline_functions(load_onnx_model(opened.files[0]), opened.files[0])
+    batches = reference_batches(reference, MAX_IMAGES, backend.spec)
+    return check_half_precision(model, "fp16", batches, backend.spec)
 
 
 def _layer_check(opened: _Opened, images: NDArray[np.uint8], options: ModelOptions) -> Check:

@@ -33,7 +33,7 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 torch.set_num_threads(1)
-import cifarx_export.export as exporter
+from cifarx_export import export as exports, exporter
 from cifarx_export.formats.registry import FORMATS, Format
 from cifarx_serve.backends.registry import backend_class, model_file
 from cifarx_serve.devices import Device
@@ -64,7 +64,7 @@ def run_reference_once(backend, data, progress):
 exporter.run_reference = run_reference_once
 
 def export(source, out):
-    return exporter.export(source, [name], data="builtin", out=out)[0]
+    return exports.export(source, [name], data="builtin", out=out)[0]
 
 def content(path):
     if path.is_dir():

@@ -1,7 +1,9 @@
 """Verify: an artifact against a checkpoint or another file, on the training dataset and on others."""
 
 import hashlib
+import html
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -10,11 +12,13 @@ from pathlib import Path
 import msgspec
 import onnx
 import pytest
+from torch import Tensor, nn
 
 from cifarx_export.parity.report import ParityReport
 from cifarx_export.verify import verify
 from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.errors import CheckFailed, CifarxError, DataError, ModelFileError, SpecError, UsageError
+from tests.support.conversion import write_artifact
 from tests.support.foreign_models import write_color_folder, write_onnx
 
 
@@ -67,6 +71,28 @@ def test_other_data_with_other_classes_has_no_accuracy(
     document = json.loads(msgspec.json.encode(report.row()))
     assert (document["accuracy"], document["reference_accuracy"]) == (None, None)
     assert document["agreement"] == 1.0
+
+
+class ScaledOutputs(nn.Module):
+    """Scales the outputs of a network up and down again, beyond the range of float16 in between."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return (logits * 5e4) * 2e-5
+
+
+def test_a_float16_file_that_overflows_fails_although_it_runs_in_float32(checkpoint: Path) -> None:
+    path = write_artifact(checkpoint, "onnx", Path("scaled.fp16.onnx"), ScaledOutputs, "fp16")
+    report = verify(path, checkpoint, html_report="parity.html")
+    assert failed(report) == {"float16 range"}
+    assert report.summary.provider == "CPUExecutionProvider"
+    found = next(check.found for check in report.checks if check.name == "float16 range")
+    assert re.match(r"node_mul\S* \(Mul\) reaches \S+ and overflows on a GPU", found)
+    assert found in html.unescape(Path("parity.html").read_text(encoding="utf-8"))
 
 
 def test_other_weights_fail(good_onnx: Path, other_checkpoint: Path, image_folder: Path) -> None:

@@ -9,10 +9,12 @@ import msgspec
 
 from cifarx_export.adoption.foreign_file import ForeignFile
 from cifarx_export.checked_artifact import ArtifactWriter, ExportResult
+from cifarx_export.formats.onnx.converter import OnnxArtifact
+from cifarx_export.formats.onnx.half_precision import MAX_IMAGES, check_half_precision
 from cifarx_export.formats.registry import get_format
 from cifarx_export.parity.assumed_preprocessing import require_no_better_preprocessing
 from cifarx_export.parity.chance import require_better_than_chance
-from cifarx_export.parity.compare import BATCH_SIZES, ParityResult, run_reference
+from cifarx_export.parity.compare import BATCH_SIZES, ParityResult, reference_batches, run_reference
 from cifarx_export.parity.data import load_parity_data, name_classes
 from cifarx_export.parity.html import require_html_path, write_html_report
 from cifarx_export.parity.stated_output import require_stated_output
@@ -96,6 +98,10 @@ def adopt(
         artifact = foreign.adopted(spec)
         facts = {"format": foreign.kind, "adopted": path.name, **library_versions()}
         spec = artifact.complete_spec(msgspec.structs.replace(spec, exporter=facts))
+        if isinstance(artifact, OnnxArtifact) and spec.precision == "fp16":
+            progress("fp16: simulating it, because a CPU computes it in float32")
+            batches = reference_batches(reference, MAX_IMAGES, spec)
+            artifact.checks = check_half_precision(artifact.model, "fp16", batches, spec)
         tolerance = get_tolerance(spec.precision, output=spec.output)
         parity = writer.write(get_format(foreign.kind), artifact, spec, target, tolerance)
         _require_any_batch_size(foreign, parity)

@@ -1,4 +1,4 @@
-"""Check that the activations of a network fit into float16, whose largest value is 65,504.
+"""Check that the activations of a network fit into a half-precision type: the largest float16 is 65,504.
 
 The parity check of an ONNX file cannot find this: on a CPU, ONNX Runtime computes float16 in float32.
 """
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifarx_export.formats.fp16 import FP16_MAX
+from cifarx_export.formats.half_types import FLOAT16, HalfType
 from cifarx_export.formats.registry import ConversionSource
 from cifarx_export.parity.checks import Check
-
-CHECK_NAME: Final = "float16 range"
 
 _MAX_IMAGES: Final = 1024
 
@@ -26,15 +24,16 @@ _CONSTANT_FILLS: Final = frozenset(
 """Operators that write constants, such as the mask of an attention, which stands for infinity in any precision."""
 
 
-def check_range(largest: Mapping[str, float]) -> Check:
+def check_range(largest: Mapping[str, float], half: HalfType = FLOAT16) -> Check:
     """Check the largest absolute activation of each layer, by its name in the order of execution."""
-    beyond = {layer: value for layer, value in largest.items() if value > FP16_MAX}
+    name = f"{half.name} range"
+    beyond = {layer: value for layer, value in largest.items() if value > half.largest}
     if beyond:
         layer, value = next(iter(beyond.items()))
-        found = f"{layer} reaches {value:.4g} and overflows on a GPU: the largest float16 is {FP16_MAX:g}"
-        return Check(CHECK_NAME, False, found)
+        found = f"{layer} reaches {value:.4g} and overflows on a GPU: the largest {half.name} is {half.largest:g}"
+        return Check(name, False, found)
     layer, value = max(largest.items(), key=lambda item: item[1], default=("no layer", 0.0))
-    return Check(CHECK_NAME, True, f"activations reach {value:.4g} of {FP16_MAX:g} in {layer}")
+    return Check(name, True, f"activations reach {value:.4g} of {half.largest:g} in {layer}")
 
 
 def check_module_range(source: ConversionSource) -> Check:

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cifarx_export.formats.half_types import FLOAT16
 from cifarx_serve.errors import UsageError
 from cifarx_serve.spec import Layout
-
-FP16_MAX: Final = 65504.0
-"""The largest finite float16 (IEEE 754 binary16)."""
 
 FP16_SMALLEST_SUBNORMAL: Final = 2.0**-24
 """The smallest float16 above zero."""
@@ -59,7 +57,7 @@ def convert_module_to_fp16(module: nn.Module, layout: Layout = "NCHW") -> nn.Mod
         if exceeds_fp16_range(tensor.detach().cpu().numpy()):
             raise UsageError(
                 f"{name} has values up to {tensor.abs().max().item():.3g}, outside the range of float16, "
-                f"{FP16_SMALLEST_SUBNORMAL:.1g} to {FP16_MAX:g}",
+                f"{FP16_SMALLEST_SUBNORMAL:.1g} to {FLOAT16.largest:g}",
                 "use --precision fp32, or --format onnx, which keeps it in float32",
             )
     for _, tensor in _fp16_tensors(network):
@@ -74,7 +72,7 @@ def exceeds_fp16_range(values: NDArray[Any]) -> bool:
     contribution to a sum is negligible.
     """
     largest = float(np.abs(values).max(initial=0))
-    return not (largest == 0 or FP16_SMALLEST_SUBNORMAL <= largest <= FP16_MAX)
+    return not (largest == 0 or FP16_SMALLEST_SUBNORMAL <= largest <= FLOAT16.largest)
 
 
 def _fp16_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

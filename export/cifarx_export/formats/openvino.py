@@ -9,8 +9,9 @@ from typing import Final
 
 import msgspec
 
-from cifarx_export.formats.onnx.converter import OnnxArtifact, convert_to_onnx
-from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.onnx.converter import OnnxArtifact, convert_to_onnx, require_opset, simulate
+from cifarx_export.formats.onnx.int8.inference import open_session
+from cifarx_export.formats.registry import MIN_BF16_OPSET, Artifact, ConversionSource
 from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.openvino import GRAPH_FILE, SPEC_FILE, WEIGHTS_FILE, library_message
 from cifarx_serve.errors import UsageError
@@ -50,14 +51,23 @@ class OpenVinoArtifact(Artifact):
 def convert_to_openvino(source: ConversionSource) -> Iterator[OpenVinoArtifact]:
     """Convert the network to ONNX, and that to OpenVINO. Yields one artifact per candidate of `convert_to_onnx`.
 
-    A file in bf16 has the same weights as one in fp32, in float32: OpenVINO rounds them when it opens the file.
+    A file in bf16 has the same weights as one in fp32, in float32: OpenVINO rounds them when it opens the file. Where
+    the CPU has no instructions for bf16 it computes in float32, so bf16 is also simulated.
 
     Raises:
-        UsageError: OpenVINO is not installed or does not support an operator of the network, or see `convert_to_onnx`.
+        UsageError: OpenVINO is not installed or does not support an operator of the network, the opset has no bfloat16,
+            or see `convert_to_onnx`.
     """
-    if source.spec.precision == "bf16":
-        source = dataclasses.replace(source, spec=msgspec.structs.replace(source.spec, precision="fp32"))
-    return map(_convert, convert_to_onnx(source))
+    if source.spec.precision != "bf16":
+        return map(_convert, convert_to_onnx(source))
+    exact = dataclasses.replace(source, spec=msgspec.structs.replace(source.spec, precision="fp32"))
+    return (_convert(_with_simulation(artifact, source)) for artifact in convert_to_onnx(exact))
+
+
+def _with_simulation(artifact: OnnxArtifact, source: ConversionSource) -> OnnxArtifact:
+    model = artifact.model
+    require_opset(model, "bf16", MIN_BF16_OPSET)
+    return OnnxArtifact(model, artifact.facts, [*artifact.checks, *simulate(model, open_session(model), source)])
 
 
 def _convert(artifact: OnnxArtifact) -> OpenVinoArtifact:

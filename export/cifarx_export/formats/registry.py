@@ -42,6 +42,9 @@ _ONNX_WEIGHT_LIMIT: Final = 2**31 - 2**24
 MIN_INT8_OPSET: Final = 13
 """The lowest opset in which weights can have one scale per channel."""
 
+MIN_BF16_OPSET: Final = 13
+"""The lowest opset with casts to bfloat16, in which bf16 is simulated."""
+
 MIN_EMBEDDING_OPSET: Final = 18
 """The lowest opset with the operators of the embedded preprocessing."""
 
@@ -239,6 +242,13 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             is_made_from_onnx=True,
             max_weight_bytes=_ONNX_WEIGHT_LIMIT,
         ),
+        "executorch": Format(
+            backend="executorch",
+            precisions=("fp32",),
+            devices=("cpu",),
+            options=(),
+            converter="cifarx_export.formats.executorch:convert_to_executorch",
+        ),
         "triton": Format(
             backend="onnxruntime",
             precisions=("fp32", "fp16", "int8"),
@@ -247,6 +257,16 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             converter="cifarx_export.formats.triton.converter:convert_to_triton",
             is_made_from_onnx=True,
             directory_suffix=".triton",
+            max_weight_bytes=_ONNX_WEIGHT_LIMIT,
+        ),
+        "web": Format(
+            backend="web",
+            precisions=("fp32", "fp16", "int8"),
+            devices=("cpu",),
+            options=("calibration_images",),
+            converter="cifarx_export.formats.web.converter:convert_to_web",
+            is_made_from_onnx=True,
+            directory_suffix=".web",
             max_weight_bytes=_ONNX_WEIGHT_LIMIT,
         ),
     }
@@ -316,6 +336,7 @@ def _require_opset(opset: int, precision: str, options: ExportOptions) -> None:
         raise UsageError(f"opset {opset} is not supported", f"give {OPSETS[0]} to {OPSETS[-1]}")
     for given, feature, needed in (
         (precision == "int8", "int8", MIN_INT8_OPSET),
+        (precision == "bf16", "bf16", MIN_BF16_OPSET),
         (options.embed_preprocessing, "--embed-preprocessing", MIN_EMBEDDING_OPSET),
     ):
         if given and opset < needed:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from cifarx_export.formats.activation_range import check_module_range
 from cifarx_export.formats.conversion_errors import reporting_run_errors
 from cifarx_export.formats.fp16 import convert_module_to_fp16
-from cifarx_export.formats.fp16_range import check_module_range
 from cifarx_export.formats.registry import ConversionSource
 from cifarx_export.parity.checks import Check
 

@@ -3,9 +3,9 @@
 The artifact runs in the backend that will serve it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -126,6 +126,23 @@ def run_reference(backend: Backend, data: ParityData, progress: Progress = silen
     single_logits[positions] = _run(backend, images, positions, 1)
     edge_logits, single_edge_logits = (_run_edges(backend, size) for size in (_EDGE_INPUTS, 1))
     return Reference(backend.name, backend.spec, data, logits, single_logits, edge_logits, single_edge_logits)
+
+
+def reference_batches(
+    reference: Reference, count: int, spec: ModelSpec
+) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
+    """Yield the edge inputs, and up to `count` images spread evenly over the data, with the logits of the reference.
+
+    Args:
+        reference: from `run_reference`.
+        count: number of images.
+        spec: spec of the model that takes the images, in batches of at most `EVAL_BATCH_SIZE`.
+    """
+    yield model_input(_edge_images(spec.input), spec), reference.edge_logits
+    positions = evenly_spaced(len(reference.data.images), count)
+    for start in range(0, len(positions), EVAL_BATCH_SIZE):
+        batch = positions[start : start + EVAL_BATCH_SIZE]
+        yield model_input(reference.data.images[batch], spec), reference.logits[batch]
 
 
 def parity_batch_sizes(extra: int | None, images: int) -> tuple[int, ...]:

@@ -87,7 +87,8 @@ class OpenVinoBackend(Backend):
                 FallbackWarning,
                 stacklevel=4,
             )
-        self.provider = f"OpenVINO {devices}"
+        computed = f" in {used.get_type_name()}" if wanted == Type.bf16 else ""
+        self.provider = f"OpenVINO {devices}{computed}"
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         try:

@@ -20,6 +20,9 @@ from cifarx_serve.spec import ModelSpec
 
 GROUP: Final = "cifarx.backends"
 
+WEB_MODEL: Final = "model.web.onnx"
+"""The name of the model in a directory for browsers, which the backend `web` opens."""
+
 _BACKEND_OF_FORMAT: Final = MappingProxyType(
     {
         FileFormat.ONNX: "onnxruntime",
@@ -27,6 +30,7 @@ _BACKEND_OF_FORMAT: Final = MappingProxyType(
         FileFormat.EXPORTED_PROGRAM: "exported_program",
         FileFormat.AOT_INDUCTOR: "aot_inductor",
         FileFormat.OPENVINO: "openvino",
+        FileFormat.EXECUTORCH: "executorch",
         FileFormat.TORCH_ZIP: "pytorch",
         FileFormat.TORCH_PICKLE: "pytorch",
         FileFormat.SAFETENSORS: "pytorch",
@@ -64,6 +68,8 @@ register_backend("torchscript", "cifarx_serve.backends.torch.torchscript:TorchSc
 register_backend("exported_program", "cifarx_serve.backends.torch.exported_program:ExportedProgramBackend", (".pt2",))
 register_backend("aot_inductor", "cifarx_serve.backends.torch.aot_inductor:AotInductorBackend", (".aoti.pt2",))
 register_backend("openvino", "cifarx_serve.backends.openvino:OpenVinoBackend", (".openvino.zip",))
+register_backend("executorch", "cifarx_serve.backends.torch.executorch:ExecuTorchBackend", (".pte",))
+register_backend("web", "cifarx_serve.backends.web.backend:WebBackend", (".web.onnx", ".web"))
 
 
 def registered_backends() -> tuple[RegisteredBackend, ...]:
@@ -201,13 +207,16 @@ def _require_model(path: Path) -> None:
 
 
 def model_file(path: Path) -> Path:
-    """Return the model file in an NVIDIA Triton model repository with one model, or the path itself for other paths."""
-    models = list(path.glob("*/1/model.onnx")) if path.is_dir() else []
+    """Return the model file in a directory for browsers, or in an NVIDIA Triton model repository with one model.
+
+    Other paths are returned as they are.
+    """
+    models = [*path.glob(WEB_MODEL), *path.glob("*/1/model.onnx")] if path.is_dir() else []
     return models[0] if len(models) == 1 else path
 
 
 def find_model(directory: Path, backend: str) -> Path:
-    """Return the newest file in a directory that the backend opens.
+    """Return the newest model in a directory that the backend opens: a file, or a directory for browsers.
 
     Raises:
         UsageError: there is no backend with this name.
@@ -215,7 +224,9 @@ def find_model(directory: Path, backend: str) -> Path:
     """
     suffixes = backend_suffixes(backend)
     matching = [
-        path for path in directory.iterdir() if path.name[0] != "." and _opens(backend, path) and path.is_file()
+        path
+        for path in directory.iterdir()
+        if path.name[0] != "." and _opens(backend, path) and model_file(path).is_file()
     ]
     if not matching:
         raise ModelFileError(

@@ -1,8 +1,9 @@
 """Store the checksum of a file in the file itself, so that a changed byte is detected without any other file.
 
-The file ends with `cifarx-seal:` and 64 hexadecimal digits: the SHA-256 of all bytes before the digits. Both supported
+The file ends with `cifarx-seal:` and 64 hexadecimal digits: the SHA-256 of all bytes before the digits. All supported
 formats have a place at their end that other readers ignore: an entry of `metadata_props` in ONNX, which protobuf allows
-after all other fields, and the comment of a zip archive, such as PyTorch's files.
+after all other fields; the comment of a zip archive, such as PyTorch's files; and whatever follows the program of an
+ExecuTorch file.
 
 The checksum detects accidental damage from a bad copy or a bad disk. It is not a signature: anyone who changes a file
 on purpose can also write a new checksum.
@@ -62,7 +63,7 @@ def write_checksum(path: Path) -> None:
     except for the length of the comment of a zip archive.
 
     Raises:
-        ModelFileError: the file is neither `.onnx` nor a zip archive, or the archive already has a comment.
+        ModelFileError: the file is neither `.onnx`, `.pte` nor a zip archive, or the archive already has a comment.
         OSError: the file cannot be written.
     """
     with path.open("r+b") as file:
@@ -149,8 +150,11 @@ def _append_placeholder(file: IO[bytes], path: Path) -> None:
         file.seek(0, os.SEEK_END)
         entry = _field(1, _ONNX_KEY) + _field(2, placeholder)
         file.write(_field(14, entry))
+    elif path.suffix == ".pte":
+        file.seek(0, os.SEEK_END)
+        file.write(placeholder)
     else:
-        raise ModelFileError(f"{path} cannot hold a checksum", "use an ONNX file or a zip archive")
+        raise ModelFileError(f"{path} cannot hold a checksum", "use an ONNX or ExecuTorch file, or a zip archive")
 
 
 def _field(number: int, content: bytes) -> bytes:

@@ -25,6 +25,9 @@ _HUGGING_FACE_CONFIG: Final = "config.json"
 # producer_version, domain, model_version, doc_string, graph, opset_import or metadata_props.
 _ONNX_IR_VERSION: Final = 0x08
 _ONNX_SECOND_FIELDS: Final = b"\x12\x1a\x22\x28\x32\x3a\x42\x72"
+# The identifier of the FlatBuffers schema, which follows the offset of the root table.
+_EXECUTORCH_IDENTIFIER: Final = b"ET12"
+_FLATBUFFERS_IDENTIFIER: Final = slice(4, 8)
 
 
 class FileFormat(Enum):
@@ -35,6 +38,7 @@ class FileFormat(Enum):
     EXPORTED_PROGRAM = auto()
     AOT_INDUCTOR = auto()
     OPENVINO = auto()
+    EXECUTORCH = auto()
     TORCH_ZIP = auto()
     """A file of `torch.save`."""
     TORCH_PICKLE = auto()
@@ -63,6 +67,8 @@ def detect_format(path: Path) -> FileFormat | None:
 def _head_format(head: bytes, size: int) -> FileFormat | None:
     if head.startswith(_PICKLE_START) and _TORCH_MAGIC in head:
         return FileFormat.TORCH_PICKLE
+    if head[_FLATBUFFERS_IDENTIFIER] == _EXECUTORCH_IDENTIFIER:
+        return FileFormat.EXECUTORCH
     length = int.from_bytes(head[:_SAFETENSORS_LENGTH], "little")
     fits = length <= min(_MAX_SAFETENSORS_HEADER, size - _SAFETENSORS_LENGTH)
     if fits and head[_SAFETENSORS_LENGTH : _SAFETENSORS_LENGTH + 1] == b"{":

@@ -15,7 +15,7 @@ from cifarx_serve.errors import ImageError
 from cifarx_serve.images.decode_worker import Problems
 from cifarx_serve.images.reader import ImageSource
 from cifarx_serve.spec import InputSpec
-from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
+from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess, start_module
 
 Decoded: TypeAlias = "NDArray[np.uint8] | ImageError"
 
@@ -80,7 +80,7 @@ class DecodePool:
 
     def _start_worker(self) -> WorkerProcess:
         """Start a worker that becomes idle as soon as it is ready."""
-        worker = WorkerProcess(_PROGRAM, numpy_threads=1)
+        worker = start_module(_PROGRAM, numpy_threads=1)
         worker.send(msgspec.json.encode(self._spec))
 
         def wait_until_ready() -> None:

@@ -1,4 +1,4 @@
-"""Run a module of this package in a worker process that answers requests. This module has both sides.
+"""Run a program in a worker process that answers requests: a module of this package, of which this has both sides.
 
 Requests go to the worker's standard input and replies come from its standard output. The worker exits when its input
 is closed.
@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import BinaryIO, Final
 
@@ -33,17 +34,21 @@ class WorkerProcess:
     """The parent's side of a worker.
 
     Args:
-        module: the module to run, as with `python -m`, using this process's import path and working directory.
-        numpy_threads: as for `worker_environment`.
+        command: the program and its arguments. It runs in the working directory of this process.
+        environment: its environment variables, or None for those of this process.
+        silent: whether to discard what it writes to standard error.
     """
 
-    def __init__(self, module: str, numpy_threads: int | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, silent: bool = False
+    ) -> None:
         self._process = subprocess.Popen(
-            worker_command(module),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if silent else None,
             pipesize=_PIPE_BYTES,
-            env=worker_environment(numpy_threads),
+            env=environment,
             # Ctrl-C in a terminal reaches only this process, which then ends the worker.
             process_group=0 if os.name == "posix" else None,
         )
@@ -56,7 +61,7 @@ class WorkerProcess:
         """The process ID."""
         return self._process.pid
 
-    def send(self, line: bytes, content: bytes = b"") -> None:
+    def send(self, line: bytes, content: bytes | memoryview = b"") -> None:
         """Send a request: one line, without its newline, and the content that follows it.
 
         If the worker has exited, reading the reply reports it.
@@ -108,6 +113,16 @@ class WorkerProcess:
         if not is_whole:
             raise WorkerExited(self._process.wait(_EXIT_TIMEOUT_S))
         return content
+
+
+def start_module(module: str, numpy_threads: int | None = None) -> WorkerProcess:
+    """Start a module as a worker, as with `python -m`, with the import path of this process.
+
+    Args:
+        module: the name of the module.
+        numpy_threads: as for `worker_environment`.
+    """
+    return WorkerProcess(worker_command(module), worker_environment(numpy_threads))
 
 
 def worker_command(module: str) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cifarx_export.formats.activation_range import check_module_range, check_range
 from cifarx_export.formats.exported_program import convert_to_exported_program
-from cifarx_export.formats.fp16_range import check_module_range, check_range
 from cifarx_export.formats.registry import NO_OPTIONS, ConversionSource
 from cifarx_serve.progress import silent
 from cifarx_serve.spec import InputSpec, ModelSpec

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
+from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess, start_module
 
 _ECHO = """
 import sys
@@ -32,7 +32,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPr
     """Start a worker that replies in upper case. Its module is only on the import path of this process."""
     (tmp_path / "echo_program.py").write_text(_ECHO)
     monkeypatch.syspath_prepend(tmp_path)
-    program = WorkerProcess("echo_program")
+    program = start_module("echo_program")
     yield program
     program.close()
 
@@ -88,7 +88,7 @@ def test_modules_in_the_working_directory_are_not_imported(tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != tmp_path and entry])
     monkeypatch.chdir(tmp_path)
-    program = WorkerProcess("echo_program")
+    program = start_module("echo_program")
     program.send(b"one")
     assert program.readline() == b"ONE\n"
     program.close()

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import onnx
@@ -11,7 +11,8 @@ import torch
 from onnx import ModelProto
 
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
-from cifarx_export.formats.onnx.half_precision import check_half_precision
+from cifarx_export.formats.onnx.half_precision import MAX_IMAGES, check_half_precision
+from cifarx_export.formats.onnx.int8.inference import open_session
 from cifarx_export.formats.onnx.int8.search import QuantizationSearch
 from cifarx_export.formats.onnx.opset import convert_to_opset, unsupported_type_error
 from cifarx_export.formats.onnx.preprocessing import embed_preprocessing
@@ -30,9 +31,6 @@ from cifarx_serve.spec import ModelSpec
 
 DEFAULT_OPSET: Final = 18
 """The lowest opset that the exporter writes without a conversion, so the one that most runtimes can read."""
-
-_HALF_PRECISION_IMAGES: Final = 4096
-"""Maximum number of images that float16 is simulated on: 0.1 % of them, the tolerance, are several images."""
 
 
 class _Converted(NamedTuple):
@@ -93,7 +91,7 @@ def convert_to_onnx(source: ConversionSource) -> Iterator[OnnxArtifact]:
     for network, facts, checks in _convert(source):
         model = network
         if source.options.embed_preprocessing:
-            _require_opset(network, "--embed-preprocessing", MIN_EMBEDDING_OPSET)
+            require_opset(network, "--embed-preprocessing", MIN_EMBEDDING_OPSET)
             model = embed_preprocessing(network, source.spec.input)
         _strip_debug_metadata(model)
         _check_model(model, _opset(source))
@@ -117,18 +115,31 @@ def _convert(source: ConversionSource) -> Iterator[_Converted]:
 
 def _start_search(source: ConversionSource) -> QuantizationSearch:
     model = _export_fp32(source)
-    _require_opset(model, "int8", MIN_INT8_OPSET)
+    require_opset(model, "int8", MIN_INT8_OPSET)
     return QuantizationSearch(model, source)
 
 
 def _convert_to_fp16(source: ConversionSource) -> _Converted:
-    from cifarx_export.formats.onnx.fp16 import convert_model_to_fp16, fp32_nodes, lift_constants  # imports onnx_ir
+    from cifarx_export.formats.onnx.fp16 import convert_model_to_fp16, lift_constants  # imports onnx_ir
 
     model = lift_constants(_export_fp32(source))
-    source.progress("fp16: simulating float16, which the CPU computes in float32")
-    kept, batches = [node.name for node in fp32_nodes(model)], source.test_inputs(_HALF_PRECISION_IMAGES)
-    checks = check_half_precision(model, kept, batches, source.spec)
-    return _Converted(*convert_model_to_fp16(model), checks)
+    exact = open_session(model)
+    converted, facts = convert_model_to_fp16(model)
+    return _Converted(converted, facts, simulate(converted, exact, source))
+
+
+def simulate(model: ModelProto, exact: Any, source: ConversionSource) -> list[Check]:
+    """Check a model of the source in half precision, which the CPU may compute in float32.
+
+    Args:
+        model: as for `check_half_precision`.
+        exact: the session of the model in float32.
+        source: the network.
+    """
+    source.progress(f"{source.spec.precision}: simulating it, because a CPU may compute it in float32")
+    inputs = source.test_inputs(MAX_IMAGES)
+    batches = ((batch, exact.run(None, {"input": batch})[0]) for batch in inputs)
+    return check_half_precision(model, source.spec.precision, batches, source.spec)
 
 
 def _export_fp32(source: ConversionSource) -> ModelProto:
@@ -155,7 +166,7 @@ def _export_fp32(source: ConversionSource) -> ModelProto:
     return model
 
 
-def _require_opset(model: ModelProto, feature: str, needed: int) -> None:
+def require_opset(model: ModelProto, feature: str, needed: int) -> None:
     """Check the opset of a model. An adopted one has that of its author; any other was checked before.
 
     Raises:

@@ -19,7 +19,7 @@ from cifarx_serve.server.inference.deadline import Deadline, wait_for_slot
 from cifarx_serve.server.inference.decoder_process import DecodeReply, DecodeRequest
 from cifarx_serve.server.inference.errors import DecoderUnavailable, RequestCancelled
 from cifarx_serve.spec import ModelSpec
-from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
+from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess, start_module
 
 _PROGRAM: Final = "cifarx_serve.server.inference.decoder_process"
 
@@ -156,7 +156,7 @@ class _Decoder:
             if self._killed:
                 raise WorkerExited(-signal.SIGKILL)
             if self._process is None:
-                self._process = WorkerProcess(_PROGRAM, numpy_threads=1)
+                self._process = start_module(_PROGRAM, numpy_threads=1)
                 self._process.send(str(self._max_pixels).encode())
         if not self._is_ready:
             self._process.readline()

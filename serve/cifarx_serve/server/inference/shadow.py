@@ -23,7 +23,7 @@ from cifarx_serve.server.inference.shadow_metrics import ShadowObservation
 from cifarx_serve.server.inference.shadow_process import OPENED, ShadowReply, ShadowRequest, ShadowStart
 from cifarx_serve.server.settings import Settings
 from cifarx_serve.spec import ModelSpec
-from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess
+from cifarx_serve.system.worker_process import WorkerExited, WorkerProcess, start_module
 
 _PROGRAM: Final = "cifarx_serve.server.inference.shadow_process"
 
@@ -132,7 +132,7 @@ class Shadow:
         with self._lock:
             if self._closed.is_set():
                 return
-            self._process = WorkerProcess(_PROGRAM, self._start.settings.threads)
+            self._process = start_module(_PROGRAM, self._start.settings.threads)
         self._process.send(msgspec.json.encode(self._start))
         if (line := self._process.readline()) != OPENED:
             raise ModelFileError(*msgspec.json.decode(line, type=tuple[str, str]))
