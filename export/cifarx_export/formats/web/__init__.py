@@ -1,0 +1,1 @@
+"""A directory with a page that runs the model in browsers."""
