@@ -98,6 +98,7 @@ def test_no_path_of_this_machine_is_in_a_file(path: Path) -> None:
 
 def test_bf16_keeps_the_weights_in_float32(artifact: OpenVinoArtifact, loaded: Checkpoint, tmp_path: Path) -> None:
     [rounded] = convert_to_openvino(conversion_source(loaded, "bf16"))
+    assert [check.name for check in rounded.checks] == ["bfloat16 range", "bfloat16 agreement"]
     for kept, name in ((artifact, "fp32"), (rounded, "bf16")):
         kept.save(tmp_path / f"{name}.openvino.zip", loaded.spec)
     assert members(tmp_path / "bf16.openvino.zip") == members(tmp_path / "fp32.openvino.zip")

@@ -172,16 +172,25 @@ def test_an_unsupported_opset_is_refused(opset: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("opset", "precision", "options", "message"),
+    ("name", "opset", "precision", "options", "message"),
     [
-        (12, "int8", NO_OPTIONS, "int8 needs opset 13, not 12: give --opset 13 to 23"),
-        (17, "fp32", ExportOptions(embed_preprocessing=True), "--embed-preprocessing needs opset 18, not 17: give "),
+        ("onnx", 12, "int8", NO_OPTIONS, "int8 needs opset 13, not 12: give --opset 13 to 23"),
+        ("openvino", 12, "bf16", NO_OPTIONS, "bf16 needs opset 13, not 12: give --opset 13 to 23"),
+        (
+            "onnx",
+            17,
+            "fp32",
+            ExportOptions(embed_preprocessing=True),
+            "--embed-preprocessing needs opset 18, not 17: give ",
+        ),
     ],
 )
-def test_what_needs_a_newer_opset_is_refused(opset: int, precision: str, options: ExportOptions, message: str) -> None:
+def test_what_needs_a_newer_opset_is_refused(
+    name: str, opset: int, precision: str, options: ExportOptions, message: str
+) -> None:
     with pytest.raises(UsageError, match=f"^{message}"):
-        require_supported("onnx", precision, options._replace(opset=opset))
-    require_supported("onnx", precision, NO_OPTIONS._replace(opset=opset + 1, **_given(options)))
+        require_supported(name, precision, options._replace(opset=opset))
+    require_supported(name, precision, NO_OPTIONS._replace(opset=opset + 1, **_given(options)))
 
 
 def _given(options: ExportOptions) -> dict[str, Any]:

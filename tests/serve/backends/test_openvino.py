@@ -81,6 +81,7 @@ def test_the_precision_is_that_of_the_file_and_not_a_default(precision: str, tmp
     exact = np.full((1, 3, 4, 6), 1 + 2**-12, np.float32)  # bf16 has 8 bits
     with OpenVinoBackend(path, CPU) as backend:
         rounded = not np.allclose(backend.run(exact), 10 * exact[0, 0, 0, 0], rtol=1e-5)
+        assert backend.provider == ("OpenVINO CPU in bf16" if precision == "bf16" else "OpenVINO CPU")
     assert rounded == (precision == "bf16")
 
 
