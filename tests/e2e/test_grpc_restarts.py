@@ -1,13 +1,11 @@
 """Restarts under load of both protocols: counts the requests that are lost."""
 
 import io
-import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,9 @@ import pytest
 from PIL import Image
 from tritonclient.grpc import service_pb2
 
+from tests.support.client_threads import ClientThreads
 from tests.support.color_model import write_onnx
+from tests.support.free_port import free_port
 from tests.support.grpc_server import INFERENCE
 from tests.support.server_process import Client, encode_request, start_server, wait_until, wait_until_ready
 
@@ -41,7 +41,7 @@ OPTIONS = [
 ]
 
 
-class Load:
+class Load(ClientThreads):
     """Clients of all kinds that send one request after the other.
 
     A request is lost if the client was connected and got neither an answer nor an error of the server. A call that
@@ -49,28 +49,17 @@ class Load:
     """
 
     def __init__(self, port: int, grpc_port: int) -> None:
+        super().__init__([self._http] * HTTP_CLIENTS + [self._unary] * GRPC_CLIENTS + [self._stream] * STREAM_CLIENTS)
         self._port = port
         self._address = f"127.0.0.1:{grpc_port}"
-        self._stop = threading.Event()
-        runs = [self._http] * HTTP_CLIENTS + [self._unary] * GRPC_CLIENTS + [self._stream] * STREAM_CLIENTS
-        self._threads = [threading.Thread(target=run) for run in runs]
         self.results: Counter[tuple[str, str]] = Counter()
         self.lost: list[str] = []
-
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
     def _http(self) -> None:
         image = io.BytesIO()
         Image.new("RGB", (6, 4), "red").save(image, "PNG")
         request = encode_request("POST", "/v1/predict", image.getvalue(), content_type="image/png")
-        while not self._stop.is_set():
+        while not self.stopping.is_set():
             try:
                 client = Client(self._port)
             except OSError:
@@ -80,7 +69,7 @@ class Load:
                 self._use_connection(client, request)
 
     def _use_connection(self, client: Client, request: bytes) -> None:
-        while not self._stop.is_set():
+        while not self.stopping.is_set():
             try:
                 client.send(request)
                 response = client.read_response()
@@ -96,7 +85,7 @@ class Load:
     def _unary(self) -> None:
         with grpc.insecure_channel(self._address, options=OPTIONS) as channel:
             infer = channel.unary_unary(f"{INFERENCE}/ModelInfer")
-            while not self._stop.is_set():
+            while not self.stopping.is_set():
                 try:
                     answer = service_pb2.ModelInferResponse.FromString(infer(infer_request(), timeout=TIMEOUT_S))
                 except grpc.RpcError as error:
@@ -107,7 +96,7 @@ class Load:
     def _stream(self) -> None:
         """Send a request when the answer to the one before has come, in streams of twenty."""
         with grpc.insecure_channel(self._address, options=OPTIONS) as channel:
-            while not self._stop.is_set():
+            while not self.stopping.is_set():
                 answered = threading.Semaphore(1)
                 stream = channel.stream_stream(f"{INFERENCE}/ModelStreamInfer")(requests(answered), timeout=TIMEOUT_S)
                 try:
@@ -152,23 +141,6 @@ def requests(answered: threading.Semaphore) -> Iterator[bytes]:
         yield infer_request()
 
 
-@contextmanager
-def load(port: int, grpc_port: int) -> Iterator[Load]:
-    clients = Load(port, grpc_port)
-    clients.start()
-    try:
-        yield clients
-    finally:
-        clients.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def test_fifty_restarts_lose_no_request(tmp_path: Path) -> None:
     """The clients reconnect to the next server, on the same ports."""
     model = write_onnx(tmp_path / "colors.onnx")
@@ -176,7 +148,7 @@ def test_fifty_restarts_lose_no_request(tmp_path: Path) -> None:
     options = ("--workers", 1, "--deadline-ms", 1000, "--port", port, "--grpc-port", grpc_port)
     kinds = (("HTTP", "200"), ("gRPC", "OK"), ("stream", "OK"))
     stops = []
-    with load(port, grpc_port) as clients:
+    with Load(port, grpc_port) as clients:
         for number in range(RESTARTS):
             with start_server(tmp_path / str(number), model, *options) as server:
                 wait_until_ready(server)

@@ -4,9 +4,7 @@ No answer has the code INTERNAL or UNKNOWN, no call hangs, no worker exits or lo
 thousand messages the server answers a valid request.
 """
 
-import json
 import random
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +13,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import psutil
 import pytest
 from google.protobuf.message import Message
 from grpc import StatusCode
@@ -29,6 +26,7 @@ from tests.support.color_model import write_onnx
 from tests.support.grpc_server import HEALTH, INFERENCE, REFLECTION
 from tests.support.hostile_images import bombs, corrupted, truncated
 from tests.support.server_process import ServerProcess, run_server
+from tests.support.unharmed_server import memory, unharmed
 
 pytestmark = [
     pytest.mark.slow,
@@ -123,20 +121,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture
 def target(server: ServerProcess) -> Iterator[Target]:
     """The server; afterwards the same worker must be running, and have logged no errors."""
-    workers = server.workers()
-    printed, logged = server.err, server.out.count("\n")
     target = Target(server)
-    with target.channel:
+    with unharmed(server), target.channel:
         yield target
         target.check_answer()
-    assert server.workers() == workers
-    # libtiff prints the errors of a file to standard error itself.
-    assert not re.search("Traceback|[Ee]xception|error|note", server.err.removeprefix(printed)), server.err
-    *lines, _ = server.out.split("\n")  # the last line may be incomplete
-    records = [json.loads(line) for line in lines[logged:]]
-    assert not [record for record in records if record.get("cause") == "internal"]
-    memory = sum(psutil.Process(worker.pid).memory_info().rss for worker in workers) / 2**20
-    print(dict(sorted(target.codes.items())), f"{memory:.0f} MiB")  # noqa: T201 - shown by pytest -s
+    print(dict(sorted(target.codes.items())), f"{memory(server.workers()):.0f} MiB")  # noqa: T201 - shown by pytest -s
 
 
 def generate(count: int, strategy: st.SearchStrategy[Any], send: Callable[[Any], None]) -> None:

@@ -35,6 +35,7 @@ from tests.support.asgi_client import encode_image
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.hostile_images import bombs, corrupted, truncated
 from tests.support.server_process import ServerProcess, encode_request, run_server, wait_until
+from tests.support.unharmed_server import memory, unharmed
 
 pytestmark = [
     pytest.mark.slow,
@@ -103,23 +104,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture
 def target(server: ServerProcess) -> Iterator[Target]:
     """The server; afterwards the same worker must be running, and have logged no errors."""
-    workers = server.workers()
-    printed, logged = server.err, server.out.count("\n")
     target = Target(server)
-    yield target
-    target.check_prediction()
-    assert server.workers() == workers
-    # libtiff prints the errors of a file to standard error itself.
-    assert not re.search("Traceback|[Ee]xception|error|note", server.err.removeprefix(printed)), server.err
-    *lines, _ = server.out.split("\n")  # the last line may be incomplete
-    records = [json.loads(line) for line in lines[logged:]]
-    assert not [record for record in records if record.get("cause") == "internal"]
-    print(dict(sorted(target.statuses.items())), f"{memory(workers):.0f} MiB")  # noqa: T201 - shown by pytest -s
-
-
-def memory(workers: list[psutil.Process]) -> float:
-    """Return the memory of the workers, in MiB."""
-    return float(sum(worker.memory_info().rss for worker in workers) / 2**20)
+    with unharmed(server):
+        yield target
+        target.check_prediction()
+    print(dict(sorted(target.statuses.items())), f"{memory(server.workers()):.0f} MiB")  # noqa: T201 - shown by pytest -s
 
 
 def examples(count: int) -> Any:

@@ -19,7 +19,8 @@ from tests.support.asgi_client import encode_image
 from tests.support.browser import Browser, open_browser
 from tests.support.certificates import client_ssl_context, create_certificate
 from tests.support.color_model import write_onnx
-from tests.support.nginx_process import free_port, run_nginx
+from tests.support.free_port import free_port
+from tests.support.nginx_process import run_nginx
 from tests.support.server_process import ServerProcess, run_server, wait_until
 
 pytestmark = pytest.mark.slow

@@ -3,13 +3,10 @@
 import io
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +15,8 @@ from PIL import Image
 
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.server.inference.model import file_version
+from tests.support.client_threads import ClientThreads
+from tests.support.free_port import free_port
 from tests.support.server_process import Client, encode_request, run_server, start_server, wait_until, wait_until_ready
 from tests.support.trained_model import Trained
 
@@ -40,38 +39,26 @@ class Result(NamedTuple):
     version: str
 
 
-class Load:
+class Load(ClientThreads):
     """Clients that send one request after the other; every second client opens a new connection for each request.
 
     A request is lost if the client was connected and got no complete response. A refused connection is not counted.
     """
 
     def __init__(self, port: int) -> None:
+        super().__init__([partial(self._run_client, number % 2 == 0) for number in range(CLIENTS)])
         self._port = port
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run_client, args=(number % 2 == 0,)) for number in range(CLIENTS)
-        ]
         image = io.BytesIO()
         Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(image, "PNG")
         self._request = encode_request("POST", "/v1/predict", image.getvalue(), content_type="image/png")
         self.results: list[Result] = []
         self.lost: list[str] = []
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
     def statuses(self) -> Counter[int]:
         return Counter(result.status for result in self.results)
 
     def _run_client(self, keep_alive: bool) -> None:
-        while not self._stop.is_set():
+        while not self.stopping.is_set():
             try:
                 client = Client(self._port)
             except OSError:
@@ -82,7 +69,7 @@ class Load:
 
     def _use_connection(self, client: Client, keep_alive: bool) -> None:
         sent = 0
-        while not self._stop.is_set():
+        while not self.stopping.is_set():
             try:
                 client.send(self._request)
                 sent += 1
@@ -98,16 +85,6 @@ class Load:
                 return
 
 
-@contextmanager
-def load(port: int) -> Iterator[Load]:
-    clients = Load(port)
-    clients.start()
-    try:
-        yield clients
-    finally:
-        clients.stop()
-
-
 def wait_for_responses(clients: Load, count: int) -> None:
     """Wait for this many more responses with status 200."""
     before = clients.statuses()[200]
@@ -119,18 +96,11 @@ def report(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def test_a_hundred_restarts_lose_no_request(trained: Trained, tmp_path: Path) -> None:
     """The clients reconnect to the next server, on the same port."""
     port = free_port()
     seconds = []
-    with load(port) as clients:
+    with Load(port) as clients:
         for number in range(RESTARTS):
             started = time.monotonic()
             with start_server(tmp_path / str(number), trained.onnx, "--workers", 1, "--port", port) as server:
@@ -153,7 +123,7 @@ def test_reloads_fail_no_request(trained: Trained, tmp_path: Path) -> None:
     write_checksum(other)
     versions = [file_version(str(path)) for path in (served, other)]
     sources = [trained.onnx, other]
-    with run_server(tmp_path / "server", served, "--workers", 1) as server, load(server.port) as clients:
+    with run_server(tmp_path / "server", served, "--workers", 1) as server, Load(server.port) as clients:
         for number in range(1, RELOADS + 1):
             shutil.copy(sources[number % 2], tmp_path / "next.onnx")
             (tmp_path / "next.onnx").replace(served)
@@ -174,7 +144,7 @@ def test_a_killed_worker_loses_only_its_own_requests(trained: Trained, tmp_path:
     started = time.monotonic()
     with run_server(tmp_path / "server", trained.onnx, "--workers", 2) as server:
         start_s = time.monotonic() - started
-        with load(server.port) as clients:
+        with Load(server.port) as clients:
             for number in range(1, KILLS + 1):
                 wait_for_responses(clients, 100)
                 lost, killed = len(clients.lost), server.workers()[0]

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import yaml
 from PIL import Image
 
 from tests.support.color_model import write_onnx
+from tests.support.free_port import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "docs" / "deploy" / "ray-serve.yaml"
@@ -58,12 +58,6 @@ class RayServer(NamedTuple):
             return Response(response.status, response.getheaders(), response.read())
         finally:
             connection.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -17,13 +17,6 @@ _TIMEOUT_S = 30.0
 _KINDS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def run_nginx(directory: Path, port: int, http: str) -> Iterator[None]:
     """Run nginx with a configuration of its `http` block that listens on a port; skip the test if there is no nginx."""
