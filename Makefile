@@ -10,6 +10,9 @@ OLD_TORCH := .venv-torch-2.11
 RAY := .venv-ray
 LITERT := .venv-litert
 
+# Programs start from bytecode, as installed ones do, instead of compiling their modules at every start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-slow test-torch-2.11 test-ray test-litert bench gpu check docs coverage format clean
 
 help:
