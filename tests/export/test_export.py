@@ -258,7 +258,8 @@ REFUSALS = {
     "a misspelled precision": Refusal(UsageError, "unknown precision 'fp61'", {"precisions": ["fp61"]}),
     "a precision that the format does not support": Refusal(
         UsageError,
-        "format torchscript does not support int8: it supports fp32, fp16; onnx and openvino and triton support int8",
+        "format torchscript does not support int8: it supports fp32, fp16; "
+        "onnx and openvino and triton and web support int8",
         {"formats": FORMATS, "precisions": ["fp32", "int8"]},
     ),
     "calibration images for fp32": Refusal(

@@ -24,7 +24,7 @@ from cifarx_export.formats.registry import (
     require_weights_fit,
 )
 from cifarx_export.formats.triton.converter import MODEL_PATH
-from cifarx_serve.backends.registry import backend_class, backend_for, model_file
+from cifarx_serve.backends.registry import WEB_MODEL, backend_class, backend_for, model_file
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.images.preprocess import model_input
@@ -32,6 +32,7 @@ from cifarx_serve.progress import silent
 from cifarx_serve.spec import InputSpec, ModelSpec, Precision
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from tests.support.conversion import conversion_source
+from tests.support.web import MISSING
 
 VALUES: dict[str, Any] = {"opset": 20, "calibration_images": 64, "embed_preprocessing": True}
 """Each option with a value."""
@@ -72,7 +73,7 @@ def test_the_backend_of_a_format_opens_its_artifacts(name: str) -> None:
     row = get_format(name)
     for precision in row.precisions:
         path = Path(row.file_name("lzh_9", precision))
-        model = path / "lzh_9" / MODEL_PATH if row.directory_suffix else path
+        model = path / {".triton": f"lzh_9/{MODEL_PATH}", ".web": WEB_MODEL}.get(row.directory_suffix or "", "")
         assert backend_for(model).name == row.backend
 
 
@@ -102,6 +103,7 @@ def test_suffixes_of_all_formats() -> None:
         "aotinductor": ".aoti.pt2",
         "openvino": ".openvino.zip",
         "triton": ".triton",
+        "web": ".web",
     }
 
 
@@ -292,6 +294,8 @@ DISTINCT = [choice for choice in SUPPORTED if choice[0] != "triton" or choice[2]
 def test_every_supported_choice_converts_and_runs(
     name: str, precision: Precision, options: ExportOptions, checkpoint: Path, parity_images: Any
 ) -> None:
+    if name == "web" and MISSING:
+        pytest.skip(MISSING)
     row, loaded = FORMATS[name], load_checkpoint(checkpoint)
     source = conversion_source(loaded, precision, options)
     artifact = next(iter(row.convert(source)))
@@ -303,7 +307,7 @@ def test_every_supported_choice_converts_and_runs(
     with backend_class(row.backend)(model_file(path), Device("cpu")) as backend:
         assert backend.spec == spec
         assert spec.precision == precision
-        assert spec.embedded_preprocessing == bool(options.embed_preprocessing)
+        assert spec.embedded_preprocessing == (bool(options.embed_preprocessing) or name == "web")
         for size in (1, 5):
             logits = backend.run(model_input(parity_images.images[:size], spec))
             assert (logits.shape, logits.dtype.name) == ((size, len(spec.class_names)), "float32")

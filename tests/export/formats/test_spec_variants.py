@@ -17,6 +17,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.images.preprocess import model_input, normalize
 from cifarx_serve.progress import silent
 from cifarx_serve.spec import InputSpec, ModelSpec, Precision
+from tests.support.web import requires_web
 
 CPU = Device("cpu")
 RGB = InputSpec(height=12, width=20)
@@ -99,6 +100,7 @@ def expected_outputs(pixels: np.ndarray, spec: ModelSpec) -> np.ndarray:
         pytest.param("onnx", "fp16", 2e-2, marks=pytest.mark.slow),
         pytest.param("onnx", "int8", 0.2, marks=pytest.mark.slow),
         pytest.param("triton", "fp32", 1e-5, marks=pytest.mark.slow),
+        pytest.param("web", "fp32", 1e-5, marks=[pytest.mark.slow, requires_web]),
         pytest.param("torchscript", "fp16", 2e-2, marks=pytest.mark.slow),
         pytest.param("pt2", "fp32", 1e-5, marks=pytest.mark.slow),
         pytest.param("aotinductor", "fp32", 1e-5, marks=pytest.mark.slow),
@@ -111,10 +113,13 @@ def test_outputs_match_the_network(label: str, name: str, precision: Precision, 
     with backend_class(FORMATS[name].backend)(path, CPU) as backend:
         assert backend.spec == complete
         infos = backend.tensor_infos()
-        outputs = backend.run(model_input(pixels, spec))
+        outputs = backend.run(model_input(pixels, complete))
     if infos:
+        of_any_size = TensorInfo("input", "uint8", ("batch", "height", "width", spec.input.channels))
         assert infos == (
-            TensorInfo("input", "float32", ("batch", *spec.input.shape)),
+            of_any_size
+            if complete.embedded_preprocessing
+            else TensorInfo("input", "float32", ("batch", *spec.input.shape)),
             TensorInfo(spec.output, "float32", ("batch", spec.output_size)),
         )
     expected = expected_outputs(pixels, spec)

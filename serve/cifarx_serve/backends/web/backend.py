@@ -26,7 +26,7 @@ from cifarx_serve.spec import ModelSpec
 
 # The library puts this in front of its own messages.
 _PREFIX: Final = re.compile(r"^.*?ERROR_MESSAGE: ")
-_OUT_OF_MEMORY: Final = re.compile(r"bad_alloc|out of memory|OOM|[Aa]llocation failed|memory access out of bounds")
+_OUT_OF_MEMORY: Final = re.compile(r"bad_alloc|out of memory|OOM|[Aa]llocation failed|Invalid typed array length")
 
 
 class WebBackend(Backend):

@@ -36,14 +36,28 @@ setInterval(() => {
   if (late || process.ppid !== parent) process.kill(process.pid, "SIGKILL");
 }, 250);
 `;
-new Worker(WATCH, { eval: true, workerData: { busySince, seconds: Number(SECONDS), parent: process.ppid } }).unref();
+const workerData = { busySince, seconds: Number(SECONDS), parent: process.ppid };
+new Worker(WATCH, { eval: true, workerData, stdout: true, stderr: true }).unref();
+
+// Node.js stops waiting for the pipes as soon as a library uses one of its streams for them.
+const never = new Int32Array(new SharedArrayBuffer(4));
+function patient(call) {
+  for (;;) {
+    try {
+      return call();
+    } catch (error) {
+      if (error.code !== "EAGAIN") throw error;
+      Atomics.wait(never, 0, 0, 1);
+    }
+  }
+}
 
 // One read returns a request of a small image, so the rest of a buffer is the start of the content.
 const buffer = new Uint8Array(1 << 16);
 let start = 0, end = 0;
 
 function receive(target, from, size) {
-  const count = readSync(STDIN, target, from, Math.min(size, CHUNK));
+  const count = patient(() => readSync(STDIN, target, from, Math.min(size, CHUNK)));
   if (!count) process.exit(0);
   return count;
 }
@@ -59,7 +73,14 @@ function readLine() {
 
 // Not with a function of Node that returns a Buffer: it can be a part of a larger one, all of which ONNX Runtime would take.
 function read(size) {
-  const bytes = new Uint8Array(size);
+  let bytes;
+  try {
+    bytes = new Uint8Array(size);
+  } catch (error) {
+    for (let left = size - (end - start); left > 0;) left -= receive(buffer, 0, Math.min(left, buffer.length));
+    start = end;
+    throw error;
+  }
   const kept = buffer.subarray(start, Math.min(end, start + size));
   bytes.set(kept);
   start += kept.length;
@@ -68,7 +89,9 @@ function read(size) {
 }
 
 function write(bytes) {
-  for (let sent = 0; sent < bytes.length;) sent += writeSync(STDOUT, bytes, sent, Math.min(bytes.length - sent, CHUNK));
+  for (let sent = 0; sent < bytes.length;) {
+    sent += patient(() => writeSync(STDOUT, bytes, sent, Math.min(bytes.length - sent, CHUNK)));
+  }
 }
 
 let ort, session;
@@ -91,10 +114,10 @@ async function run({ run: name, dtype, shape }, content) {
 
 for (;;) {
   const request = JSON.parse(readLine());
-  const content = read(request.bytes);
-  Atomics.store(busySince, 0, BigInt(Date.now()));
   let reply, result = new Uint8Array(0);
   try {
+    const content = read(request.bytes);
+    Atomics.store(busySince, 0, BigInt(Date.now()));
     [reply, result] = await (request.open ? open(content) : run(request, content));
   } catch (error) {
     reply = { error: String(error?.message ?? error) };
