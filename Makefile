@@ -9,11 +9,12 @@ PYTEST := $(BIN)/pytest -n logical --dist loadfile -p no:benchmark
 OLD_TORCH := .venv-torch-2.11
 RAY := .venv-ray
 LITERT := .venv-litert
+EXECUTORCH := .venv-executorch
 
 # Programs start from bytecode, as installed ones do, instead of compiling their modules at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-torch-2.11 test-ray test-litert bench gpu check docs coverage format clean
+.PHONY: help demo test test-slow test-torch-2.11 test-ray test-litert test-executorch bench gpu check docs coverage format clean
 
 help:
 	@echo "make demo       train, export, verify, classify and benchmark on the built-in data (one minute)"
@@ -24,6 +25,8 @@ help:
 	@echo "make test-ray   run the tests of Ray Serve and Ray Data on a local cluster, in an environment of its own"
 	@echo "make test-litert"
 	@echo "                run the tests of the format litert, whose converter needs an older PyTorch, in an environment of its own"
+	@echo "make test-executorch"
+	@echo "                run the tests of the format executorch, in an environment of its own"
 	@echo "make bench      run every benchmark"
 	@echo "make gpu        run everything that needs a GPU and write benchmarks/results/gpu-*.md, in ten minutes"
 	@echo "make check      run ruff, mypy and the import rules, and build the documentation"
@@ -86,6 +89,18 @@ test-litert: $(LITERT)/.ready
 	@echo "== the tests of the format litert"
 	$(LITERT)/bin/pytest -p no:cacheprovider tests/export/formats/test_litert.py tests/serve/backends/test_litert.py
 
+$(EXECUTORCH)/.ready: pyproject.toml constraints.txt
+	@echo "== creating the environment in $(EXECUTORCH): once, a few minutes, 7 GB including the CUDA libraries of PyTorch"
+	$(PYTHON) -m venv $(EXECUTORCH)
+	$(EXECUTORCH)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		-c constraints.txt -e ".[train,executorch]" hypothesis psutil pytest pytest-timeout pyyaml
+	@touch $@
+
+test-executorch: $(EXECUTORCH)/.ready
+	@echo "== the tests of the format executorch"
+	$(EXECUTORCH)/bin/pytest -p no:cacheprovider \
+		tests/export/formats/test_executorch.py tests/serve/backends/torch/test_executorch.py
+
 bench: $(READY)
 	@echo "== the benchmarks"
 	$(BIN)/pytest $(BENCHMARKS) --limits $(LIMITS) -rx
@@ -115,4 +130,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD_TORCH) $(RAY) $(LITERT) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD_TORCH) $(RAY) $(LITERT) $(EXECUTORCH) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
