@@ -16,6 +16,7 @@ COMMANDS: Final = (
     "verify",
     "adopt",
     "diagnose",
+    "optimize",
     "infer",
     "bench",
     "serve",

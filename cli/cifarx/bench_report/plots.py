@@ -4,16 +4,13 @@ A file has the same color, marker and line style in all plots. A hollow marker s
 """
 
 import textwrap
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil, log10
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
@@ -22,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from cifarx.bench_report.axes import label_points, log_axis, percent_axis
+from cifarx.bench_report.plot_style import COLORS, QUIET, plot_style
 from cifarx.bench_report.summary import environment_line, title
 from cifarx.bench_report.svg import svg_element
 from cifarx_serve.benchmarking.benchmark import BenchmarkReport, BenchmarkRow
@@ -34,42 +32,8 @@ _PNG_DPI: Final = 150
 
 _Dash: TypeAlias = Literal["-", "--", ":"]
 
-_COLORS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""The palette of Okabe and Ito for color-blind readers, without its yellow, which is too faint on white."""
-
 _MARKERS: Final = "os^dvPX<>ph*"
 _DASHES: Final[tuple[_Dash, ...]] = ("-", "--", ":")
-
-_INK: Final = "#1b1f24"
-_QUIET: Final = "#5b6470"
-_RULE: Final = "#dfe3e8"
-
-_STYLE: Final = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so the plots are the same on every machine
-    "font.size": 9,
-    "text.color": _INK,
-    "text.parse_math": False,  # a dollar sign in a file name is not a formula
-    "axes.edgecolor": _QUIET,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5.5,
-    "legend.frameon": False,
-    "legend.handlelength": 3,
-    "xtick.color": _QUIET,
-    "xtick.labelcolor": _INK,
-    "ytick.color": _QUIET,
-    "ytick.labelcolor": _INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cifarx",  # makes the ids reproducible
-}
 
 _PLOT_INCHES: Final = (4.8, 3.3)
 _SWATCH_INCHES: Final = (0.46, 0.17)
@@ -129,9 +93,9 @@ def file_series(report: BenchmarkReport) -> tuple[Series, ...]:
             name,
             name if short else f"{number + 1}",
             tuple(sorted(file_rows, key=lambda row: row.batch)),
-            _COLORS[number % len(_COLORS)],
+            COLORS[number % len(COLORS)],
             _MARKERS[number % len(_MARKERS)],
-            _DASHES[number // len(_COLORS) % len(_DASHES)],
+            _DASHES[number // len(COLORS) % len(_DASHES)],
         )
         for number, (name, file_rows) in enumerate(zip(names, rows.values(), strict=True))
     )
@@ -144,7 +108,7 @@ def render_plots(report: BenchmarkReport) -> tuple[Plot, ...]:
     """
     files = file_series(report)
     plots = []
-    with _plot_style():
+    with plot_style():
         for drawing in _drawings(report):
             figure = Figure(_PLOT_INCHES, dpi=72, layout="constrained")
             drawing.draw(figure, files)
@@ -155,7 +119,7 @@ def render_plots(report: BenchmarkReport) -> tuple[Plot, ...]:
 def legend_swatches(report: BenchmarkReport) -> tuple[str, ...]:
     """Draw the line and the marker of each file as a small SVG with the id `swatch-1`, `swatch-2` and so on."""
     swatches = []
-    with _plot_style():
+    with plot_style():
         for number, series in enumerate(file_series(report), 1):
             figure = Figure(_SWATCH_INCHES, dpi=72, facecolor="none")
             axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 2), ylim=(-1, 1))
@@ -177,7 +141,7 @@ def write_png(report: BenchmarkReport, path: Path) -> None:
     if not all(row.stable for row in report.rows):
         below.insert(0, "○ hollow: not stable, the medians of the last three windows differ by more than 10 %")
     foot = 0.35 + 0.19 * lines + 0.16 * len(below)
-    with _plot_style():
+    with plot_style():
         size = (PNG_WIDTH / _PNG_DPI, head + body + foot)
         figure = Figure(size, dpi=_PNG_DPI, layout=ConstrainedLayoutEngine(w_pad=0.12))
         top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=(head, body, foot)).flat
@@ -187,16 +151,8 @@ def write_png(report: BenchmarkReport, path: Path) -> None:
             cell.suptitle(drawing.title, x=0.025, ha="left", size=11, weight="bold")
             drawing.draw(cell, files)
         _draw_legend(bottom, files, ceil(len(files) / lines))
-        bottom.text(0.012, 0.06 / foot, "\n".join(below), size=8, color=_QUIET, va="bottom")
+        bottom.text(0.012, 0.06 / foot, "\n".join(below), size=8, color=QUIET, va="bottom")
         figure.savefig(path, format="png", metadata={"Software": None})
-
-
-@contextmanager
-def _plot_style() -> Iterator[None]:
-    """Apply the report style to matplotlib, and restore the user's settings afterwards."""
-    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-        yield
 
 
 def _drawings(report: BenchmarkReport) -> tuple[_Drawing, ...]:

@@ -1,0 +1,154 @@
+"""Makes, proves and measures the candidates of one network, and writes the pick."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Final
+
+from cifarx_export.checked_artifact import ExportResult
+from cifarx_export.exporter import Exporter
+from cifarx_export.formats.registry import NO_OPTIONS, get_format
+from cifarx_export.optimization.candidates import BASELINE, Candidate
+from cifarx_export.optimization.measurement import measure
+from cifarx_export.optimization.results import CandidateResult, Measurement
+from cifarx_export.optimization.study import Study, installed_version
+from cifarx_export.origin import require_convertible
+from cifarx_export.parity.predictions import best_classes
+from cifarx_serve.backends.registry import model_file, read_spec
+from cifarx_serve.errors import CheckFailed, CifarxError
+from cifarx_serve.files.atomic import atomic_path
+from cifarx_serve.progress import Progress
+from cifarx_train.checkpoints.checkpoint import file_sha256
+
+_PICK: Final = "optimized"
+"""Part of the name of the pick's file, as in `lzh_9.optimized.onnx`, and the fact in its spec with the reason."""
+
+
+class Workbench:
+    """Does the work of a search.
+
+    Args:
+        exporter: exports the network; its directory is where the pick is written.
+        study: where the candidates are written.
+        given: the file of the network.
+        progress: called with a line of text at each step.
+    """
+
+    def __init__(self, exporter: Exporter, study: Study, given: Path, progress: Progress) -> None:
+        self._exporter = exporter
+        self._study = study
+        self._given = given
+        self._progress = progress
+
+    def prove(self, candidate: Candidate) -> CandidateResult:
+        """Export a candidate into the study, and return what its parity check found.
+
+        Raises:
+            CifarxError: it cannot be made.
+        """
+        if self._is_given(candidate):
+            return self._given_result()
+        origin = self._exporter.origin
+        require_convertible(origin, candidate.format, candidate.precision, NO_OPTIONS)
+        started = time.monotonic()
+        exporter = self._exporter._replace(directory=self._study.directory)
+        exported = exporter.run(candidate.format, candidate.precision)
+        return _proof(candidate, exported, time.monotonic() - started)
+
+    def measure(self, proved: CandidateResult, baseline: CandidateResult | None) -> Measurement:
+        """Measure a proved candidate in turns with the baseline.
+
+        Raises:
+            CifarxError: one of the two cannot be run.
+        """
+        path = self._study.path(proved)
+        known = baseline.measurement if baseline else None
+        return measure(
+            path,
+            self._study.path(baseline) if baseline else path,
+            known.latency.p50_us if known else None,
+            self._exporter.reference.data.images,
+            self._progress,
+        )
+
+    def reference_accuracy(self) -> float | None:
+        """Return the accuracy of the network on the test images, or None without labels."""
+        reference = self._exporter.reference
+        labels, tested = reference.data.labels, reference.data.test_images
+        if labels is None or not tested:
+            return None
+        return float((best_classes(reference.logits[:tested], reference.spec) == labels[:tested]).mean())
+
+    def write_pick(self, candidate: Candidate, reason: str) -> Path:
+        """Export the pick under its own name, with the reason in its spec, unless that file is there already.
+
+        Raises:
+            CheckFailed: it does not pass its parity check this time.
+        """
+        if self._is_given(candidate):
+            return self._given
+        suffix = get_format(candidate.format).suffix
+        path = self._exporter.directory / f"{self._exporter.origin.stem}.{_PICK}{suffix}"
+        if self._is_current(path, reason):
+            return path
+        exported = self._exporter.run(candidate.format, candidate.precision, path, {_PICK: reason})
+        if not exported.report.summary.passed:
+            raise CheckFailed(
+                f"{path} failed the parity check that the candidate {candidate.name} had passed",
+                f"see {exported.report_path}; the candidate is in {self._study.directory}",
+            )
+        return path
+
+    def _is_current(self, path: Path, reason: str) -> bool:
+        try:
+            spec = read_spec(path)
+        except CifarxError:
+            return False
+        facts = spec.exporter or {}
+        return facts.get(_PICK) == reason and spec.checkpoint_sha256 == self._exporter.origin.sha256
+
+    def _is_given(self, candidate: Candidate) -> bool:
+        """Return whether the file of the network is this candidate itself."""
+        return candidate == BASELINE and self._exporter.origin.load_onnx is not None
+
+    def _given_result(self) -> CandidateResult:
+        copy = self._study.directory / self._given.name
+        with atomic_path(copy) as temporary:
+            shutil.copyfile(self._given, temporary)
+        accuracy = self.reference_accuracy()
+        return CandidateResult(
+            format=BASELINE.format,
+            precision=BASELINE.precision,
+            outcome="proved",
+            file=copy.name,
+            sha256=self._exporter.origin.sha256,
+            size_bytes=copy.stat().st_size,
+            agreement=1.0,
+            accuracy=accuracy,
+            accuracy_drop=None if accuracy is None else 0.0,
+        )
+
+
+def _proof(candidate: Candidate, exported: ExportResult, seconds: float) -> CandidateResult:
+    report, summary = exported.report, exported.report.summary
+    file = model_file(exported.path) if summary.passed else None
+    facts = (read_spec(exported.path).exporter or {}) if file else report.environment.versions
+    drop = None
+    if summary.accuracy is not None and summary.reference_accuracy is not None:
+        drop = summary.reference_accuracy - summary.accuracy
+    return CandidateResult(
+        format=candidate.format,
+        precision=candidate.precision,
+        fine_tuned=candidate.fine_tuned,
+        outcome="proved" if summary.passed else "failed",
+        reason="; ".join(f"{check.name}: {check.found}" for check in report.checks if not check.passed),
+        file=exported.path.name if file else None,
+        sha256=file_sha256(file) if file else None,
+        size_bytes=file.stat().st_size if file else None,
+        agreement=summary.agreement,
+        agreement_bound=summary.agreement_bound,
+        accuracy=summary.accuracy,
+        accuracy_drop=drop,
+        seconds=seconds,
+        versions={name: fact for name, fact in facts.items() if installed_version(name) == fact},
+    )
