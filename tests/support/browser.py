@@ -19,6 +19,8 @@ PATIENCE_S = 30
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1200,1000"),
+    # A camera that shows a moving circle, which every page may use.
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 )
 PHONE = {
     "deviceMetrics": {"width": 360, "height": 780, "pixelRatio": 2, "touch": True},

@@ -24,7 +24,6 @@ from cifarx.options import (
 from cifarx.output.console import json_result, note, print_error, styled_result
 from cifarx.signatures import SigningKey, open_signer, sign_artifact
 from cifarx_export.formats.registry import FORMATS, PRECISIONS, ExportOptions, get_format
-from cifarx_serve.backends.registry import model_file
 from cifarx_serve.errors import UsageError
 
 _FORMATS_HELP = f"Format: {', '.join(FORMATS)}. Repeatable."
@@ -113,8 +112,7 @@ def command(
         styled_result("\n".join(parity_lines(artifact.report) for artifact in exported))
     for artifact in exported:
         if artifact.report.summary.passed:
-            size = model_file(artifact.path).stat().st_size
-            note(f"wrote {artifact.path} ({size:,} bytes) and {artifact.report_path.name}")
+            note(f"wrote {artifact.path} ({_size(artifact.path):,} bytes) and {artifact.report_path.name}")
             sign_artifact(signer, artifact.path)
             note(f"next: cifarx infer IMAGE --model {shlex.quote(str(artifact.path))}")
         else:
@@ -122,3 +120,9 @@ def command(
     if html_report:
         note(f"wrote {html_report}")
     return 0 if all(artifact.report.summary.passed for artifact in exported) else 1
+
+
+def _size(path: Path) -> int:
+    """Return the size of an artifact in bytes, with all files of a directory."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -17,8 +17,8 @@ from cifarx.model_flags import (
 from cifarx.options import Json
 from cifarx.output.console import json_result, result
 from cifarx_serve.backends.base import require_file
-from cifarx_serve.backends.registry import model_file
-from cifarx_serve.errors import CheckFailed, UsageError, error_message
+from cifarx_serve.backends.registry import WEB_MODEL, model_file
+from cifarx_serve.errors import CheckFailed, ModelFileError, UsageError, error_message
 from cifarx_serve.files.checksum import ChecksumState, damaged_member, read_checksum
 from cifarx_serve.files.file_format import CHECKPOINT_FORMATS, detect_format
 from cifarx_serve.scores import DEFAULT_THRESHOLD
@@ -61,6 +61,8 @@ def _check(path: Path) -> str:
         CheckFailed: the file was changed, or has no checksum.
     """
     require_file(path)
+    if path.name == WEB_MODEL:
+        _check_web_directory(path.parent)
     checksum = read_checksum(path)
     if checksum.state is ChecksumState.CHANGED:
         raise CheckFailed(f"the checksum of {path} does not match", "get the file again, or export it again")
@@ -69,6 +71,15 @@ def _check(path: Path) -> str:
     if path.suffix == ".pth" or detect_format(path) in CHECKPOINT_FORMATS:
         return _check_members(path)
     raise CheckFailed(f"{path} has no checksum", "it is truncated, or written by another program; export it again")
+
+
+def _check_web_directory(directory: Path) -> None:
+    from cifarx_serve.backends.web.directory import require_intact_directory
+
+    try:
+        require_intact_directory(directory)
+    except ModelFileError as error:
+        raise CheckFailed(error.problem, error.remedy) from error
 
 
 def _check_members(path: Path) -> str:

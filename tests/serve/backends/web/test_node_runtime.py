@@ -81,7 +81,7 @@ def children() -> list[psutil.Process]:
     [(3, 4), pytest.param((2, 70_001), marks=pytest.mark.slow), pytest.param((5, 300_000), marks=pytest.mark.slow)],
 )
 def test_batches_of_any_size_arrive_whole(start: Start, dtype: type, shape: tuple[int, int]) -> None:
-    batch = np.random.default_rng(0).integers(0, 128, shape).astype(dtype)
+    batch: np.ndarray = np.random.default_rng(0).integers(0, 128, shape).astype(dtype)
     runtime = start("good")
     for _ in range(2):
         np.testing.assert_array_equal(runtime.run(batch, "logits"), 2 * batch.astype(np.float32))

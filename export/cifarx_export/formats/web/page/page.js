@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const TOP = [1, 3, 5, 10, 100];
 
+let loading = true;
 let spec = null; // of the model, when it is loaded
 let shown = null; // the newest picture: {id, name, url}
 let answer = null; // the outputs for it
@@ -164,8 +165,8 @@ $("camera").addEventListener("click", async () => {
   $("video").srcObject = stream;
   for (const id of ["drop", "camera"]) $(id).hidden = true;
   $("live").hidden = false;
-  await $("video").play();
   $("take").focus();
+  $("video").play().catch(() => {}); // it was closed before its first frame
 });
 
 function closeCamera() {
@@ -217,6 +218,7 @@ function facts({ version, megabytes }) {
 }
 
 function showModel(loaded) {
+  loading = false;
   spec = loaded.spec;
   document.title = `${spec.model}: image classifier`;
   setText($("summary"), `${spec.model}: one of ${spec.class_names.length} classes, in this browser.`);
@@ -246,6 +248,7 @@ function setState(text, kind = "") {
 }
 
 function fail(reason) {
+  loading = false;
   setState("failed", "bad");
   $("answer").setAttribute("aria-busy", "false");
   showError(`The model cannot be loaded (${reason}). Serve the whole directory, for example with \`python -m http.server\`, and use a browser of 2023 or newer.`);
@@ -260,6 +263,6 @@ classifier.addEventListener("error", (event) => fail(event.message || "its scrip
 classifier.addEventListener("message", ({ data }) => {
   if (data.ready) showModel(data);
   else if (data.failed) fail(data.failed);
-  else if (data.loading) setState(`loading, ${data.loading.toFixed(1)} MB`);
-  else received(data);
+  else if (data.loading && loading) setState(`loading, ${data.loading.toFixed(1)} MB`);
+  else if (data.id) received(data);
 });
