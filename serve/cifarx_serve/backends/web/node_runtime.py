@@ -83,7 +83,7 @@ class NodeRuntime:
         self._end = weakref.finalize(self, self._process.kill)
         try:
             line, _ = self._request({"open": True}, memoryview(model))
-        except BaseException:
+        except NodeError:
             self.close()
             raise
         self.description = msgspec.json.decode(line, type=RuntimeDescription)
@@ -98,7 +98,10 @@ class NodeRuntime:
         header = {"run": output, "dtype": batch.dtype.name, "shape": batch.shape}
         line, content = self._request(header, batch.data.cast("B"))
         reply = msgspec.json.decode(line, type=_Reply)
-        return np.frombuffer(content, reply.dtype).reshape(reply.shape)
+        try:
+            return np.frombuffer(content, reply.dtype).reshape(reply.shape).copy()
+        except (TypeError, ValueError) as error:
+            raise NodeError(f"it returns {reply.dtype} {reply.shape} in {len(content):,} bytes") from error
 
     def _request(self, header: dict[str, Any], content: memoryview) -> tuple[bytes, bytes]:
         """Send a request, and return the line and the content of its reply."""
@@ -111,8 +114,14 @@ class NodeRuntime:
                 result = self._process.read(reply.bytes)
         except WorkerExited as error:
             raise NodeError(f"Node.js ended with status {error.status}") from error
+        except msgspec.MsgspecError as error:
+            self.close()
+            raise NodeError(f"the reply of Node.js cannot be read ({error})") from error
         except ValueError as error:  # the pipes were closed
-            raise NodeError("it is closed") from error
+            raise NodeError("Node.js was closed") from error
+        except BaseException:  # an interrupt: the next request would get the reply to this one
+            self.close()
+            raise
         if reply.error is not None:
             raise NodeError(reply.error)
         return answer, result

@@ -35,6 +35,7 @@ export const InferenceSession = {
       if (name === "hangs") forever();
       if (name === "number") throw 4711;
       if (name === "dies later") process.kill(process.pid, "SIGSEGV");
+      if (name === "text") return { logits: { type: "string", dims: [1], data: new Uint8Array(3) } };
       const whole = input.data.buffer.byteLength === input.data.byteLength && env.wasm.wasmBinary.byteLength === 4;
       const data = Float32Array.from(input.data, (value) => (whole ? 2 * value : NaN));
       return { logits: { type: "float32", dims: input.dims, data } };
@@ -116,6 +117,7 @@ def test_a_model_that_cannot_be_opened_is_an_error_and_leaves_no_process(start: 
     ("name", "message"),
     [
         ("number", "4711"),
+        ("text", r"it returns string \(1,\) in 3 bytes"),
         pytest.param("dies later", "Node.js ended with status -11", marks=pytest.mark.slow),
         pytest.param("hangs", "no result after 0.5 s", marks=pytest.mark.slow),
     ],
@@ -124,7 +126,7 @@ def test_a_run_that_fails_is_an_error(start: Start, name: str, message: str) -> 
     runtime = start(name, timeout_s=0.5)
     with pytest.raises(NodeError, match=message):
         runtime.run(np.ones((1, 3), np.float32), "logits")
-    if name != "number":
+    if name in ("dies later", "hangs"):
         with pytest.raises(NodeError):
             runtime.run(np.ones((1, 3), np.float32), "logits")
 
@@ -141,6 +143,22 @@ def test_a_request_that_does_not_fit_into_memory_is_an_error(start: Start) -> No
     runtime._process.send(b'{"run": "logits", "bytes": -1}')  # as an allocation that fails
     assert b"Invalid typed array length" in runtime._process.readline()
     assert runtime.run(np.ones((1, 3), np.float32), "logits").sum() == 6
+
+
+def test_an_interrupted_request_closes_the_runtime(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply to the next request would otherwise be that to the interrupted one."""
+    runtime = start("good")
+
+    def interrupted() -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime._process, "readline", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.run(np.ones((1, 3), np.float32), "logits")
+    with pytest.raises(NodeError, match=r"Node\.js was closed|ended with status -9"):
+        runtime.run(np.zeros((1, 3), np.float32), "logits")
+    assert children() == []
 
 
 def test_a_closed_runtime_has_no_process_and_says_so(start: Start) -> None:
