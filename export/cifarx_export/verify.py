@@ -32,9 +32,11 @@ from cifarx_export.parity.html import require_html_path, write_html_report
 from cifarx_export.parity.report import ParityReport
 from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.base import Backend, require_file
+from cifarx_serve.backends.other_runtimes.registry import open_in_runtime, require_runtime
 from cifarx_serve.backends.registry import backend_for, model_file, open_backend
 from cifarx_serve.devices import parse_device
 from cifarx_serve.errors import CifarxError, DeviceMemoryError, ModelFileError, UsageError, error_message
+from cifarx_serve.files.file_format import FileFormat, detect_format
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.system.terminal import require_utf8
 from cifarx_train.checkpoints.checkpoint import file_sha256, weights_sha256
@@ -59,6 +61,7 @@ def verify(
     batch_size: int | None = None,
     spec: str | Path | None = None,
     locate: bool = False,
+    runtime: str | None = None,
     html_report: str | Path | None = None,
     atol: float | None = None,
     rtol: float | None = None,
@@ -83,6 +86,7 @@ def verify(
         batch_size: another batch size to check, in addition to 1, 3 and 64.
         spec: TOML or JSON file with fields of the model spec, for files that carry none.
         locate: if the check fails, find the first layer that differs and add it to the checks.
+        runtime: runs an ONNX file in another runtime than ONNX Runtime: opencv, openvino, tract or web.
         html_report: path of an HTML parity report to write, ending in `.html`.
         atol, rtol: replacements for the tolerance of the precision.
         allow_chance_accuracy: also check a network that is no better than chance on labeled images.
@@ -101,9 +105,13 @@ def verify(
         if spec is not None:
             options = options._replace(overrides=read_spec_file(Path(spec))).with_network()
         paths = _Paths(Path(artifact), Path(reference or checkpoint or ""), checkpoint is not None, options)
+        if runtime is not None:
+            require_runtime(runtime, model_file(paths.artifact))
+            if locate:
+                raise UsageError(f"--locate cannot read the layers of runtime {runtime}", "leave one of them out")
         if locate:
             require_locatable(model_file(paths.artifact), model_file(paths.reference))
-        opened = _open(paths, device, data, on_error, stack)
+        opened = _open(paths, device, runtime, data, on_error, stack)
         if paths.options != NO_OPTIONS:
             for line in describe_model(opened.reference.spec, paths.reference.name, paths.options.origins):
                 progress(line)
@@ -163,7 +171,9 @@ class _Opened(NamedTuple):
         return max((spec.precision for spec in specs), key=PRECISIONS.index, default=PRECISIONS[0])
 
 
-def _open(paths: _Paths, device: str, data: str | DataSource, on_error: OnError, stack: ExitStack) -> _Opened:
+def _open(
+    paths: _Paths, device: str, runtime: str | None, data: str | DataSource, on_error: OnError, stack: ExitStack
+) -> _Opened:
     """Open both files, with the stated spec where a file carries none.
 
     Raises:
@@ -179,7 +189,7 @@ def _open(paths: _Paths, device: str, data: str | DataSource, on_error: OnError,
             stated = ", ".join(dict.fromkeys(overrides.origins.values())) or "the stated spec"
             raise UsageError(f"both files contain a spec, so {stated} would be ignored", "leave it out")
         files = copies
-    artifact = stack.enter_context(_open_one(files[0], paths.artifact, device, paths.options))
+    artifact = stack.enter_context(_open_one(files[0], paths.artifact, device, paths.options, runtime))
     if not is_checkpoint:
         reference = stack.enter_context(_open_one(files[1], paths.reference, "cpu", NO_OPTIONS))
         return _Opened(artifact, reference, files, None)
@@ -197,10 +207,12 @@ def _described(path: Path, overrides: SpecOverrides, stack: ExitStack) -> Path:
     return write_described_copy(path, overrides, Path(stack.enter_context(tempfile.TemporaryDirectory())))
 
 
-def _open_one(path: Path, original: Path, device: str, options: ModelOptions) -> Backend:
+def _open_one(path: Path, original: Path, device: str, options: ModelOptions, runtime: str | None = None) -> Backend:
     """Open one file; errors name the user's file where `path` is a copy of it."""
     require_file(path)
     try:
+        if runtime is not None:
+            return open_in_runtime(runtime, path, parse_device(device))
         if backend_for(path) is PyTorchBackend:
             return PyTorchBackend(path, parse_device(device), options)
         return open_backend(path, device=device)
@@ -243,9 +255,11 @@ def _with_weights_check(result: ParityResult, opened: _Opened) -> ParityResult:
 
 
 def _half_precision_checks(opened: _Opened, reference: Reference, progress: Progress) -> list[Check]:
-    """Check a file in fp16 in float16, if it ran in ONNX Runtime on the CPU, which computes it in float32."""
+    """Check an ONNX file in fp16 in float16, unless it ran on a GPU: a CPU computes it in float32."""
     backend = opened.artifact
-    if backend.spec.precision != "fp16" or backend.provider != "CPUExecutionProvider":
+    if backend.spec.precision != "fp16" or detect_format(opened.files[0]) is not FileFormat.ONNX:
+        return []
+    if backend.provider.startswith(("CUDA", "Tensorrt")):
         return []
     progress("fp16: simulating it, because a CPU computes it in float32")
     model = inline_functions(load_onnx_model(opened.files[0]), opened.files[0])

@@ -44,6 +44,13 @@ def command(
     device: DeviceName = "cpu",
     batch: Annotated[int | None, typer.Option(help="Batch size to check in addition to 1, 3 and 64.")] = None,
     locate: Annotated[bool, typer.Option("--locate", help="Find the first layer whose output differs.")] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUNTIME",
+            help="Run an ONNX file in another runtime than ONNX Runtime: opencv, openvino, tract or web.",
+        ),
+    ] = None,
     require_signature: RequiredKey = None,
     html_report: HtmlReport = None,
     atol: AbsoluteTolerance = None,
@@ -73,6 +80,7 @@ def command(
         device=device,
         batch_size=batch,
         locate=locate,
+        runtime=runtime,
         html_report=html_report,
         atol=atol,
         rtol=rtol,
@@ -93,5 +101,6 @@ def command(
                 note(f"note: {check.found}")
     failed = ", ".join(check.name for check in report.checks if not check.passed)
     if failed:
-        print_error(f"{artifact} differs from {reference or ckpt} (failed checks: {failed}): export it again")
+        where, remedy = (f" in {runtime}", "use another --runtime") if runtime else ("", "export it again")
+        print_error(f"{artifact} differs from {reference or ckpt}{where} (failed checks: {failed}): {remedy}")
     return 1 if failed else 0

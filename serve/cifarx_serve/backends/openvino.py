@@ -8,7 +8,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from cifarx_serve.backends.base import Backend, TensorInfo, parse_spec, require_
 from cifarx_serve.devices import Device, out_of_memory_error
 from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError, UsageError, error_message
 from cifarx_serve.files.zip_safety import read_member, require_safe_archive
-from cifarx_serve.spec import ModelSpec
+from cifarx_serve.spec import ModelSpec, Precision
 from cifarx_serve.system.cpus import available_cpus
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ class OpenVinoBackend(Backend):
     """
 
     name = "openvino"
-    suffixes = (".openvino.zip",)
+    suffixes: ClassVar[tuple[str, ...]] = (".openvino.zip",)
 
     def __init__(self, path: Path, device: Device) -> None:
         self.spec = self.read_spec(path)
         if device.type not in ("auto", "cpu"):
             raise DeviceError(f"{path} runs on the CPU, but {device.type} was requested", "use --device cpu")
         self._path = path
-        self._core, self._model = _read_model(path)
+        self._core, self._model = self.read_model(path)
         self._compile(available_cpus())
 
     @classmethod
@@ -66,10 +66,29 @@ class OpenVinoBackend(Backend):
         require_safe_archive(path)
         return parse_spec(read_member(path, SPEC_FILE), path)
 
+    @classmethod
+    def read_model(cls, path: Path) -> "tuple[openvino.Core, openvino.Model]":
+        """Read and check the model.
+
+        Raises:
+            UsageError: OpenVINO is not installed.
+            ModelFileError: the model is damaged, or it could do more than compute tensors of a bounded size.
+        """
+        graph = read_member(path, GRAPH_FILE)
+        if graph is None:
+            raise ModelFileError(f"{path} has no {GRAPH_FILE}", "export it again")
+        _require_safe_graph(graph, path)
+        return read_graph(path, graph, _read_weights(path))
+
+    @property
+    def computed_precision(self) -> Precision:
+        """The precision to compute in: bf16, or float32 for any other."""
+        return self.spec.precision
+
     def _compile(self, threads: int) -> None:
         from openvino import Type
 
-        wanted = Type.bf16 if self.spec.precision == "bf16" else Type.f32
+        wanted = Type.bf16 if self.computed_precision == "bf16" else Type.f32
         try:
             compiled = self._core.compile_model(
                 self._model,
@@ -131,26 +150,31 @@ def _read_weights(path: Path) -> NDArray[np.uint8]:
         raise ModelFileError(f"{path} has no {WEIGHTS_FILE} ({error_message(error)})", "export it again") from error
 
 
-def _read_model(path: Path) -> "tuple[openvino.Core, openvino.Model]":
-    """Read and check the model.
+def read_graph(
+    path: Path, graph: bytes, weights: NDArray[np.uint8] | None = None
+) -> "tuple[openvino.Core, openvino.Model]":
+    """Read a graph with OpenVINO, and check the sizes of its tensors.
+
+    Args:
+        path: the file, for messages.
+        graph: an XML document of OpenVINO, or an ONNX model.
+        weights: the weights, if they are not in the graph.
 
     Raises:
         UsageError: OpenVINO is not installed.
-        ModelFileError: the model is damaged, or it could do more than compute tensors of a bounded size.
+        ModelFileError: OpenVINO cannot read it, or a tensor is too large.
     """
-    graph = read_member(path, GRAPH_FILE)
-    if graph is None:
-        raise ModelFileError(f"{path} has no {GRAPH_FILE}", "export it again")
-    _require_safe_graph(graph, path)
-    weights = _read_weights(path)
     try:
         import openvino
     except ModuleNotFoundError as error:
         raise UsageError("OpenVINO is not installed", 'pip install "cifarx[openvino]"') from error
     core = openvino.Core()
     try:
-        tensor = openvino.Tensor(weights) if len(weights) else openvino.Tensor(openvino.Type.u8, [0])
-        model = core.read_model(graph, tensor)
+        if weights is None:
+            model = core.read_model(graph)
+        else:
+            tensor = openvino.Tensor(weights) if len(weights) else openvino.Tensor(openvino.Type.u8, [0])
+            model = core.read_model(graph, tensor)
         for operation in model.get_ops():
             for output in operation.outputs():
                 _require_bounded(output.get_partial_shape(), operation.get_friendly_name(), path)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.color_model import write_onnx
 from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 
@@ -87,3 +88,16 @@ def test_invalid_options_are_usage_errors(cli: Cli, trained: Trained) -> None:
         result = cli("verify", trained.onnx, *arguments)
         assert result.status == 2
         assert result.error
+
+
+def test_runs_an_onnx_file_in_another_runtime(cli: Cli) -> None:
+    pytest.importorskip("tract")
+    right, swapped = write_onnx(Path("right.onnx")), write_onnx(Path("swapped.onnx"), order=(2, 1, 0))
+    options = ("--runtime", "tract", "--data", "builtin", "--allow-chance-accuracy")
+    result = cli("verify", right, right, *options, "--json")
+    assert result.status == 0
+    assert result.json[0]["provider"].startswith("tract ")
+    result = cli("verify", swapped, right, *options)
+    assert result.status == 1
+    found = "error: swapped.onnx differs from right.onnx in tract (failed checks: tolerance, agreement): use another "
+    assert result.error.startswith(found)
