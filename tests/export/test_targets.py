@@ -22,6 +22,7 @@ def test_names_of_formats() -> None:
         ("net.pt2", "pt2", "fp32"),
         ("net.aoti.pt2", "aotinductor", "fp32"),
         ("net.bf16.openvino.zip", "openvino", "bf16"),
+        ("net.int8.tflite", "litert", "int8"),
         ("net.triton", "triton", "fp32"),
         ("net.v1.onnx", "onnx", "fp32"),
     ],

@@ -39,6 +39,9 @@ _TEST_BATCH_SIZE: Final = 64
 _ONNX_WEIGHT_LIMIT: Final = 2**31 - 2**24
 """Bytes of weights that fit into one ONNX file: protobuf's limit of 2 GiB, with 16 MiB for the graph and the spec."""
 
+_FLATBUFFER_WEIGHT_LIMIT: Final = 2**31 - 2**24
+"""Bytes of weights that fit into one LiteRT file: the limit of FlatBuffers, with room for the graph."""
+
 MIN_INT8_OPSET: Final = 13
 """The lowest opset in which weights can have one scale per channel."""
 
@@ -248,6 +251,14 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             devices=("cpu",),
             options=(),
             converter="cifarx_export.formats.executorch:convert_to_executorch",
+        ),
+        "litert": Format(
+            backend="litert",
+            precisions=("fp32", "int8"),
+            devices=("cpu",),
+            options=("calibration_images",),
+            converter="cifarx_export.formats.litert.converter:convert_to_litert",
+            max_weight_bytes=_FLATBUFFER_WEIGHT_LIMIT,
         ),
         "triton": Format(
             backend="onnxruntime",

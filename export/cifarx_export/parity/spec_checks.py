@@ -16,6 +16,9 @@ ASSUMED: Final = "ASSUMED"
 
 _MAX_NAMES: Final = 12
 
+_PREPROCESSING_FIELDS: Final = tuple(name for name in InputSpec.__struct_fields__ if name != "layout")
+"""The order of the axes is not among them: a format may have its own. `check_interface` and the runs check it."""
+
 _OUTPUT_FIELDS: Final = ("output", "activation", "output_size", "thresholds", "temperature")
 
 
@@ -29,7 +32,7 @@ def check_specs(reference: ModelSpec, artifact: ModelSpec) -> list[Check]:
         _check("class names", _different_name(*names), describe_names(artifact.class_names), "class_names" in assumed),
         _check(
             "preprocessing",
-            _different_fields(reference.input, artifact.input, InputSpec.__struct_fields__),
+            _different_fields(reference.input, artifact.input, _PREPROCESSING_FIELDS),
             describe_input(artifact.input),
             "preprocessing" in assumed,
         ),

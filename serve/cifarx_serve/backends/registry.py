@@ -31,6 +31,7 @@ _BACKEND_OF_FORMAT: Final = MappingProxyType(
         FileFormat.AOT_INDUCTOR: "aot_inductor",
         FileFormat.OPENVINO: "openvino",
         FileFormat.EXECUTORCH: "executorch",
+        FileFormat.LITERT: "litert",
         FileFormat.TORCH_ZIP: "pytorch",
         FileFormat.TORCH_PICKLE: "pytorch",
         FileFormat.SAFETENSORS: "pytorch",
@@ -68,6 +69,7 @@ register_backend("torchscript", "cifarx_serve.backends.torch.torchscript:TorchSc
 register_backend("exported_program", "cifarx_serve.backends.torch.exported_program:ExportedProgramBackend", (".pt2",))
 register_backend("aot_inductor", "cifarx_serve.backends.torch.aot_inductor:AotInductorBackend", (".aoti.pt2",))
 register_backend("openvino", "cifarx_serve.backends.openvino:OpenVinoBackend", (".openvino.zip",))
+register_backend("litert", "cifarx_serve.backends.litert.backend:LiteRtBackend", (".tflite",))
 register_backend("executorch", "cifarx_serve.backends.torch.executorch:ExecuTorchBackend", (".pte",))
 register_backend("web", "cifarx_serve.backends.web.backend:WebBackend", (".web.onnx", ".web"))
 

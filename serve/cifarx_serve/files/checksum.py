@@ -2,8 +2,8 @@
 
 The file ends with `cifarx-seal:` and 64 hexadecimal digits: the SHA-256 of all bytes before the digits. All supported
 formats have a place at their end that other readers ignore: an entry of `metadata_props` in ONNX, which protobuf allows
-after all other fields; the comment of a zip archive, such as PyTorch's files; and whatever follows the program of an
-ExecuTorch file.
+after all other fields; the comment of a zip archive, such as PyTorch's files; and whatever follows the model in an
+ExecuTorch or a LiteRT file.
 
 The checksum detects accidental damage from a bad copy or a bad disk. It is not a signature: anyone who changes a file
 on purpose can also write a new checksum.
@@ -23,6 +23,9 @@ MARKER: Final = b"cifarx-seal:"
 
 _ONNX_KEY: Final = b"cifarx.seal"
 """The key of the checksum in the `metadata_props` of an ONNX file."""
+
+_TRAILING: Final = (".pte", ".tflite")
+"""The suffixes of files whose readers ignore what follows the model."""
 
 _DIGITS: Final = 64
 LENGTH: Final = len(MARKER) + _DIGITS
@@ -150,11 +153,13 @@ def _append_placeholder(file: IO[bytes], path: Path) -> None:
         file.seek(0, os.SEEK_END)
         entry = _field(1, _ONNX_KEY) + _field(2, placeholder)
         file.write(_field(14, entry))
-    elif path.suffix == ".pte":
+    elif path.suffix in _TRAILING:
         file.seek(0, os.SEEK_END)
         file.write(placeholder)
     else:
-        raise ModelFileError(f"{path} cannot hold a checksum", "use an ONNX or ExecuTorch file, or a zip archive")
+        raise ModelFileError(
+            f"{path} cannot hold a checksum", "use an ONNX, ExecuTorch or LiteRT file, or a zip archive"
+        )
 
 
 def _field(number: int, content: bytes) -> bytes:

@@ -25,8 +25,9 @@ _HUGGING_FACE_CONFIG: Final = "config.json"
 # producer_version, domain, model_version, doc_string, graph, opset_import or metadata_props.
 _ONNX_IR_VERSION: Final = 0x08
 _ONNX_SECOND_FIELDS: Final = b"\x12\x1a\x22\x28\x32\x3a\x42\x72"
-# The identifier of the FlatBuffers schema, which follows the offset of the root table.
+# The identifiers of the FlatBuffers schemas, which follow the offset of the root table.
 _EXECUTORCH_IDENTIFIER: Final = b"ET12"
+_LITERT_IDENTIFIER: Final = b"TFL3"
 _FLATBUFFERS_IDENTIFIER: Final = slice(4, 8)
 
 
@@ -39,6 +40,7 @@ class FileFormat(Enum):
     AOT_INDUCTOR = auto()
     OPENVINO = auto()
     EXECUTORCH = auto()
+    LITERT = auto()
     TORCH_ZIP = auto()
     """A file of `torch.save`."""
     TORCH_PICKLE = auto()
@@ -69,6 +71,8 @@ def _head_format(head: bytes, size: int) -> FileFormat | None:
         return FileFormat.TORCH_PICKLE
     if head[_FLATBUFFERS_IDENTIFIER] == _EXECUTORCH_IDENTIFIER:
         return FileFormat.EXECUTORCH
+    if head[_FLATBUFFERS_IDENTIFIER] == _LITERT_IDENTIFIER:
+        return FileFormat.LITERT
     length = int.from_bytes(head[:_SAFETENSORS_LENGTH], "little")
     fits = length <= min(_MAX_SAFETENSORS_HEADER, size - _SAFETENSORS_LENGTH)
     if fits and head[_SAFETENSORS_LENGTH : _SAFETENSORS_LENGTH + 1] == b"{":

@@ -1,0 +1,1 @@
+"""LiteRT files, made from the network with litert-torch."""
