@@ -100,13 +100,21 @@ class Exporter(NamedTuple):
         return self.writer.report(name, spec, target, parity)
 
     def with_module(self, build_module: "Callable[[], nn.Module]", facts: Mapping[str, str]) -> "Exporter":
-        """Return an exporter of another network, whose artifacts are checked against the same reference.
+        """Return an exporter of other weights for the same network, checked against the same reference.
 
         Args:
-            build_module: returns a new copy of the network, which has the spec of the origin.
-            facts: facts about the network that the specs record.
+            build_module: returns a new copy of the network with the other weights.
+            facts: facts about the weights that the specs record.
         """
-        sources = {precision: replace(source, build_module=build_module) for precision, source in self.sources.items()}
+        sources = {
+            precision: replace(
+                source,
+                build_module=build_module,
+                original=source.build_module,
+                spec=msgspec.structs.replace(source.spec, weights_sha256=None),
+            )
+            for precision, source in self.sources.items()
+        }
         return self._replace(sources=sources, facts={**self.facts, **facts})
 
 

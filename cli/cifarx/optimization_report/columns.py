@@ -78,7 +78,7 @@ _COLUMNS: Final = (
     Column("speed-up, 1 thread", _of(lambda found: f"{found.one_thread.speedup:.2f}x" if found.one_thread else "")),
     Column("images/s", _of(lambda found: f"{found.images_per_s:,.0f}")),
     Column("at batch", _of(lambda found: str(found.batch)), essential=False),
-    Column("gain", _of(lambda found: f"{found.throughput_gain:.2f}x"), essential=False),
+    Column("throughput gain", _of(lambda found: f"{found.throughput_gain:.2f}x"), essential=False),
     Column("KB", lambda result: "" if result.size_bytes is None else f"{result.size_bytes / 1e3:,.0f}"),
     Column("agreement", lambda result: _share(result.agreement)),
     Column("accuracy", lambda result: _share(result.accuracy), essential=False),

@@ -87,6 +87,8 @@ class ConversionSource:
             only to the formats of ONNX.
         test_images: images of the test split at the network's input size: uint8, (N, height, width, channels). None if
             there are none.
+        original: returns the network that the artifacts are checked against, in eval mode, if `build_module` returns
+            one with other weights.
     """
 
     build_module: "Callable[[], nn.Module]"
@@ -96,6 +98,7 @@ class ConversionSource:
     progress: Progress
     load_onnx: "Callable[[], ModelProto] | None" = None
     test_images: "NDArray[np.uint8] | None" = None
+    original: "Callable[[], nn.Module] | None" = None
     _shared: "dict[Callable[[ConversionSource], Any], Any]" = field(default_factory=dict, init=False, repr=False)
 
     def example_input(self) -> "Tensor":

@@ -40,7 +40,7 @@ TARGETS: Final = ("cpu", *_FORMATS_OF_TARGET)
 `web` a browser."""
 
 _LATE: Final = ("aotinductor", "pt2", "torchscript")
-"""Formats that are tried after all others. The conversion of the first runs a compiler for about a minute, and the other
+"""Formats that are tried after all others. The conversion of the first runs a compiler for about a minute. The other
 two run operator by operator in PyTorch, which makes their parity checks slow."""
 
 _ORDER: Final[tuple[Precision, ...]] = ("bf16", "int8", "fp32", "fp16")
@@ -65,21 +65,23 @@ def parse_targets(text: str) -> tuple[str, ...]:
 def list_candidates(targets: Sequence[str], formats: Mapping[str, Format] = FORMATS) -> list[Candidate]:
     """Return the candidates for targets in the order in which they are tried: every precision of every format.
 
-    The baseline is first. Then come those that gain the most for the time that they take, so that a search that ends
-    early has found most of what there is.
+    Int8 is a candidate twice: after the usual calibration, and with weights that are fine-tuned for it. The baseline is
+    first. Then come those that gain the most for the time that they take, so that a search that ends early has found
+    most of what there is.
     """
     names = [name for name, row in formats.items() if any(_runs_on(target, name, row) for target in targets)]
     found = [Candidate(name, precision) for name in names for precision in formats[name].precisions]
+    found += [one._replace(fine_tuned=True) for one in found if one.precision == "int8"]
     return sorted(found, key=_rank)
 
 
-def _rank(candidate: Candidate) -> tuple[int, int, int]:
+def _rank(candidate: Candidate) -> tuple[int, int, int, bool]:
     if candidate == BASELINE:
-        return -1, 0, 0
+        return -1, 0, 0, False
     if candidate.format not in _LATE:
-        return 0, 0, _ORDER.index(candidate.precision)
+        return 0, 0, _ORDER.index(candidate.precision), candidate.fine_tuned
     # Their other precisions are tried only if fp32 is fast enough.
-    return 1, _LATE.index(candidate.format), PRECISIONS.index(candidate.precision)
+    return 1, _LATE.index(candidate.format), PRECISIONS.index(candidate.precision), candidate.fine_tuned
 
 
 def _runs_on(target: str, name: str, row: Format) -> bool:

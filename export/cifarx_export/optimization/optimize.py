@@ -85,7 +85,7 @@ def optimize(
         workbench = Workbench(exporter, study, path, limit.checking(progress))
         goal = Goal(requirement, prefer, exporter.origin.weight_bytes)
         search = Search(study, goal, workbench.prove, workbench.measure, limit, progress)
-        wanted = list_candidates(targets)
+        wanted = [one for one in list_candidates(targets) if workbench.has_module or not one.fine_tuned]
         search.run(wanted if BASELINE in wanted else [BASELINE, *wanted])
         limit.lift()
         eligible = [result for result in search.results if result.candidate in wanted]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+
 from cifarx_export.optimization.candidates import BASELINE, Candidate
 from cifarx_export.optimization.requirement import Requirement, meets
 from cifarx_export.optimization.results import CandidateResult, Preference
@@ -17,6 +18,9 @@ _WEIGHT_BYTES: Final[Mapping[Precision, int]] = {"fp32": 4, "bf16": 2, "fp16": 2
 
 _INSTALL: Final = "pip install"
 """Part of the error for a package that is not installed."""
+
+_FIDELITY: Final = ("accuracy", "accuracy_drop", "agreement")
+"""The quantities of a requirement that say how much of the network's answers is kept."""
 
 _FOLDED: Final = 0.9
 """A file has at least this part of the weights, because batch normalization is folded into convolutions."""
@@ -44,6 +48,7 @@ def why_hopeless(
         or _too_large(candidate, results, requirement, prefer, weight_bytes)
         or _only_smaller(candidate, requirement, prefer)
         or _too_slow(candidate, results, requirement, prefer)
+        or (_needs_no_fine_tuning(candidate, results, requirement) if candidate.fine_tuned else None)
     )
 
 
@@ -100,3 +105,18 @@ def _too_slow(
         f"its fp32 has a speed of {merit(fp32, prefer):.2f}, the best so far {max(matching):.2f}, and "
         f"{candidate.precision} gains a factor of {_MAX_GAIN[candidate.precision]:g} at most"
     )
+
+
+def _needs_no_fine_tuning(
+    candidate: Candidate, results: Sequence[CandidateResult], requirement: Requirement
+) -> str | None:
+    """Return why other weights would not help.
+
+    They do only where int8 lost too much of the network's answers, or where layers stayed in fp32 to keep them.
+    """
+    usual = next((result for result in results if result.candidate == candidate._replace(fine_tuned=False)), None)
+    if usual is None or usual.outcome in ("refused", "skipped", "not tried"):
+        return f"as without fine-tuning: {usual.reason if usual else 'it was not tried'}"
+    lost = any(bound.name in _FIDELITY and not bound.holds(usual) for bound in requirement)
+    mixed = usual.facts.get("fp32 layers", "none") != "none"
+    return None if usual.outcome == "failed" or lost or mixed else f"{usual.name} keeps its answers without it"

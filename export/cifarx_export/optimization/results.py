@@ -71,6 +71,7 @@ class CandidateResult(msgspec.Struct, frozen=True, kw_only=True):
         accuracy, accuracy_drop: accuracy, and what it is below that of the network; None without labels.
         seconds: how long the conversion and the parity check took.
         versions: versions of the packages that it was made with, by name.
+        facts: other facts about its conversion, as its spec states them.
         measurement: its speed; None if it was not measured.
     """
 
@@ -88,6 +89,7 @@ class CandidateResult(msgspec.Struct, frozen=True, kw_only=True):
     accuracy_drop: float | None = None
     seconds: float | None = None
     versions: dict[str, str] = {}
+    facts: dict[str, str] = {}
     measurement: Measurement | None = None
 
     @property

@@ -25,6 +25,11 @@ SUFFIX: Final = ".optimize"
 
 DOCUMENT: Final = "study.json"
 REPORT: Final = "report.html"
+FINE_TUNED: Final = "fine_tuned.pth"
+"""The weights that were fine-tuned for int8."""
+
+_TRUSTED_ONCE: Final = "aotinductor"
+"""The format whose files are machine code, see `cifarx_serve.backends.torch.aot_inductor`."""
 
 _LARGEST_BYTES: Final = 2**26
 
@@ -135,6 +140,8 @@ class Study:
 
     def _problem(self, result: CandidateResult) -> str | None:
         """Return why an earlier result does not hold any more, or None."""
+        if result.format == _TRUSTED_ONCE and result.outcome == "proved" and not result.is_measured:
+            return "only the run that compiled its code may open it"
         for name, before in result.versions.items():
             now = installed_version(name)
             if now != before:
@@ -150,14 +157,14 @@ class Study:
     def _remove_files(self, earlier: _Document) -> None:
         """Remove the files of an earlier study, as far as they are files beside its document."""
         names = [result.file for result in earlier.results if result.file and Path(result.file).name == result.file]
-        for name in [DOCUMENT, REPORT, *names, *(f"{name}{REPORT_SUFFIX}" for name in names)]:
+        for name in [DOCUMENT, REPORT, FINE_TUNED, *names, *(f"{name}{REPORT_SUFFIX}" for name in names)]:
             with suppress(OSError):  # such as a directory
                 (self.directory / name).unlink()
 
 
 def _remove_leftovers(directory: Path) -> None:
     suffixes = {Path(f"x{row.suffix}").suffix for row in FORMATS.values() if row.directory_suffix is None}
-    for suffix in (*suffixes, ".json", ".html"):
+    for suffix in (*suffixes, ".json", ".html", ".pth"):
         remove_partial_files(directory, suffix)
 
 

@@ -9,9 +9,10 @@ from cifarx_export.checked_artifact import ExportResult
 from cifarx_export.exporter import Exporter
 from cifarx_export.formats.registry import NO_OPTIONS, get_format
 from cifarx_export.optimization.candidates import BASELINE, Candidate
+from cifarx_export.optimization.fine_tuned_weights import load_or_fine_tune
 from cifarx_export.optimization.measurement import measure
 from cifarx_export.optimization.results import CandidateResult, Measurement
-from cifarx_export.optimization.study import Study, installed_version
+from cifarx_export.optimization.study import FINE_TUNED, Study, installed_version
 from cifarx_export.origin import require_convertible
 from cifarx_export.parity.predictions import best_classes
 from cifarx_serve.backends.registry import model_file, read_spec
@@ -19,6 +20,9 @@ from cifarx_serve.errors import CheckFailed, CifarxError
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.progress import Progress
 from cifarx_train.checkpoints.checkpoint import file_sha256
+
+_FINE_TUNED: Final = "tuned"
+"""Part of the names of candidates with fine-tuned weights."""
 
 _PICK: Final = "optimized"
 """Part of the name of the pick's file, as in `lzh_9.optimized.onnx`, and the fact in its spec with the reason."""
@@ -39,6 +43,12 @@ class Workbench:
         self._study = study
         self._given = given
         self._progress = progress
+        self._fine_tuned: Exporter | None = None
+
+    @property
+    def has_module(self) -> bool:
+        """Whether the network is one of PyTorch, which can be fine-tuned."""
+        return self._exporter.origin.load_onnx is None
 
     def prove(self, candidate: Candidate) -> CandidateResult:
         """Export a candidate into the study, and return what its parity check found.
@@ -51,8 +61,9 @@ class Workbench:
         origin = self._exporter.origin
         require_convertible(origin, candidate.format, candidate.precision, NO_OPTIONS)
         started = time.monotonic()
-        exporter = self._exporter._replace(directory=self._study.directory)
-        exported = exporter.run(candidate.format, candidate.precision)
+        stem = f"{origin.stem}.{_FINE_TUNED}" if candidate.fine_tuned else origin.stem
+        path = self._study.directory / get_format(candidate.format).file_name(stem, candidate.precision)
+        exported = self._exporter_of(candidate).run(candidate.format, candidate.precision, path)
         return _proof(candidate, exported, time.monotonic() - started)
 
     def measure(self, proved: CandidateResult, baseline: CandidateResult | None) -> Measurement:
@@ -91,13 +102,24 @@ class Workbench:
         path = self._exporter.directory / f"{self._exporter.origin.stem}.{_PICK}{suffix}"
         if self._is_current(path, reason):
             return path
-        exported = self._exporter.run(candidate.format, candidate.precision, path, {_PICK: reason})
+        exporter = self._exporter_of(candidate)
+        exported = exporter.run(candidate.format, candidate.precision, path, {_PICK: reason})
         if not exported.report.summary.passed:
             raise CheckFailed(
                 f"{path} failed the parity check that the candidate {candidate.name} had passed",
                 f"see {exported.report_path}; the candidate is in {self._study.directory}",
             )
         return path
+
+    def _exporter_of(self, candidate: Candidate) -> Exporter:
+        """Return the exporter of the network, or of its fine-tuned weights."""
+        if not candidate.fine_tuned:
+            return self._exporter
+        if self._fine_tuned is None:
+            file = self._study.directory / FINE_TUNED
+            weights = load_or_fine_tune(self._exporter.sources["int8"], file, self._progress)
+            self._fine_tuned = self._exporter.with_module(weights.build, weights.facts)
+        return self._fine_tuned
 
     def _is_current(self, path: Path, reason: str) -> bool:
         try:
@@ -109,7 +131,7 @@ class Workbench:
 
     def _is_given(self, candidate: Candidate) -> bool:
         """Return whether the file of the network is this candidate itself."""
-        return candidate == BASELINE and self._exporter.origin.load_onnx is not None
+        return candidate == BASELINE and not self.has_module
 
     def _given_result(self) -> CandidateResult:
         copy = self._study.directory / self._given.name
@@ -133,6 +155,7 @@ def _proof(candidate: Candidate, exported: ExportResult, seconds: float) -> Cand
     report, summary = exported.report, exported.report.summary
     file = model_file(exported.path) if summary.passed else None
     facts = (read_spec(exported.path).exporter or {}) if file else report.environment.versions
+    versions = {name: fact for name, fact in facts.items() if installed_version(name) == fact}
     drop = None
     if summary.accuracy is not None and summary.reference_accuracy is not None:
         drop = summary.reference_accuracy - summary.accuracy
@@ -150,5 +173,6 @@ def _proof(candidate: Candidate, exported: ExportResult, seconds: float) -> Cand
         accuracy=summary.accuracy,
         accuracy_drop=drop,
         seconds=seconds,
-        versions={name: fact for name, fact in facts.items() if installed_version(name) == fact},
+        versions=versions,
+        facts={name: fact for name, fact in facts.items() if name not in versions},
     )

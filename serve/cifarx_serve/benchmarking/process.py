@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cifarx_serve import errors
 from cifarx_serve.backends.base import NOTHING_STATED
 from cifarx_serve.backends.registry import registered_backends
+from cifarx_serve.backends.torch.aot_inductor import trusted_packages
 from cifarx_serve.benchmarking.worker import (
     MeasureDeviceTimes,
     MeasureMemory,
@@ -40,7 +41,7 @@ class BenchmarkProcess:
 
     Args:
         path: the model file.
-        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
+        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps, gpu or npu.
         images_file: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
         stated: what the user states about the model, see `Backend.open_stated`.
         single_threaded: whether to run it in one thread, see `Backend.single_threaded`.
@@ -67,7 +68,13 @@ class BenchmarkProcess:
         self._process = start_module(_PROGRAM)
         try:
             request = OpenModel(
-                str(path), device, str(images_file), registered_backends(), dict(stated), single_threaded
+                str(path),
+                device,
+                str(images_file),
+                registered_backends(),
+                dict(stated),
+                single_threaded,
+                trusted_packages(),
             )
             self.opened = self._request(request, OpenedModel)
         except BaseException:

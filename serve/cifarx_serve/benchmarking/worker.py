@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cifarx_serve.backends.base import Backend, require_interface, run_checked
 from cifarx_serve.backends.registry import RegisteredBackend, model_file, open_backend, register_backend
+from cifarx_serve.backends.torch.aot_inductor import trust_packages
 from cifarx_serve.benchmarking.timing import WINDOW_S, WINDOW_WARMUP_CALLS, measure_window, warm_up
 from cifarx_serve.errors import CifarxError, FallbackWarning, UsageError
 from cifarx_serve.images.preprocess import model_input
@@ -35,6 +36,7 @@ class OpenModel(msgspec.Struct, frozen=True, tag=True):
         registered: the backends that the parent process has registered.
         stated: what the user states about the model, see `Backend.open_stated`.
         single_threaded: whether to run it in one thread, see `Backend.single_threaded`.
+        trusted: the hashes of the AOTInductor packages that the parent process may open.
     """
 
     path: str
@@ -43,6 +45,7 @@ class OpenModel(msgspec.Struct, frozen=True, tag=True):
     registered: tuple[RegisteredBackend, ...]
     stated: dict[str, Any] = {}
     single_threaded: bool = False
+    trusted: tuple[str, ...] = ()
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag=True):
@@ -132,6 +135,7 @@ class _Model:
     def __init__(self, request: OpenModel) -> None:
         for registered in request.registered:
             register_backend(*registered)
+        trust_packages(request.trusted)
         self._images: NDArray[np.uint8] = np.load(request.images, mmap_mode="r", allow_pickle=False)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")

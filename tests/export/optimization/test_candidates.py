@@ -21,7 +21,11 @@ def test_every_precision_of_every_format_for_the_cpu_is_a_candidate() -> None:
         for precision in row.precisions
         if row.directory_suffix is None
     }
-    assert set(list_candidates(["cpu"])) == expected
+    found = list_candidates(["cpu"])
+    assert {one for one in found if not one.fine_tuned} == expected
+    assert {one._replace(fine_tuned=False) for one in found if one.fine_tuned} == {
+        one for one in expected if one.precision == "int8"
+    }
 
 
 def test_a_new_format_joins_by_itself() -> None:
@@ -36,6 +40,9 @@ def test_int8_is_tried_before_fp32_of_other_runtimes_but_after_it_where_fp32_dec
     found = list_candidates(["cpu"], {**FORMATS, "pt2": FORMATS["pt2"]._replace(precisions=("fp32", "int8"))})
     assert found.index(Candidate("openvino", "int8")) < found.index(Candidate("openvino", "fp32"))
     assert found.index(Candidate("pt2", "fp32")) < found.index(Candidate("pt2", "int8"))
+    tuned = [found.index(one) for one in found if one.fine_tuned and one.format != "pt2"]
+    assert found.index(Candidate("openvino", "int8")) < min(tuned)
+    assert max(tuned) < found.index(Candidate("openvino", "fp32"))
 
 
 def test_targets_are_added_up() -> None:

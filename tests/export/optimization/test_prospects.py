@@ -12,8 +12,8 @@ BASE = proved("onnx fp32", 1.0, size_bytes=8_100_000)
 def _reason(
     name: str, *results: CandidateResult, require: str = "", prefer: str = "latency", weights: int = 8_000_000
 ) -> str | None:
-    format_, precision = name.split()
-    candidate = Candidate(format_, precision)  # type: ignore[arg-type]
+    format_, precision, *tuned = name.split()
+    candidate = Candidate(format_, precision, bool(tuned))  # type: ignore[arg-type]
     return why_hopeless(candidate, results, parse_requirement(require), prefer, weights)  # type: ignore[arg-type]
 
 
@@ -72,3 +72,16 @@ def test_fp16_is_made_only_where_the_size_matters() -> None:
 
 def test_the_baseline_is_always_made() -> None:
     assert why_hopeless(BASELINE, (), parse_requirement("size<1kb"), "size", 8_000_000) is None
+
+
+def test_weights_are_fine_tuned_only_where_int8_lost_too_much() -> None:
+    good, lossy = proved("onnx int8", 2.0), proved("onnx int8", 2.0, accuracy_drop=0.01)
+    failed = left_out("onnx int8", "failed", "agreement: 98.2%")
+    refused = left_out("onnx int8", "refused", "there are no images to calibrate on")
+    assert _reason("onnx int8 fine-tuned", BASE, failed) is None
+    assert _reason("onnx int8 fine-tuned", BASE, good) == "onnx int8 keeps its answers without it"
+    assert "keeps its answers" in str(_reason("onnx int8 fine-tuned", BASE, lossy))
+    assert _reason("onnx int8 fine-tuned", BASE, lossy, require="accuracy_drop<=0.5") is None
+    assert "keeps its answers" in str(_reason("onnx int8 fine-tuned", BASE, lossy, require="p99<1us"))
+    assert "no images" in str(_reason("onnx int8 fine-tuned", BASE, refused))
+    assert "was not tried" in str(_reason("onnx int8 fine-tuned", BASE))

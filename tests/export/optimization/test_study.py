@@ -7,7 +7,7 @@ from cifarx_export.optimization.candidates import Candidate
 from cifarx_export.optimization.study import DOCUMENT, Study, StudyIdentity, installed_version
 from cifarx_serve.progress import silent
 from cifarx_train.checkpoints.checkpoint import file_sha256
-from tests.support.optimization import proved
+from tests.support.optimization import measurement, proved
 
 IDENTITY = StudyIdentity(checkpoint="a", spec="b", data="c", cpu="a CPU", threads=2, version="1")
 ONNX, INT8 = Candidate("onnx", "fp32"), Candidate("onnx", "int8")
@@ -81,6 +81,17 @@ def test_a_result_of_another_version_of_its_libraries_is_not_used(tmp_path: Path
     study, lines = _open(tmp_path)
     assert study.get(ONNX) is None
     assert f"it was made with numpy 0.1, and {current} is installed" in lines[0]
+
+
+def test_machine_code_of_an_earlier_run_is_compiled_again_rather_than_opened(tmp_path: Path) -> None:
+    (tmp_path / "net.aoti.pt2").write_text("code")
+    result = proved("aotinductor fp32", file="net.aoti.pt2", sha256=file_sha256(tmp_path / "net.aoti.pt2"))
+    Study(tmp_path, IDENTITY, silent).record(result)
+    study, lines = _open(tmp_path)
+    assert study.get(result.candidate) is None
+    assert "only the run that compiled its code may open it" in lines[0]
+    study.record(msgspec.structs.replace(result, measurement=measurement()))
+    assert _open(tmp_path)[0].get(result.candidate) is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 100_000, b'{"schema_version": 1}'])

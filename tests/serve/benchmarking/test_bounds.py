@@ -38,14 +38,14 @@ def test_a_number_without_a_unit_is_in_percentage_points_where_the_quantity_is(t
 
 def test_a_row_must_meet_every_bound() -> None:
     bounds = _parse("p99<2ms, accuracy_drop<=1")
-    assert all_hold(bounds, {"p99": 1999, "accuracy_drop": 0.01})
-    assert not all_hold(bounds, {"p99": 2000, "accuracy_drop": 0.0})
-    assert not all_hold(bounds, {"p99": 10})
+    assert all_hold(bounds, {"p99": 1999.0, "accuracy_drop": 0.01})
+    assert not all_hold(bounds, {"p99": 2000.0, "accuracy_drop": 0.0})
+    assert not all_hold(bounds, {"p99": 10.0})
 
 
 def test_explains_each_bound_that_no_row_meets_with_the_nearest_value() -> None:
-    rows = [{"p99": 3000, "accuracy_drop": 0.02, "size": 5e6}, {"p99": 2500, "accuracy_drop": 0.03, "size": 5e6}]
-    reasons = explain_unmet(rows, _parse("p99<2ms, accuracy_drop<=1, size<9MB"), lambda row: f"row of {row['p99']}")
+    rows = [{"p99": 3000.0, "accuracy_drop": 0.02, "size": 5e6}, {"p99": 2500.0, "accuracy_drop": 0.03, "size": 5e6}]
+    reasons = explain_unmet(rows, _parse("p99<2ms, accuracy_drop<=1, size<9MB"), lambda row: f"row of {row['p99']:.0f}")
     assert reasons == (
         "no row meets p99<2ms (the best is 2,500 µs, row of 2500); "
         "no row meets accuracy_drop<=1 (the best is 2.00 points, row of 3000)"

@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NoReturn
@@ -102,6 +103,16 @@ class AotInductorBackend(TorchBackend):
 def trust_package(path: Path) -> None:
     """Allow this process to open a package with the content of this file, because this process compiled it."""
     _trusted.add(_sha256(path))
+
+
+def trusted_packages() -> tuple[str, ...]:
+    """Return the hashes of the packages that this process may open, so that a worker of it may open them too."""
+    return tuple(sorted(_trusted))
+
+
+def trust_packages(hashes: Iterable[str]) -> None:
+    """Allow this process to open what its parent process may open."""
+    _trusted.update(hashes)
 
 
 def target_machine() -> str | None:

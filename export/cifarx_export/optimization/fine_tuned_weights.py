@@ -1,0 +1,68 @@
+"""The weights that are fine-tuned for int8: made once for all formats, and kept in the study."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from cifarx_export.formats.registry import ConversionSource
+from cifarx_serve.files.atomic import atomic_path
+from cifarx_serve.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_IMAGE_BYTES: Final = 2**29
+"""The memory that the training images may take."""
+
+_MAX_IMAGES: Final = 20_000
+_FACT: Final = "fine-tuned"
+
+
+class FineTunedWeights(NamedTuple):
+    """Weights that replace those of a network.
+
+    Attributes:
+        build: returns a new copy of the network with these weights, in eval mode.
+        facts: what the specs of its artifacts record about them.
+    """
+
+    build: "Callable[[], nn.Module]"
+    facts: Mapping[str, str]
+
+
+def load_or_fine_tune(source: ConversionSource, file: Path, progress: Progress) -> FineTunedWeights:
+    """Return the weights in a file, or fine-tune the network and write them.
+
+    Args:
+        source: the network, and its training images.
+        file: the file of the study.
+        progress: called with a line of text at each step.
+
+    Raises:
+        UsageError: the network cannot be fine-tuned.
+        OutputError: the file cannot be written.
+    """
+    import torch
+
+    from cifarx_train.quantization_aware import fine_tune_for_int8  # imports PyTorch
+
+    content: dict[str, Any]
+    if file.is_file():
+        content = torch.load(file, weights_only=True)
+    else:
+        size = source.spec.input
+        count = min(_MAX_IMAGES, max(1, _IMAGE_BYTES // (size.height * size.width * size.channels)))
+        images = source.load_training_images(count)
+        progress(f"int8: fine-tuning on {len(images):,} training images")
+        found = fine_tune_for_int8(source.build_module(), images, size, progress=progress)
+        fact = f"for int8 by distillation from the network, {found.steps} steps on {len(images):,} training images"
+        content = {"weights": found.weights, "fact": fact}
+        with atomic_path(file) as temporary:
+            torch.save(content, temporary)
+
+    def build() -> "nn.Module":
+        module = source.build_module()
+        module.load_state_dict(content["weights"])
+        return module
+
+    return FineTunedWeights(build, {_FACT: content["fact"]})
