@@ -16,7 +16,8 @@ DeviceName: TypeAlias = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="Device to run on: auto, cpu, cuda, cuda:N or mps; tensorrt or tensorrt:N for ONNX files. "
+        help="Device to run on: auto, cpu, cuda, cuda:N or mps; tensorrt or tensorrt:N for ONNX files; "
+        "gpu or npu, those of Intel, for OpenVINO files. "
         "Only auto falls back to another device.",
     ),
 ]

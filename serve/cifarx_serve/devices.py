@@ -7,18 +7,19 @@ import msgspec
 
 from cifarx_serve.errors import DeviceMemoryError, UsageError
 
-_DEVICES = "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps"
+_DEVICES = "auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps, gpu, npu"
 
 
 class Device(msgspec.Struct, frozen=True):
     """A requested device.
 
     Attributes:
-        type: the type of device. `auto` selects the best one that is available.
+        type: the type of device. `auto` selects the best one that is available. `gpu` and `npu` are those of Intel, as
+            OpenVINO calls them.
         index: the number of the GPU, for CUDA and TensorRT.
     """
 
-    type: Literal["auto", "cpu", "cuda", "tensorrt", "mps"]
+    type: Literal["auto", "cpu", "cuda", "tensorrt", "mps", "gpu", "npu"]
     index: int = 0
 
     def __str__(self) -> str:
@@ -26,13 +27,14 @@ class Device(msgspec.Struct, frozen=True):
 
 
 def parse_device(name: str) -> Device:
-    """Parse the name of a device: `auto`, `cpu`, `cuda`, `cuda:N`, `tensorrt`, `tensorrt:N` or `mps`.
+    """Parse the name of a device: `auto`, `cpu`, `cuda`, `cuda:N`, `tensorrt`, `tensorrt:N`, `mps`, `gpu` or
+    `npu`.
 
     Raises:
         UsageError: the name is not one of these.
     """
     match name:
-        case "auto" | "cpu" | "mps" | "cuda" | "tensorrt":
+        case "auto" | "cpu" | "mps" | "cuda" | "tensorrt" | "gpu" | "npu":
             return Device(name)
     if match_ := re.fullmatch(r"cuda:([0-9]{1,3})", name):
         return Device("cuda", int(match_[1]))

@@ -293,7 +293,7 @@ def load(path: str | Path, backend: str | None = None, device: str = "auto") -> 
     Args:
         path: a checkpoint or an artifact.
         backend: the name of the backend; by default it is chosen by the suffix of the file.
-        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps.
+        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps, gpu or npu.
 
     Raises:
         UsageError: the backend or the device is unknown.

@@ -9,7 +9,7 @@ from cifarx_serve.devices import Device, parse_device
 from cifarx_serve.errors import UsageError
 
 
-@pytest.mark.parametrize("name", ["auto", "cpu", "mps"])
+@pytest.mark.parametrize("name", ["auto", "cpu", "mps", "gpu", "npu"])
 def test_devices_without_an_index(name: str) -> None:
     device = parse_device(name)
     assert device.type == name
@@ -28,17 +28,17 @@ def test_devices_with_an_index(type_: Literal["cuda", "tensorrt"], index: int) -
     assert parse_device(str(device)) == device
 
 
-@given(st.text() | st.from_regex(r"(auto|cpu|cuda|tensorrt|mps)(:\w*)?\s?"))
+@given(st.text() | st.from_regex(r"(auto|cpu|cuda|tensorrt|mps|gpu|npu)(:\w*)?\s?"))
 @example("cuda:\N{ARABIC-INDIC DIGIT THREE}")
 @example("cuda:-1")
 @example("cuda:1000")
 @example("cuda:1\n")
 @example("cpu:0")
 @example("CUDA")
-@example("gpu")
+@example("gpu:0")
 @example("")
 def test_all_other_names_are_refused(name: str) -> None:
-    if re.fullmatch(r"auto|cpu|mps|(cuda|tensorrt)(:[0-9]{1,3})?", name):
+    if re.fullmatch(r"auto|cpu|mps|gpu|npu|(cuda|tensorrt)(:[0-9]{1,3})?", name):
         parse_device(name)
     else:
         with pytest.raises(UsageError) as raised:

@@ -59,9 +59,9 @@ def convert_to_openvino(source: ConversionSource) -> Iterator[OpenVinoArtifact]:
             or see `convert_to_onnx`.
     """
     if source.spec.precision != "bf16":
-        return map(_convert, convert_to_onnx(source))
+        return map(convert_artifact, convert_to_onnx(source))
     exact = dataclasses.replace(source, spec=msgspec.structs.replace(source.spec, precision="fp32"))
-    return (_convert(_with_simulation(artifact, source)) for artifact in convert_to_onnx(exact))
+    return (convert_artifact(_with_simulation(artifact, source)) for artifact in convert_to_onnx(exact))
 
 
 def _with_simulation(artifact: OnnxArtifact, source: ConversionSource) -> OnnxArtifact:
@@ -70,7 +70,12 @@ def _with_simulation(artifact: OnnxArtifact, source: ConversionSource) -> OnnxAr
     return OnnxArtifact(model, artifact.facts, [*artifact.checks, *simulate(model, open_session(model), source)])
 
 
-def _convert(artifact: OnnxArtifact) -> OpenVinoArtifact:
+def convert_artifact(artifact: OnnxArtifact) -> OpenVinoArtifact:
+    """Convert an ONNX model as it is.
+
+    Raises:
+        UsageError: OpenVINO is not installed or does not support an operator of the model.
+    """
     try:
         import openvino
     except ModuleNotFoundError as error:

@@ -242,7 +242,7 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         "openvino": Format(
             backend="openvino",
             precisions=("fp32", "bf16", "int8"),
-            devices=("cpu",),
+            devices=("cpu", "gpu", "npu"),
             options=("opset", "calibration_images"),
             converter="cifarx_export.formats.openvino:convert_to_openvino",
             is_made_from_onnx=True,

@@ -7,7 +7,9 @@ import copy
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
@@ -38,14 +40,17 @@ _MAX_VALUES: Final = 1 << 28
 """The maximum number of values of a tensor for one image: 1 GiB of float32."""
 
 _PRECISION_HINT: Final = "INFERENCE_PRECISION_HINT"
+_CPU: Final = "CPU"
+_DEVICES: Final[Mapping[str, str]] = MappingProxyType({"auto": _CPU, "cpu": _CPU, "gpu": "GPU", "npu": "NPU"})
+
 _OUT_OF_MEMORY: Final = re.compile(r"bad_alloc|[Cc]annot allocate|out of memory")
 
 
 class OpenVinoBackend(Backend):
-    """A model that OpenVINO compiled for the CPU.
+    """A model that OpenVINO compiled for a device.
 
     By default, OpenVINO computes in bf16 on a CPU with instructions for it. Here it does so only if that is the
-    precision of the file.
+    precision of the file. On a GPU or an NPU, the device decides which precisions it has.
     """
 
     name = "openvino"
@@ -53,10 +58,13 @@ class OpenVinoBackend(Backend):
 
     def __init__(self, path: Path, device: Device) -> None:
         self.spec = self.read_spec(path)
-        if device.type not in ("auto", "cpu"):
-            raise DeviceError(f"{path} runs on the CPU, but {device.type} was requested", "use --device cpu")
+        if device.type not in _DEVICES:
+            supported = "runs on the CPU, or on the GPU or NPU of Intel"
+            raise DeviceError(f"{path} {supported}, but {device.type} was requested", "use --device cpu")
         self._path = path
+        self._device = _DEVICES[device.type]
         self._core, self._model = self.read_model(path)
+        _require_device(self._core, self._device)
         self._compile(available_cpus())
 
     @classmethod
@@ -89,12 +97,11 @@ class OpenVinoBackend(Backend):
         from openvino import Type
 
         wanted = Type.bf16 if self.computed_precision == "bf16" else Type.f32
+        options: dict[str, Any] = {_PRECISION_HINT: wanted, "PERFORMANCE_HINT": "LATENCY"}
+        if self._device == _CPU:
+            options["INFERENCE_NUM_THREADS"] = threads
         try:
-            compiled = self._core.compile_model(
-                self._model,
-                "CPU",
-                {_PRECISION_HINT: wanted, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"},
-            )
+            compiled = self._core.compile_model(self._model, self._device, options)
             self._request = compiled.create_infer_request()
             used = compiled.get_property(_PRECISION_HINT)
             devices = ",".join(compiled.get_property("EXECUTION_DEVICES"))
@@ -102,7 +109,8 @@ class OpenVinoBackend(Backend):
             raise _invalid_file(self._path, error) from error
         if used != wanted:
             warnings.warn(
-                f"this CPU has no instructions for {self.spec.precision}: OpenVINO computes in {used.get_type_name()}",
+                f"this {self._device} has no instructions for {self.spec.precision}: "
+                f"OpenVINO computes in {used.get_type_name()}",
                 FallbackWarning,
                 stacklevel=4,
             )
@@ -120,7 +128,9 @@ class OpenVinoBackend(Backend):
         return outputs
 
     def single_threaded(self) -> Backend:
-        """Return a backend with the model compiled a second time, for one thread."""
+        """Return a backend with the model compiled a second time, for one thread of the CPU."""
+        if self._device != _CPU:
+            return self
         other = copy.copy(self)
         other._compile(1)
         return other
@@ -140,6 +150,14 @@ class OpenVinoBackend(Backend):
 
     def close(self) -> None:
         self._request = self._model = self._core = None
+
+
+def _require_device(core: "openvino.Core", name: str) -> None:
+    """Check that OpenVINO finds a device, such as `GPU`, which it also calls `GPU.0` where there are several."""
+    found = core.available_devices
+    if all(device.partition(".")[0] != name for device in found):
+        problem = f"OpenVINO finds no {name} on this machine, but {' and '.join(found)}"
+        raise DeviceError(problem, "use --device cpu, or install its driver")
 
 
 def _read_weights(path: Path) -> NDArray[np.uint8]:

@@ -122,7 +122,7 @@ def benchmark(
         images: uint8 (N, height, width, channels), at the input size of the models.
         data_name: the name of the images, for the report.
         batch_sizes: the batch sizes to measure.
-        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N or mps, for all files.
+        device: auto, cpu, cuda, cuda:N, tensorrt, tensorrt:N, mps, gpu or npu, for all files.
         seconds: how long to measure each file at each batch size; up to three times as long if a file is unstable.
         labels: int64 (N,), to measure the accuracy.
         progress: called with a line of text for each step.

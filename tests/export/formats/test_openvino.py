@@ -13,7 +13,7 @@ import torch
 from onnx import helper
 
 from cifarx_export.formats.onnx.converter import OnnxArtifact, convert_to_onnx
-from cifarx_export.formats.openvino import OpenVinoArtifact, _convert, convert_to_openvino
+from cifarx_export.formats.openvino import OpenVinoArtifact, convert_artifact, convert_to_openvino
 from cifarx_serve.backends.openvino import GRAPH_FILE, SPEC_FILE, WEIGHTS_FILE, OpenVinoBackend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
@@ -120,7 +120,7 @@ def test_an_operator_that_openvino_does_not_have_is_named(loaded: Checkpoint) ->
     with pytest.raises(
         UsageError, match=r"OpenVINO cannot read the ONNX model \(.*Spin.*\): use --format onnx"
     ) as raised:
-        _convert(OnnxArtifact(onnx.model, onnx.facts))
+        convert_artifact(OnnxArtifact(onnx.model, onnx.facts))
     assert "\n" not in str(raised.value)
 
 
@@ -129,7 +129,7 @@ def test_the_missing_library_is_named(loaded: Checkpoint, monkeypatch: pytest.Mo
     [onnx] = convert_to_onnx(source)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UsageError, match=r'OpenVINO is not installed: pip install "cifarx\[openvino\]"'):
-        _convert(onnx)
+        convert_artifact(onnx)
 
 
 def test_an_onnx_file_becomes_an_openvino_file(loaded: Checkpoint, artifact: OpenVinoArtifact, tmp_path: Path) -> None:

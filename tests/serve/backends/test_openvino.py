@@ -3,6 +3,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -100,9 +101,37 @@ def test_the_missing_library_is_named(written: Path, monkeypatch: pytest.MonkeyP
         OpenVinoBackend(written, CPU)
 
 
-def test_another_device_than_the_cpu_is_refused(written: Path) -> None:
-    with pytest.raises(DeviceError, match=r"runs on the CPU, but cuda was requested: use --device cpu"):
+def test_a_device_of_another_library_is_refused(written: Path) -> None:
+    problem = r"runs on the CPU, or on the GPU or NPU of Intel, but cuda was requested: use --device cpu"
+    with pytest.raises(DeviceError, match=problem):
         OpenVinoBackend(written, Device("cuda", 0))
+
+
+@pytest.mark.parametrize("name", ["gpu", "npu"])
+def test_a_device_that_is_not_there(name: Literal["gpu", "npu"], written: Path) -> None:
+    if any(device.startswith(name.upper()) for device in openvino.Core().available_devices):
+        pytest.skip(f"this machine has one: {name}")
+    with pytest.raises(DeviceError, match=rf"OpenVINO finds no {name.upper()} on this machine, but CPU: use --device"):
+        OpenVinoBackend(written, Device(name))
+
+
+def test_a_gpu_is_used_without_the_options_of_a_cpu(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is that of a library whose CPU takes its place."""
+    compiled: list[tuple[str, set[str]]] = []
+    core: Any = openvino.Core
+
+    class CoreWithGpu(core):
+        available_devices = ["CPU", "GPU.0", "GPU.1"]  # noqa: RUF012
+
+        def compile_model(self, model: Any, device: str, options: dict[str, Any]) -> Any:
+            compiled.append((device, set(options)))
+            return super().compile_model(model, "CPU", options)
+
+    monkeypatch.setattr(openvino, "Core", CoreWithGpu)
+    with OpenVinoBackend(written, Device("gpu")) as backend:
+        assert backend.single_threaded() is backend
+        assert backend.run(BATCH).shape == (2, 3)
+    assert compiled == [("GPU", {"INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT"})]
 
 
 def test_an_image_of_another_size_is_one_line(written: Path) -> None:
@@ -188,6 +217,30 @@ def test_a_flipped_bit_is_found(position: float, bit: int, written: Path, tmp_pa
     path.write_bytes(content)
     with pytest.raises(CifarxError):
         open_backend(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_thousand_flipped_bytes_are_found_or_harmless(sealed: bool, written: Path, tmp_path: Path) -> None:
+    """Without a checksum, those of the zip archive protect the graph and the weights, but not all of its directory."""
+    path = tmp_path / "a.openvino.zip"
+    path.write_bytes(written.read_bytes())
+    if sealed:
+        write_checksum(path)
+    original, found = path.read_bytes(), 0
+    with OpenVinoBackend(path, CPU) as backend:
+        expected = backend.run(BATCH)
+    for position in np.linspace(0, len(original) - 1, 1000).astype(int):
+        content = bytearray(original)
+        content[position] ^= 0xFF
+        path.write_bytes(content)
+        try:
+            with open_backend(path) as backend:
+                np.testing.assert_array_equal(backend.run(BATCH), expected)
+        except CifarxError as error:
+            assert "\n" not in str(error)
+            found += 1
+    assert found == 1000 if sealed else found > 900
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -164,3 +164,7 @@ def _open_gpu_session(path: Path, device: Device, spec: ModelSpec) -> "GpuSessio
 def _require_supported(device: Device) -> None:
     if device.type == "mps":
         raise DeviceError("ONNX Runtime does not support device mps", "use --device cpu, or a PyTorch backend")
+    if device.type in ("gpu", "npu"):
+        raise DeviceError(
+            f"ONNX Runtime does not support device {device}, which is Intel's", "use --device cuda, or an OpenVINO file"
+        )

@@ -30,6 +30,10 @@ def torch_device(device: Device) -> torch.device:
             f"PyTorch does not support device {device}",
             "use --device cuda, or an ONNX file: backend onnxruntime supports TensorRT",
         )
+    if device.type in ("gpu", "npu"):
+        raise DeviceError(
+            f"PyTorch does not support device {device}, which is Intel's", "use --device cuda, or an OpenVINO file"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device mps was requested, but PyTorch cannot use it on this machine", "use --device cpu")
     if device.type == "auto":
