@@ -10,11 +10,14 @@ OLD_TORCH := .venv-torch-2.11
 RAY := .venv-ray
 LITERT := .venv-litert
 EXECUTORCH := .venv-executorch
+WEB := .venv-web
+# Where the tests find ONNX Runtime Web, if it was installed.
+export NODE_PATH := $(CURDIR)/$(WEB)/node_modules
 
 # Programs start from bytecode, as installed ones do, instead of compiling their modules at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-torch-2.11 test-ray test-litert test-executorch bench gpu check docs coverage format clean
+.PHONY: help demo test test-slow test-torch-2.11 test-ray test-litert test-executorch test-web bench gpu check docs coverage format clean
 
 help:
 	@echo "make demo       train, export, verify, classify and benchmark on the built-in data (one minute)"
@@ -27,6 +30,7 @@ help:
 	@echo "                run the tests of the format litert, whose converter needs an older PyTorch, in an environment of its own"
 	@echo "make test-executorch"
 	@echo "                run the tests of the format executorch, in an environment of its own"
+	@echo "make test-web   run the tests of the format web, with Node.js, ONNX Runtime Web from npm and Chromium if there is one"
 	@echo "make bench      run every benchmark"
 	@echo "make gpu        run everything that needs a GPU and write benchmarks/results/gpu-*.md, in ten minutes"
 	@echo "make check      run ruff, mypy and the import rules, and build the documentation"
@@ -99,7 +103,16 @@ $(EXECUTORCH)/.ready: pyproject.toml constraints.txt
 test-executorch: $(EXECUTORCH)/.ready
 	@echo "== the tests of the format executorch"
 	$(EXECUTORCH)/bin/pytest -p no:cacheprovider \
-		tests/export/formats/test_executorch.py tests/serve/backends/torch/test_executorch.py
+		tests/export/formats/executorch tests/serve/backends/torch/test_executorch.py
+
+$(WEB)/.ready:
+	@echo "== installing ONNX Runtime Web in $(WEB): once, 150 MB"
+	npm install --prefix $(WEB) --no-save --no-package-lock --ignore-scripts --no-audit --no-fund onnxruntime-web@1.30
+	@touch $@
+
+test-web: $(READY) $(WEB)/.ready
+	@echo "== the tests of the format web"
+	$(BIN)/pytest -p no:benchmark tests/serve/backends/web tests/export/formats/web tests/e2e/test_web_page.py
 
 bench: $(READY)
 	@echo "== the benchmarks"
@@ -130,4 +143,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD_TORCH) $(RAY) $(LITERT) $(EXECUTORCH) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD_TORCH) $(RAY) $(LITERT) $(EXECUTORCH) $(WEB) site cifarx-demo logs .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -60,7 +60,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Backend: onnxruntime, torchscript, exported_program, aot_inductor, openvino, litert or pytorch. "
+            help="Backend: onnxruntime, torchscript, exported_program, aot_inductor, openvino, litert, web or pytorch. "
             "[default: the one for --model, or onnxruntime]",
         ),
     ] = None,

@@ -162,14 +162,13 @@ def test_the_missing_package_is_named_before_any_work(loaded: Checkpoint, monkey
 
 @requires_web
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_export_and_inspect(precision: str, checkpoint: Path, cli: Cli, tmp_path: Path) -> None:
+def test_export_and_inspect(checkpoint: Path, cli: Cli, tmp_path: Path) -> None:
     shutil.copy(checkpoint, "lzh_0.pth")
-    ran = cli("export", "--ckpt", "lzh_0.pth", "--format", "web", "--precision", precision, "--data", "builtin")
-    assert ran.status == 0, ran.error
-    name = "lzh_0.web" if precision == "fp32" else f"lzh_0.{precision}.web"
+    ran = cli("export", "--ckpt", "lzh_0.pth", "--format", "web", "--data", "builtin")
+    assert ran.status == 0, ran.err
+    name = "lzh_0.web"
     size = sum(map(len, content(tmp_path / name).values()))
-    assert f"wrote {name} ({size:,} bytes)" in ran.error
+    assert f"wrote {name} ({size:,} bytes)" in ran.err
     assert cli("inspect", name, "--check").status == 0
     parity = read_spec(tmp_path / name).parity
     assert parity is not None
@@ -178,7 +177,7 @@ def test_export_and_inspect(precision: str, checkpoint: Path, cli: Cli, tmp_path
     page = tmp_path / name / "page.js"
     page.write_text(page.read_text() + " ")
     checked = cli("inspect", name, "--check")
-    assert (checked.status, checked.error.strip()) == (
+    assert (checked.status, checked.error) == (
         1,
         f"error: the checksum of {name}/page.js does not match: copy the directory again, or export it again",
     )
@@ -225,7 +224,7 @@ FAULTS = {
     "NaN for a black image": Fault({"finite"}, (nan_for_black(),)),
     "NaN in one class": Fault({"finite"}, (entry_with((3,), lambda _: float("nan"), "model.8.bias"),)),
     "batch of one broadcast": Fault({"tolerance"}, (first_for_all(),)),
-    "batch frozen at 64": Fault({"interface", "batch 1"}, (frozen_batch(64),)),
+    "batch frozen at 64": Fault({"interface"}, (frozen_batch(64),)),
     "wrong at batch 3 alone": Fault({"tolerance"}, (wrong_at_batch(3),)),
     "rows of another image": Fault({"tolerance"}, (rows_shifted(),)),
 }
