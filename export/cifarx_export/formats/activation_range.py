@@ -4,19 +4,23 @@ The parity check of an ONNX file cannot find this: on a CPU, ONNX Runtime comput
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Final
 
+import msgspec
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from cifarx_export.formats.half_types import FLOAT16, HalfType
+from cifarx_export.formats.layer_dispatch import LayerDispatchMode, operator_name, tensors_of
 from cifarx_export.formats.registry import ConversionSource
+from cifarx_export.formats.rounding_errors import describe_rounding
 from cifarx_export.parity.checks import Check
 
 _MAX_IMAGES: Final = 1024
+
+_ROUNDING_IMAGES: Final = 2
+"""Number of images to find the layer with the largest rounding errors: all of its activations are kept."""
 
 _CONSTANT_FILLS: Final = frozenset(
     f"aten::{name}" for name in ("fill_", "full", "full_like", "masked_fill", "masked_fill_", "scalar_tensor", "where")
@@ -37,68 +41,45 @@ def check_range(largest: Mapping[str, float], half: HalfType = FLOAT16) -> Check
 
 
 def check_module_range(source: ConversionSource) -> Check:
-    """Run the network in float32 on test images, and check what every operation returns."""
+    """Run the network in float32 on test images, and check what every operation returns.
+
+    Whether the predictions stay the same is for the parity check, because PyTorch computes the file in float16 on a CPU
+    too. It names no layer, so that the one with the largest rounding errors is named here.
+    """
     source.progress("fp16: measuring the range of the activations")
     module, recorder = source.build_module(), _ActivationRecorder()
-    with torch.no_grad(), recorder.following(module), recorder:
+    images = torch.empty(0)
+    with torch.no_grad(), recorder.following(module):
         for batch in source.test_inputs(_MAX_IMAGES):
-            module(torch.from_numpy(batch))
-    return check_range(recorder.largest)
+            images = torch.from_numpy(batch)
+            module(images)
+    check = check_range(recorder.largest)
+    if not check.passed:
+        return check
+    rounding = describe_rounding(source.build_module(), images[:_ROUNDING_IMAGES])
+    return msgspec.structs.replace(check, found=f"{check.found}; {rounding}")
 
 
-class _ActivationRecorder(TorchDispatchMode):
+class _ActivationRecorder(LayerDispatchMode):
     """Records the largest finite absolute value that each operation of each module returns.
 
     Attributes:
         largest: the values, by the name of the module and the operation, in the order of execution.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.largest: dict[str, float] = {}
-        self._modules: list[str] = []
 
-    @contextmanager
-    def following(self, network: nn.Module) -> Iterator[None]:
-        """Follow in a `with` block which module is running."""
-        handles = []
-        for name, module in network.named_modules():
-
-            def enter(_module: nn.Module, _inputs: Any, name: str = name) -> None:
-                self._modules.append(name)
-
-            def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-                self._modules.pop()
-
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        result = func(*args, **(kwargs or {}))
-        operator = str(getattr(func, "_schema", func)).partition("(")[0].partition(".")[0]
+    def observe(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        operator = operator_name(func)
         if operator not in _CONSTANT_FILLS:
-            values = [entry for entry in _tensors(result) if entry.is_floating_point() and entry.numel()]
+            values = [entry for entry in tensors_of(result) if entry.is_floating_point() and entry.numel()]
             if values:
-                self._record(operator.removeprefix("aten::").strip("_"), max(map(_largest_finite, values)))
+                layer = self.layer(operator)
+                self.largest[layer] = max(*map(_largest_finite, values), self.largest.get(layer, 0.0))
         return result
-
-    def _record(self, operator: str, value: float) -> None:
-        module = self._modules[-1] if self._modules else ""
-        layer = f"{module} ({operator})" if module else operator
-        self.largest[layer] = max(value, self.largest.get(layer, 0.0))
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    return [entry for entry in result if isinstance(entry, Tensor)] if isinstance(result, tuple | list) else []
 
 
 def _largest_finite(tensor: Tensor) -> float:
