@@ -91,7 +91,7 @@ $(LITERT)/.ready: pyproject.toml
 
 test-litert: $(LITERT)/.ready
 	@echo "== the tests of the format litert"
-	$(LITERT)/bin/pytest -p no:cacheprovider tests/export/formats/test_litert.py tests/serve/backends/test_litert.py
+	$(LITERT)/bin/pytest -p no:cacheprovider -p no:anyio tests/export/formats/litert tests/serve/backends/litert
 
 $(EXECUTORCH)/.ready: pyproject.toml constraints.txt
 	@echo "== creating the environment in $(EXECUTORCH): once, a few minutes, 7 GB including the CUDA libraries of PyTorch"

@@ -22,6 +22,7 @@ def test_names_of_formats() -> None:
         ("net.pt2", "pt2", "fp32"),
         ("net.aoti.pt2", "aotinductor", "fp32"),
         ("net.bf16.openvino.zip", "openvino", "bf16"),
+        ("net.int8.pte", "executorch", "int8"),
         ("net.int8.tflite", "litert", "int8"),
         ("net.triton", "triton", "fp32"),
         ("net.v1.onnx", "onnx", "fp32"),
@@ -41,8 +42,8 @@ def test_a_stated_precision_counts() -> None:
 def test_unsupported_targets() -> None:
     suffixes = ", ".join(dict.fromkeys(row.suffix for row in FORMATS.values()))
     with pytest.raises(UsageError) as caught:
-        find_targets("net.tflite", None, NO_OPTIONS)
-    assert str(caught.value) == f"the name of net.tflite has no suffix of a format: end it with one of {suffixes}"
+        find_targets("net.mlmodel", None, NO_OPTIONS)
+    assert str(caught.value) == f"the name of net.mlmodel has no suffix of a format: end it with one of {suffixes}"
     with pytest.raises(UsageError, match="format pt2 does not support int8"):
         find_targets("net.int8.pt2", None, NO_OPTIONS)
     with pytest.raises(UsageError, match="format pt2 does not support --opset"):

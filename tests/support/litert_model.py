@@ -2,16 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import flatbuffers
 import msgspec
 import numpy as np
+import pytest
 
 from cifarx_serve.files.trailing_document import append_document
 from cifarx_serve.spec import InputSpec
 from tests.support.color_model import SPEC
+
+requires_litert = pytest.mark.skipif(
+    find_spec("ai_edge_litert") is None, reason='no LiteRT: pip install "cifarx[litert]"'
+)
+requires_litert_torch = pytest.mark.skipif(
+    find_spec("litert_torch") is None, reason="no litert-torch, which has an environment of its own: make test-litert"
+)
 
 MEAN, MUL, IF, CUSTOM = 40, 18, 118, 32
 FLOAT32, INT32, INT8 = 0, 2, 9

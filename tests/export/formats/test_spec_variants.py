@@ -17,6 +17,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.images.preprocess import model_input, normalize
 from cifarx_serve.progress import silent
 from cifarx_serve.spec import InputSpec, ModelSpec, Precision
+from tests.support.litert_model import requires_litert_torch
 from tests.support.web import requires_web
 
 CPU = Device("cpu")
@@ -101,6 +102,8 @@ def expected_outputs(pixels: np.ndarray, spec: ModelSpec) -> np.ndarray:
         pytest.param("onnx", "int8", 0.2, marks=pytest.mark.slow),
         pytest.param("triton", "fp32", 1e-5, marks=pytest.mark.slow),
         pytest.param("web", "fp32", 1e-5, marks=[pytest.mark.slow, requires_web]),
+        pytest.param("litert", "fp32", 1e-5, marks=[pytest.mark.slow, requires_litert_torch]),
+        pytest.param("litert", "int8", 0.1, marks=[pytest.mark.slow, requires_litert_torch]),
         pytest.param("torchscript", "fp16", 2e-2, marks=pytest.mark.slow),
         pytest.param("pt2", "fp32", 1e-5, marks=pytest.mark.slow),
         pytest.param("aotinductor", "fp32", 1e-5, marks=pytest.mark.slow),
@@ -119,7 +122,7 @@ def test_outputs_match_the_network(label: str, name: str, precision: Precision, 
         assert infos == (
             of_any_size
             if complete.embedded_preprocessing
-            else TensorInfo("input", "float32", ("batch", *spec.input.shape)),
+            else TensorInfo("input", "float32", ("batch", *complete.input.shape)),
             TensorInfo(spec.output, "float32", ("batch", spec.output_size)),
         )
     expected = expected_outputs(pixels, spec)

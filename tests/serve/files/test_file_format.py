@@ -18,6 +18,7 @@ from torch import nn
 from cifarx_serve.backends.openvino import GRAPH_FILE, WEIGHTS_FILE
 from cifarx_serve.files.file_format import CHECKPOINT_FORMATS, FileFormat, detect_format
 from tests.support.color_model import write_onnx
+from tests.support.litert_model import write_litert
 
 
 def write_torch_zip(path: Path, content: Any = None) -> None:
@@ -62,6 +63,7 @@ WRITERS: list[tuple[Callable[[Path], Any], FileFormat]] = [
     (write_exported_program, FileFormat.EXPORTED_PROGRAM),
     (write_safetensors, FileFormat.SAFETENSORS),
     (write_openvino, FileFormat.OPENVINO),
+    (write_litert, FileFormat.LITERT),
     (write_onnx, FileFormat.ONNX),
 ]
 

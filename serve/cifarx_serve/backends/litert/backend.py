@@ -80,13 +80,12 @@ class LiteRtBackend(Backend):
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
         interpreter = self._idle.pop() if self._idle else self._open()
-        first, last = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
         outputs = []
         try:
             for image in batch:
-                interpreter.set_tensor(first, image[None])
+                interpreter.set_tensor(self._input.position, image[None])
                 interpreter.invoke()
-                outputs.append(interpreter.get_tensor(last))
+                outputs.append(interpreter.get_tensor(self._output.position))
         except MemoryError as error:
             raise out_of_memory_error("cpu", len(batch), None, None) from error
         except (RuntimeError, ValueError) as error:

@@ -77,11 +77,13 @@ class GraphTensor(NamedTuple):
         name: its name in the signature.
         dtype: the name of the NumPy dtype.
         shape: the size of each axis.
+        position: where it is among the tensors of the graph.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    position: int
 
 
 class _Tensor(NamedTuple):
@@ -241,5 +243,5 @@ def _signature(model: Table, tensors: Sequence[_Tensor], first: int, last: int) 
         if tensors[tensor].shape[:1] != (1,):
             raise UnsafeGraphError(f"its tensor of shape {tensors[tensor].shape} is not for one image")
         name = entries[0].text(_NAME).decode("utf-8", "replace")
-        described.append(GraphTensor(name, tensors[tensor].dtype, tensors[tensor].shape))
+        described.append(GraphTensor(name, tensors[tensor].dtype, tensors[tensor].shape, tensor))
     return described[0], described[1]

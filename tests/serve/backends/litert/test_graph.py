@@ -22,8 +22,8 @@ def attribute(name: str, value: object) -> Change:
 
 def test_a_good_graph() -> None:
     assert check_graph(MODEL) == (
-        GraphTensor("input", "float32", (1, 4, 6, 3)),
-        GraphTensor("logits", "float32", (1, 3)),
+        GraphTensor("input", "float32", (1, 4, 6, 3), 0),
+        GraphTensor("logits", "float32", (1, 3), 4),
     )
     assert operator_names(MODEL) == ["MEAN", "MUL"]
 
