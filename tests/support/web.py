@@ -1,5 +1,6 @@
 """What the tests of the format `web` need: Node.js and the npm package. `make test-web` installs it."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,9 +17,10 @@ def _missing() -> str | None:
     if shutil.which("node") is None:
         return "no node on the PATH"
     try:
-        find_package()
+        package = find_package()
     except UsageError as error:
         return f"{error.problem}: run `make test-web`"
+    os.environ["NODE_PATH"] = str(package.folder.parent)  # tests run in other directories
     return None
 
 

@@ -24,6 +24,8 @@ from cifarx_serve.devices import Device, out_of_memory_error
 from cifarx_serve.errors import DeviceError, ModelFileError, error_message
 from cifarx_serve.spec import ModelSpec
 
+_VERSION: Final = re.compile(r"[0-9A-Za-z.-]{1,40}")
+
 # The library puts this in front of its own messages.
 _PREFIX: Final = re.compile(r"^.*?ERROR_MESSAGE: ")
 _OUT_OF_MEMORY: Final = re.compile(r"bad_alloc|out of memory|OOM|[Aa]llocation failed|Invalid typed array length")
@@ -102,9 +104,10 @@ def _require_same_runtime(directory: Path, package: NodePackage, spec: ModelSpec
     if ModelSpec.from_json(stated, str(directory / SPEC_FILE)) != spec:
         raise ModelFileError(f"{directory / SPEC_FILE} is not the spec of {MODEL_FILE}", "export it again")
     for name, installed in ((SCRIPT_FILE, package.script), (WASM_FILE, package.wasm)):
-        if checksums[name] != file_sha256(installed):
-            made_with = (spec.exporter or {}).get(PACKAGE, "another version")
-            raise ModelFileError(
-                f"{directory} has the runtime of {PACKAGE} {made_with[:20]!a}, but {package.version} is installed",
-                f"npm install {PACKAGE}@VERSION of the directory, or export it again",
-            )
+        if checksums[name] == file_sha256(installed):
+            continue
+        made_with = (spec.exporter or {}).get(PACKAGE, "")
+        if _VERSION.fullmatch(made_with) and made_with != package.version:
+            problem = f"{directory} was made with {PACKAGE} {made_with}, but {package.version} is installed"
+            raise ModelFileError(problem, f"npm install {PACKAGE}@{made_with}, or export it again")
+        raise ModelFileError(f"{directory / name} is not that of {PACKAGE} {package.version}", "export it again")

@@ -92,10 +92,16 @@ def test_any_onnx_file_can_be_opened(tmp_path: Path) -> None:
 
 
 @requires_web
-def test_a_directory_with_another_runtime_is_refused(written: Path) -> None:
+def test_a_directory_with_another_runtime_is_refused(written: Path, tmp_path: Path) -> None:
     """Its scripts would run in Node.js, and nobody knows who wrote them."""
-    with pytest.raises(ModelFileError, match=r"has the runtime of onnxruntime-web 'another version', but .* installed"):
+    with pytest.raises(
+        ModelFileError, match=r"runtime/ort\.js is not that of onnxruntime-web 1\.\d+\.\d+.*: export it"
+    ):
         open_backend(written)
+    other = msgspec.structs.replace(SPEC, exporter={"onnxruntime-web": "1.29.0"})
+    older = write_web_directory(tmp_path / "older.web", other.to_json())
+    with pytest.raises(ModelFileError, match=r"older\.web was made with onnxruntime-web 1\.29\.0, but .*@1\.29\.0, or"):
+        open_backend(older)
 
 
 @requires_web
