@@ -20,9 +20,10 @@ import pytest
 
 from cifarx_export.checked_artifact import ExportResult
 from cifarx_export.export import export
+from cifarx_export.formats.int8 import search
+from cifarx_export.formats.int8.search import Score
 from cifarx_export.formats.onnx import converter
-from cifarx_export.formats.onnx.int8 import search
-from cifarx_export.formats.onnx.int8.search import QuantizationSearch, Score
+from cifarx_export.formats.onnx.int8.search import QuantizationSearch
 from cifarx_export.formats.registry import ExportOptions, get_format
 from cifarx_export.parity.compare import ParityResult, check_parity
 from cifarx_export.parity.report import ParityReport

@@ -26,6 +26,8 @@ _ROOMS: Final = tuple(str(Path(room.__file__ or "").parent) for room in (cifarx_
 _TORCH: Final = str(Path(torch.__file__).parent)
 _STANDARD_LIBRARY: Final = sysconfig.get_path("stdlib")
 _PACKAGES: Final = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+_CONVERTERS: Final = tuple(str(Path(folder, name)) for folder in _PACKAGES for name in ("executorch", "torchao"))
+"""Packages that convert networks, so their code is never that of a network."""
 
 _DATA_DEPENDENT: Final = re.compile(
     r"data-dependent|\.numpy\(\) is not supported|\.tolist\(\) is not supported|Dynamic control flow is not supported"
@@ -121,7 +123,7 @@ def code_line(places: Iterable[tuple[str, int]]) -> str | None:
     Args:
         places: the file and line of each frame of a stack, the innermost last.
     """
-    outside = [(file, line) for file, line in places if not file.startswith(("<", _TORCH, *_ROOMS))]
+    outside = [(file, line) for file, line in places if not file.startswith(("<", _TORCH, *_CONVERTERS, *_ROOMS))]
     own = [(file, line) for file, line in outside if is_user_code(file)]
     packages = [(file, line) for file, line in outside if file.startswith(_PACKAGES)]
     for file, line in (*reversed(own), *reversed(packages)):

@@ -250,10 +250,10 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         ),
         "executorch": Format(
             backend="executorch",
-            precisions=("fp32",),
+            precisions=("fp32", "int8"),
             devices=("cpu",),
-            options=(),
-            converter="cifarx_export.formats.executorch:convert_to_executorch",
+            options=("calibration_images",),
+            converter="cifarx_export.formats.executorch.converter:convert_to_executorch",
         ),
         "litert": Format(
             backend="litert",

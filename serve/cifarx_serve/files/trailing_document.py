@@ -6,7 +6,7 @@ it.
 
 import os
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from cifarx_serve.files.checksum import LENGTH as CHECKSUM_LENGTH
 from cifarx_serve.files.checksum import MARKER as CHECKSUM_MARKER
@@ -32,14 +32,25 @@ def read_document(path: Path) -> bytes | None:
         OSError: the file cannot be read.
     """
     with open_regular_file(path) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - CHECKSUM_LENGTH))
-        if file.read(len(CHECKSUM_MARKER)) == CHECKSUM_MARKER:
-            end -= CHECKSUM_LENGTH
+        end = _end_of_document(file)
         start = end - len(MARKER) - _LENGTH_BYTES
-        file.seek(max(0, start))
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if file.read(len(MARKER)) != MARKER or length > min(start, _MAX_DOCUMENT_BYTES):
+        length = int.from_bytes(_read_at(file, start, _LENGTH_BYTES), "little")
+        if _read_at(file, start + _LENGTH_BYTES, len(MARKER)) != MARKER or length > min(start, _MAX_DOCUMENT_BYTES):
             return None
-        file.seek(start - length)
-        return file.read(length)
+        return _read_at(file, start - length, length)
+
+
+def _end_of_document(file: IO[bytes]) -> int:
+    """Return where the document ends if there is one: at the end of the file, or before its checksum."""
+    size = file.seek(0, os.SEEK_END)
+    checksum = size - CHECKSUM_LENGTH
+    without = _read_at(file, size - len(MARKER), len(MARKER)) == MARKER
+    return size if without or _read_at(file, checksum, len(CHECKSUM_MARKER)) != CHECKSUM_MARKER else checksum
+
+
+def _read_at(file: IO[bytes], position: int, size: int) -> bytes:
+    """Return bytes at a position, or none if it is before the start."""
+    if position < 0:
+        return b""
+    file.seek(position)
+    return file.read(size)

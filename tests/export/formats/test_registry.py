@@ -102,6 +102,7 @@ def test_suffixes_of_all_formats() -> None:
         "pt2": ".pt2",
         "aotinductor": ".aoti.pt2",
         "openvino": ".openvino.zip",
+        "executorch": ".pte",
         "litert": ".tflite",
         "triton": ".triton",
         "web": ".web",
@@ -297,6 +298,8 @@ def test_every_supported_choice_converts_and_runs(
 ) -> None:
     if name == "web" and MISSING:
         pytest.skip(MISSING)
+    if name == "executorch":
+        pytest.importorskip("executorch", reason='no ExecuTorch: pip install "cifarx[executorch]"')
     if name == "litert":
         pytest.importorskip("litert_torch", reason="no litert-torch: it has an environment of its own")
     row, loaded = FORMATS[name], load_checkpoint(checkpoint)

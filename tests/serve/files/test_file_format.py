@@ -50,6 +50,10 @@ def write_openvino(path: Path) -> None:
             archive.writestr(name, "")
 
 
+def write_executorch(path: Path) -> None:
+    path.write_bytes(b"\x3c\0\0\0ET12eh00")
+
+
 def write_safetensors(path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(3)}, path)
 
@@ -64,6 +68,7 @@ WRITERS: list[tuple[Callable[[Path], Any], FileFormat]] = [
     (write_safetensors, FileFormat.SAFETENSORS),
     (write_openvino, FileFormat.OPENVINO),
     (write_litert, FileFormat.LITERT),
+    (write_executorch, FileFormat.EXECUTORCH),
     (write_onnx, FileFormat.ONNX),
 ]
 

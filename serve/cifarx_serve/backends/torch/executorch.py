@@ -3,11 +3,11 @@
 ExecuTorch's own tools open the file as it is. Its Python runtime needs PyTorch's libraries.
 """
 
-import os
+import io
 import re
-import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ _DTYPES: Final = {0: "uint8", 6: "float32"}
 """Names of the scalar types of `runtime/core/portable_type/scalar_type.h` that a classifier takes or returns."""
 
 _LOG_LINE: Final = re.compile(r"^\[\w+\.\w+:\d+\] (.*)$", re.MULTILINE)
-_STANDARD_ERROR: Final = 2
+_LOG_LOCK: Final = threading.Lock()
 
 
 class ExecuTorchBackend(Backend):
@@ -57,12 +57,10 @@ class ExecuTorchBackend(Backend):
                 tensors = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
                 tensors += [meta.output_tensor_meta(index) for index in range(meta.num_outputs())]
             except (RuntimeError, IndexError, MemoryError) as error:
-                reason = log()[-1:] or [error_message(error)]
-                raise ModelFileError(
-                    f"{path} is not a program that ExecuTorch runs ({reason[0]})", "export it again"
-                ) from error
-        if len(tensors) != 2:
-            raise ModelFileError(f"{path} has {len(tensors)} inputs and outputs instead of 2", "export it again")
+                problem = f"{path} is not a program that ExecuTorch runs ({_reason(log, error)})"
+                raise ModelFileError(problem, "export it again") from error
+        if len(tensors) != 2 or not all(tensor.sizes() and tensor.sizes()[0] for tensor in tensors):
+            raise ModelFileError(f"{path} does not have one input and one output", "export it again")
         self._path = path
         self._infos = tuple(map(_describe, ("input", self.spec.output), tensors))
         self.max_batch_size: int = tensors[0].sizes()[0]
@@ -132,18 +130,13 @@ def _runtime() -> Any:
 
 
 @contextmanager
-def _captured_log() -> Iterator[Any]:
-    """Keep what the runtime writes to standard error, such as its reasons. Yields a function that returns the lines."""
-    with tempfile.TemporaryFile() as file:
-        kept = os.dup(_STANDARD_ERROR)
+def _captured_log() -> Iterator[io.StringIO]:
+    """Keep what the runtime writes to standard error, such as its reasons. One thread at a time can do so."""
+    with _LOG_LOCK, redirect_stderr(io.StringIO()) as log:
+        yield log
 
-        def lines() -> list[str]:
-            file.seek(0)
-            return _LOG_LINE.findall(file.read().decode(errors="replace"))
 
-        try:
-            os.dup2(file.fileno(), _STANDARD_ERROR)
-            yield lines
-        finally:
-            os.dup2(kept, _STANDARD_ERROR)
-            os.close(kept)
+def _reason(log: io.StringIO, error: Exception) -> str:
+    """Return the reason of an error: the first that the runtime wrote, which the errors after it follow from."""
+    written = _LOG_LINE.search(log.getvalue())
+    return written[1] if written else error_message(error)

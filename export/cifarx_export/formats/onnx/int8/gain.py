@@ -1,16 +1,11 @@
 """What a quantized model has gained over the fp32 model."""
 
 from collections.abc import Mapping
-from typing import Final
 
 from onnx import ModelProto
 
+from cifarx_export.formats.int8 import gain
 from cifarx_export.parity.checks import Check
-
-CHECK_NAME: Final = "int8 gain"
-
-MIN_GAIN: Final = 0.05
-"""The smallest gain: the share of the multiplications that run in int8, or of the bytes that are saved."""
 
 
 def int8_share(quantized: ModelProto, macs: Mapping[str, int]) -> float:
@@ -33,11 +28,7 @@ def check_gain(quantized: ModelProto, original: ModelProto, macs: Mapping[str, i
         original: the fp32 model.
         macs: see `int8_share`.
     """
-    share, before, after = int8_share(quantized, macs), _weight_bytes(original), _weight_bytes(quantized)
-    size = f"weights of {after / 1e6:.2f} MB instead of {before / 1e6:.2f} MB"
-    found = f"{share:.0%} of the multiplications in int8, {size}"
-    passed = share >= MIN_GAIN or after <= (1 - MIN_GAIN) * before
-    return Check(CHECK_NAME, passed, found if passed else f"{found}: use --precision fp32 or fp16")
+    return gain.check_gain(int8_share(quantized, macs), _weight_bytes(original), _weight_bytes(quantized))
 
 
 def _weight_bytes(model: ModelProto) -> int:

@@ -9,7 +9,7 @@ from typing import Final
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
-from cifarx_export.formats.onnx.int8.calibration import Ranges
+from cifarx_export.formats.int8.calibration import Ranges
 from cifarx_export.formats.onnx.int8.inference import float_tensors
 from cifarx_export.formats.onnx.int8.layers import residual_additions
 from cifarx_export.formats.quiet import quiet

@@ -1,30 +1,15 @@
 """The layers of an ONNX model that can be quantized, and what they cost."""
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from onnx import ModelProto, NodeProto
 
+from cifarx_export.formats.int8.search import Layer
 from cifarx_export.formats.onnx.int8.inference import elements_per_image, float_tensors
 
 _MIN_COST: Final = 0.02
 """Lowest cost of leaving a layer in fp32. Also the cost of the residual additions, as measured on ResNet-18."""
-
-
-class Layer(NamedTuple):
-    """Nodes that are quantized together, or left in fp32 together.
-
-    Attributes:
-        name: name of the node, or what the nodes are.
-        nodes: names of the nodes.
-        fp32_cost: what leaving the layer in fp32 costs in speed, as a fraction of the whole network.
-        has_weights: whether the nodes have weights.
-    """
-
-    name: str
-    nodes: tuple[str, ...]
-    fp32_cost: float
-    has_weights: bool = True
 
 
 def find_layers(model: ModelProto) -> list[Layer]:

@@ -3,8 +3,9 @@
 import onnx
 import torch
 
+from cifarx_export.formats.int8.calibration import calibrate
 from cifarx_export.formats.onnx.int8 import graph, layers
-from cifarx_export.formats.onnx.int8.calibration import calibrate
+from cifarx_export.formats.onnx.int8.inference import iterate_activations
 from cifarx_serve.images.preprocess import normalize
 from tests.support.int8_networks import SPEC, TwoBlockNetwork, color_blobs, export_fp32
 
@@ -14,7 +15,8 @@ def test_no_qdq_between_residual_additions_in_fp32() -> None:
     torch.manual_seed(0)
     prepared = graph.prepare_for_quantization(export_fp32(TwoBlockNetwork().eval()))
     [additions] = [layer for layer in layers.find_layers(prepared) if layer.name == "additions"]
-    ranges = calibrate(prepared, graph.tensors_to_calibrate(prepared), normalize(color_blobs(8), SPEC.input))["minmax"]
+    names = graph.tensors_to_calibrate(prepared)
+    ranges = calibrate(iterate_activations(prepared, names, normalize(color_blobs(8), SPEC.input)))["minmax"]
     model = graph.insert_qdq(prepared, ranges, additions.nodes)
     onnx.checker.check_model(model, full_check=True)
     producers = {name: node for node in model.graph.node for name in node.output}

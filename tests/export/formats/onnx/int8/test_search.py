@@ -13,9 +13,11 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import nn
 
+from cifarx_export.formats.int8 import search
+from cifarx_export.formats.int8.search import AGREEMENT_TARGETS, MixedPrecision, Score
 from cifarx_export.formats.onnx.converter import convert_to_onnx
-from cifarx_export.formats.onnx.int8 import search
-from cifarx_export.formats.onnx.int8.search import AGREEMENT_TARGETS, MixedPrecision, QuantizationSearch, Score
+from cifarx_export.formats.onnx.int8 import search as onnx_search
+from cifarx_export.formats.onnx.int8.search import QuantizationSearch
 from cifarx_export.formats.registry import ConversionSource, ExportOptions
 from cifarx_serve.errors import DataError, UsageError
 from cifarx_serve.images.preprocess import normalize
@@ -155,7 +157,7 @@ def test_a_single_training_image_is_refused(fp32_model: ModelProto) -> None:
 def test_a_model_above_the_limit_of_protobuf_is_refused(
     fp32_model: ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "_PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr(onnx_search, "_PROTOBUF_LIMIT", 1000)
     with pytest.raises(
         UsageError,
         match=r"^the network is too large for int8, .* GB: use --precision fp16; the limit of protobuf is 2 GB$",
@@ -167,7 +169,7 @@ def test_calibration_images_and_held_out_images_do_not_overlap() -> None:
     numbered = replace(
         source(7), load_training_images=lambda count: np.arange(count, dtype=np.uint8)[:, None, None, None]
     )
-    calibration, held_out = search._split_images(numbered, 40)
+    calibration, held_out = search.split_images(numbered, 40)
     assert len(calibration) == 7
     assert sorted([*calibration.ravel(), *held_out.ravel()]) == list(range(47))
 

@@ -1,13 +1,11 @@
 """Calibration: the ranges of a network's activations by several methods, from one pass over the images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
-from cifarx_export.formats.onnx.int8.inference import iterate_activations
 from cifarx_export.formats.quiet import quiet
 
 Ranges: TypeAlias = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -23,20 +21,23 @@ _PERCENTILE_BINS: Final = 2048
 _ENTROPY_BINS: Final = 128
 
 
-def calibrate(model: ModelProto, names: Sequence[str], inputs: NDArray[np.float32]) -> dict[str, Ranges]:
-    """Return the ranges of the activations `names` by each of `METHODS`.
+def calibrate(batches: Iterable[Mapping[str, NDArray[np.float32]]]) -> dict[str, Ranges]:
+    """Return the ranges of the activations by each of `METHODS`.
 
     The histograms are those of ONNX Runtime (`HistogramCollector`). Its calibrators are not used: they keep every
     activation of every image in memory, and run the network once per method.
+
+    Args:
+        batches: the activations by name, for one batch of images after the other.
     """
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     fine = HistogramCollector("percentile", False, _PERCENTILE_BINS, 0, 100.0, None)
     coarse = HistogramCollector("entropy", False, _ENTROPY_BINS, _ENTROPY_BINS, 0.0, None)
-    for batch in iterate_activations(model, names, inputs):
+    for batch in batches:
         with quiet():
-            fine.collect({name: batch[name] for name in names})
-            coarse.collect({name: batch[name] for name in names})
+            fine.collect(batch)
+            coarse.collect(batch)
     ranges = {"minmax": _as_ranges({name: entry[2:4] for name, entry in fine.histogram_dict.items()})}
     with quiet():
         ranges["entropy"] = _as_ranges(coarse.compute_collection_result())

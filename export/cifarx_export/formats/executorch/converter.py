@@ -1,0 +1,96 @@
+"""Conversion to ExecuTorch: the network lowered to XNNPACK, in one file with its spec."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+from torch import nn
+
+from cifarx_export.formats.conversion_errors import reporting_conversion_errors
+from cifarx_export.formats.executorch.int8 import XnnpackQuantizationSearch
+from cifarx_export.formats.executorch.lowering import MissingOperatorError, export_module, lower
+from cifarx_export.formats.int8.gain import check_gain
+from cifarx_export.formats.quiet import quiet
+from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.traced_module import module_to_trace
+from cifarx_export.parity.checks import Check
+from cifarx_serve.errors import UsageError
+from cifarx_serve.files.checksum import write_checksum
+from cifarx_serve.files.trailing_document import append_document
+from cifarx_serve.spec import ModelSpec
+
+
+class ExecuTorchArtifact(Artifact):
+    """A program for ExecuTorch's runtime.
+
+    Args:
+        program: the program.
+        facts: facts about the conversion that the spec records.
+        checks: what the conversion found about the network.
+    """
+
+    def __init__(self, program: bytes, facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
+        self._program = program
+        self._facts = facts
+        self.checks = checks
+
+    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Add the facts about the conversion."""
+        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self._facts})
+
+    def save(self, path: Path, spec: ModelSpec) -> None:
+        """Write the program, the spec and a checksum. The same model, library versions and spec give the same bytes."""
+        path.write_bytes(self._program)
+        append_document(path, spec.to_json().encode())
+        write_checksum(path)
+
+
+def convert_to_executorch(source: ConversionSource) -> Iterator[ExecuTorchArtifact]:
+    """Lower the network to XNNPACK. Yields one artifact, or for int8 one per candidate of `XnnpackQuantizationSearch`.
+
+    Raises:
+        UsageError: ExecuTorch is not installed, or it cannot run the network; or an option of int8 cannot be followed.
+        DataError: int8 cannot be calibrated. See `XnnpackQuantizationSearch`.
+    """
+    facts = {"executorch": _library_version()}
+    module, example = module_to_trace(source), source.example_input()
+    with reporting_conversion_errors("ExecuTorch", module, example):
+        if source.spec.precision == "int8":
+            yield from _quantize(module, source, facts)
+        else:
+            yield ExecuTorchArtifact(lower(export_module(module, example)), facts)
+
+
+def _quantize(module: nn.Module, source: ConversionSource, facts: Mapping[str, str]) -> Iterator[ExecuTorchArtifact]:
+    """Yield the candidates that ExecuTorch runs.
+
+    Raises:
+        MissingOperatorError: it runs none.
+    """
+    refused: MissingOperatorError | None = None
+    found = False
+    fp32_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
+    for candidate in XnnpackQuantizationSearch(module, source).candidates():
+        try:
+            program = lower(candidate.program)
+        except MissingOperatorError as error:
+            source.progress(f"int8: {error.problem}")
+            refused = error
+            continue
+        found = True
+        gain = check_gain(candidate.int8_share, fp32_bytes, len(program))
+        yield ExecuTorchArtifact(program, {**candidate.facts, **facts}, [gain])
+        if not gain.passed:
+            return  # later candidates have more layers in fp32
+    if refused is not None and not found:
+        raise refused
+
+
+def _library_version() -> str:
+    try:
+        with quiet():
+            import executorch.exir  # noqa: F401
+            from executorch import version
+    except ModuleNotFoundError as error:
+        raise UsageError("ExecuTorch is not installed", 'pip install "cifarx[executorch]"') from error
+    return str(version.__version__)

@@ -1,0 +1,1 @@
+"""Static int8 quantization: what the formats have in common."""

@@ -1,0 +1,302 @@
+"""ExecuTorch files: their content, the batches they hold, that they are reproducible, and that faults are caught."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifarx_export.formats.executorch import converter
+from cifarx_export.formats.executorch.converter import ExecuTorchArtifact, convert_to_executorch
+from cifarx_export.formats.executorch.lowering import MAX_BATCH_SIZE, MissingOperatorError, export_module
+from cifarx_export.formats.int8.search import CALIBRATION_IMAGES
+from cifarx_export.parity.compare import EVAL_BATCH_SIZE, Reference, check_parity, run_reference
+from cifarx_export.parity.data import ParityData
+from cifarx_export.parity.tolerances import get_tolerance
+from cifarx_serve.backends.torch.executorch import ExecuTorchBackend
+from cifarx_serve.devices import Device
+from cifarx_serve.errors import UsageError
+from cifarx_serve.files.checksum import ChecksumState, read_checksum
+from cifarx_serve.files.trailing_document import read_document
+from cifarx_serve.spec import ModelSpec
+from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from cifarx_train.pytorch_backend import PyTorchBackend
+from tests.support.conversion import conversion_source, write_artifact
+from tests.support.local_paths import assert_no_local_paths
+
+pytest.importorskip("executorch", reason='no ExecuTorch: pip install "cifarx[executorch]"')
+
+CPU = Device("cpu")
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def artifact(loaded: Checkpoint) -> ExecuTorchArtifact:
+    [artifact] = convert_to_executorch(conversion_source(loaded))
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def path(artifact: ExecuTorchArtifact, loaded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("executorch") / "a-name-to-search-for.pte"
+    artifact.save(path, artifact.complete_spec(loaded.spec))
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 63, 64, 65, 130])
+def test_logits_match_the_network_at_any_batch_size(path: Path, loaded: Checkpoint, size: int) -> None:
+    inputs = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(size))
+    with ExecuTorchBackend(path, CPU) as backend, torch.inference_mode():
+        assert backend.max_batch_size == MAX_BATCH_SIZE
+        logits, expected = backend.run(inputs.numpy()), loaded.build()(inputs).numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_spec_and_a_checksum_follow_the_program(path: Path, loaded: Checkpoint) -> None:
+    document = read_document(path)
+    assert document is not None
+    spec = ModelSpec.from_json(document, "the file")
+    assert spec.class_names == loaded.spec.class_names
+    assert spec.exporter is not None
+    assert "executorch" in spec.exporter
+    assert read_checksum(path).state is ChecksumState.INTACT
+
+
+@pytest.mark.filterwarnings("ignore")  # ExecuTorch's own
+def test_the_tools_of_executorch_open_the_file(path: Path) -> None:
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.runtime import Runtime
+
+    [plan] = deserialize_pte_binary(path.read_bytes()).program.execution_plan
+    assert {delegate.id for delegate in plan.delegates} == {"XnnpackBackend"}
+    method = Runtime.get().load_program(path).load_method("forward")
+    assert method is not None
+    assert method.execute([torch.zeros(2, 3, 32, 32)])[0].shape == (2, 10)
+
+
+def test_another_conversion_has_the_same_bytes(path: Path, loaded: Checkpoint) -> None:
+    [again] = convert_to_executorch(conversion_source(loaded))
+    again.save(Path("again.pte"), again.complete_spec(loaded.spec))
+    assert Path("again.pte").read_bytes() == path.read_bytes()
+
+
+def test_another_spec_changes_only_the_spec(artifact: ExecuTorchArtifact, loaded: Checkpoint) -> None:
+    programs = []
+    for name in ("first", "other"):
+        spec = msgspec.structs.replace(loaded.spec, model=name)
+        artifact.save(Path("a.pte"), spec)
+        program, document, _ = Path("a.pte").read_bytes().partition(spec.to_json().encode())
+        assert document
+        programs.append(program)
+    assert programs[0] == programs[1]
+
+
+def test_no_path_of_this_machine_is_in_a_file(path: Path) -> None:
+    assert b"a-name-to-search-for" not in path.read_bytes()
+    assert_no_local_paths(path.read_bytes())
+
+
+def test_the_missing_library_is_named(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    with pytest.raises(UsageError, match=r'ExecuTorch is not installed: pip install "cifarx\[executorch\]"'):
+        next(convert_to_executorch(conversion_source(loaded)))
+
+
+class Wrapped(nn.Module):
+    """A network inside another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class Branches(Wrapped):
+    """Takes another branch for dark images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images)
+        return logits if images.sum() > 0 else -logits
+
+
+class Sorted(Wrapped):
+    """Uses an operator that ExecuTorch does not have."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images)
+        return torch.cummax(logits, 1).values
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        pytest.param(Branches, r"^test_converter\.py line \d+ depends on the values of the images", id="branch"),
+        pytest.param(Sorted, r"^the network cannot be converted to ExecuTorch \(.*cummax", id="no kernel"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(
+    network: Callable[[nn.Module], nn.Module], message: str, loaded: Checkpoint
+) -> None:
+    source = conversion_source(loaded, module=network(loaded.build()).eval())
+    with pytest.raises(UsageError, match=message) as raised:
+        list(convert_to_executorch(source))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_program_for_fewer_images_is_refused(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export_for_fifteen(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+        monkeypatch.setattr("cifarx_export.formats.executorch.lowering.MAX_BATCH_SIZE", 15)
+        program = export_module(module, example)
+        monkeypatch.setattr("cifarx_export.formats.executorch.lowering.MAX_BATCH_SIZE", 64)
+        return program
+
+    monkeypatch.setattr(converter, "export_module", export_for_fifteen)
+    with pytest.raises(UsageError, match="limits the network to batches of 15 images instead of 64"):
+        next(convert_to_executorch(conversion_source(loaded)))
+
+
+@pytest.mark.slow
+def test_candidates_of_int8_are_smaller_and_a_refused_one_is_skipped(
+    path: Path, loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = conversion_source(loaded, "int8")
+    lines: list[str] = []
+    monkeypatch.setattr("cifarx_export.formats.int8.search.CALIBRATION_IMAGES", CALIBRATION_IMAGES // 8)
+    monkeypatch.setattr("cifarx_export.formats.int8.search._HELD_OUT_IMAGES", (64, 64))
+    candidates = convert_to_executorch(dataclasses.replace(source, progress=lines.append))
+    first = next(candidates)
+    first.save(Path("int8.pte"), loaded.spec)
+    assert Path("int8.pte").stat().st_size < 0.4 * path.stat().st_size
+    assert [check.name for check in first.checks] == ["int8 gain"]
+    with ExecuTorchBackend(Path("int8.pte"), CPU) as backend:
+        assert backend.run(np.zeros((65, 3, 32, 32), np.float32)).shape == (65, 10)
+
+    def refuse(_: object) -> bytes:
+        raise MissingOperatorError("ExecuTorch does not run anything", "use another --format")
+
+    monkeypatch.setattr(converter, "lower", refuse)
+    with pytest.raises(MissingOperatorError, match="does not run anything"):
+        list(convert_to_executorch(dataclasses.replace(source, progress=lines.append)))
+    assert "int8: ExecuTorch does not run anything" in lines
+
+
+# Faults that a converter could make, each in a file that ExecuTorch runs.
+
+
+class ChannelsSwapped(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images.flip(1))  # type: ignore[no-any-return]
+
+
+class LayoutSwapped(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images.transpose(2, 3))  # type: ignore[no-any-return]
+
+
+class Shifted(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images + 0.05)  # type: ignore[no-any-return]
+
+
+class Scaled(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images * 1.1)  # type: ignore[no-any-return]
+
+
+class Clipped(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images.clamp(0.0, 0.7))  # type: ignore[no-any-return]
+
+
+class FirstImageOnly(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images[:1]).expand(images.shape[0], -1)  # type: ignore[no-any-return]
+
+
+class ClassesSwapped(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images).flip(1)  # type: ignore[no-any-return]
+
+
+class Rounded(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.inner(images) * 64).round() / 64  # type: ignore[no-any-return]
+
+
+class NotANumber(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sqrt(self.inner(images) - 1e9)
+
+
+class Resized(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        small = nn.functional.avg_pool2d(images, 2)
+        return self.inner(nn.functional.interpolate(small, scale_factor=2.0))  # type: ignore[no-any-return]
+
+
+def of_another_seed(module: nn.Module) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.reset_parameters()
+    return module
+
+
+def one_weight_off(module: nn.Module) -> nn.Module:
+    [*_, last] = module.parameters()
+    with torch.no_grad():
+        last[4] += 3e-4
+    return module
+
+
+FAULTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "channel order": ChannelsSwapped,
+    "layout": LayoutSwapped,
+    "mean": Shifted,
+    "std": Scaled,
+    "saturation": Clipped,
+    "batch": FirstImageOnly,
+    "class order": ClassesSwapped,
+    "rounding": Rounded,
+    "NaN": NotANumber,
+    "resize": Resized,
+    "stale weights": of_another_seed,
+    "one bias": one_weight_off,
+}
+
+
+@pytest.fixture(scope="module")
+def reference(confident_checkpoint: Path, parity_images: ParityData) -> Iterator[Reference]:
+    count = EVAL_BATCH_SIZE + 3
+    labels = None if parity_images.labels is None else parity_images.labels[:count]
+    data = parity_images._replace(images=parity_images.images[:count], labels=labels)
+    with PyTorchBackend(confident_checkpoint, CPU) as backend:
+        yield run_reference(backend, data)
+
+
+def failures(path: Path, reference: Reference) -> set[str]:
+    with ExecuTorchBackend(path, CPU) as backend:
+        result = check_parity(reference, backend, get_tolerance("fp32"))
+    return {check.name for check in result.failures}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name: str, confident_checkpoint: Path, reference: Reference) -> None:
+    path = write_artifact(confident_checkpoint, "executorch", Path("faulty.pte"), lambda m: FAULTS[name](m).eval())
+    assert failures(path, reference) & {"tolerance", "agreement", "finite"}
+
+
+@pytest.mark.slow
+def test_a_file_without_a_fault_passes(confident_checkpoint: Path, reference: Reference) -> None:
+    path = write_artifact(confident_checkpoint, "executorch", Path("good.pte"), lambda module: module)
+    assert not failures(path, reference)
