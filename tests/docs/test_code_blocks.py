@@ -35,6 +35,8 @@ PREPARATION = {"docs/embedded-preprocessing.md": "cifarx export --ckpt lzh_9.pth
 NOT_RUN = {
     "transposed.onnx": "a file with a planted error, for which the exit status is 1",
     "bgr.onnx": "a file of another program",
+    "cifarx optimize": "it takes minutes; tests/cli/commands/test_optimize.py runs it",
+    "lzh_9.optimized": "the file of that command",
     "--baseline": "the result depends on the machine",
     "--pick": "the result depends on the machine",
     "fastnet_7.pth": "the checkpoint of eight epochs of another network",

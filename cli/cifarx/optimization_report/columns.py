@@ -81,7 +81,6 @@ _COLUMNS: Final = (
     Column("throughput gain", _of(lambda found: f"{found.throughput_gain:.2f}x"), essential=False),
     Column("KB", lambda result: "" if result.size_bytes is None else f"{result.size_bytes / 1e3:,.0f}"),
     Column("agreement", lambda result: _share(result.agreement)),
-    Column("accuracy", lambda result: _share(result.accuracy), essential=False),
     Column("points lost", lambda result: "" if result.accuracy_drop is None else f"{100 * result.accuracy_drop:.2f}"),
     Column("load ms", _of(lambda found: f"{found.load_ms:,.0f}"), essential=False),
     Column("peak MB", _of(lambda found: f"{found.peak_bytes / 1e6:,.0f}"), essential=False),

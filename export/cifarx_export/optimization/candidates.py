@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
     @property
     def name(self) -> str:
         """A name for tables and messages, such as `onnx int8`."""
-        return f"{self.format} {self.precision}{' fine-tuned' if self.fine_tuned else ''}"
+        return f"{self.format} {self.precision}{' tuned' if self.fine_tuned else ''}"
 
 
 BASELINE: Final = Candidate("onnx", "fp32")

@@ -9,7 +9,7 @@ from typing import Final
 from cifarx_export.exporter import Exporter, open_exporter
 from cifarx_export.optimization.candidates import BASELINE, list_candidates
 from cifarx_export.optimization.requirement import explain_no_pick, parse_requirement
-from cifarx_export.optimization.results import OptimizationReport, Preference
+from cifarx_export.optimization.results import CandidateResult, OptimizationReport, Preference
 from cifarx_export.optimization.search import Goal, Search, TimeLimit
 from cifarx_export.optimization.selection import choose, explain_pick, pareto_front
 from cifarx_export.optimization.study import SUFFIX, Study, StudyIdentity
@@ -105,7 +105,7 @@ def optimize(
         prefer=prefer,
         targets=tuple(targets),
         baseline=baseline,
-        results=tuple(search.results),
+        results=tuple(result for result in search.results if not _is_needless(result)),
         front=tuple(result.name for result in pareto_front(eligible, prefer)),
         pick=picked.name if picked else None,
         reason=reason,
@@ -115,6 +115,11 @@ def optimize(
         seconds=time.monotonic() - started,
         environment=environment,
     )
+
+
+def _is_needless(result: CandidateResult) -> bool:
+    """Return whether a result is no news: nobody asked for fine-tuned weights, and they were not needed."""
+    return result.fine_tuned and result.outcome in ("skipped", "not tried")
 
 
 def _identity(exporter: Exporter, environment: Environment) -> StudyIdentity:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-
 from cifarx_export.optimization.candidates import BASELINE, Candidate
 from cifarx_export.optimization.requirement import Requirement, meets
 from cifarx_export.optimization.results import CandidateResult, Preference
@@ -62,7 +61,7 @@ def _refused_before(candidate: Candidate, results: Sequence[CandidateResult]) ->
     for result in results:
         is_general = result.precision == "fp32" or _INSTALL in result.reason
         if result.format == candidate.format and result.outcome == "refused" and is_general:
-            return f"as {result.name}: {result.reason}"
+            return f"as {result.name}"
     return None
 
 
@@ -110,13 +109,9 @@ def _too_slow(
 def _needs_no_fine_tuning(
     candidate: Candidate, results: Sequence[CandidateResult], requirement: Requirement
 ) -> str | None:
-    """Return why other weights would not help.
-
-    They do only where int8 lost too much of the network's answers, or where layers stayed in fp32 to keep them.
-    """
+    """Return why other weights are not needed. They are only where int8 lost too much of the network's answers."""
     usual = next((result for result in results if result.candidate == candidate._replace(fine_tuned=False)), None)
     if usual is None or usual.outcome in ("refused", "skipped", "not tried"):
-        return f"as without fine-tuning: {usual.reason if usual else 'it was not tried'}"
+        return "as without fine-tuning"
     lost = any(bound.name in _FIDELITY and not bound.holds(usual) for bound in requirement)
-    mixed = usual.facts.get("fp32 layers", "none") != "none"
-    return None if usual.outcome == "failed" or lost or mixed else f"{usual.name} keeps its answers without it"
+    return None if usual.outcome == "failed" or lost else f"{usual.name} keeps its answers without it"

@@ -122,7 +122,8 @@ class Search:
         """Prove and measure a candidate, unless the study has that already. Each step replaces the last result."""
         known = self._study.get(candidate)
         if known is None and (reason := self._reason_to_skip(candidate)):
-            self._progress(f"skipped {candidate.name}: {reason}")
+            if not candidate.fine_tuned:
+                self._progress(f"skipped {candidate.name}: {reason}")
             self.results[-1] = _without_artifact(candidate, "skipped", reason)
             return
         if known is None:

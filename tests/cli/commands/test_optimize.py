@@ -87,7 +87,7 @@ def test_a_search_that_was_killed_goes_on_and_writes_a_proved_pick() -> None:
     report = result.json
     assert report["results"][0] == before
     assert report["baseline"] == "onnx fp32"
-    assert report["pick"] in {"onnx fp32", "onnx int8", "onnx int8 fine-tuned"}
+    assert report["pick"] in {"onnx fp32", "onnx int8", "onnx int8 tuned"}
     assert report["pick"] in report["front"]
     _check_pick(report)
     _check_later_runs(report)

@@ -61,4 +61,4 @@ def test_unknown_targets_are_usage_errors(text: str, words: str) -> None:
 
 def test_a_candidate_has_a_name() -> None:
     assert Candidate("onnx", "int8").name == "onnx int8"
-    assert Candidate("onnx", "int8", fine_tuned=True).name == "onnx int8 fine-tuned"
+    assert Candidate("onnx", "int8", fine_tuned=True).name == "onnx int8 tuned"

@@ -24,7 +24,7 @@ def test_nothing_is_known_at_the_start() -> None:
 
 def test_a_format_that_was_refused_in_fp32_is_not_tried_in_other_precisions() -> None:
     refused = left_out("openvino fp32", "refused", "an operator is not supported")
-    assert _reason("openvino int8", BASE, refused) == "as openvino fp32: an operator is not supported"
+    assert _reason("openvino int8", BASE, refused) == "as openvino fp32"
     assert _reason("onnx int8", BASE, refused) is None
     failed = left_out("openvino fp32", "failed", "tolerance")
     assert _reason("openvino int8", BASE, failed) is None
@@ -32,7 +32,7 @@ def test_a_format_that_was_refused_in_fp32_is_not_tried_in_other_precisions() ->
 
 def test_a_missing_package_concerns_all_precisions_and_another_reason_only_its_own() -> None:
     missing = left_out("openvino bf16", "refused", 'OpenVINO is not installed: pip install "cifarx[openvino]"')
-    assert "pip install" in str(_reason("openvino fp32", BASE, missing))
+    assert _reason("openvino fp32", BASE, missing) == "as openvino bf16"
     unsupported = left_out("openvino int8", "refused", "there are no images to calibrate on")
     assert _reason("openvino fp32", BASE, unsupported) is None
 
@@ -78,10 +78,10 @@ def test_weights_are_fine_tuned_only_where_int8_lost_too_much() -> None:
     good, lossy = proved("onnx int8", 2.0), proved("onnx int8", 2.0, accuracy_drop=0.01)
     failed = left_out("onnx int8", "failed", "agreement: 98.2%")
     refused = left_out("onnx int8", "refused", "there are no images to calibrate on")
-    assert _reason("onnx int8 fine-tuned", BASE, failed) is None
-    assert _reason("onnx int8 fine-tuned", BASE, good) == "onnx int8 keeps its answers without it"
-    assert "keeps its answers" in str(_reason("onnx int8 fine-tuned", BASE, lossy))
-    assert _reason("onnx int8 fine-tuned", BASE, lossy, require="accuracy_drop<=0.5") is None
-    assert "keeps its answers" in str(_reason("onnx int8 fine-tuned", BASE, lossy, require="p99<1us"))
-    assert "no images" in str(_reason("onnx int8 fine-tuned", BASE, refused))
-    assert "was not tried" in str(_reason("onnx int8 fine-tuned", BASE))
+    assert _reason("onnx int8 tuned", BASE, failed) is None
+    assert _reason("onnx int8 tuned", BASE, good) == "onnx int8 keeps its answers without it"
+    assert "keeps its answers" in str(_reason("onnx int8 tuned", BASE, lossy))
+    assert _reason("onnx int8 tuned", BASE, lossy, require="accuracy_drop<=0.5") is None
+    assert "keeps its answers" in str(_reason("onnx int8 tuned", BASE, lossy, require="p99<1us"))
+    assert _reason("onnx int8 tuned", BASE, refused) == "as without fine-tuning"
+    assert _reason("onnx int8 tuned", BASE) == "as without fine-tuning"
