@@ -87,7 +87,6 @@ def optimize(
         search = Search(study, goal, workbench.prove, workbench.measure, limit, progress)
         wanted = [one for one in list_candidates(targets) if workbench.has_module or not one.fine_tuned]
         search.run(wanted if BASELINE in wanted else [BASELINE, *wanted])
-        limit.lift()
         eligible = [result for result in search.results if result.candidate in wanted]
         picked = choose(eligible, requirement, prefer)
         baseline = search.baseline.name if search.baseline else None

@@ -31,7 +31,7 @@ class OutOfTime(BaseException):
 
 
 class TimeLimit:
-    """A limit for the time of the whole run, which stops work at its next line of progress.
+    """A limit for the time of the whole run. While it is enforced, work ends at its next line of progress.
 
     Args:
         seconds: the limit, from now on.
@@ -39,14 +39,20 @@ class TimeLimit:
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
+        self._is_enforced = False
 
-    def lift(self) -> None:
-        """Give all further work as much time as it needs."""
-        self._end = float("inf")
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Enforce the limit within the block. The work before and after a search takes as long as it takes."""
+        self._is_enforced = True
+        try:
+            yield
+        finally:
+            self._is_enforced = False
 
     def check(self) -> None:
-        """Raise `OutOfTime` if the time is over."""
-        if time.monotonic() >= self._end:
+        """Raise `OutOfTime` if the time is over and the limit is enforced."""
+        if self._is_enforced and time.monotonic() >= self._end:
             raise OutOfTime
 
     def checking(self, progress: Progress) -> Progress:
@@ -113,7 +119,7 @@ class Search:
         """
         for number, candidate in enumerate(candidates, start=1):
             self.results.append(_without_artifact(candidate, "not tried"))
-            with self._stopping():
+            with self._stopping(), self._limit.enforced():
                 self._try(candidate, f"[{number} of {len(candidates)}] {candidate.name}")
             if self.stopped is not None:
                 self.results[-1] = _with_end(self.results[-1], self.stopped)

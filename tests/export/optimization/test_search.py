@@ -163,14 +163,15 @@ def test_a_failed_candidate_is_not_tried_again(tmp_path: Path) -> None:
 
 def test_work_ends_at_its_next_line_of_progress_when_the_time_is_over() -> None:
     lines: list[str] = []
-    limit = TimeLimit(60)
-    limit.checking(lines.append)("one")
     over = TimeLimit(0)
-    with pytest.raises(OutOfTime):
-        over.checking(lines.append)("two")
-    over.lift()
-    over.checking(lines.append)("three")
-    assert lines == ["one", "three"]
+    over.checking(lines.append)("before the search")
+    with pytest.raises(OutOfTime), over.enforced():
+        over.checking(lines.append)("in the search")
+    over.checking(lines.append)("after the search")
+    in_time = TimeLimit(60)
+    with in_time.enforced():
+        in_time.checking(lines.append)("in time")
+    assert lines == ["before the search", "after the search", "in time"]
 
 
 def test_the_document_is_complete_after_every_step(tmp_path: Path) -> None:
