@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from cifarx_export.optimization.requirement import Requirement, meets
-from cifarx_export.optimization.results import CandidateResult, Preference
+from cifarx_export.optimization.results import CandidateResult, Measurement, Preference
 
 TIE: Final = 0.03
 """Candidates that are within this part of the best are equally good: two measurements of one file differ as much."""
@@ -82,7 +82,7 @@ def explain_pick(
     assert picked.measurement is not None
     found = picked.measurement
     what = {
-        "latency": f"{found.latency.speedup:.2f} times as fast as {baseline} at batch 1",
+        "latency": f"{found.latency.speedup:.2f} times as fast as {baseline} at batch 1{_threads(found)}",
         "throughput": f"{found.throughput_gain:.2f} times the throughput of {baseline}",
         "size": f"{(picked.size_bytes or 0) / 1e6:,.2f} MB",
     }[prefer]
@@ -95,6 +95,13 @@ def explain_pick(
         fidelity += f", accuracy {-100 * picked.accuracy_drop:+.2f} points"
     condition = f" that meet {', '.join(bound.text for bound in requirement)}" if requirement else ""
     return f"{what}; {fidelity}; {superlative} of {_count(len(matching))}{condition}"
+
+
+def _threads(found: Measurement) -> str:
+    """Return with how many threads a latency was measured, and how fast one thread is."""
+    if found.one_thread is None:
+        return ""
+    return f" in {found.threads} threads, {found.one_thread.speedup:.2f} times in one"
 
 
 def _count(number: int) -> str:

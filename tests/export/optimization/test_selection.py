@@ -66,9 +66,11 @@ def test_of_equally_fast_candidates_the_one_closest_to_the_network_is_the_pick()
 def test_the_reason_names_speed_fidelity_and_requirement() -> None:
     requirement = parse_requirement("accuracy_drop<=1")
     assert explain_pick(FAST, ALL, requirement, "latency", BASE.name) == (
-        "3.00 times as fast as onnx fp32 at batch 1; agreement 99.10%, accuracy -0.60 points; the fastest of "
-        "4 candidates that meet accuracy_drop<=1"
+        "3.00 times as fast as onnx fp32 at batch 1 in 2 threads, 3.00 times in one; agreement 99.10%, accuracy -0.60 "
+        "points; the fastest of 4 candidates that meet accuracy_drop<=1"
     )
+    on_one_cpu = proved("onnx fp32", 1.0, measurement=measurement(1.0, one_thread=None))
+    assert "at batch 1; agreement" in explain_pick(on_one_cpu, [on_one_cpu], (), "latency", BASE.name)
     assert explain_pick(FAST, ALL, (), "size", BASE.name).startswith("0.30 MB; ")
     assert "times the throughput" in explain_pick(FAST, ALL, (), "throughput", BASE.name)
 
