@@ -87,7 +87,7 @@ class MixedPrecisionSearch(ABC):
     """
 
     def __init__(self, source: ConversionSource, layers: Sequence[Layer], total_macs: int) -> None:
-        _require_calibration_images(source)
+        require_calibration_images(source)
         self._progress = source.progress
         self._spec = source.spec
         self._layers = layers
@@ -245,7 +245,12 @@ def _affordable_images(macs: int, bounds: tuple[int, int]) -> int:
     return max(low, min(high, _MAC_BUDGET // max(1, macs)))
 
 
-def _require_calibration_images(source: ConversionSource) -> None:
+def require_calibration_images(source: ConversionSource) -> None:
+    """Check the number of calibration images that the user gave.
+
+    Raises:
+        UsageError: it is below 1.
+    """
     images = source.options.calibration_images
     if images is not None and images < 1:
         raise UsageError(

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
+from cifarx_export.formats.int8.gain import CHECK_NAME, MIN_GAIN
+from cifarx_export.formats.int8.search import CALIBRATION_IMAGES, require_calibration_images
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
 from cifarx_export.formats.traced_module import module_to_trace
@@ -29,16 +31,11 @@ from cifarx_serve.files.trailing_document import append_document
 from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.spec import ModelSpec
 
-_CALIBRATION_IMAGES: Final = 512
-
 _CONVERTER: Final = "litert_torch"
 _INSTALL: Final = 'in an environment of its own: pip install "cifarx[train,litert]" litert-torch'
 
 _Quantized = tuple[bytes, Mapping[str, str]]
 """A model, and the facts about it that the spec records."""
-
-_MIN_GAIN: Final = 0.05
-"""The smallest part of the size that int8 has to save."""
 
 
 class LiteRtArtifact(Artifact):
@@ -92,9 +89,10 @@ def convert_to_litert(source: ConversionSource) -> Iterator[LiteRtArtifact]:
 
     Raises:
         UsageError: litert-torch is not installed or cannot convert the network, or the network has an operator that is
-            not allowed in a file.
+            not allowed in a file, or the number of calibration images is below 1.
         DataError: int8 has no training images for fixed ranges.
     """
+    require_calibration_images(source)
     if importlib.util.find_spec(_CONVERTER) is None:
         raise UsageError("litert-torch is not installed, which --format litert needs", _INSTALL)
     facts = {name: version(name) for name in ("litert-torch", "ai-edge-litert")}
@@ -123,7 +121,7 @@ def _convert(source: ConversionSource) -> bytes:
 
 def _quantize_static(source: ConversionSource, model: bytes) -> _Quantized:
     requested = source.options.calibration_images
-    images = source.load_training_images(_CALIBRATION_IMAGES if requested is None else requested)
+    images = source.load_training_images(CALIBRATION_IMAGES if requested is None else requested)
     if not len(images):
         raise DataError("the dataset has no training images", "int8 needs some for the ranges of the activations")
     source.progress(f"int8: calibrating on {len(images)} training images")
@@ -185,5 +183,5 @@ def _read_safe_model(path: Path) -> bytes:
 
 def _check_gain(quantized: bytes, original: bytes) -> Check:
     found = f"model of {len(quantized) / 1e6:.2f} MB instead of {len(original) / 1e6:.2f} MB"
-    passed = len(quantized) <= (1 - _MIN_GAIN) * len(original)
-    return Check("int8 gain", passed, found if passed else f"{found}: use --precision fp32")
+    passed = len(quantized) <= (1 - MIN_GAIN) * len(original)
+    return Check(CHECK_NAME, passed, found if passed else f"{found}: use --precision fp32")

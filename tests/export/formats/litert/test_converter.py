@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cifarx_export.formats.litert.converter import LiteRtArtifact, convert_to_litert
-from cifarx_export.formats.registry import ConversionSource
+from cifarx_export.formats.registry import ConversionSource, ExportOptions
 from cifarx_export.parity.compare import Reference, check_parity, run_reference
 from cifarx_export.parity.data import ParityData
 from cifarx_export.parity.tolerances import get_tolerance
@@ -76,6 +76,11 @@ def test_the_missing_converter_is_named(loaded: Checkpoint, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "litert_torch", None)
     with pytest.raises(UsageError, match=r"litert-torch is not installed, .* of its own: pip install"):
         next(convert_to_litert(conversion_source(loaded)))
+
+
+def test_too_few_calibration_images_are_refused_before_any_work(loaded: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="0 calibration images are too few: give 1 or more"):
+        next(convert_to_litert(conversion_source(loaded, "int8", ExportOptions(calibration_images=0))))
 
 
 @requires_litert_torch
