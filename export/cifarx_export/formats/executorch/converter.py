@@ -8,7 +8,7 @@ from torch import nn
 
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
 from cifarx_export.formats.executorch.int8 import XnnpackQuantizationSearch
-from cifarx_export.formats.executorch.lowering import MissingOperatorError, export_module, lower
+from cifarx_export.formats.executorch.lowering import RefusedProgramError, export_module, lower
 from cifarx_export.formats.int8.gain import check_gain
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
@@ -65,15 +65,15 @@ def _quantize(module: nn.Module, source: ConversionSource, facts: Mapping[str, s
     """Yield the candidates that ExecuTorch runs.
 
     Raises:
-        MissingOperatorError: it runs none.
+        RefusedProgramError: it runs none.
     """
-    refused: MissingOperatorError | None = None
+    refused: RefusedProgramError | None = None
     found = False
     fp32_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     for candidate in XnnpackQuantizationSearch(module, source).candidates():
         try:
             program = lower(candidate.program)
-        except MissingOperatorError as error:
+        except RefusedProgramError as error:
             source.progress(f"int8: {error.problem}")
             refused = error
             continue

@@ -1,7 +1,9 @@
 """From a module to the bytes of an ExecuTorch program whose operators XNNPACK runs."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -9,10 +11,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cifarx_export.formats.quiet import quiet
+from cifarx_serve.backends.torch.executorch import captured_log, load_runtime, log_reason
+from cifarx_serve.backends.torch.executorch_program import METHOD
 from cifarx_serve.errors import UsageError
 
 MAX_BATCH_SIZE: Final = 64
 """The number of images that a program has memory for. The backend runs a larger batch in parts."""
+
+
+class RefusedProgramError(UsageError):
+    """Raised when ExecuTorch's runtime does not run a program that its exporter wrote."""
 
 
 def export_module(module: nn.Module, example: Tensor) -> ExportedProgram:
@@ -21,21 +29,16 @@ def export_module(module: nn.Module, example: Tensor) -> ExportedProgram:
         return torch.export.export(module, (example,), dynamic_shapes=({0: Dim("batch", min=1, max=MAX_BATCH_SIZE)},))
 
 
-class MissingOperatorError(UsageError):
-    """Raised when ExecuTorch's runtime does not have an operator of a program."""
-
-
 def lower(program: ExportedProgram) -> bytes:
     """Return the program as ExecuTorch runs it.
 
     Raises:
-        MissingOperatorError: XNNPACK does not run an operator, and neither does the runtime.
+        RefusedProgramError: the runtime does not run it on one image.
         UsageError: there is no memory for `MAX_BATCH_SIZE` images.
     """
     with _tracing():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
-        from executorch.extension.pybindings import _C
 
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     plan = lowered.executorch_program.execution_plan[0]
@@ -45,10 +48,26 @@ def lower(program: ExportedProgram) -> bytes:
             f"ExecuTorch limits the network to batches of {size} images instead of {MAX_BATCH_SIZE}",
             "use another --format",
         )
-    names = [".".join(filter(None, (operator.name, operator.overload))) for operator in plan.operators]
-    if missing := [name for name in names if name not in _C._get_operator_names()]:
-        raise MissingOperatorError(f"ExecuTorch does not run {', '.join(missing)}", "use another --format")
-    return bytes(lowered.buffer)
+    content = bytes(lowered.buffer)
+    _require_runs(content, program)
+    return content
+
+
+def _require_runs(content: bytes, program: ExportedProgram) -> None:
+    """Run a program on one image: only then the runtime reports an operator or a size that it does not support."""
+    [name] = program.graph_signature.user_inputs
+    [image] = [node.meta["val"] for node in program.graph.nodes if node.name == name]
+    runtime = load_runtime()
+    with tempfile.TemporaryDirectory() as folder, captured_log() as log:
+        path = Path(folder, "program.pte")
+        path.write_bytes(content)
+        try:
+            loaded = runtime._load_program(str(path))
+            loaded.load_method(METHOD).call([torch.zeros(1, *image.shape[1:])])
+        except RuntimeError as error:
+            raise RefusedProgramError(
+                f"ExecuTorch does not run the network ({log_reason(log, error)})", "use another --format"
+            ) from error
 
 
 @contextmanager

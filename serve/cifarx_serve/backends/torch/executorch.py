@@ -43,11 +43,11 @@ class ExecuTorchBackend(Backend):
         if device.type not in ("auto", "cpu"):
             raise DeviceError(f"{path} runs on the CPU, but {device.type} was requested", "use --device cpu")
         content = read_program(path)
-        runtime = _runtime()
+        runtime = load_runtime()
         import torch
 
         self._torch = torch
-        with _captured_log() as log:
+        with captured_log() as log:
             try:
                 # Opened from its file, which the program reads as long as it exists. The method does not keep it alive.
                 verification = runtime.Verification.InternalConsistency
@@ -57,7 +57,7 @@ class ExecuTorchBackend(Backend):
                 tensors = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
                 tensors += [meta.output_tensor_meta(index) for index in range(meta.num_outputs())]
             except (RuntimeError, IndexError, MemoryError) as error:
-                problem = f"{path} is not a program that ExecuTorch runs ({_reason(log, error)})"
+                problem = f"{path} is not a program that ExecuTorch runs ({log_reason(log, error)})"
                 raise ModelFileError(problem, "export it again") from error
         if len(tensors) != 2 or not all(tensor.sizes() and tensor.sizes()[0] for tensor in tensors):
             raise ModelFileError(f"{path} does not have one input and one output", "export it again")
@@ -105,7 +105,7 @@ def _describe(name: str, tensor: Any) -> TensorInfo:
 
 
 @cache
-def _runtime() -> Any:
+def load_runtime() -> Any:
     """Return ExecuTorch's runtime, with as many threads as there are CPUs that this process may use.
 
     They are set here, once, because the open programs keep a pointer to the threads.
@@ -123,20 +123,20 @@ def _runtime() -> Any:
     except ImportError as error:
         problem = f"ExecuTorch does not work with the installed PyTorch ({error_message(error)})"
         raise UsageError(problem, 'pip install --upgrade "cifarx[executorch]"') from error
-    with _captured_log():  # it reports what it finds out about the CPU
+    with captured_log():  # it reports what it finds out about the CPU
         if _C._threadpool_get_thread_count() != (threads := available_cpus()):
             _C._unsafe_reset_threadpool(threads)
     return _C
 
 
 @contextmanager
-def _captured_log() -> Iterator[io.StringIO]:
+def captured_log() -> Iterator[io.StringIO]:
     """Keep what the runtime writes to standard error, such as its reasons. One thread at a time can do so."""
     with _LOG_LOCK, redirect_stderr(io.StringIO()) as log:
         yield log
 
 
-def _reason(log: io.StringIO, error: Exception) -> str:
+def log_reason(log: io.StringIO, error: Exception) -> str:
     """Return the reason of an error: the first that the runtime wrote, which the errors after it follow from."""
     written = _LOG_LINE.search(log.getvalue())
     return written[1] if written else error_message(error)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cifarx_export.formats.executorch import converter
 from cifarx_export.formats.executorch.converter import ExecuTorchArtifact, convert_to_executorch
-from cifarx_export.formats.executorch.lowering import MAX_BATCH_SIZE, MissingOperatorError, export_module
+from cifarx_export.formats.executorch.lowering import MAX_BATCH_SIZE, RefusedProgramError, export_module
 from cifarx_export.formats.int8.search import CALIBRATION_IMAGES
 from cifarx_export.parity.compare import EVAL_BATCH_SIZE, Reference, check_parity, run_reference
 from cifarx_export.parity.data import ParityData
@@ -127,6 +127,15 @@ class Branches(Wrapped):
         return logits if images.sum() > 0 else -logits
 
 
+class Shuffled(Wrapped):
+    """Changes the order of channels as ShuffleNet does, where ExecuTorch fixes the size of the batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        doubled = torch.cat([images, images], 1).view(count, 2, 3, height, width).transpose(1, 2).contiguous()
+        return self.inner(doubled.view(count, 6, height, width).chunk(2, dim=1)[0])  # type: ignore[no-any-return]
+
+
 class Sorted(Wrapped):
     """Uses an operator that ExecuTorch does not have."""
 
@@ -139,6 +148,7 @@ class Sorted(Wrapped):
     ("network", "message"),
     [
         pytest.param(Branches, r"^test_converter\.py line \d+ depends on the values of the images", id="branch"),
+        pytest.param(Shuffled, "^ExecuTorch limits the network to batches of 2 images instead of 64", id="fixed batch"),
         pytest.param(Sorted, r"^the network cannot be converted to ExecuTorch \(.*cummax", id="no kernel"),
     ],
 )
@@ -180,10 +190,10 @@ def test_candidates_of_int8_are_smaller_and_a_refused_one_is_skipped(
         assert backend.run(np.zeros((65, 3, 32, 32), np.float32)).shape == (65, 10)
 
     def refuse(_: object) -> bytes:
-        raise MissingOperatorError("ExecuTorch does not run anything", "use another --format")
+        raise RefusedProgramError("ExecuTorch does not run anything", "use another --format")
 
     monkeypatch.setattr(converter, "lower", refuse)
-    with pytest.raises(MissingOperatorError, match="does not run anything"):
+    with pytest.raises(RefusedProgramError, match="does not run anything"):
         list(convert_to_executorch(dataclasses.replace(source, progress=lines.append)))
     assert "int8: ExecuTorch does not run anything" in lines
 
