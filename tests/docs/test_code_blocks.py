@@ -35,6 +35,8 @@ PREPARATION = {"docs/embedded-preprocessing.md": "cifarx export --ckpt lzh_9.pth
 NOT_RUN = {
     "transposed.onnx": "a file with a planted error, for which the exit status is 1",
     "bgr.onnx": "a file of another program",
+    "executorch": "it is not among the extras for development; tests/export/formats/executorch/ runs it",
+    ".pte": "the files of that format",
     "cifarx optimize": "it takes minutes; tests/cli/commands/test_optimize.py runs it",
     "lzh_9.optimized": "the file of that command",
     "--baseline": "the result depends on the machine",
