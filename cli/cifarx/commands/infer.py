@@ -60,8 +60,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Backend: onnxruntime, torchscript, exported_program, aot_inductor, openvino, executorch, litert, web or "
-            "pytorch. [default: the one for --model, or onnxruntime]",
+            help="Backend: onnxruntime, torchscript, exported_program, aot_inductor, openvino, executorch, litert, web "
+            "or pytorch. [default: the one for --model, or onnxruntime]",
         ),
     ] = None,
     device: DeviceName = "auto",

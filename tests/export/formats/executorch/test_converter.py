@@ -23,8 +23,9 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.files.checksum import ChecksumState, read_checksum
 from cifarx_serve.files.trailing_document import read_document
-from cifarx_serve.spec import ModelSpec
-from cifarx_train.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from cifarx_serve.spec import InputSpec, ModelSpec
+from cifarx_train.checkpoints.checkpoint import Checkpoint
+from cifarx_train.models.registry import get_architecture
 from cifarx_train.pytorch_backend import PyTorchBackend
 from tests.support.conversion import conversion_source, write_artifact
 from tests.support.local_paths import assert_no_local_paths
@@ -35,8 +36,13 @@ CPU = Device("cpu")
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path) -> Checkpoint:
-    return load_checkpoint(checkpoint)
+def loaded() -> Checkpoint:
+    """A checkpoint that nobody trained."""
+    spec = ModelSpec(model="lzh", class_names=tuple("abcdefghij"), input=InputSpec(height=32, width=32))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = get_architecture("lzh").build(len(spec.class_names), spec.input)
+    return Checkpoint(spec, module.state_dict(), {})
 
 
 @pytest.fixture(scope="module")
