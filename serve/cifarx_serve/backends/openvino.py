@@ -101,8 +101,8 @@ class OpenVinoBackend(Backend):
         if self._device == _CPU:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            compiled = self._core.compile_model(self._model, self._device, options)
-            self._request = compiled.create_infer_request()
+            self._compiled = compiled = self._core.compile_model(self._model, self._device, options)
+            self._idle = [compiled.create_infer_request()]
             used = compiled.get_property(_PRECISION_HINT)
             devices = ",".join(compiled.get_property("EXECUTION_DEVICES"))
         except RuntimeError as error:
@@ -118,14 +118,23 @@ class OpenVinoBackend(Backend):
         self.provider = f"OpenVINO {devices}{computed}"
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """Run a batch. A request of OpenVINO serves one run at a time, so each of several runs at once has its own."""
         try:
-            outputs: NDArray[np.float32] = self._request.infer({0: batch}, share_inputs=True)[0]
+            request = self._take_request()
+            outputs: NDArray[np.float32] = request.infer({0: batch}, share_inputs=True)[0]
         except RuntimeError as error:
             if _OUT_OF_MEMORY.search(str(error)):
                 raise out_of_memory_error("cpu", len(batch), None, None) from error
             problem = f"{self._path} cannot run on {batch.dtype} {batch.shape} ({library_message(error)})"
             raise ModelFileError(problem, "export it again") from error
+        self._idle.append(request)
         return outputs
+
+    def _take_request(self) -> "openvino.InferRequest":
+        try:
+            return self._idle.pop()
+        except IndexError:  # all are in use
+            return self._compiled.create_infer_request()
 
     def single_threaded(self) -> Backend:
         """Return a backend with the model compiled a second time, for one thread of the CPU."""
@@ -149,7 +158,8 @@ class OpenVinoBackend(Backend):
         )
 
     def close(self) -> None:
-        self._request = self._model = self._core = None
+        self._idle.clear()
+        self._compiled = self._model = self._core = None
 
 
 def _require_device(core: "openvino.Core", name: str) -> None:

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,14 @@ def test_results_are_not_overwritten_by_the_next_run(written: Path) -> None:
         kept = first.copy()
         backend.run(BATCH * 2)
         np.testing.assert_array_equal(first, kept)
+
+
+def test_several_threads_run_at_once(written: Path) -> None:
+    batches = [np.full((5_000, 3, 4, 6), number, np.float32) for number in range(8)]  # large: the runs must overlap
+    with OpenVinoBackend(written, CPU) as backend, ThreadPoolExecutor(4) as pool:
+        expected = [backend.run(batch) for batch in batches]
+        for _ in range(5):
+            np.testing.assert_array_equal(list(pool.map(backend.run, batches)), expected)
 
 
 def test_tensors_are_described(written: Path) -> None:

@@ -79,7 +79,7 @@ class LiteRtBackend(Backend):
         return interpreter
 
     def run(self, batch: NDArray[Any]) -> NDArray[np.float32]:
-        interpreter = self._idle.pop() if self._idle else self._open()
+        interpreter = self._take_interpreter()
         outputs = []
         try:
             for image in batch:
@@ -94,6 +94,12 @@ class LiteRtBackend(Backend):
         finally:
             self._idle.append(interpreter)
         return np.concatenate(outputs)
+
+    def _take_interpreter(self) -> "Interpreter":
+        try:
+            return self._idle.pop()
+        except IndexError:  # all are in use
+            return self._open()
 
     def single_threaded(self) -> Backend:
         """Return a backend whose interpreters have one thread each."""
