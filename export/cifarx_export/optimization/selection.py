@@ -86,13 +86,15 @@ def explain_pick(
         "throughput": f"{found.throughput_gain:.2f} times the throughput of {baseline}",
         "size": f"{(picked.size_bytes or 0) / 1e6:,.2f} MB",
     }[prefer]
+    if picked.name == baseline and prefer != "size":
+        what = "the baseline itself"
     best = max(merit(result, prefer) for result in matching)
     superlative = {"latency": "the fastest", "throughput": "the highest throughput", "size": "the smallest"}[prefer]
     if merit(picked, prefer) < best:
         superlative = f"within {TIE:.0%} of {superlative}, with the highest agreement,"
     fidelity = f"agreement {picked.agreement:.2%}" if picked.agreement is not None else "agreement unknown"
     if picked.accuracy_drop is not None:
-        fidelity += f", accuracy {-100 * picked.accuracy_drop:+.2f} points"
+        fidelity += f", accuracy {0 - 100 * picked.accuracy_drop:+.2f} points"
     condition = f" that meet {', '.join(bound.text for bound in requirement)}" if requirement else ""
     return f"{what}; {fidelity}; {superlative} of {_count(len(matching))}{condition}"
 

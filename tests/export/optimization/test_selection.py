@@ -70,7 +70,10 @@ def test_the_reason_names_speed_fidelity_and_requirement() -> None:
         "points; the fastest of 4 candidates that meet accuracy_drop<=1"
     )
     on_one_cpu = proved("onnx fp32", 1.0, measurement=measurement(1.0, one_thread=None))
-    assert "at batch 1; agreement" in explain_pick(on_one_cpu, [on_one_cpu], (), "latency", BASE.name)
+    assert "at batch 1; agreement" in explain_pick(on_one_cpu, [on_one_cpu], (), "latency", "pt2 fp32")
+    assert explain_pick(BASE, [BASE], (), "latency", BASE.name) == (
+        "the baseline itself; agreement 100.00%, accuracy +0.00 points; the fastest of 1 candidate"
+    )
     assert explain_pick(FAST, ALL, (), "size", BASE.name).startswith("0.30 MB; ")
     assert "times the throughput" in explain_pick(FAST, ALL, (), "throughput", BASE.name)
 
