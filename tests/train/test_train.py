@@ -367,7 +367,7 @@ def list_files(folder: Path) -> list[str]:
         ({"model": "alexnet", "image_size": 32}, "alexnet takes 224x224 images, not 32x32: use --image-size 64"),
         ({"stem": "small"}, "lzh has no small stem"),
         ({"resume": "absent.pth"}, "absent.pth"),
-        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"data": "nowhere"}, "dataset nowhere does not exist"),
         ({"data": "."}, "0 class folders"),
         ({"freeze": ["layer9.*"]}, "--freeze layer9.* matches no parameter"),

@@ -137,7 +137,8 @@ def test_a_truncated_photo(cli: Cli, trained: Trained, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--backend", "onnxrt"], "did you mean 'onnxruntime'"),
-        (["--device", "gpu"], "cuda:N"),
+        (["--device", "tpu"], "cuda:N"),
+        (["--device", "gpu"], "use --device cuda"),
         (["--top-k", "11"], "10 classes"),
         (["--top-k", "0"], "10 classes"),
         (["--backend", "pytorch"], "does not open"),

@@ -88,7 +88,7 @@ def test_a_row_has_only_known_options_precisions_and_devices(name: str) -> None:
     row = FORMATS[name]
     assert set(row.options) <= set(ExportOptions._fields)
     assert {"fp32"} <= set(row.precisions) <= set(PRECISIONS)
-    assert {"cpu"} <= set(row.devices) <= {"cpu", "cuda", "tensorrt", "mps"}
+    assert {"cpu"} <= set(row.devices) <= {"cpu", "cuda", "tensorrt", "mps", "gpu", "npu"}
 
 
 def test_precisions_match_the_spec() -> None:

@@ -285,8 +285,8 @@ def test_directories_with_the_suffix_of_a_file(suffix: str) -> None:
 
 
 def test_an_unknown_device(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown device 'gpu'"):
-        open_backend(write_onnx(tmp_path / "a.onnx"), device="gpu")
+    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+        open_backend(write_onnx(tmp_path / "a.onnx"), device="tpu")
 
 
 def made(name: str, age: int) -> Path:
