@@ -85,6 +85,7 @@ class ScaledOutputs(nn.Module):
         return logits * 1e4 * 1e4 * 1e-4 * 1e-4
 
 
+@pytest.mark.slow
 def test_a_float16_file_that_overflows_fails_although_it_runs_in_float32(checkpoint: Path) -> None:
     path = write_artifact(checkpoint, "onnx", Path("scaled.fp16.onnx"), ScaledOutputs, "fp16")
     report = verify(path, checkpoint, html_report="parity.html")

@@ -104,6 +104,7 @@ def test_bf16_keeps_the_weights_in_float32(artifact: OpenVinoArtifact, loaded: C
     assert members(tmp_path / "bf16.openvino.zip") == members(tmp_path / "fp32.openvino.zip")
 
 
+@pytest.mark.slow
 def test_int8_weights_are_stored_in_int8(loaded: Checkpoint, path: Path, tmp_path: Path) -> None:
     quantized = next(iter(convert_to_openvino(conversion_source(loaded, "int8"))))
     quantized.save(tmp_path / "int8.openvino.zip", loaded.spec)

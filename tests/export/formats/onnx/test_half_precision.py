@@ -200,6 +200,7 @@ def test_names_of_layers() -> None:
     assert layer_name(node) == "node_conv (Conv)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1, 1e5])
 def test_the_checks_belong_to_the_artifact(factor: float) -> None:
     module = residual_network()
