@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cifarx_export.formats.registry import FORMATS
+from tests.support.installed_formats import FORMAT_PARAMETERS
 from tests.support.trained_model import Trained
 
 pytestmark = [
@@ -195,19 +195,19 @@ def folder_with_artifact(folder: Path, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMAT_PARAMETERS)
 def test_killing_the_first_export_leaves_a_complete_artifact_or_none(name: str, folder: Path) -> None:
     outcomes = run(_KILLED, name, folder, str(KILLS), "first")
     assert outcomes["killed"] >= KILLS // 2, outcomes
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMAT_PARAMETERS)
 def test_killing_a_later_export_keeps_the_last_artifact(name: str, folder_with_artifact: Path) -> None:
     outcomes = run(_KILLED, name, folder_with_artifact, str(KILLS), "next")
     assert outcomes["killed"] >= KILLS // 2, outcomes
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMAT_PARAMETERS)
 def test_a_full_disk_is_an_error_and_keeps_the_last_artifact(name: str, folder_with_artifact: Path) -> None:
     messages = run(_FULL_DISK, name, folder_with_artifact)
     assert len(messages) == 5

@@ -160,8 +160,8 @@ def test_a_module_is_described_by_the_user(author: nn.Module) -> None:
     torch.save(author.state_dict(), buffer)
     with pytest.raises(cifarx.CifarxError, match="Net has 3 outputs, not 2"):
         cifarx.export(author, "net.onnx", class_names=["a", "b"], data="photos")
-    with pytest.raises(cifarx.CifarxError, match=r"net.tflite has no suffix of a format"):
-        cifarx.export(author, "net.tflite", data="photos")
+    with pytest.raises(cifarx.CifarxError, match=r"net.mlmodel has no suffix of a format"):
+        cifarx.export(author, "net.mlmodel", data="photos")
     with pytest.raises(cifarx.CifarxError, match="out=elsewhere were given together"):
         cifarx.export(author, "net.onnx", out="elsewhere", data="photos")
     assert not Path("net.onnx").exists()

@@ -32,7 +32,7 @@ from cifarx_serve.progress import silent
 from cifarx_serve.spec import InputSpec, ModelSpec, Precision
 from cifarx_train.checkpoints.checkpoint import load_checkpoint
 from tests.support.conversion import conversion_source
-from tests.support.web import MISSING
+from tests.support.installed_formats import format_parameter
 
 VALUES: dict[str, Any] = {"opset": 20, "calibration_images": 64, "embed_preprocessing": True}
 """Each option with a value."""
@@ -292,16 +292,13 @@ DISTINCT = [choice for choice in SUPPORTED if choice[0] != "triton" or choice[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "precision", "options"), DISTINCT, ids=label)
+@pytest.mark.parametrize(
+    ("name", "precision", "options"),
+    [format_parameter(*choice, id="-".join(map(label, choice))) for choice in DISTINCT],
+)
 def test_every_supported_choice_converts_and_runs(
     name: str, precision: Precision, options: ExportOptions, checkpoint: Path, parity_images: Any
 ) -> None:
-    if name == "web" and MISSING:
-        pytest.skip(MISSING)
-    if name == "executorch":
-        pytest.importorskip("executorch", reason='no ExecuTorch: pip install "cifarx[executorch]"')
-    if name == "litert":
-        pytest.importorskip("litert_torch", reason="no litert-torch: it has an environment of its own")
     row, loaded = FORMATS[name], load_checkpoint(checkpoint)
     source = conversion_source(loaded, precision, options)
     artifact = next(iter(row.convert(source)))
