@@ -99,6 +99,11 @@ class Backend(ABC):
         """
         return None
 
+    @property
+    def runs_on_own_cpus(self) -> bool:
+        """Whether it is known to run on the CPUs of this process, where a run takes about as long as the one before."""
+        return False
+
     def tensor_infos(self) -> tuple[TensorInfo, ...]:
         """Return the inputs and then the outputs of the model, or an empty tuple if the file does not describe them."""
         return ()

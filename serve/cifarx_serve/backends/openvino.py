@@ -99,7 +99,8 @@ class OpenVinoBackend(Backend):
         wanted = Type.bf16 if self.computed_precision == "bf16" else Type.f32
         options: dict[str, Any] = {_PRECISION_HINT: wanted, "PERFORMANCE_HINT": "LATENCY"}
         if self._device == _CPU:
-            options["INFERENCE_NUM_THREADS"] = threads
+            # Pinned threads of several processes, such as the workers of a server, would share the first CPUs.
+            options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
         try:
             self._compiled = compiled = self._core.compile_model(self._model, self._device, options)
             self._idle = [compiled.create_infer_request()]
@@ -143,6 +144,10 @@ class OpenVinoBackend(Backend):
         other = copy.copy(self)
         other._compile(1)
         return other
+
+    @property
+    def runs_on_own_cpus(self) -> bool:
+        return self._device == _CPU
 
     def tensor_infos(self) -> tuple[TensorInfo, ...]:
         return tuple(

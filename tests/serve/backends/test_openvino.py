@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import CifarxError, DeviceError, FallbackWarning, ModelFileError, UsageError
 from cifarx_serve.files.checksum import write_checksum
+from cifarx_serve.system.cpus import available_cpus
 from tests.support.color_model import SPEC, write_openvino
 
 openvino = pytest.importorskip("openvino")
@@ -62,6 +64,17 @@ def test_several_threads_run_at_once(written: Path) -> None:
         expected = [backend.run(batch) for batch in batches]
         for _ in range(5):
             np.testing.assert_array_equal(list(pool.map(backend.run, batches)), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="requires Linux")
+@pytest.mark.skipif(available_cpus() < 2, reason="requires two CPUs")
+def test_its_threads_may_run_on_every_cpu(written: Path) -> None:
+    """Pinned threads of the workers of a server would share one CPU."""
+    with OpenVinoBackend(written, CPU) as backend, backend.single_threaded() as other:
+        other.run(BATCH)
+        backend.run(BATCH)
+        threads = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        assert {frozenset(os.sched_getaffinity(thread)) for thread in threads} == {frozenset(os.sched_getaffinity(0))}
 
 
 def test_tensors_are_described(written: Path) -> None:

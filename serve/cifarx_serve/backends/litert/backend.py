@@ -108,6 +108,10 @@ class LiteRtBackend(Backend):
         other._idle.append(other._open())
         return other
 
+    @property
+    def runs_on_own_cpus(self) -> bool:
+        return True
+
     def tensor_infos(self) -> tuple[TensorInfo, ...]:
         return tuple(
             TensorInfo(tensor.name, tensor.dtype, ("batch", *tensor.shape[1:]))

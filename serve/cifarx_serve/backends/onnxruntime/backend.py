@@ -87,6 +87,10 @@ class OnnxRuntimeBackend(Backend):
         other._session = create_session(self._path, CPU, threads=1)
         return other
 
+    @property
+    def runs_on_own_cpus(self) -> bool:
+        return self.provider == "CPUExecutionProvider"
+
     def tensor_infos(self) -> tuple[TensorInfo, ...]:
         return tuple(
             TensorInfo(tensor.name, _DTYPES.get(tensor.type, tensor.type), tuple(tensor.shape))

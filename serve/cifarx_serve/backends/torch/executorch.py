@@ -93,6 +93,10 @@ class ExecuTorchBackend(Backend):
         array: NDArray[np.float32] = outputs.numpy()
         return array
 
+    @property
+    def runs_on_own_cpus(self) -> bool:
+        return True
+
     def tensor_infos(self) -> tuple[TensorInfo, ...]:
         return self._infos
 

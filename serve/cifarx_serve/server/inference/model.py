@@ -116,7 +116,7 @@ class ServedModel:
     @property
     def has_predictable_latency(self) -> bool:
         """Whether the model runs on this process's CPUs, and all its images have one size and take about as long."""
-        return self._backend.provider == "CPUExecutionProvider" and not self.spec.embedded_preprocessing
+        return self._backend.runs_on_own_cpus and not self.spec.embedded_preprocessing
 
     def info(self) -> ModelInfo:
         """Return the description of the model that the server publishes."""

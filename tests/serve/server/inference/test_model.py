@@ -12,7 +12,7 @@ from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 from cifarx_serve.errors import DeviceError, ModelFileError, UsageError
 from cifarx_serve.files.checksum import write_checksum
 from cifarx_serve.server.inference.model import ServedModel, file_version
-from tests.support.color_model import SPEC, write_onnx
+from tests.support.color_model import SPEC, write_onnx, write_openvino
 from tests.support.faulty_backend import BOMB, POISON, FaultyBackend, register_faulty_backend, write_faulty_model
 
 
@@ -41,6 +41,13 @@ def test_info(tmp_path: Path) -> None:
     assert model.platform == "onnx_onnxruntime"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", info.loaded_at)
     assert abs(datetime.now(UTC) - datetime.fromisoformat(info.loaded_at)) < timedelta(minutes=1)
+    model.close()
+
+
+def test_a_model_of_openvino_has_a_predictable_latency_on_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model = load(write_openvino(tmp_path / "colors.openvino.zip"))
+    assert model.has_predictable_latency
     model.close()
 
 
