@@ -66,7 +66,8 @@ def write_checksum(path: Path) -> None:
     except for the length of the comment of a zip archive.
 
     Raises:
-        ModelFileError: the file is neither `.onnx`, `.pte` nor a zip archive, or the archive already has a comment.
+        ModelFileError: the file is neither `.onnx`, `.pte`, `.tflite` nor a zip archive, or the archive already has a
+            comment.
         OSError: the file cannot be written.
     """
     with path.open("r+b") as file:

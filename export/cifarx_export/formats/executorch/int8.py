@@ -119,8 +119,16 @@ class XnnpackQuantizationSearch(MixedPrecisionSearch):
         self._progress("int8: activations with a scale for each image")
         prepared = self._prepare((), get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
         _run(prepared, self._example.numpy())  # the weights are observed
-        facts = {"calibration": "none: a scale for each image", "weights": _WEIGHTS, "fp32 layers": "none"}
-        return self._convert(prepared, facts, 1.0)
+        observed = {node.name for node in prepared.graph.nodes if _has_observed_weight(node)}
+        kept = [name for name in self._macs if name not in observed]
+        in_int8 = sum(self._macs[name] for name in observed & self._macs.keys()) / max(1, self._total_macs)
+        facts = {
+            "calibration": "none: a scale for each image",
+            "weights": _WEIGHTS,
+            "fp32 layers": ", ".join(kept) or "none",
+            "in int8": f"{in_int8:.0%} of the multiplications",
+        }
+        return self._convert(prepared, facts, in_int8)
 
     def _convert(self, prepared: GraphModule, facts: dict[str, str], int8_share: float) -> Candidate:
         with quiet():
@@ -191,6 +199,11 @@ def _find_layers(graph: GraphModule) -> list[Layer]:
     layers = [Layer(name, (name,), size / total + _MIN_COST) for name, size in sizes.items()]
     others = tuple(node.name for node in graph.graph.nodes if _packet_name(node) in _WITHOUT_WEIGHTS)
     return [*layers, Layer("operators without weights", others, _MIN_COST, has_weights=False)] if others else layers
+
+
+def _has_observed_weight(node: Node) -> bool:
+    """Return whether the quantizer has taken a layer: it may leave some out."""
+    return node.target in _WITH_WEIGHTS and isinstance(node.args[1], Node) and node.args[1].op == "call_module"
 
 
 def _packet_name(node: Node) -> str:

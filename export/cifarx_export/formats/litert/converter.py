@@ -34,6 +34,8 @@ from cifarx_serve.spec import ModelSpec
 _CONVERTER: Final = "litert_torch"
 _INSTALL: Final = 'in an environment of its own: pip install "cifarx[train,litert]" litert-torch'
 
+_DEPTHWISE: Final = "DEPTHWISE_CONV_2D"
+
 _Quantized = tuple[bytes, Mapping[str, str]]
 """A model, and the facts about it that the spec records."""
 
@@ -102,7 +104,7 @@ def convert_to_litert(source: ConversionSource) -> Iterator[LiteRtArtifact]:
         return
     dynamic = [partial(_quantize, source, model, weights) for weights in ("minmax", "OCTAV")]
     static = partial(_quantize_static, source, model)
-    for quantize in [static, *dynamic] if "DEPTHWISE_CONV_2D" in operator_names(model) else [*dynamic, static]:
+    for quantize in [static, *dynamic] if _DEPTHWISE in operator_names(model) else [*dynamic, static]:
         quantized, choice = quantize()
         yield LiteRtArtifact(quantized, {**facts, **choice}, [_check_gain(quantized, model)])
 
@@ -143,7 +145,10 @@ def _quantize(
         _run("quantize_model", original, quantized, source.spec.output, weights, *given)
         content = _read_safe_model(quantized)
     ranges = "ranges of each image" if images is None else f"ranges fixed: minmax, {len(images)} training images"
-    return content, {"activations": f"8 bits, {ranges}", "weights": f"8 bits, per channel, {weights}"}
+    facts = {"activations": f"8 bits, {ranges}", "weights": f"8 bits, per channel, {weights}"}
+    if images is None and _DEPTHWISE in operator_names(model):
+        facts["fp32 layers"] = "depthwise convolutions"
+    return content, facts
 
 
 def _run(program: str, *arguments: str | Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cifarx_export.formats.executorch import converter
 from cifarx_export.formats.executorch.converter import ExecuTorchArtifact, convert_to_executorch
+from cifarx_export.formats.executorch.int8 import XnnpackQuantizationSearch
 from cifarx_export.formats.executorch.lowering import MAX_BATCH_SIZE, RefusedProgramError, export_module
 from cifarx_export.formats.int8.search import CALIBRATION_IMAGES
 from cifarx_export.parity.compare import EVAL_BATCH_SIZE, Reference, check_parity, run_reference
@@ -202,6 +203,27 @@ def test_candidates_of_int8_are_smaller_and_a_refused_one_is_skipped(
     with pytest.raises(RefusedProgramError, match="does not run anything"):
         list(convert_to_executorch(dataclasses.replace(source, progress=lines.append)))
     assert "int8: ExecuTorch does not run anything" in lines
+
+
+class Depthwise(Wrapped):
+    """A network after a depthwise convolution, which XNNPACK's quantizer leaves out of dynamic int8."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.filter = nn.Conv2d(3, 3, 3, padding=1, groups=3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(self.filter(images))  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_dynamic_int8_names_the_layers_that_stay_in_fp32(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifarx_export.formats.int8.search._HELD_OUT_IMAGES", (64, 64))
+    module = Depthwise(loaded.build()).eval()
+    search = XnnpackQuantizationSearch(module, conversion_source(loaded, "int8", module=module))
+    dynamic = next(found for found in search.candidates() if found.facts["calibration"].startswith("none"))
+    assert dynamic.facts["fp32 layers"] == "conv2d"
+    assert 0.9 < dynamic.int8_share < 1
 
 
 # Faults that a converter could make, each in a file that ExecuTorch runs.

@@ -184,7 +184,10 @@ class Depthwise(nn.Module):
 @pytest.mark.slow
 def test_fixed_ranges_come_first_for_depthwise_convolutions(loaded: Checkpoint) -> None:
     source = conversion_source(loaded, "int8", module=Depthwise().eval())
-    first = next(convert_to_litert(source))
+    candidates = convert_to_litert(source)
+    first, second = next(candidates), next(candidates)
+    facts = second.complete_spec(loaded.spec).exporter or {}
+    assert facts["fp32 layers"] == "depthwise convolutions"
     assert "ranges fixed" in (first.complete_spec(loaded.spec).exporter or {})["activations"]
     assert {"QUANTIZE", "DEPTHWISE_CONV_2D"} <= set(operator_names(first._model))
 
