@@ -1,9 +1,7 @@
 """Conversion to ExecuTorch: the network lowered to XNNPACK, in one file with its spec."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-import msgspec
 from torch import nn
 
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
@@ -11,41 +9,13 @@ from cifarx_export.formats.executorch.int8 import XnnpackQuantizationSearch
 from cifarx_export.formats.executorch.lowering import RefusedProgramError, export_module, lower
 from cifarx_export.formats.int8.gain import check_gain
 from cifarx_export.formats.quiet import quiet
-from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.registry import ConversionSource
+from cifarx_export.formats.sealed_artifact import SealedArtifact
 from cifarx_export.formats.traced_module import module_to_trace
-from cifarx_export.parity.checks import Check
 from cifarx_serve.errors import UsageError
-from cifarx_serve.files.checksum import write_checksum
-from cifarx_serve.files.trailing_document import append_document
-from cifarx_serve.spec import ModelSpec
 
 
-class ExecuTorchArtifact(Artifact):
-    """A program for ExecuTorch's runtime.
-
-    Args:
-        program: the program.
-        facts: facts about the conversion that the spec records.
-        checks: what the conversion found about the network.
-    """
-
-    def __init__(self, program: bytes, facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
-        self._program = program
-        self._facts = facts
-        self.checks = checks
-
-    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Add the facts about the conversion."""
-        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self._facts})
-
-    def save(self, path: Path, spec: ModelSpec) -> None:
-        """Write the program, the spec and a checksum. The same model, library versions and spec give the same bytes."""
-        path.write_bytes(self._program)
-        append_document(path, spec.to_json().encode())
-        write_checksum(path)
-
-
-def convert_to_executorch(source: ConversionSource) -> Iterator[ExecuTorchArtifact]:
+def convert_to_executorch(source: ConversionSource) -> Iterator[SealedArtifact]:
     """Lower the network to XNNPACK. Yields one artifact, or for int8 one per candidate of `XnnpackQuantizationSearch`.
 
     Raises:
@@ -58,10 +28,10 @@ def convert_to_executorch(source: ConversionSource) -> Iterator[ExecuTorchArtifa
         if source.spec.precision == "int8":
             yield from _quantize(module, source, facts)
         else:
-            yield ExecuTorchArtifact(lower(export_module(module, example)), facts)
+            yield SealedArtifact(lower(export_module(module, example)), facts)
 
 
-def _quantize(module: nn.Module, source: ConversionSource, facts: Mapping[str, str]) -> Iterator[ExecuTorchArtifact]:
+def _quantize(module: nn.Module, source: ConversionSource, facts: Mapping[str, str]) -> Iterator[SealedArtifact]:
     """Yield the candidates that ExecuTorch runs.
 
     Raises:
@@ -79,7 +49,7 @@ def _quantize(module: nn.Module, source: ConversionSource, facts: Mapping[str, s
             continue
         found = True
         gain = check_gain(candidate.int8_share, fp32_bytes, len(program))
-        yield ExecuTorchArtifact(program, {**candidate.facts, **facts}, [gain])
+        yield SealedArtifact(program, {**candidate.facts, **facts}, [gain])
         if not gain.passed:
             return  # later candidates have more layers in fp32
     if refused is not None and not found:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +21,12 @@ from cifarx_export.formats.conversion_errors import reporting_conversion_errors
 from cifarx_export.formats.int8.gain import CHECK_NAME, MIN_GAIN
 from cifarx_export.formats.int8.search import CALIBRATION_IMAGES, require_calibration_images
 from cifarx_export.formats.quiet import quiet
-from cifarx_export.formats.registry import Artifact, ConversionSource
+from cifarx_export.formats.registry import ConversionSource
+from cifarx_export.formats.sealed_artifact import SealedArtifact
 from cifarx_export.formats.traced_module import module_to_trace
 from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.litert.graph import UnsafeGraphError, check_graph, operator_names
 from cifarx_serve.errors import DataError, UsageError
-from cifarx_serve.files.checksum import write_checksum
-from cifarx_serve.files.trailing_document import append_document
 from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.spec import ModelSpec
 
@@ -40,33 +39,13 @@ _Quantized = tuple[bytes, Mapping[str, str]]
 """A model, and the facts about it that the spec records."""
 
 
-class LiteRtArtifact(Artifact):
-    """A LiteRT model.
-
-    Args:
-        model: the FlatBuffer.
-        facts: facts about the conversion that the spec records.
-        checks: what the conversion found about the model.
-    """
-
-    def __init__(self, model: bytes, facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
-        self._model = model
-        self._facts = facts
-        self.checks = checks
+class LiteRtArtifact(SealedArtifact):
+    """A LiteRT model, a FlatBuffer."""
 
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
         """Add the facts about the conversion, and that the channels are the last axis of the input."""
-        return msgspec.structs.replace(
-            spec,
-            input=msgspec.structs.replace(spec.input, layout="NHWC"),
-            exporter={**(spec.exporter or {}), **self._facts},
-        )
-
-    def save(self, path: Path, spec: ModelSpec) -> None:
-        """Write one file. The same network, library versions and spec produce the same bytes."""
-        path.write_bytes(self._model)
-        append_document(path, spec.to_json().encode())
-        write_checksum(path)
+        complete = super().complete_spec(spec)
+        return msgspec.structs.replace(complete, input=msgspec.structs.replace(complete.input, layout="NHWC"))
 
 
 class ChannelsLast(nn.Module):
