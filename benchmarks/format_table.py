@@ -1,20 +1,22 @@
-"""Write the tables of docs/formats.md: every format and precision of some checkpoints.
+"""Write docs/formats.md: every format and precision of some checkpoints, each proved and measured.
 
-    python benchmarks/format_table.py lzh_9.pth resnet18_4.pth --out docs/formats.md
+    python benchmarks/format_table.py lzh_9.pth --data cifar10 --work DIR --out docs/formats.md
 
-Each artifact is exported, and checked as by `cifarx export`. One that passes is measured in turns with the ONNX file in
-fp32. A row holds the results, or the reason for a refusal, or what has to be installed. Let nothing else run meanwhile.
+The artifacts, their parity reports and their measurements stay in DIR. What is there is neither made nor measured
+again, so each checkpoint has a run of its own, with its own data, and so has each environment: formats whose packages
+are not installed are left to a run in another one. Let nothing else run meanwhile.
 """
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final
 
+import msgspec
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from packaging.requirements import Requirement
 
 from cifarx.output.console import note
@@ -23,16 +25,23 @@ from cifarx_export.export import export
 from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_export.parity.data import load_parity_data
 from cifarx_serve.backends.registry import model_file
-from cifarx_serve.benchmarking.benchmark import BenchmarkRow, benchmark
+from cifarx_serve.benchmarking.benchmark import benchmark
 from cifarx_serve.errors import CifarxError
-from cifarx_serve.spec import ParitySummary
+from cifarx_serve.files.atomic import atomic_path
+from cifarx_serve.spec import ParitySummary, Precision
 from cifarx_serve.system.environment import current_environment
-from cifarx_train.checkpoints.checkpoint import load_checkpoint
+from cifarx_train.checkpoints.checkpoint import file_sha256, load_checkpoint
 
 HEADINGS: Final = ("format", "precision", "MB", "max abs error", "agreement", "accuracy", "time", "first answer, s", "")
 
 MEASURED_IMAGES: Final = 64
 """Number of images to measure with: all of them are also classified, which takes long on slow runtimes."""
+
+BASELINE: Final[tuple[str, Precision]] = ("onnx", "fp32")
+"""The format and precision that every time is relative to."""
+
+MEASURED_FORMATS: Final = tuple(name for name in FORMATS if name != "triton")
+"""Triton's directories contain the ONNX file."""
 
 PACKAGES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -47,43 +56,191 @@ PACKAGES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """The package of each backend's runtime; of several, the first that is installed."""
 
+INTRODUCTION: Final = """\
+Written by `python benchmarks/format_table.py CHECKPOINT --work DIR --out docs/formats.md`, once per network and
+environment: [LiteRT](litert.md) and [ExecuTorch](executorch.md) have environments of their own. Each row is one
+`cifarx export`. The error is that of a logit; the accuracy is that of the artifact, with its difference from the
+checkpoint in percentage points. The time is that of one image in one thread, over that of the ONNX file in fp32 in ONNX
+Runtime, measured in turns. The first answer comes from a new process, which imports the runtime and opens the file."""
 
-class Row(NamedTuple):
-    """One artifact, or the reason why there is none.
+_NOT_INSTALLED: Final = "is not installed"
+"""Part of the error for a package that is missing in this environment."""
+
+
+class Row(msgspec.Struct):
+    """One format and precision of a network.
 
     Attributes:
-        made: the export, if it ended with a parity check.
-        refusal: why it did not.
-        measured: the artifact and the ONNX file in fp32, measured in turns; None if there is no artifact.
+        summary: the metrics of its parity check; None if there is no artifact.
+        reason: why there is no artifact, or which checks failed.
+        megabytes: size of the artifact.
+        time: latency of one image in one thread, over that of the baseline, measured in turns.
+        first_answer_s: time from the start of a process to its first answer.
     """
 
     format: str
-    precision: str
-    made: ExportResult | None = None
-    refusal: str = ""
-    measured: tuple[BenchmarkRow, BenchmarkRow] | None = None
+    precision: Precision
+    summary: ParitySummary | None = None
+    reason: str = ""
+    megabytes: float | None = None
+    time: float | None = None
+    first_answer_s: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.summary is not None and self.summary.passed
 
     def cells(self) -> tuple[str, ...]:
-        if self.made is None:
-            return (self.format, self.precision, *[""] * (len(HEADINGS) - 3), self.refusal)
-        summary = self.made.report.summary
-        failed = ", ".join(f"{check.name} {check.found}" for check in self.made.report.checks if not check.passed)
+        verdict = "passed" if self.passed else f"refused: {self.reason}"
+        if self.summary is None:
+            return (self.format, self.precision, *[""] * (len(HEADINGS) - 3), verdict)
+        error = self.summary.max_abs_error
         return (
             self.format,
             self.precision,
-            f"{_megabytes(self.made.path):.1f}" if summary.passed else "",
-            "" if summary.max_abs_error is None else f"{summary.max_abs_error:.1e}",
-            f"{summary.agreement:.2%}",
-            _accuracy(summary),
-            *self._speed(),
-            "passed" if summary.passed else f"refused: {failed}",
+            _number(self.megabytes, ".1f"),
+            _number(error, ".1e"),
+            f"{self.summary.agreement:.2%}",
+            _accuracy(self.summary),
+            _number(self.time, ".2f"),
+            _number(self.first_answer_s, ".2f"),
+            verdict,
         )
 
-    def _speed(self) -> tuple[str, str]:
-        if self.measured is None:
-            return "", ""
-        artifact, reference = self.measured
-        return f"{artifact.p50_us / reference.p50_us:.2f}", f"{(artifact.load_ms + artifact.first_call_ms) / 1000:.2f}"
+
+class Network(msgspec.Struct):
+    """The rows of a checkpoint.
+
+    Attributes:
+        title: name and image size of the network.
+        sha256: hash of the checkpoint.
+    """
+
+    title: str
+    sha256: str
+    rows: list[Row] = msgspec.field(default_factory=list)
+
+    def row(self, name: str, precision: str) -> Row | None:
+        return next((row for row in self.rows if (row.format, row.precision) == (name, precision)), None)
+
+    def section(self) -> str:
+        baseline = self.row(*BASELINE)
+        summary = baseline.summary if baseline else None
+        images = "" if summary is None else f"{summary.images:,} images of {summary.data}.\n\n"
+        return f"## {self.title}\n\n{images}" + _table(
+            HEADINGS, [row.cells() for row in self._sorted()], texts=(0, 1, 8)
+        )
+
+    def _sorted(self) -> list[Row]:
+        return sorted(self.rows, key=lambda row: (list(FORMATS).index(row.format), PRECISIONS.index(row.precision)))
+
+
+class Runtime(msgspec.Struct):
+    """The installed size of the packages of a backend that cifarx does not require itself."""
+
+    package: str
+    megabytes: float
+
+
+class Work:
+    """A directory with the artifacts of checkpoints, and what is known about them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._runtimes_file = directory / "runtimes.json"
+
+    def prove_and_measure(self, checkpoint: Path, data: str, seconds: float) -> None:
+        """Add the rows that are missing, as far as packages are installed."""
+        spec = load_checkpoint(checkpoint).spec
+        title = f"{spec.model}, {spec.input.height}x{spec.input.width}"
+        folder = self._directory / title.replace(", ", "-")
+        sha256 = file_sha256(checkpoint)
+        network = self._read(folder) or Network(title, sha256)
+        if network.sha256 != sha256:
+            raise typer.BadParameter(f"{folder} has the artifacts of another checkpoint")
+        for precision in PRECISIONS:
+            for row in _prove(checkpoint, precision, data, folder, network):
+                network.rows.append(row)
+                self._write(folder / "rows.json", network)
+        if seconds:
+            images = load_parity_data(spec, data).images[:MEASURED_IMAGES]
+            for row in network.rows:
+                if row.passed and row.time is None:
+                    _measure(row, checkpoint.stem, folder, images, seconds)
+                    self._write(folder / "rows.json", network)
+
+    def networks(self) -> list[Network]:
+        """Return all networks in the directory."""
+        found = [self._read(folder) for folder in sorted(self._directory.iterdir()) if folder.is_dir()]
+        return [network for network in found if network is not None]
+
+    def runtimes(self) -> dict[str, Runtime]:
+        """Return the runtimes of this environment and of those before it."""
+        known: dict[str, Runtime] = {}
+        if self._runtimes_file.is_file():
+            known = msgspec.json.decode(self._runtimes_file.read_bytes(), type=dict[str, Runtime])
+        known |= installed_runtimes()
+        self._write(self._runtimes_file, known)
+        return known
+
+    def _read(self, folder: Path) -> Network | None:
+        file = folder / "rows.json"
+        return msgspec.json.decode(file.read_bytes(), type=Network) if file.is_file() else None
+
+    def _write(self, file: Path, content: Network | dict[str, Runtime]) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(msgspec.json.encode(content))
+
+
+def _prove(checkpoint: Path, precision: Precision, data: str, folder: Path, network: Network) -> Iterator[Row]:
+    """Export to the formats that the network has no row of. Together, they share the search for int8."""
+    formats = [
+        name
+        for name in MEASURED_FORMATS
+        if precision in FORMATS[name].precisions
+        and network.row(name, precision) is None
+        and any(map(_is_installed, PACKAGES.get(FORMATS[name].backend, ("cifarx",))))
+    ]
+    if not formats:
+        return
+    note(f"{network.title}: {precision} of {', '.join(formats)}")
+    try:
+        results = export(checkpoint, formats, [precision], data=data, out=folder)
+    except CifarxError as error:
+        if len(formats) == 1:
+            if _NOT_INSTALLED not in error.problem:
+                yield Row(formats[0], precision, reason=error.problem)
+            return
+        for name in formats:
+            others = [Row(other, precision) for other in MEASURED_FORMATS if other != name]
+            yield from _prove(checkpoint, precision, data, folder, Network(network.title, network.sha256, others))
+        return
+    yield from (_proved(result, precision) for result in results)
+
+
+def _proved(result: ExportResult, precision: Precision) -> Row:
+    report = result.report
+    failed = "; ".join(f"{check.name}: {check.found}" for check in report.checks if not check.passed)
+    megabytes = _megabytes(result.path) if report.summary.passed else None
+    return Row(report.format, precision, report.summary, failed, megabytes)
+
+
+def _measure(row: Row, stem: str, folder: Path, images: NDArray[np.uint8], seconds: float) -> None:
+    """Measure a row in turns with the baseline, if its runtime is installed."""
+    note(f"measuring {folder.name} {row.format} {row.precision}")
+    files = [
+        model_file(folder / FORMATS[name].file_name(stem, precision))
+        for name, precision in (BASELINE, (row.format, row.precision))
+    ]
+    try:
+        report = benchmark(files, images, "", (1,), "cpu", seconds, single_threaded=True)
+    except CifarxError as error:
+        note(f"not measured: {error}")
+        return
+    baseline, own = report.rows
+    row.time = own.p50_us / baseline.p50_us
+    row.first_answer_s = (own.load_ms + own.first_call_ms) / 1000
 
 
 def _megabytes(path: Path) -> float:
@@ -92,72 +249,69 @@ def _megabytes(path: Path) -> float:
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
 def _accuracy(summary: ParitySummary) -> str:
     if summary.accuracy is None or summary.reference_accuracy is None:
         return ""
     return f"{summary.accuracy:.2%} ({(summary.accuracy - summary.reference_accuracy) * 100:+.2f})"
 
 
-def _rows(checkpoint: Path, data: str, folder: Path, seconds: float) -> Iterator[Row]:
-    images = load_parity_data(load_checkpoint(checkpoint).spec, data).images[:MEASURED_IMAGES]
-    reference: Path | None = None
-    for name, kind in FORMATS.items():
-        for precision in PRECISIONS:
-            if precision not in kind.precisions:
-                continue
-            note(f"{checkpoint.name}: {name} {precision}")
-            try:
-                (made,) = export(checkpoint, [name], [precision], data=data, out=folder)
-            except CifarxError as error:
-                missing = "is not installed" in error.problem
-                refusal = f"not measured: {error}" if missing else f"refused: {error.problem}"
-                yield Row(name, precision, refusal=refusal)
-                continue
-            if not made.report.summary.passed:
-                yield Row(name, precision, made)
-                continue
-            artifact = model_file(made.path)
-            reference = reference or artifact  # the first row is that of ONNX in fp32
-            report = benchmark([reference, artifact], images, data, (1,), "cpu", seconds, single_threaded=True)
-            yield Row(name, precision, made, measured=(report.rows[1], report.rows[0]))
-            if made.path != reference:  # the files of a large network would fill the disk
-                shutil.rmtree(made.path) if made.path.is_dir() else made.path.unlink()
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> str:
+    """Return a table in Markdown. The columns with these numbers are aligned to the left."""
+    marks = ["---" if column in texts else "---:" for column in range(len(headings))]
+    lines = [list(headings), marks, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _section(checkpoint: Path, data: str, seconds: float) -> str:
-    spec = load_checkpoint(checkpoint).spec
-    taken, training = spec.input, spec.training
-    trained = f"{training.accuracy_text} on {training.data.name}" if training else "no training record"
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [row.cells() for row in _rows(checkpoint, data, Path(folder), seconds)]
-    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * 6 + " --- |"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return f"## {spec.model}, {taken.height}x{taken.width}, {trained}\n\n" + "\n".join(lines)
-
-
-def format_rows() -> list[str]:
+def format_table() -> str:
     """Return the registry of formats as Markdown."""
-    lines = ["| format | file | precisions | devices | options | runs on |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for name, kind in FORMATS.items():
         options = ", ".join(f"`--{option.replace('_', '-')}`" for option in kind.options)
         file = f"`NAME{kind.suffix}{'/' if kind.directory_suffix else ''}`"
-        cells = (name, file, ", ".join(kind.precisions), ", ".join(kind.devices), options, kind.backend)
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append((name, file, ", ".join(kind.precisions), ", ".join(kind.devices), options, kind.backend))
+    return _table(("format", "file", "precisions", "devices", "options", "runs on"), rows, texts=range(6))
 
 
-def runtime_rows() -> list[str]:
-    """Return the size of each installed runtime, with all that it requires and cifarx does not, as Markdown."""
+def time_table(networks: Sequence[Network]) -> str:
+    """Return the relative time of every format and precision of every network as Markdown."""
+    rows = [
+        (f"{name} {precision}", *(_time(network.row(name, precision)) for network in networks))
+        for name in MEASURED_FORMATS
+        for precision in FORMATS[name].precisions
+    ]
+    return _table(("", *(network.title for network in networks)), rows, texts=(0,))
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return "not made"
+    return _number(row.time, ".2f") or "not measured" if row.passed else "refused"
+
+
+def runtime_table(runtimes: Mapping[str, Runtime]) -> str:
+    """Return the installed size of each runtime as Markdown."""
+    rows = [
+        (backend, known.package, f"{known.megabytes:,.0f}") if known else (backend, packages[0], "not measured")
+        for backend, packages in PACKAGES.items()
+        for known in (runtimes.get(backend),)
+    ]
+    return _table(("runs on", "package", "MB installed"), rows, texts=(0, 1))
+
+
+def installed_runtimes() -> dict[str, Runtime]:
+    """Return the runtimes that are installed in this environment, by the name of the backend."""
     base = _required_packages("cifarx") - set(PACKAGES["onnxruntime"])
-    lines = ["| runs on | package | MB installed |", "| --- | --- | ---: |"]
+    found = {}
     for backend, packages in PACKAGES.items():
         name = next((name for name in packages if _is_installed(name)), None)
-        if name is None:
-            lines.append(f"| {backend} | {packages[0]} | not installed |")
-            continue
-        size = sum(_installed_bytes(package) for package in _required_packages(name) - base)
-        lines.append(f"| {backend} | {name} {distribution(name).version} | {size / 1e6:,.0f} |")
-    return lines
+        if name is not None:
+            size = sum(_installed_bytes(package) for package in _required_packages(name) - base)
+            found[backend] = Runtime(f"{name} {distribution(name).version}", size / 1e6)
+    return found
 
 
 def _is_installed(name: str) -> bool:
@@ -189,29 +343,34 @@ def _installed_bytes(name: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def main(
-    checkpoints: list[Path],
-    out: Annotated[Path, typer.Option(help="The Markdown file.")],
-    data: Annotated[str, typer.Option(help="The images of the parity checks.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="How long to measure each artifact.")] = 3.0,
-) -> None:
-    """Write the tables."""
+def write_page(work: Work, out: Path) -> None:
+    """Write the page."""
     here = current_environment()
     versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+    networks = work.networks()
     sections = [
         "# Formats and precisions",
-        "\n".join(format_rows()),
-        "Written by `python benchmarks/format_table.py CHECKPOINT… --out docs/formats.md`. Each row is one\n"
-        "`cifarx export`, checked on the whole test split. The error is that of a logit; the accuracy is that of the\n"
-        "artifact, with its difference from the checkpoint in percentage points. The time is that of one image in one\n"
-        "thread, over that of the ONNX file in fp32 in ONNX Runtime, measured in turns. The first answer comes from a\n"
-        "new process, which imports the runtime and opens the file.\n\n"
+        format_table(),
+        INTRODUCTION,
         f"{here.cpu}, {here.cpus} CPUs; {versions}.",
-        "\n".join(runtime_rows()),
+        "## Runtimes\n\n" + runtime_table(work.runtimes()),
+        "## Time\n\n" + time_table(networks),
+        *(network.section() for network in networks),
     ]
-    for checkpoint in checkpoints:
-        sections.append(_section(checkpoint, data, seconds))
-        out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def main(
+    checkpoint: Path,
+    work: Annotated[Path, typer.Option(help="Directory for the artifacts and the measurements.")],
+    out: Annotated[Path, typer.Option(help="The Markdown file.")],
+    data: Annotated[str, typer.Option(help="The images of the parity checks.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="How long to measure each artifact; 0 to measure later.")] = 3.0,
+) -> None:
+    """Prove and measure every format and precision of a checkpoint, and write the page with all in the directory."""
+    directory = Work(work)
+    directory.prove_and_measure(checkpoint, data, seconds)
+    write_page(directory, out)
 
 
 if __name__ == "__main__":
