@@ -260,7 +260,7 @@ REFUSALS = {
     "a precision that the format does not support": Refusal(
         UsageError,
         "format torchscript does not support int8: it supports fp32, fp16; "
-        "onnx and openvino and executorch and litert and triton and web support int8",
+        "onnx and aotinductor and openvino and executorch and litert and triton and web support int8",
         {"formats": FORMATS, "precisions": ["fp32", "int8"]},
     ),
     "calibration images for fp32": Refusal(

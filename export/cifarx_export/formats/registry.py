@@ -234,10 +234,10 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         ),
         "aotinductor": Format(
             backend="aot_inductor",
-            precisions=("fp32",),
+            precisions=("fp32", "int8"),
             devices=("cpu",),
-            options=(),
-            converter="cifarx_export.formats.aot_inductor:convert_to_aot_inductor",
+            options=("calibration_images",),
+            converter="cifarx_export.formats.aot_inductor.converter:convert_to_aot_inductor",
         ),
         "openvino": Format(
             backend="openvino",

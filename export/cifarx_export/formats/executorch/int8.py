@@ -7,8 +7,7 @@ does in integers.
 """
 
 import copy
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -20,11 +19,11 @@ from torch.fx import GraphModule, Node
 
 from cifarx_export.formats.executorch.lowering import export_module
 from cifarx_export.formats.int8.calibration import Ranges, calibrate
-from cifarx_export.formats.int8.search import AGREEMENT_TARGETS, Layer, MixedPrecision, MixedPrecisionSearch
+from cifarx_export.formats.int8.fx_layers import WITH_WEIGHTS, count_macs, find_layers, run, run_in_batches
+from cifarx_export.formats.int8.search import AGREEMENT_TARGETS, MixedPrecision, MixedPrecisionSearch
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import ConversionSource
 
-_BATCH_SIZE: Final = 64
 _CALIBRATION_BATCH_SIZE: Final = 32
 
 _SMALLEST_SCALE: Final = 2**-12
@@ -32,12 +31,8 @@ _SMALLEST_SCALE: Final = 2**-12
 
 _WEIGHTS: Final = "8 bits, per channel"
 
-_MIN_COST: Final = 0.02
-"""The lowest cost of leaving a layer in fp32."""
-
-_WITH_WEIGHTS: Final = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 _WITHOUT_WEIGHTS: Final = frozenset({"add", "mul", "cat", "adaptive_avg_pool2d"})
-"""The operators that XNNPACK computes in int8, those without weights by the names of their overload packets."""
+"""The operators without weights that XNNPACK computes in int8, by the names of their overload packets."""
 
 
 class Candidate(NamedTuple):
@@ -69,8 +64,8 @@ class XnnpackQuantizationSearch(MixedPrecisionSearch):
         self._example = source.example_input()
         program = export_module(module, self._example)
         self._graph: GraphModule = program.module(check_guards=False)
-        self._macs = {node.name: _macs(node) for node in self._graph.graph.nodes if node.target in _WITH_WEIGHTS}
-        super().__init__(source, _find_layers(self._graph), sum(self._macs.values()))
+        self._macs = count_macs(self._graph)
+        super().__init__(source, find_layers(self._graph, _WITHOUT_WEIGHTS), sum(self._macs.values()))
 
     def calibrate(self, inputs: NDArray[np.float32]) -> None:
         prepared = self._prepare((), _static_configuration())
@@ -83,15 +78,14 @@ class XnnpackQuantizationSearch(MixedPrecisionSearch):
 
         def batches() -> Iterator[Mapping[str, NDArray[np.float32]]]:
             for start in range(0, len(inputs), _CALIBRATION_BATCH_SIZE):
-                _run(prepared, inputs[start : start + _CALIBRATION_BATCH_SIZE])
+                run(prepared, inputs[start : start + _CALIBRATION_BATCH_SIZE])
                 yield values
 
         self._ranges = calibrate(batches())
 
     def run(self, choice: MixedPrecision | None, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         network = self._graph if choice is None else self._quantize(choice)
-        starts = range(0, len(inputs), _BATCH_SIZE)
-        return np.concatenate([_run(network, inputs[start : start + _BATCH_SIZE]) for start in starts])
+        return run_in_batches(network, inputs)
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield quantized networks, the fastest first.
@@ -118,7 +112,7 @@ class XnnpackQuantizationSearch(MixedPrecisionSearch):
 
         self._progress("int8: activations with a scale for each image")
         prepared = self._prepare((), get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
-        _run(prepared, self._example.numpy())  # the weights are observed
+        run(prepared, self._example.numpy())  # the weights are observed
         observed = {node.name for node in prepared.graph.nodes if _has_observed_weight(node)}
         kept = [name for name in self._macs if name not in observed]
         in_int8 = sum(self._macs[name] for name in observed & self._macs.keys()) / max(1, self._total_macs)
@@ -141,7 +135,7 @@ class XnnpackQuantizationSearch(MixedPrecisionSearch):
         """Return the network with all layers but those in fp32 rounded, with the ranges of a method."""
         kept = {node for layer in choice.fp32_layers for node in layer.nodes}
         prepared = self._prepare(kept, _static_configuration())
-        _run(prepared, self._example.numpy())  # the weights are observed
+        run(prepared, self._example.numpy())  # the weights are observed
         activations = _activation_quantizers(prepared)
         for quantizer, (low, high) in _ranges_of(activations, self._ranges[choice.method]).items():
             quantizer.activation_post_process.min_val = torch.tensor(low)
@@ -188,46 +182,9 @@ def _static_configuration() -> Any:
     return QuantizationConfig(activation, activation, weight, None, False)
 
 
-def _find_layers(graph: GraphModule) -> list[Layer]:
-    """Return the layers with weights in graph order, then the other operators that are quantized as one layer.
-
-    As for ONNX, the cost of a layer is its share of the activations.
-    """
-    nodes = [node for node in graph.graph.nodes if node.target in _WITH_WEIGHTS]
-    sizes = {node.name: _elements(node) + _elements(node.args[0]) for node in nodes}
-    total = max(1, sum(sizes.values()))
-    layers = [Layer(name, (name,), size / total + _MIN_COST) for name, size in sizes.items()]
-    others = tuple(node.name for node in graph.graph.nodes if _packet_name(node) in _WITHOUT_WEIGHTS)
-    return [*layers, Layer("operators without weights", others, _MIN_COST, has_weights=False)] if others else layers
-
-
 def _has_observed_weight(node: Node) -> bool:
     """Return whether the quantizer has taken a layer: it may leave some out."""
-    return node.target in _WITH_WEIGHTS and isinstance(node.args[1], Node) and node.args[1].op == "call_module"
-
-
-def _packet_name(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__.rstrip("_") if packet is not None else ""
-
-
-def _elements(node: Node) -> int:
-    """Return the number of elements of an activation for one image, or of a weight for one channel."""
-    shape: Sequence[int] = node.meta["val"].shape
-    return math.prod(shape[1:])
-
-
-def _macs(node: Node) -> int:
-    """Return the multiply-accumulate operations of a convolution or a matrix product for one image."""
-    weight = node.args[1]
-    assert isinstance(weight, Node)
-    return _elements(node) * _elements(weight)  # for each output element, the weights of its channel
-
-
-def _run(network: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    with torch.no_grad():
-        outputs: NDArray[np.float32] = network(torch.from_numpy(inputs)).numpy()
-    return outputs
+    return node.target in WITH_WEIGHTS and isinstance(node.args[1], Node) and node.args[1].op == "call_module"
 
 
 def _recorder(values: dict[str, NDArray[np.float32]], name: str) -> Any:

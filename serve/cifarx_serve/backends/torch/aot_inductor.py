@@ -36,7 +36,7 @@ _MAX_SPEC_BYTES: Final = 1 << 24
 # the library reads them, because it would also unpickle some of them.
 _ENTRY: Final = re.compile(
     r"[A-Za-z0-9_-]+/(?:\.data/(?:version|serialization_id)|version|byteorder|archive_format|archive_version"
-    rf"|extra/{re.escape(SPEC_FILE)}|data/aotinductor/model/[A-Za-z0-9_]+\.[a-z]+(?:\.so|_metadata\.json))"
+    rf"|extra/{re.escape(SPEC_FILE)}|data/aotinductor/model/[A-Za-z0-9_]+\.[a-z]+(?:\.so|\.json|_metadata\.json))"
 )
 
 _trusted: set[str] = set()

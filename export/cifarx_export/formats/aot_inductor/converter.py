@@ -9,18 +9,21 @@ import shutil
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 import torch
+from torch import Tensor, nn
 
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
 from cifarx_export.formats.exported_program import export_program
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import Artifact, ConversionSource
 from cifarx_export.formats.traced_module import module_to_trace
+from cifarx_export.parity.checks import Check
 from cifarx_serve.backends.torch.aot_inductor import CPU_KEY, target_machine, trust_package
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.errors import UsageError
@@ -50,17 +53,18 @@ class AotInductorArtifact(Artifact):
 
     Args:
         entries: content of each file in the package, by name below the root folder.
-        machine: the kind of machine that it runs on, as `target_machine` returns it.
+        facts: facts about the conversion that the spec records.
+        checks: what the conversion found about the network.
     """
 
-    def __init__(self, entries: Mapping[str, bytes], machine: str) -> None:
+    def __init__(self, entries: Mapping[str, bytes], facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
         self._entries = entries
-        self._machine = machine
+        self._facts = facts
+        self.checks = checks
 
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Add the machine, and the full version of torch: the package is linked against this version only."""
-        facts = {CPU_KEY: self._machine, "torch": str(torch.__version__)}
-        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **facts})
+        """Add the facts about the conversion."""
+        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self._facts})
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write the package with the spec among its extra files, and trust it in this process."""
@@ -72,12 +76,13 @@ class AotInductorArtifact(Artifact):
         trust_package(path)
 
 
-def convert_to_aot_inductor(source: ConversionSource) -> list[AotInductorArtifact]:
-    """Compile the network, which takes about a minute. Returns one artifact.
+def convert_to_aot_inductor(source: ConversionSource) -> Iterator[AotInductorArtifact]:
+    """Compile the network, which takes about a minute. Yields one artifact, or for int8 one per candidate.
 
     Raises:
-        UsageError: there is no C++ compiler, this machine is not of a kind that packages are compiled for, or the
-            network cannot be compiled.
+        UsageError: there is no C++ compiler, this machine is not of a kind that packages are compiled for, the network
+            cannot be compiled, or an option of int8 cannot be followed.
+        DataError: int8 cannot be calibrated. See `QuantizationSearch`.
     """
     machine = target_machine()
     if machine is None:
@@ -86,12 +91,21 @@ def convert_to_aot_inductor(source: ConversionSource) -> list[AotInductorArtifac
             "use --format onnx, or export on such a machine",
         )
     _require_compiler()
-    from torch._inductor.utils import fresh_cache  # takes seconds to import
+    # The package is linked against this version of torch only.
+    facts = {CPU_KEY: machine, "torch": str(torch.__version__)}
+    module, example = module_to_trace(source), source.example_input()
+    if source.spec.precision != "int8":
+        yield AotInductorArtifact(_compile(module, example), facts)
+        return
+    # Imported here because not every build of PyTorch has the operators of int8.
+    from cifarx_export.formats.aot_inductor.int8 import QuantizationSearch
+    from cifarx_export.formats.aot_inductor.operators import write_in_place
 
-    # Inductor has one cache folder for all processes of a user. Here the cache is deleted with the other files.
-    with quiet(), tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):
-        package = _compile(source, Path(folder))
-        return [AotInductorArtifact(_read_entries(package, Path(folder)), machine)]
+    for candidate in QuantizationSearch(module, source).candidates():
+        entries = _compile(candidate.network, example, {"post_grad_custom_post_pass": write_in_place})
+        yield AotInductorArtifact(entries, {**candidate.facts, **facts}, [candidate.gain])
+        if not candidate.gain.passed:
+            return  # later candidates have more layers in fp32
 
 
 def _require_compiler() -> None:
@@ -104,21 +118,31 @@ def _require_compiler() -> None:
         )
 
 
-def _compile(source: ConversionSource, folder: Path) -> Path:
-    module, example = module_to_trace(source), source.example_input()
-    program = export_program(module, example, "aotinductor")
-    with reporting_conversion_errors("aotinductor", module, example), torch.no_grad():  # freezing requires inference
-        try:
-            package = torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(folder / "model.pt2"),  # PyTorch requires this suffix
-                inductor_configs=dict(_INDUCTOR_OPTIONS),
-            )
-        except torch._inductor.exc.InductorError as error:
-            if isinstance(error.inner_exception, OSError):  # such as a full disk
-                raise error.inner_exception from error
-            raise
-    return Path(package)
+def _compile(module: nn.Module, example: Tensor, options: Mapping[str, Any] = MappingProxyType({})) -> dict[str, bytes]:
+    """Return the files of a package, by name below the root folder.
+
+    Args:
+        module: the network.
+        example: the images to export it with.
+        options: options of Inductor besides `_INDUCTOR_OPTIONS`.
+    """
+    from torch._inductor.utils import fresh_cache  # takes seconds to import
+
+    # Inductor has one cache folder for all processes of a user. Here the cache is deleted with the other files.
+    with quiet(), tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):
+        program = export_program(module, example, "aotinductor")
+        with reporting_conversion_errors("aotinductor", module, example), torch.no_grad():  # as freezing requires
+            try:
+                package = torch._inductor.aoti_compile_and_package(
+                    program,
+                    package_path=str(Path(folder, "model.pt2")),  # PyTorch requires this suffix
+                    inductor_configs={**_INDUCTOR_OPTIONS, **options},
+                )
+            except torch._inductor.exc.InductorError as error:
+                if isinstance(error.inner_exception, OSError):  # such as a full disk
+                    raise error.inner_exception from error
+                raise
+        return _read_entries(Path(package), Path(folder))
 
 
 def _read_entries(package: Path, folder: Path) -> dict[str, bytes]:

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from cifarx_export.formats import aot_inductor
-from cifarx_export.formats.aot_inductor import AotInductorArtifact, convert_to_aot_inductor
+from cifarx_export.formats.aot_inductor import converter
+from cifarx_export.formats.aot_inductor.converter import AotInductorArtifact, convert_to_aot_inductor
 from cifarx_serve.backends.torch.aot_inductor import TRUST_VARIABLE, AotInductorBackend, target_machine
 from cifarx_serve.backends.torch.base import SPEC_FILE
 from cifarx_serve.devices import Device
@@ -40,7 +40,7 @@ def reason_to_skip() -> str | None:
     if target_machine() is None:
         return "AOTInductor packages are for Linux on x86-64 with AVX2"
     try:
-        aot_inductor._require_compiler()
+        converter._require_compiler()
     except UsageError as error:
         return str(error)
     return None
@@ -99,24 +99,24 @@ def entries(path: Path) -> dict[str, bytes]:
 
 
 def test_a_missing_compiler_is_reported_before_compiling(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot_inductor, "target_machine", lambda: "linux x86_64 avx2")
+    monkeypatch.setattr(converter, "target_machine", lambda: "linux x86_64 avx2")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
         UsageError, match=r"^AOTInductor needs a C\+\+ compiler, and no-such-compiler was not found: install"
     ) as raised:
-        convert_to_aot_inductor(conversion_source(loaded))
+        next(convert_to_aot_inductor(conversion_source(loaded)))
     assert "CXX" in raised.value.remedy
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UsageError, match=r"and g\+\+ was not found: install"):
-        convert_to_aot_inductor(conversion_source(loaded))
+        next(convert_to_aot_inductor(conversion_source(loaded)))
 
 
 def test_an_unsupported_machine_is_reported(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot_inductor, "target_machine", lambda: None)
+    monkeypatch.setattr(converter, "target_machine", lambda: None)
     message = r"^AOTInductor packages can only be compiled on Linux, for x86-64 with AVX2: use --format onnx, or"
     with pytest.raises(UsageError, match=message):
-        convert_to_aot_inductor(conversion_source(loaded))
+        next(convert_to_aot_inductor(conversion_source(loaded)))
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_the_file_contains_nothing_about_this_machine(compiled: Compiled) -> Non
     content = compiled.path.read_bytes()
     folders = {
         Path.home(),
-        Path(__file__).parents[3],
+        Path(__file__).parents[4],
         Path(sys.prefix),
         Path(sysconfig.get_path("purelib")),
         Path(tempfile.gettempdir()),

@@ -1,0 +1,1 @@
+"""AOTInductor packages: networks compiled to machine code for the CPU."""
