@@ -37,10 +37,10 @@ def test_a_new_format_joins_by_itself() -> None:
 
 
 def test_int8_is_tried_before_fp32_of_other_runtimes_but_after_it_where_fp32_decides() -> None:
-    found = list_candidates(["cpu"], {**FORMATS, "pt2": FORMATS["pt2"]._replace(precisions=("fp32", "int8"))})
+    found = list_candidates(["cpu"])
     assert found.index(Candidate("openvino", "int8")) < found.index(Candidate("openvino", "fp32"))
-    assert found.index(Candidate("pt2", "fp32")) < found.index(Candidate("pt2", "int8"))
-    tuned = [found.index(one) for one in found if one.fine_tuned and one.format != "pt2"]
+    assert found.index(Candidate("aotinductor", "fp32")) < found.index(Candidate("aotinductor", "int8"))
+    tuned = [found.index(one) for one in found if one.fine_tuned and one.format != "aotinductor"]
     assert found.index(Candidate("openvino", "int8")) < min(tuned)
     assert max(tuned) < found.index(Candidate("openvino", "fp32"))
 
