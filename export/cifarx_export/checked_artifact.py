@@ -48,6 +48,7 @@ class ArtifactWriter(NamedTuple):
         reference: its outputs.
         batch_sizes: batch sizes to check parity at.
         progress: called with a line of text at each step.
+        warnings: what every parity check warns of.
     """
 
     origin: str
@@ -55,6 +56,7 @@ class ArtifactWriter(NamedTuple):
     reference: Reference
     batch_sizes: tuple[int, ...]
     progress: Progress
+    warnings: tuple[str, ...] = ()
 
     def write(
         self, row: Format, artifact: Artifact, spec: ModelSpec, target: Path, tolerance: Tolerance
@@ -65,7 +67,7 @@ class ArtifactWriter(NamedTuple):
                 artifact.save(temporary, spec)
                 with backend_class(row.backend)(model_file(temporary), CPU) as backend:
                     compared = check_parity(self.reference, backend, tolerance, self.progress, self.batch_sizes)
-                    parity = self._with_calibration(compared.with_checks(artifact.checks), spec)
+                    parity = self._with_warnings(compared.with_checks(artifact.checks), spec)
                     checked_logits = self._run_first_batch(backend) if parity.passed else None
                 if checked_logits is None:
                     raise _ParityFailedError(parity.renamed(model_file(temporary), target.name))
@@ -82,8 +84,10 @@ class ArtifactWriter(NamedTuple):
             return failure.parity
         return parity
 
-    def _with_calibration(self, parity: ParityResult, spec: ModelSpec) -> ParityResult:
-        """Add a warning if the artifact was calibrated on images of its own check."""
+    def _with_warnings(self, parity: ParityResult, spec: ModelSpec) -> ParityResult:
+        """Add the warnings of the writer, and one if the artifact was calibrated on images of its own check."""
+        for warning in self.warnings:
+            parity = parity.with_warning(warning)
         if spec.precision != "int8" or not self.reference.data.shares_calibration:
             return parity
         return parity.with_warning("int8 was calibrated on images of this check: there are too few other ones")

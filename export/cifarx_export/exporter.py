@@ -117,6 +117,28 @@ class Exporter(NamedTuple):
         }
         return self._replace(sources=sources, facts={**self.facts, **facts})
 
+    def with_network(
+        self,
+        build_module: "Callable[[], nn.Module]",
+        reference: Reference,
+        name: str,
+        warning: str,
+        facts: Mapping[str, str],
+    ) -> "Exporter":
+        """Return an exporter of another network with the same input and output, which is its own reference.
+
+        Args:
+            build_module: returns a new copy of the other network.
+            reference: its outputs.
+            name: its name, for reports.
+            warning: what the parity checks warn of: that the reference is not the network of the file.
+            facts: facts about it that the specs record.
+        """
+        changed = self.with_module(build_module, facts)
+        sources = {precision: replace(source, original=None) for precision, source in changed.sources.items()}
+        writer = self.writer._replace(origin=name, reference=reference, warnings=(*self.writer.warnings, warning))
+        return changed._replace(sources=sources, writer=writer)
+
 
 def open_exporter(
     source: "Path | nn.Module | None",

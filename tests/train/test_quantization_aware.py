@@ -5,7 +5,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cifarx_serve.errors import UsageError
-from cifarx_train.quantization_aware import BATCH_SIZE, _insert_rounding, _trace, fine_tune_for_int8
+from cifarx_train.logit_matching import BATCH_SIZE
+from cifarx_train.quantization_aware import _insert_rounding, _trace, fine_tune_for_int8
 from tests.support.int8_networks import SPEC, AttentionNetwork, ResidualNetwork
 
 LEVELS = 64

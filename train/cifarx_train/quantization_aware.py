@@ -3,14 +3,10 @@
 The rounding is that of int8 in ONNX, as `cifarx export` does it: the weights of each output channel have one scale and
 7 bits; the input of the network, the output of each layer with its normalization and ReLU, and residual sums are uint8,
 in ranges from training images. Rounding has no gradient, so that of the identity takes its place within
-the range (Jacob et al. 2018, arXiv:1712.05877). The network is its own teacher: the loss is the squared difference of
-its logits from those before (Ba and Caruana 2014, arXiv:1312.6184), so it needs no labels.
+the range (Jacob et al. 2018, arXiv:1712.05877). The network is its own teacher.
 """
 
 import copy
-import math
-import time
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -18,20 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional
 
 from cifarx_serve.errors import UsageError
-from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.progress import Progress, silent
 from cifarx_serve.spec import InputSpec
+from cifarx_train.logit_matching import match_logits, random_batches, recent_mean
 
-BATCH_SIZE: Final = 64
 LEARNING_RATE: Final = 5e-5
 STEPS: Final = 1000
 SECONDS: Final = 90.0
 
 _CALIBRATION_BATCHES: Final = 8
-_STEPS_PER_REPORT: Final = 50
 
 _WEIGHT_LEVELS: Final = 64
 """Weights are rounded to this many levels on either side of zero, as ONNX Runtime does with `reduce_range`."""
@@ -121,10 +114,8 @@ def fine_tune_for_int8(
     Raises:
         UsageError: the network cannot be traced, has no layer that can be rounded, or there are no images.
     """
-    if not len(images):
-        raise UsageError("there are no training images to fine-tune on", "give a dataset with a train split")
+    batches = random_batches(images, spec)
     teacher = module.eval()
-    batches = _random_batches(images, spec)
     student = _trace(teacher, next(batches))
     weights, activations = _insert_rounding(student)
     with torch.no_grad():
@@ -132,19 +123,17 @@ def fine_tune_for_int8(
             student(next(batches))
     for activation in activations:
         activation.observes = False
-    losses = _train(student, teacher, batches, steps, seconds, progress)
-    return FineTuned(
-        _rounded_state(teacher, student, weights),
-        len(losses),
-        losses[0],
-        float(np.mean(losses[-_STEPS_PER_REPORT:])),
+    losses = match_logits(
+        student,
+        teacher,
+        batches,
+        learning_rate=LEARNING_RATE,
+        steps=steps,
+        seconds=seconds,
+        name="int8",
+        progress=progress,
     )
-
-
-def _random_batches(images: NDArray[np.uint8], spec: InputSpec) -> Iterator[Tensor]:
-    random = np.random.default_rng(0)
-    while True:
-        yield torch.from_numpy(normalize(images[random.integers(0, len(images), BATCH_SIZE)], spec))
+    return FineTuned(_rounded_state(teacher, student, weights), len(losses), losses[0], recent_mean(losses))
 
 
 def _trace(module: nn.Module, example: Tensor) -> GraphModule:
@@ -213,34 +202,6 @@ def _call(network: GraphModule, module: nn.Module, argument: Node) -> Node:
     name = f"rounding_{sum(1 for _ in network.children())}"
     network.add_submodule(name, module)
     return network.graph.call_module(name, (argument,))
-
-
-def _train(
-    student: GraphModule,
-    teacher: nn.Module,
-    batches: Iterator[Tensor],
-    steps: int,
-    seconds: float,
-    progress: Progress,
-) -> list[float]:
-    """Train the student, and return the loss of each step."""
-    started = time.monotonic()
-    optimizer = torch.optim.Adam(student.parameters(), LEARNING_RATE)
-    losses: list[float] = []
-    while (spent := max(len(losses) / steps, (time.monotonic() - started) / seconds)) < 1 or not losses:
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * min(spent, 1)))
-        batch = next(batches)
-        with torch.no_grad():
-            expected = teacher(batch)
-        loss = functional.mse_loss(student(batch), expected) / expected.var().clamp_min(1e-12)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if len(losses) % _STEPS_PER_REPORT == 0:
-            progress(f"int8: fine-tuning, step {len(losses)}: difference {np.mean(losses[-_STEPS_PER_REPORT:]):.2e}")
-    return losses
 
 
 @torch.no_grad()

@@ -37,6 +37,10 @@ def command(
         str, typer.Option(metavar="NAME,NAME,...", help=f"Where the pick shall run: {', '.join(TARGETS)}.")
     ] = "cpu",
     minutes: Annotated[float, typer.Option(metavar="N", help="Time for the search.")] = 10,
+    prune: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Also try the network without this share of its channels, such as 0.3."),
+    ] = None,
     data: DataName = "auto",
     split: SplitFraction = None,
     labels: Labels = None,
@@ -60,6 +64,7 @@ def command(
         prefer=prefer,
         targets=parse_targets(targets),
         minutes=minutes,
+        prune=prune,
         model=model_options(model, flags),
         data=data_source(data, split, labels),
         on_error=resolve_on_error(on_error, None),

@@ -32,6 +32,7 @@ def columns(results: Sequence[CandidateResult]) -> list[Column]:
 def summary_lines(report: OptimizationReport) -> list[str]:
     """Return the lines below the table: the pick or why there is none, and what was not tried."""
     lines = [f"pick: {report.pick}, {report.reason}" if report.pick else f"no pick: {report.reason}"]
+    lines += dict.fromkeys(f"pruned: {result.facts['pruned']}" for result in report.results if "pruned" in result.facts)
     if report.stopped is not None:
         left = [result.name for result in report.results if result.outcome == "not tried"]
         why = "the time was over" if report.stopped == "time" else "interrupted"
@@ -82,6 +83,8 @@ _COLUMNS: Final = (
     Column("KB", lambda result: "" if result.size_bytes is None else f"{result.size_bytes / 1e3:,.0f}"),
     Column("agreement", lambda result: _share(result.agreement)),
     Column("points lost", lambda result: "" if result.accuracy_drop is None else f"{100 * result.accuracy_drop:.2f}"),
+    Column("weights removed", lambda result: _share(result.weights_removed), essential=False),
+    Column("multiplications removed", lambda result: _share(result.multiplications_removed), essential=False),
     Column("load ms", _of(lambda found: f"{found.load_ms:,.0f}"), essential=False),
     Column("peak MB", _of(lambda found: f"{found.peak_bytes / 1e6:,.0f}"), essential=False),
 )

@@ -15,16 +15,19 @@ class Candidate(NamedTuple):
         format: name of the format.
         precision: the precision.
         fine_tuned: whether the network is fine-tuned for the precision first.
+        pruned: the share of the channels that the network loses first; 0 for none.
     """
 
     format: str
     precision: Precision
     fine_tuned: bool = False
+    pruned: float = 0.0
 
     @property
     def name(self) -> str:
         """A name for tables and messages, such as `onnx int8`."""
-        return f"{self.format} {self.precision}{' tuned' if self.fine_tuned else ''}"
+        changes = f"{' tuned' if self.fine_tuned else ''}{f' pruned {100 * self.pruned:g}%' if self.pruned else ''}"
+        return f"{self.format} {self.precision}{changes}"
 
 
 BASELINE: Final = Candidate("onnx", "fp32")
@@ -75,10 +78,15 @@ def list_candidates(targets: Sequence[str], formats: Mapping[str, Format] = FORM
     return sorted(found, key=_rank)
 
 
+def is_late(candidate: Candidate) -> bool:
+    """Return whether a candidate is tried after all others because its format takes long."""
+    return candidate.format in _LATE
+
+
 def _rank(candidate: Candidate) -> tuple[int, int, int, bool]:
     if candidate == BASELINE:
         return -1, 0, 0, False
-    if candidate.format not in _LATE:
+    if not is_late(candidate):
         return 0, 0, _ORDER.index(candidate.precision), candidate.fine_tuned
     # Their other precisions are tried only if fp32 is fast enough.
     return 1, _LATE.index(candidate.format), PRECISIONS.index(candidate.precision), candidate.fine_tuned

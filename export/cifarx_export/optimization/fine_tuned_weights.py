@@ -9,6 +9,8 @@ from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.progress import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
 _IMAGE_BYTES: Final = 2**29
@@ -50,11 +52,9 @@ def load_or_fine_tune(source: ConversionSource, file: Path, progress: Progress) 
     if file.is_file():
         content = torch.load(file, weights_only=True)
     else:
-        size = source.spec.input
-        count = min(_MAX_IMAGES, max(1, _IMAGE_BYTES // (size.height * size.width * size.channels)))
-        images = source.load_training_images(count)
+        images = load_fine_tuning_images(source)
         progress(f"int8: fine-tuning on {len(images):,} training images")
-        found = fine_tune_for_int8(source.build_module(), images, size, progress=progress)
+        found = fine_tune_for_int8(source.build_module(), images, source.spec.input, progress=progress)
         fact = f"for int8 by distillation from the network, {found.steps} steps on {len(images):,} training images"
         content = {"weights": found.weights, "fact": fact}
         with atomic_path(file) as temporary:
@@ -66,3 +66,10 @@ def load_or_fine_tune(source: ConversionSource, file: Path, progress: Progress) 
         return module
 
     return FineTunedWeights(build, {_FACT: content["fact"]})
+
+
+def load_fine_tuning_images(source: ConversionSource) -> "NDArray[np.uint8]":
+    """Return training images to fine-tune a network on, as many as fit into memory: (N, height, width, channels)."""
+    size = source.spec.input
+    count = min(_MAX_IMAGES, max(1, _IMAGE_BYTES // (size.height * size.width * size.channels)))
+    return source.load_training_images(count)

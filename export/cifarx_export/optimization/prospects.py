@@ -44,6 +44,7 @@ def why_hopeless(
         return None
     return (
         _refused_before(candidate, results)
+        or _lost_by_pruning(candidate, results, requirement)
         or _too_large(candidate, results, requirement, prefer, weight_bytes)
         or _only_smaller(candidate, requirement, prefer)
         or _too_slow(candidate, results, requirement, prefer)
@@ -52,7 +53,7 @@ def why_hopeless(
 
 
 def _fp32_of(candidate: Candidate, results: Sequence[CandidateResult]) -> CandidateResult | None:
-    wanted = Candidate(candidate.format, "fp32")
+    wanted = Candidate(candidate.format, "fp32", pruned=candidate.pruned)
     return next((result for result in results if result.candidate == wanted and candidate != wanted), None)
 
 
@@ -60,9 +61,19 @@ def _refused_before(candidate: Candidate, results: Sequence[CandidateResult]) ->
     """Return why its format was refused: in fp32, or in any precision because a package is missing."""
     for result in results:
         is_general = result.precision == "fp32" or _INSTALL in result.reason
-        if result.format == candidate.format and result.outcome == "refused" and is_general:
+        same = result.format == candidate.format and result.pruned in (0, candidate.pruned)
+        if same and result.outcome == "refused" and is_general:
             return f"as {result.name}"
     return None
+
+
+def _lost_by_pruning(candidate: Candidate, results: Sequence[CandidateResult], requirement: Requirement) -> str | None:
+    """Return why a lower precision of a pruned network is not made: it keeps no more of the answers than fp32."""
+    fp32 = _fp32_of(candidate, results)
+    if not candidate.pruned or fp32 is None or fp32.outcome != "proved":
+        return None
+    missed = [bound.text for bound in requirement if bound.name in _FIDELITY and not bound.holds(fp32)]
+    return f"{fp32.name} misses {', '.join(missed)}" if missed else None
 
 
 def _too_large(
@@ -72,6 +83,8 @@ def _too_large(
     prefer: Preference,
     weight_bytes: int,
 ) -> str | None:
+    if candidate.pruned:  # how many weights it has is not known before
+        return None
     least = int(_FOLDED * weight_bytes * _WEIGHT_BYTES[candidate.precision] / _WEIGHT_BYTES["fp32"])
     for bound in requirement:
         if bound.name == "size" and not bound.allows(least):

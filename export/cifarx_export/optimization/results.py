@@ -59,25 +59,29 @@ class CandidateResult(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a candidate.
 
     Attributes:
-        format, precision, fine_tuned: the candidate.
+        format, precision, fine_tuned, pruned: the candidate.
         outcome: `proved` by its parity check; `failed` in it; `refused` by the converter or the runtime; `skipped`,
             because it could not win; or `not tried`, because the search ended before.
         reason: why it was not proved, or not measured; empty otherwise.
         file: name of the artifact in the directory of the study, if it was proved.
         sha256: hash of that file.
         size_bytes: its size.
-        agreement: share of the images with the prediction of the network; None if it was not compared.
+        agreement: share of the images with the prediction of the network; None if it was not compared. The network is
+            the original one also where the parity check compares a pruned candidate with the pruned network.
         agreement_bound: lower bound of the agreement with 95% confidence.
         accuracy, accuracy_drop: accuracy, and what it is below that of the network; None without labels.
         seconds: how long the conversion and the parity check took.
         versions: versions of the packages that it was made with, by name.
         facts: other facts about its conversion, as its spec states them.
+        weights_sha256: hash of the file in the study with the fine-tuned weights that it was made from, if it was.
+        weights_removed, multiplications_removed: shares that a pruned network lost.
         measurement: its speed; None if it was not measured.
     """
 
     format: str
     precision: Precision
     fine_tuned: bool = False
+    pruned: float = 0.0
     outcome: Outcome
     reason: str = ""
     file: str | None = None
@@ -90,11 +94,14 @@ class CandidateResult(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float | None = None
     versions: dict[str, str] = {}
     facts: dict[str, str] = {}
+    weights_sha256: str | None = None
+    weights_removed: float | None = None
+    multiplications_removed: float | None = None
     measurement: Measurement | None = None
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate(self.format, self.precision, self.fine_tuned)
+        return Candidate(self.format, self.precision, self.fine_tuned, self.pruned)
 
     @property
     def name(self) -> str:

@@ -90,7 +90,7 @@ class Search:
         progress: called with a line of text at each step.
 
     Attributes:
-        results: one result per candidate that `run` was called with.
+        results: one result per candidate that was tried.
         stopped: what ended the search before all candidates were tried, or None.
     """
 
@@ -111,16 +111,21 @@ class Search:
         """The first candidate that was measured: ONNX Runtime in fp32, unless the network cannot become that."""
         return next((result for result in self.results if result.is_measured), None)
 
-    def run(self, candidates: Sequence[Candidate]) -> None:
-        """Try the candidates.
+    def run(self, candidates: Sequence[Candidate], following: int = 0) -> None:
+        """Try the candidates, after those of earlier calls.
+
+        Args:
+            candidates: the candidates.
+            following: how many are known to follow in later calls, for lines of progress.
 
         Raises:
             OutputError: a file cannot be written.
         """
-        for number, candidate in enumerate(candidates, start=1):
+        total = len(self.results) + len(candidates) + following
+        for candidate in candidates:
             self.results.append(_without_artifact(candidate, "not tried"))
             with self._stopping(), self._limit.enforced():
-                self._try(candidate, f"[{number} of {len(candidates)}] {candidate.name}")
+                self._try(candidate, f"[{len(self.results)} of {total}] {candidate.name}")
             if self.stopped is not None:
                 self.results[-1] = _with_end(self.results[-1], self.stopped)
 
@@ -205,6 +210,7 @@ def _without_artifact(
         format=candidate.format,
         precision=candidate.precision,
         fine_tuned=candidate.fine_tuned,
+        pruned=candidate.pruned,
         outcome=outcome,
         reason=reason,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from cifarx_export.optimization.candidates import Candidate
 from cifarx_export.optimization.requirement import Requirement, meets
 from cifarx_export.optimization.results import CandidateResult, Measurement, Preference
 
@@ -68,6 +69,26 @@ def choose(results: Sequence[CandidateResult], requirement: Requirement, prefer:
     best = max(merit(result, prefer) for result in matching)
     tied = [result for result in matching if merit(result, prefer) >= (1 - TIE) * best]
     return min(tied, key=lambda result: (-(result.agreement or 0.0), result.size_bytes or 0, -merit(result, prefer)))
+
+
+def choose_pruned(
+    results: Sequence[CandidateResult], requirement: Requirement, prefer: Preference, share: float
+) -> list[Candidate]:
+    """Return the candidates with pruned channels: those in the format of the best candidate so far.
+
+    They are fp32 and the precisions in which that format was measured without pruning: a format that is slower with
+    all channels is not likely to be faster with fewer. Fp32 is first, because it shows what pruning alone costs.
+
+    Args:
+        results: what became of the candidates with all channels.
+        requirement, prefer: what the search is for.
+        share: the share of the channels to remove.
+    """
+    best = choose(results, requirement, prefer) or choose(results, (), prefer)
+    if best is None:
+        return []
+    measured = (result.precision for result in results if result.is_measured and result.format == best.format)
+    return [Candidate(best.format, precision, pruned=share) for precision in dict.fromkeys(("fp32", *measured))]
 
 
 def explain_pick(

@@ -28,6 +28,9 @@ REPORT: Final = "report.html"
 FINE_TUNED: Final = "fine_tuned.pth"
 """The weights that were fine-tuned for int8."""
 
+_PRUNED: Final = "pruned*.pth"
+"""The weights of pruned networks, one file for each share of the channels."""
+
 _TRUSTED_ONCE: Final = "aotinductor"
 """The format whose files are machine code, see `cifarx_serve.backends.torch.aot_inductor`."""
 
@@ -91,6 +94,7 @@ class Study:
         _remove_leftovers(directory)
         earlier = self._read(progress)
         if earlier is None:
+            _remove_weights(directory)  # nothing says what they were made from
             return
         difference = identity.difference(earlier.identity)
         if difference is not None:
@@ -126,6 +130,12 @@ class Study:
         assert result.file is not None, "the candidate was proved"
         return self.directory / result.file
 
+    def weights_file(self, candidate: Candidate) -> Path | None:
+        """Return the file of the fine-tuned weights that a candidate is made from, or None if it has none."""
+        if candidate.pruned:
+            return self.directory / _PRUNED.replace("*", f"{100 * candidate.pruned:g}")
+        return self.directory / FINE_TUNED if candidate.fine_tuned else None
+
     def _read(self, progress: Progress) -> _Document | None:
         path = self.directory / DOCUMENT
         try:
@@ -146,20 +156,32 @@ class Study:
             now = installed_version(name)
             if now != before:
                 return f"it was made with {name} {before}, and {now or 'none'} is installed"
-        if result.file is None:
-            return None
-        try:
-            intact = file_sha256(model_file(self.path(result))) == result.sha256
-        except OSError:
-            return f"{result.file} is missing"
-        return None if intact else f"{result.file} has changed"
+        weights = self.weights_file(result.candidate)
+        if weights is not None and result.weights_sha256 and (problem := _damage(weights, result.weights_sha256)):
+            return problem
+        return None if result.file is None else _damage(model_file(self.path(result)), result.sha256)
 
     def _remove_files(self, earlier: _Document) -> None:
         """Remove the files of an earlier study, as far as they are files beside its document."""
         names = [result.file for result in earlier.results if result.file and Path(result.file).name == result.file]
-        for name in [DOCUMENT, REPORT, FINE_TUNED, *names, *(f"{name}{REPORT_SUFFIX}" for name in names)]:
+        for name in [DOCUMENT, REPORT, *names, *(f"{name}{REPORT_SUFFIX}" for name in names)]:
             with suppress(OSError):  # such as a directory
                 (self.directory / name).unlink()
+        _remove_weights(self.directory)
+
+
+def _damage(path: Path, sha256: str | None) -> str | None:
+    """Return what has happened to a file since its hash was computed, or None."""
+    try:
+        return None if file_sha256(path) == sha256 else f"{path.name} has changed"
+    except OSError:
+        return f"{path.name} is missing"
+
+
+def _remove_weights(directory: Path) -> None:
+    for path in [directory / FINE_TUNED, *directory.glob(_PRUNED)]:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -5,24 +5,32 @@ import time
 from pathlib import Path
 from typing import Final
 
-from cifarx_export.checked_artifact import ExportResult
+import msgspec
+
+from cifarx_export.checked_artifact import CPU, ExportResult
 from cifarx_export.exporter import Exporter
 from cifarx_export.formats.registry import NO_OPTIONS, get_format
 from cifarx_export.optimization.candidates import BASELINE, Candidate
 from cifarx_export.optimization.fine_tuned_weights import load_or_fine_tune
 from cifarx_export.optimization.measurement import measure
+from cifarx_export.optimization.pruned_network import PrunedExporter, open_pruned_exporter
 from cifarx_export.optimization.results import CandidateResult, Measurement
 from cifarx_export.optimization.study import FINE_TUNED, Study, installed_version
 from cifarx_export.origin import require_convertible
+from cifarx_export.parity.compare import EVAL_BATCH_SIZE, check_parity
 from cifarx_export.parity.predictions import best_classes
-from cifarx_serve.backends.registry import model_file, read_spec
+from cifarx_serve.backends.registry import backend_class, model_file, read_spec
 from cifarx_serve.errors import CheckFailed, CifarxError
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.progress import Progress
+from cifarx_serve.spec import ParitySummary
 from cifarx_train.checkpoints.checkpoint import file_sha256
 
 _FINE_TUNED: Final = "tuned"
 """Part of the names of candidates with fine-tuned weights."""
+
+_PRUNED: Final = "pruned"
+"""Part of the names of candidates with fewer channels, before the share in percent."""
 
 _PICK: Final = "optimized"
 """Part of the name of the pick's file, as in `lzh_9.optimized.onnx`, and the fact in its spec with the reason."""
@@ -35,15 +43,20 @@ class Workbench:
         exporter: exports the network; its directory is where the pick is written.
         study: where the candidates are written.
         given: the file of the network.
+        pruning_seconds: limit for the time to fine-tune a pruned network.
         progress: called with a line of text at each step.
     """
 
-    def __init__(self, exporter: Exporter, study: Study, given: Path, progress: Progress) -> None:
+    def __init__(
+        self, exporter: Exporter, study: Study, given: Path, pruning_seconds: float, progress: Progress
+    ) -> None:
         self._exporter = exporter
         self._study = study
         self._given = given
+        self._pruning_seconds = pruning_seconds
         self._progress = progress
         self._fine_tuned: Exporter | None = None
+        self._pruned: dict[float, PrunedExporter] = {}
 
     @property
     def has_module(self) -> bool:
@@ -61,10 +74,14 @@ class Workbench:
         origin = self._exporter.origin
         require_convertible(origin, candidate.format, candidate.precision, NO_OPTIONS)
         started = time.monotonic()
-        stem = f"{origin.stem}.{_FINE_TUNED}" if candidate.fine_tuned else origin.stem
-        path = self._study.directory / get_format(candidate.format).file_name(stem, candidate.precision)
+        name = get_format(candidate.format).file_name(self._stem(candidate), candidate.precision)
+        path = self._study.directory / name
         exported = self._exporter_of(candidate).run(candidate.format, candidate.precision, path)
-        return _proof(candidate, exported, time.monotonic() - started)
+        found = _proof(candidate, exported, time.monotonic() - started)
+        weights = self._study.weights_file(candidate)
+        if weights is not None:
+            found = msgspec.structs.replace(found, weights_sha256=file_sha256(weights))
+        return self._compared_with_original(found, exported.path) if candidate.pruned else found
 
     def measure(self, proved: CandidateResult, baseline: CandidateResult | None) -> Measurement:
         """Measure a proved candidate in turns with the baseline.
@@ -111,8 +128,44 @@ class Workbench:
             )
         return path
 
+    def _stem(self, candidate: Candidate) -> str:
+        stem = self._exporter.origin.stem
+        if candidate.pruned:
+            return f"{stem}.{_PRUNED}{100 * candidate.pruned:g}"
+        return f"{stem}.{_FINE_TUNED}" if candidate.fine_tuned else stem
+
+    def _compared_with_original(self, found: CandidateResult, path: Path) -> CandidateResult:
+        """Return the result of a pruned candidate with what it costs, in place of how it agrees with its reference."""
+        pruned = self._open_pruned(found.pruned)
+        summary = None
+        if found.outcome == "proved":
+            row = get_format(found.format)
+            with backend_class(row.backend)(model_file(path), CPU) as backend:
+                tolerance = self._exporter.tolerances[found.precision]
+                reference = self._exporter.reference
+                summary = check_parity(reference, backend, tolerance, self._progress, (EVAL_BATCH_SIZE,)).summary
+        return msgspec.structs.replace(
+            found,
+            agreement=summary and summary.agreement,
+            agreement_bound=summary and summary.agreement_bound,
+            accuracy=summary and summary.accuracy,
+            accuracy_drop=summary and _accuracy_drop(summary),
+            weights_removed=pruned.weights_removed,
+            multiplications_removed=pruned.multiplications_removed,
+        )
+
+    def _open_pruned(self, share: float) -> PrunedExporter:
+        if share not in self._pruned:
+            file = self._study.weights_file(Candidate(BASELINE.format, BASELINE.precision, pruned=share))
+            assert file is not None, "pruned networks have weights of their own"
+            seconds, progress = self._pruning_seconds, self._progress
+            self._pruned[share] = open_pruned_exporter(self._exporter, share, file, seconds, progress)
+        return self._pruned[share]
+
     def _exporter_of(self, candidate: Candidate) -> Exporter:
-        """Return the exporter of the network, or of its fine-tuned weights."""
+        """Return the exporter of the network, of its fine-tuned weights, or of the pruned network."""
+        if candidate.pruned:
+            return self._open_pruned(candidate.pruned).exporter
         if not candidate.fine_tuned:
             return self._exporter
         if self._fine_tuned is None:
@@ -156,13 +209,11 @@ def _proof(candidate: Candidate, exported: ExportResult, seconds: float) -> Cand
     file = model_file(exported.path) if summary.passed else None
     facts = (read_spec(exported.path).exporter or {}) if file else report.environment.versions
     versions = {name: fact for name, fact in facts.items() if installed_version(name) == fact}
-    drop = None
-    if summary.accuracy is not None and summary.reference_accuracy is not None:
-        drop = summary.reference_accuracy - summary.accuracy
     return CandidateResult(
         format=candidate.format,
         precision=candidate.precision,
         fine_tuned=candidate.fine_tuned,
+        pruned=candidate.pruned,
         outcome="proved" if summary.passed else "failed",
         reason="; ".join(f"{check.name}: {check.found}" for check in report.checks if not check.passed),
         file=exported.path.name if file else None,
@@ -171,8 +222,14 @@ def _proof(candidate: Candidate, exported: ExportResult, seconds: float) -> Cand
         agreement=summary.agreement,
         agreement_bound=summary.agreement_bound,
         accuracy=summary.accuracy,
-        accuracy_drop=drop,
+        accuracy_drop=_accuracy_drop(summary),
         seconds=seconds,
         versions=versions,
         facts={name: fact for name, fact in facts.items() if name not in versions},
     )
+
+
+def _accuracy_drop(summary: ParitySummary) -> float | None:
+    if summary.accuracy is None or summary.reference_accuracy is None:
+        return None
+    return summary.reference_accuracy - summary.accuracy

@@ -31,6 +31,8 @@ def checkpoint(trained: Trained, tmp_path: Path) -> Path:
         (["--targets", "gpu"], "unknown target 'gpu'"),
         (["--minutes", "0"], "give a number above 0"),
         (["--prefer", "speed"], "--prefer"),
+        (["--prune", "0"], "0 is no share of channels"),
+        (["--prune", "30"], "give a number above 0 and at most 0.9"),
     ],
 )
 def test_invalid_options_are_usage_errors(cli: Cli, checkpoint: Path, arguments: list[str], words: str) -> None:
@@ -44,6 +46,21 @@ def test_a_missing_file_is_a_usage_error(cli: Cli) -> None:
     result = cli("optimize", "absent.pth")
     assert result.status == 2
     assert "absent.pth" in result.error
+
+
+def test_an_onnx_file_cannot_be_pruned(cli: Cli, good_onnx: Path) -> None:
+    result = cli("optimize", good_onnx, "--prune", "0.3")
+    assert result.status == 2
+    assert result.error.endswith("is an ONNX file, whose channels cannot be pruned: give its checkpoint")
+
+
+def test_pruning_without_its_library_names_the_extra(
+    cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    result = cli("optimize", checkpoint, "--prune", "0.3")
+    assert result.status == 2
+    assert result.error == 'error: torch-pruning is not installed: pip install "cifarx[prune]"'
 
 
 def _optimize(*arguments: object) -> CommandResult:

@@ -41,3 +41,10 @@ def test_a_search_without_a_pick_has_a_page_too(results: tuple[Any, ...]) -> Non
 def test_names_cannot_bring_markup_into_the_page() -> None:
     page = render_html_report(report(BASE, checkpoint="<script>x</script>.pth", front=("onnx fp32",)))
     assert "<script" not in page
+
+
+def test_says_which_network_pruned_files_were_compared_with() -> None:
+    words = "against the pruned network in PyTorch. Their agreement and the points lost are against net.pth."
+    pruned = proved("onnx fp32", 1.4, pruned=0.3)
+    assert words in render_html_report(report(BASE, pruned, front=("onnx fp32",)))
+    assert words not in render_html_report(report(BASE, front=("onnx fp32",)))

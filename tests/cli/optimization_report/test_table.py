@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from cifarx.optimization_report.columns import columns, reason_lines, summary_lines, verdict
@@ -45,3 +46,15 @@ def test_a_proved_candidate_that_was_not_measured_says_why() -> None:
     unmeasured = proved("pt2 fp32", reason="not measured: the time was over")
     assert verdict(FOUND, unmeasured) == "proved"
     assert reason_lines(report(BASE, unmeasured, LATE)) == ["pt2 fp32 proved: not measured: the time was over"]
+
+
+def test_says_what_pruning_cost_against_the_original_network() -> None:
+    facts = {"pruned": "30% of the channels; agreement 90.00% with it"}
+    removed = {"weights_removed": 0.523, "multiplications_removed": 0.485}
+    pruned = proved("onnx fp32", 1.4, pruned=0.3, agreement=0.9, accuracy_drop=0.02, facts=facts, **removed)
+    ended = report(BASE, pruned, msgspec.structs.replace(pruned, precision="int8"))
+    assert summary_lines(ended)[1:] == ["pruned: 30% of the channels; agreement 90.00% with it"]
+    cells = {column.heading: column.text(pruned) for column in columns([BASE, pruned])}
+    assert (cells["weights removed"], cells["multiplications removed"]) == ("52.30%", "48.50%")
+    assert (cells["agreement"], cells["points lost"]) == ("90.00%", "2.00")
+    assert "weights removed" not in [column.heading for column in columns([BASE])]

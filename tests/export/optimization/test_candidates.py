@@ -62,3 +62,10 @@ def test_unknown_targets_are_usage_errors(text: str, words: str) -> None:
 def test_a_candidate_has_a_name() -> None:
     assert Candidate("onnx", "int8").name == "onnx int8"
     assert Candidate("onnx", "int8", fine_tuned=True).name == "onnx int8 tuned"
+    assert Candidate("onnx", "int8", pruned=0.3).name == "onnx int8 pruned 30%"
+    assert Candidate("onnx", "fp32", pruned=0.29).name == "onnx fp32 pruned 29%"
+    assert Candidate("onnx", "fp32", pruned=0.125).name == "onnx fp32 pruned 12.5%"
+
+
+def test_nothing_is_pruned_unless_asked() -> None:
+    assert not any(one.pruned for one in list_candidates(TARGETS))

@@ -85,3 +85,29 @@ def test_weights_are_fine_tuned_only_where_int8_lost_too_much() -> None:
     assert "keeps its answers" in str(_reason("onnx int8 tuned", BASE, lossy, require="p99<1us"))
     assert _reason("onnx int8 tuned", BASE, refused) == "as without fine-tuning"
     assert _reason("onnx int8 tuned", BASE) == "as without fine-tuning"
+
+
+PRUNED = proved("onnx fp32", 1.5, pruned=0.3, accuracy_drop=0.03, agreement=0.9)
+PRUNED_INT8 = Candidate("onnx", "int8", pruned=0.3)
+
+
+def test_what_pruning_lost_in_fp32_no_lower_precision_of_it_regains() -> None:
+    def reason(require: str, *results: CandidateResult) -> str | None:
+        return why_hopeless(PRUNED_INT8, results, parse_requirement(require), "latency", 8_000_000)
+
+    assert reason("accuracy_drop<=2", BASE, PRUNED) == "onnx fp32 pruned 30% misses accuracy_drop<=2"
+    assert reason("accuracy_drop<=4, agreement>=85%", BASE, PRUNED) is None
+    assert reason("p99<1us", BASE, PRUNED) is None
+    other_share = proved("onnx fp32", 1.5, pruned=0.5, accuracy_drop=0.03)
+    assert reason("accuracy_drop<=2", BASE, other_share) is None
+
+
+def test_a_network_that_cannot_be_pruned_is_refused_once_and_with_all_channels_not_at_all() -> None:
+    refused = CandidateResult(format="onnx", precision="fp32", pruned=0.3, outcome="refused", reason="cannot be pruned")
+    assert why_hopeless(PRUNED_INT8, [BASE, refused], (), "latency", 0) == "as onnx fp32 pruned 30%"
+    assert why_hopeless(Candidate("onnx", "int8"), [BASE, refused], (), "latency", 0) is None
+
+
+def test_the_size_of_a_pruned_file_is_not_known_before() -> None:
+    bound = parse_requirement("size<3MB")
+    assert why_hopeless(Candidate("openvino", "fp32", pruned=0.5), [BASE], bound, "latency", 8_000_000) is None

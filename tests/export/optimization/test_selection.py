@@ -2,9 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cifarx_export.optimization.candidates import Candidate
 from cifarx_export.optimization.requirement import explain_no_pick, meets, parse_requirement
 from cifarx_export.optimization.results import CandidateResult
-from cifarx_export.optimization.selection import TIE, choose, explain_pick, merit, pareto_front
+from cifarx_export.optimization.selection import TIE, choose, choose_pruned, explain_pick, merit, pareto_front
 from cifarx_serve.errors import UsageError
 from tests.support.optimization import left_out, measurement, proved
 
@@ -101,3 +102,24 @@ def test_a_candidate_with_a_large_tail_does_not_meet_a_bound_on_it() -> None:
 def test_invalid_requirements_are_usage_errors(text: str) -> None:
     with pytest.raises(UsageError):
         parse_requirement(text)
+
+
+def test_channels_are_pruned_in_the_format_that_is_the_best_so_far() -> None:
+    def names(require: str, *results: CandidateResult) -> list[str]:
+        return [one.name for one in choose_pruned(results, parse_requirement(require), "latency", 0.3)]
+
+    openvino = ["openvino fp32 pruned 30%", "openvino bf16 pruned 30%", "openvino int8 pruned 30%"]
+    assert names("", *ALL) == openvino
+    assert names("agreement>=99.9%", *ALL) == ["onnx fp32 pruned 30%"]  # int8 failed with all channels
+    assert names("p99<1us", *ALL) == openvino
+    assert names("") == names("", FAILED, UNMEASURED) == []
+
+
+def test_pruning_decides_only_with_its_speed() -> None:
+    pruned = proved("openvino int8", 3.05, pruned=0.3, agreement=0.9)
+    assert choose([*ALL, pruned], (), "latency") == FAST
+    assert choose([*ALL, proved("openvino int8", 4.0, pruned=0.3, agreement=0.9)], (), "latency") != FAST
+
+
+def test_a_pruned_candidate_is_another_one() -> None:
+    assert proved("onnx fp32", pruned=0.3).candidate == Candidate("onnx", "fp32", pruned=0.3) != BASE.candidate

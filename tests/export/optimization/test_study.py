@@ -1,10 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from cifarx_export.optimization.candidates import Candidate
-from cifarx_export.optimization.study import DOCUMENT, Study, StudyIdentity, installed_version
+from cifarx_export.optimization.study import DOCUMENT, FINE_TUNED, Study, StudyIdentity, installed_version
 from cifarx_serve.progress import silent
 from cifarx_train.checkpoints.checkpoint import file_sha256
 from tests.support.optimization import measurement, proved
@@ -112,3 +113,59 @@ def test_a_document_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     Study(folder, IDENTITY, silent).record(proved("onnx fp32", 1.0, file="../outside.onnx"))
     _open(folder, msgspec.structs.replace(IDENTITY, checkpoint="x"))
     assert outside.read_text() == "precious"
+
+
+def _write_pruned(folder: Path, share: float) -> Path:
+    study = Study(folder, IDENTITY, silent)
+    weights = study.weights_file(Candidate("onnx", "fp32", pruned=share))
+    assert weights is not None
+    weights.write_text(f"weights without {share}")
+    file = folder / "net.pruned.onnx"
+    file.write_text("pruned")
+    hashes = {"sha256": file_sha256(file), "weights_sha256": file_sha256(weights)}
+    study.record(proved("onnx fp32", 1.0, pruned=share, file=file.name, **hashes))
+    return weights
+
+
+def test_each_share_of_pruned_channels_is_kept_apart(tmp_path: Path) -> None:
+    _write(tmp_path)
+    first, second = _write_pruned(tmp_path, 0.3), _write_pruned(tmp_path, 0.5)
+    assert (first.name, second.name) == ("pruned30.pth", "pruned50.pth")
+    study, _ = _open(tmp_path)
+    assert all(study.get(one) for one in (ONNX, INT8, ONNX._replace(pruned=0.3), ONNX._replace(pruned=0.5)))
+    assert study.get(ONNX._replace(pruned=0.4)) is None
+
+
+@pytest.mark.parametrize(("damage", "words"), [(Path.unlink, "is missing"), (Path.touch, None)])
+def test_a_pruned_candidate_needs_the_weights_that_it_was_made_from(
+    tmp_path: Path, damage: Callable[[Path], None], words: str | None
+) -> None:
+    damage(_write_pruned(tmp_path, 0.3))
+    study, lines = _open(tmp_path)
+    assert (study.get(ONNX._replace(pruned=0.3)) is None) == (words is not None)
+    assert words is None or f"pruned30.pth {words}" in lines[0]
+
+
+def test_other_weights_than_those_of_the_candidate_are_noticed(tmp_path: Path) -> None:
+    _write_pruned(tmp_path, 0.3).write_text("other weights")
+    study, lines = _open(tmp_path)
+    assert study.get(ONNX._replace(pruned=0.3)) is None
+    assert "pruned30.pth has changed" in lines[0]
+
+
+@pytest.mark.parametrize("content", ["nothing", None])
+def test_weights_that_no_document_describes_are_removed(tmp_path: Path, content: str | None) -> None:
+    weights = [_write_pruned(tmp_path, 0.3), tmp_path / FINE_TUNED]
+    weights[1].touch()
+    if content is None:
+        (tmp_path / DOCUMENT).unlink()
+    else:
+        (tmp_path / DOCUMENT).write_text(content)
+    _open(tmp_path)
+    assert not any(path.exists() for path in weights)
+
+
+def test_the_weights_of_another_checkpoint_are_removed(tmp_path: Path) -> None:
+    weights = _write_pruned(tmp_path, 0.3)
+    _open(tmp_path, msgspec.structs.replace(IDENTITY, checkpoint="x"))
+    assert not weights.exists()
