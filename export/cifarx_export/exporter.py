@@ -32,7 +32,7 @@ from cifarx_serve.backends.base import Backend
 from cifarx_serve.errors import OutputError, error_message
 from cifarx_serve.files.atomic import require_writable, write_error
 from cifarx_serve.progress import Progress, silent
-from cifarx_serve.spec import Precision
+from cifarx_serve.spec import ModelSpec, Precision
 from cifarx_serve.system.versions import library_versions
 from cifarx_train.data.dataset import OnError
 from cifarx_train.data.selection import DataSource
@@ -135,9 +135,22 @@ class Exporter(NamedTuple):
             facts: facts about it that the specs record.
         """
         changed = self.with_module(build_module, facts)
-        sources = {precision: replace(source, original=None) for precision, source in changed.sources.items()}
+        sources = {
+            precision: replace(source, original=None, spec=_without_results(source.spec))
+            for precision, source in changed.sources.items()
+        }
         writer = self.writer._replace(origin=name, reference=reference, warnings=(*self.writer.warnings, warning))
         return changed._replace(sources=sources, writer=writer)
+
+
+def _without_results(spec: ModelSpec) -> ModelSpec:
+    """Return a spec without the accuracies of training, which another network does not have."""
+    if spec.training is None:
+        return spec
+    training = msgspec.structs.replace(
+        spec.training, test_accuracy=None, test_loss=None, val_accuracy=None, val_loss=None
+    )
+    return msgspec.structs.replace(spec, training=training)
 
 
 def open_exporter(

@@ -12,6 +12,7 @@ from cifarx_export.optimization.workbench import Workbench
 from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.progress import silent
 from cifarx_train.models.options import NO_OPTIONS
+from tests.support.optimization import proved
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,7 +29,9 @@ def open_workbench(tmp_path: Path) -> Callable[[Path], Workbench]:
         directory = tmp_path / "study"
         directory.mkdir(exist_ok=True)
         identity = StudyIdentity(checkpoint="a", spec="b", data="c", cpu="a CPU", threads=2, version="1")
-        return Workbench(exporter, Study(directory, identity, silent), path, 60.0, silent)
+        study = Study(directory, identity, silent)
+        study.record(proved("onnx fp32", file=None))  # a search has its baseline first
+        return Workbench(exporter, study, path, 60.0, silent)
 
     return open_one
 
@@ -83,6 +86,8 @@ def _check_pruned(found: CandidateResult) -> None:
     assert spec.parity.agreement == 1
     assert "compared with the pruned network, not with the original one" in spec.parity.warnings
     assert spec.weights_sha256 is None
+    assert spec.training is not None
+    assert spec.training.test_accuracy is None
     assert found.agreement is not None
     assert found.agreement < 0.999  # of half the channels after five steps
     assert found.weights_removed is not None
