@@ -41,7 +41,7 @@ NOT_RUN = {
     ".tflite": "the files of that format",
     "mobilenet.onnx": "the reader's file; tests/export/test_verify_runtimes.py runs such a file",
     "cifarx optimize": "it takes minutes; tests/cli/commands/test_optimize.py runs it",
-    "lzh_9.optimized": "the file of that command",
+    "resnet18_0.optimized": "the file of that command",
     "--baseline": "the result depends on the machine",
     "--pick": "the result depends on the machine",
     "fastnet_7.pth": "the checkpoint of eight epochs of another network",

@@ -17,7 +17,7 @@ from cifarx_export.formats.aot_inductor.converter import AotInductorArtifact, co
 from cifarx_export.formats.int8 import search
 from cifarx_export.formats.int8.search import MixedPrecision
 from cifarx_export.formats.registry import NO_OPTIONS, ConversionSource
-from cifarx_export.parity.compare import Reference, check_parity, run_reference
+from cifarx_export.parity.compare import EVAL_BATCH_SIZE, Reference, check_parity, run_reference
 from cifarx_export.parity.data import ParityData
 from cifarx_export.parity.tolerances import get_tolerance
 from cifarx_serve.backends.torch.aot_inductor import AotInductorBackend, target_machine
@@ -312,7 +312,9 @@ def sound() -> GraphModule:
 
 def failures(network: GraphModule, reference: Reference) -> set[str]:
     network.recompile()
-    result = check_parity(reference, ModuleBackend(network, SPEC), get_tolerance("int8"))
+    result = check_parity(
+        reference, ModuleBackend(network, SPEC), get_tolerance("int8"), batch_sizes=(EVAL_BATCH_SIZE,)
+    )
     return {check.name for check in result.failures}
 
 
