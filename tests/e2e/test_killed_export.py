@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="requires fork and POSIX resource limits"),
 ]
 
-KILLS = 8
+KILLS = 6
 
 # The start of both programs. They use one CPU, so that no library starts threads, which a fork would lose.
 _SETUP = """
