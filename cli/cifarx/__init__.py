@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cifarx_export.export import export
+    from cifarx_export.optimization.optimize import optimize
     from cifarx_export.verify import verify
     from cifarx_serve.backends.registry import read_spec
     from cifarx_serve.benchmarking.benchmark import benchmark
@@ -20,7 +21,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__all__ = ["CifarxError", "DataSource", "Preprocessing", "benchmark", "export", "load", "read_spec", "train", "verify"]
+__all__ = [
+    "CifarxError",
+    "DataSource",
+    "Preprocessing",
+    "benchmark",
+    "export",
+    "load",
+    "optimize",
+    "read_spec",
+    "train",
+    "verify",
+]
 
 _MODULES = {
     "CifarxError": "cifarx_serve.errors",
@@ -29,6 +41,7 @@ _MODULES = {
     "benchmark": "cifarx_serve.benchmarking.benchmark",
     "export": "cifarx_export.export",
     "load": "cifarx_serve.predictor",
+    "optimize": "cifarx_export.optimization.optimize",
     "read_spec": "cifarx_serve.backends.registry",
     "train": "cifarx_train.train",
     "verify": "cifarx_export.verify",
