@@ -20,6 +20,7 @@ from cifarx_serve.benchmarking.timing import WINDOW_S, WINDOW_WARMUP_CALLS, meas
 from cifarx_serve.errors import CifarxError, FallbackWarning, UsageError
 from cifarx_serve.images.preprocess import model_input
 from cifarx_serve.scores import applicable_labels, predicted_classes
+from cifarx_serve.system.cpus import set_cpu_limit
 from cifarx_serve.system.gpus import used_gpu_memory
 from cifarx_serve.system.memory import peak_process_memory
 from cifarx_serve.system.worker_process import init_worker
@@ -35,7 +36,7 @@ class OpenModel(msgspec.Struct, frozen=True, tag=True):
         images: a `.npy` file with images, uint8 (N, height, width, channels), at the input size of the model.
         registered: the backends that the parent process has registered.
         stated: what the user states about the model, see `Backend.open_stated`.
-        single_threaded: whether to run it in one thread, see `Backend.single_threaded`.
+        single_threaded: whether to run it in one thread: as for one CPU, and see `Backend.single_threaded`.
         trusted: the hashes of the AOTInductor packages that the parent process may open.
     """
 
@@ -141,6 +142,8 @@ class _Model:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", FallbackWarning)
             before = used_gpu_memory()
+            if request.single_threaded:
+                set_cpu_limit(1)  # PyTorch's own backends have no other way
             started = time.perf_counter()
             self._backend = open_backend(request.path, device=request.device, stated=request.stated)
             if request.single_threaded:

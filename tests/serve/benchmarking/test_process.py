@@ -119,13 +119,18 @@ def test_registered_backends_are_available_in_the_process(
 
 _ONE_THREAD = """
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
+from cifarx_serve.system.cpus import available_cpus
 
 class Backend(OnnxRuntimeBackend):
     name = "mine"
 
+    def __init__(self, path, device):
+        super().__init__(path, device)
+        self.opened_for = available_cpus()
+
     def single_threaded(self):
         other = super().single_threaded()
-        other.provider = "one thread"
+        other.provider = f"one thread, opened for {self.opened_for} CPU"
         return other
 """
 
@@ -137,6 +142,6 @@ def test_a_file_can_be_run_in_one_thread(tmp_path: Path, images: Path, monkeypat
     registry.register_backend("mine", "one_thread_backend:Backend", (".mine",))
     model = write_onnx(tmp_path / "a.mine")
     with closing(BenchmarkProcess(model, "cpu", images, single_threaded=True)) as process:
-        assert process.opened.provider == "one thread"
+        assert process.opened.provider == "one thread, opened for 1 CPU"
         process.warm_up(3)
         assert (process.measure_window() > 0).all()
