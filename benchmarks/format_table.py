@@ -4,7 +4,8 @@
 
 The artifacts, their parity reports and their measurements stay in DIR. What is there is neither made nor measured
 again, so each checkpoint has a run of its own, with its own data, and so has each environment: formats whose packages
-are not installed are left to a run in another one. Let nothing else run meanwhile.
+are not installed are left to a run in another one. Let nothing else run meanwhile. CIFARX_TRUST_AOTI=1 is needed to
+measure packages of AOTInductor that an earlier run has compiled.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,12 @@ Written by `python benchmarks/format_table.py CHECKPOINT --work DIR --out docs/f
 environment: [LiteRT](litert.md) and [ExecuTorch](executorch.md) have environments of their own. Each row is one
 `cifarx export`. The error is that of a logit; the accuracy is that of the artifact, with its difference from the
 checkpoint in percentage points. The time is that of one image in one thread, over that of the ONNX file in fp32 in ONNX
-Runtime, measured in turns. The first answer comes from a new process, which imports the runtime and opens the file."""
+Runtime, measured in turns. The first answer comes from a new process, which imports the runtime and opens the file.
+[Triton](triton.md) directories contain the ONNX file. `not made` and `not measured` stand for rows that no run has made
+yet.
+
+The networks were trained for a few minutes on the JPEG copy of CIFAR-10, whose images are scaled to the size of the
+network. `cifar10-jpeg-1000` is the first 100 test images of each class."""
 
 _NOT_INSTALLED: Final = "is not installed"
 """Part of the error for a package that is missing in this environment."""
