@@ -62,9 +62,9 @@ Written by `python benchmarks/format_table.py CHECKPOINT --work DIR --out docs/f
 environment: [LiteRT](litert.md) and [ExecuTorch](executorch.md) have environments of their own. Each row is one
 `cifarx export`. The error is that of a logit; the accuracy is that of the artifact, with its difference from the
 checkpoint in percentage points. The time is that of one image in one thread, over that of the ONNX file in fp32 in ONNX
-Runtime, measured in turns. The first answer comes from a new process, which imports the runtime and opens the file.
-[Triton](triton.md) directories contain the ONNX file. `not made` and `not measured` stand for rows that no run has made
-yet.
+Runtime, measured in turns; what the row of that file itself differs from 1 is noise. The first answer comes from a new
+process, which imports the runtime and opens the file. [Triton](triton.md) directories contain the ONNX file. `not made`
+and `not measured` stand for rows that no run has made yet.
 
 The networks were trained for a few minutes on the JPEG copy of CIFAR-10, whose images are scaled to the size of the
 network. `cifar10-jpeg-1000` is the first 100 test images of each class."""
@@ -159,13 +159,13 @@ class Work:
         """Add the rows that are missing, as far as packages are installed."""
         spec = load_checkpoint(checkpoint).spec
         title = f"{spec.model}, {spec.input.height}x{spec.input.width}"
-        folder = self._directory / title.replace(", ", "-")
+        folder = self._directory / title.replace(", ", "-").replace("/", "_")
         sha256 = file_sha256(checkpoint)
         network = self._read(folder) or Network(title, sha256)
         if network.sha256 != sha256:
             raise typer.BadParameter(f"{folder} has the artifacts of another checkpoint")
         for precision in PRECISIONS:
-            for row in _prove(checkpoint, precision, data, folder, network):
+            for row in _prove(checkpoint, _missing_formats(network, precision), precision, data, folder):
                 network.rows.append(row)
                 self._write(folder / "rows.json", network)
         if seconds:
@@ -199,28 +199,30 @@ class Work:
             temporary.write_bytes(msgspec.json.encode(content))
 
 
-def _prove(checkpoint: Path, precision: Precision, data: str, folder: Path, network: Network) -> Iterator[Row]:
-    """Export to the formats that the network has no row of. Together, they share the search for int8."""
-    formats = [
+def _missing_formats(network: Network, precision: Precision) -> list[str]:
+    """Return the formats that the network has no row of, as far as their packages are installed."""
+    return [
         name
         for name in MEASURED_FORMATS
         if precision in FORMATS[name].precisions
         and network.row(name, precision) is None
-        and any(map(_is_installed, PACKAGES.get(FORMATS[name].backend, ("cifarx",))))
+        and (FORMATS[name].backend not in PACKAGES or any(map(_is_installed, PACKAGES[FORMATS[name].backend])))
     ]
+
+
+def _prove(checkpoint: Path, formats: Sequence[str], precision: Precision, data: str, folder: Path) -> Iterator[Row]:
+    """Export to formats in one precision. Together, they share the search for int8."""
     if not formats:
         return
-    note(f"{network.title}: {precision} of {', '.join(formats)}")
+    note(f"{folder.name}: {precision} of {', '.join(formats)}")
     try:
         results = export(checkpoint, formats, [precision], data=data, out=folder)
     except CifarxError as error:
-        if len(formats) == 1:
-            if _NOT_INSTALLED not in error.problem:
-                yield Row(formats[0], precision, reason=error.problem)
-            return
-        for name in formats:
-            others = [Row(other, precision) for other in MEASURED_FORMATS if other != name]
-            yield from _prove(checkpoint, precision, data, folder, Network(network.title, network.sha256, others))
+        if len(formats) > 1:
+            for name in formats:
+                yield from _prove(checkpoint, [name], precision, data, folder)
+        elif _NOT_INSTALLED not in error.problem:
+            yield Row(formats[0], precision, reason=error.problem)
         return
     yield from (_proved(result, precision) for result in results)
 

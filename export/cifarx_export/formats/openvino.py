@@ -33,12 +33,8 @@ class OpenVinoArtifact(Artifact):
 
     def __init__(self, members: Mapping[str, bytes], facts: Mapping[str, str], checks: Sequence[Check]) -> None:
         self._members = members
-        self._facts = facts
+        self.facts = facts
         self.checks = checks
-
-    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Add the facts about the conversion."""
-        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self._facts})
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write one archive. The same model, library versions and spec produce the same bytes."""

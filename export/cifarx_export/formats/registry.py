@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, get_args
 
+import msgspec
+
 from cifarx_serve.backends.registry import backend_suffixes
 from cifarx_serve.errors import UsageError, unknown_name_error
 from cifarx_serve.progress import Progress
@@ -144,14 +146,18 @@ class Artifact(ABC):
     """A converted model that can be written to a file.
 
     Attributes:
+        facts: facts about the conversion that the spec records, such as the opset.
         checks: what the conversion itself found about the model, in addition to the parity check.
     """
 
+    facts: Mapping[str, str] = MappingProxyType({})
     checks: "Sequence[Check]" = ()
 
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Return `spec` with the facts that only the conversion knows, such as the opset. By default there are none."""
-        return spec
+        """Return `spec` with what only the conversion knows: its facts, and what a subclass adds."""
+        if not self.facts:
+            return spec
+        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self.facts})
 
     @abstractmethod
     def save(self, path: Path, spec: ModelSpec) -> None:

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
 from cifarx_export.formats.registry import Artifact
 from cifarx_export.parity.checks import Check
 from cifarx_serve.files.checksum import write_checksum
@@ -23,12 +21,8 @@ class SealedArtifact(Artifact):
 
     def __init__(self, content: bytes, facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
         self.content = content
-        self._facts = facts
+        self.facts = facts
         self.checks = checks
-
-    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Add the facts about the conversion."""
-        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self._facts})
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write the model, the spec and a checksum. The same model, library versions and spec give the same bytes."""

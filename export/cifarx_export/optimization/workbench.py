@@ -136,7 +136,7 @@ class Workbench:
 
     def _compared_with_original(self, found: CandidateResult, path: Path) -> CandidateResult:
         """Return the result of a pruned candidate with what it costs, in place of how it agrees with its reference."""
-        pruned = self._open_pruned(found.pruned)
+        pruned = self._open_pruned(found.candidate)
         summary = None
         if found.outcome == "proved":
             row = get_format(found.format)
@@ -154,9 +154,10 @@ class Workbench:
             multiplications_removed=pruned.multiplications_removed,
         )
 
-    def _open_pruned(self, share: float) -> PrunedExporter:
+    def _open_pruned(self, candidate: Candidate) -> PrunedExporter:
+        share = candidate.pruned
         if share not in self._pruned:
-            file = self._study.weights_file(Candidate(BASELINE.format, BASELINE.precision, pruned=share))
+            file = self._study.weights_file(candidate)
             assert file is not None, "pruned networks have weights of their own"
             seconds, progress = self._pruning_seconds, self._progress
             self._pruned[share] = open_pruned_exporter(self._exporter, share, file, seconds, progress)
@@ -165,7 +166,7 @@ class Workbench:
     def _exporter_of(self, candidate: Candidate) -> Exporter:
         """Return the exporter of the network, of its fine-tuned weights, or of the pruned network."""
         if candidate.pruned:
-            return self._open_pruned(candidate.pruned).exporter
+            return self._open_pruned(candidate).exporter
         if not candidate.fine_tuned:
             return self._exporter
         if self._fine_tuned is None:

@@ -146,9 +146,9 @@ class _Model:
                 set_cpu_limit(1)  # PyTorch's own backends have no other way
             started = time.perf_counter()
             self._backend = open_backend(request.path, device=request.device, stated=request.stated)
-            if request.single_threaded:
-                self._backend = self._backend.single_threaded()
             load_ms = (time.perf_counter() - started) * 1e3
+            if request.single_threaded:  # which may open the file once more
+                self._backend = self._backend.single_threaded()
         self._require_size(request.path)
         require_interface(self._backend, request.path)
         self._inputs = self._batch(1)

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -59,12 +58,8 @@ class AotInductorArtifact(Artifact):
 
     def __init__(self, entries: Mapping[str, bytes], facts: Mapping[str, str], checks: Sequence[Check] = ()) -> None:
         self._entries = entries
-        self._facts = facts
+        self.facts = facts
         self.checks = checks
-
-    def complete_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Add the facts about the conversion."""
-        return msgspec.structs.replace(spec, exporter={**(spec.exporter or {}), **self._facts})
 
     def save(self, path: Path, spec: ModelSpec) -> None:
         """Write the package with the spec among its extra files, and trust it in this process."""

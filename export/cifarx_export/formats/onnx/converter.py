@@ -58,8 +58,7 @@ class OnnxArtifact(Artifact):
     def complete_spec(self, spec: ModelSpec) -> ModelSpec:
         """Add the facts about the conversion, and the oldest version of ONNX Runtime that can run the model."""
         return msgspec.structs.replace(
-            spec,
-            exporter={**(spec.exporter or {}), **self.facts},
+            super().complete_spec(spec),
             minimum_onnxruntime=minimum_onnxruntime(self.model.ir_version, model_opset(self.model)),
         )
 
