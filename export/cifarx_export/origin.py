@@ -1,13 +1,15 @@
 """What is exported: the network of a checkpoint, or an ONNX file that has a spec."""
 
+import copy
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from cifarx_export.formats.registry import FORMATS, ExportOptions, require_weights_fit
+from cifarx_export.formats.registry import ExportOptions, get_format, require_weights_fit
 from cifarx_serve.backends.base import Backend
 from cifarx_serve.backends.onnxruntime.backend import OnnxRuntimeBackend
 from cifarx_serve.devices import Device
@@ -40,7 +42,7 @@ class Origin(NamedTuple):
         spec: its spec, with the hash of the file and of the weights.
         sha256: the hash of the file.
         open: opens the reference of its artifacts, on the CPU.
-        build_module: returns a new copy of the network.
+        build_module: returns a new copy of the network. That of an ONNX file is made from its operators.
         load_onnx: returns the model of an ONNX file; None for a network of PyTorch.
         trained_here: whether `cifarx train` trained the network, and the user states nothing else about its images.
         states_output: whether the file or the user states that the network returns logits, or probabilities.
@@ -150,15 +152,23 @@ def _onnx_origin(path: Path, options: ModelOptions) -> Origin:
         msgspec.structs.replace(spec, checkpoint_sha256=sha256, parity=None),
         sha256,
         lambda: OnnxRuntimeBackend(path, CPU),
-        _no_module,
+        _network_builder(path, spec),
         lambda: _load_onnx(path),
         spec.training is not None,
         "output" not in spec.assumed,
     )
 
 
-def _no_module() -> "nn.Module":
-    raise AssertionError("an ONNX file has no module: `require_convertible` refuses formats that need one")
+def _network_builder(path: Path, spec: ModelSpec) -> "Callable[[], nn.Module]":
+    """Return a function that returns a new network with the operators of an ONNX file."""
+
+    @cache
+    def build() -> "nn.Module":
+        from cifarx_export.onnx_network.network import build_network  # imports PyTorch
+
+        return build_network(_load_onnx(path), path.name, spec)
+
+    return lambda: copy.deepcopy(build())
 
 
 def _load_onnx(path: Path) -> "ModelProto":
@@ -177,17 +187,14 @@ def require_convertible(origin: Origin, name: str, precision: Precision, options
         options: the options of the conversion.
 
     Raises:
-        UsageError: its weights are too large for the format; or it is an ONNX file, and the format is not one of ONNX,
-            or the artifact would be the same model.
+        UsageError: its weights are too large for the format; or it is an ONNX file, and the format is made from a
+            network of PyTorch, which the file cannot become, or the artifact would be the same model.
     """
     require_weights_fit(name, origin.weight_bytes)
     if origin.load_onnx is None:
         return
-    formats = [other for other, row in FORMATS.items() if row.is_made_from_onnx]
-    if name not in formats:
-        raise UsageError(
-            f"{origin.name} is an ONNX file and cannot become {name}", f"export it to {' or '.join(formats)}"
-        )
+    if not get_format(name).is_made_from_onnx:
+        origin.build_module()
     if options.opset is not None:
         raise UsageError(f"{origin.name} is an ONNX file, whose opset is not changed", "leave --opset out")
     if name == "onnx" and precision == "fp32" and not options.embed_preprocessing:

@@ -79,14 +79,14 @@ class ConversionSource:
     """The input of a converter. All formats that one export writes in one precision share it.
 
     Attributes:
-        build_module: returns a new copy of the network, in eval mode, fp32, on the CPU. A converter may modify it.
+        build_module: returns a new copy of the network, in eval mode, fp32, on the CPU. A converter may modify it. That
+            of an ONNX file is made from its operators.
         spec: spec of the model, with the precision to convert to.
         options: options of the user.
         load_training_images: returns the requested number of images, spread evenly over the training split: uint8,
             (N, height, width, channels).
         progress: called with a line of text at each step.
-        load_onnx: returns a new copy of the model if the network is an ONNX file, which has no module and is converted
-            only to the formats of ONNX.
+        load_onnx: returns a new copy of the model if the network is an ONNX file.
         test_images: images of the test split at the network's input size: uint8, (N, height, width, channels). None if
             there are none.
         original: returns the network that the artifacts are checked against, in eval mode, if `build_module` returns
@@ -177,7 +177,7 @@ class Format(NamedTuple):
         devices: devices that the artifact runs on.
         options: names of the supported `ExportOptions`.
         converter: `module:function` of the `Converter`, imported on first use.
-        is_made_from_onnx: whether it is made from the ONNX model, so that an ONNX file can become it too.
+        is_made_from_onnx: whether it is made from the ONNX model, and an ONNX file becomes it as it is.
         legacy: whether the authors of the format have deprecated it.
         directory_suffix: suffix of an artifact that is a directory. None for an artifact that is a file, which has the
             suffix of its backend.

@@ -123,8 +123,10 @@ def test_the_adopted_file_works_in_the_other_commands(color_folder: Path) -> Non
     (int8,) = export(result.path, ["onnx"], ["int8"], data=str(color_folder))
     assert int8.path.name == "colors.adopted.int8.onnx"
     assert int8.report.checkpoint == "colors.adopted.onnx"
-    with pytest.raises(UsageError, match=r"is an ONNX file and cannot become torchscript: export it to onnx or"):
-        export(result.path, ["torchscript"], data=str(color_folder))
+    for made in export(result.path, ["torchscript", "pt2"], data=str(color_folder)):
+        assert made.report.summary.passed, made.report.checks
+        with cifarx.load(made.path, device="cpu") as predictor:
+            assert predictor.predict(blue_picture()).label == "blue"
     with pytest.raises(UsageError, match="is an ONNX file in fp32 already"):
         export(result.path, ["onnx"], data=str(color_folder))
 

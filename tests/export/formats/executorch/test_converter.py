@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cifarx_export.export import export
 from cifarx_export.formats.executorch import converter
 from cifarx_export.formats.executorch.converter import convert_to_executorch
 from cifarx_export.formats.executorch.int8 import XnnpackQuantizationSearch
@@ -327,3 +328,12 @@ def test_a_planted_fault_is_caught(name: str, confident_checkpoint: Path, refere
 def test_a_file_without_a_fault_passes(confident_checkpoint: Path, reference: Reference) -> None:
     path = write_artifact(confident_checkpoint, "executorch", Path("good.pte"), lambda module: module)
     assert not failures(path, reference)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_is_converted(confident_checkpoint: Path, tmp_path: Path) -> None:
+    given = confident_checkpoint.with_suffix(".onnx")
+    [made] = export(given, ["executorch"], data="builtin", out=tmp_path)
+    assert made.report.summary.passed, made.report.checks
+    assert made.path.suffix == ".pte"
+    assert made.report.checkpoint == given.name

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cifarx_export.export import export
 from cifarx_export.formats.litert.converter import LiteRtArtifact, convert_to_litert
 from cifarx_export.formats.registry import ConversionSource, ExportOptions
 from cifarx_export.parity.compare import Reference, check_parity, run_reference
@@ -374,3 +375,13 @@ def test_a_network_that_takes_nhwc_is_converted_as_it_is(loaded: Checkpoint, tmp
     with LiteRtBackend(tmp_path / "a.tflite", CPU) as backend, torch.inference_mode():
         expected = loaded.build()(torch.from_numpy(inputs).permute(0, 3, 1, 2)).numpy()
         np.testing.assert_allclose(backend.run(inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@requires_litert_torch
+@pytest.mark.slow
+def test_an_onnx_file_is_converted(confident_checkpoint: Path, tmp_path: Path) -> None:
+    given = confident_checkpoint.with_suffix(".onnx")
+    [made] = export(given, ["litert"], data="builtin", out=tmp_path)
+    assert made.report.summary.passed, made.report.checks
+    assert made.path.suffix == ".tflite"
+    assert made.report.checkpoint == given.name

@@ -1,12 +1,9 @@
 """Inserting QuantizeLinear and DequantizeLinear (QDQ) nodes into an ONNX graph."""
 
 import copy
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
-import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
 from cifarx_export.formats.int8.calibration import Ranges
@@ -27,19 +24,6 @@ _FLOAT_OUTPUT: Final = ("Gemm", "MatMul")
 
 _RANGE_PRESERVING: Final = ("MaxPool", "AveragePool", "Reshape", "Flatten")
 """Operators whose output has the range of their input."""
-
-
-def prepare_for_quantization(model: ModelProto) -> ModelProto:
-    """Return the model with constants folded and shapes inferred."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as folder, quiet():  # the library reads and writes files
-        original, prepared = Path(folder) / "given.onnx", Path(folder) / "prepared.onnx"
-        onnx.save(model, original)
-        quant_pre_process(original, prepared, skip_symbolic_shape=True)  # the inference of ONNX itself is sufficient
-        result = onnx.load(prepared)
-    result.ir_version = model.ir_version
-    return result
 
 
 def nodes_to_quantize(model: ModelProto) -> list[NodeProto]:

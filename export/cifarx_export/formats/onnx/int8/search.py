@@ -14,9 +14,10 @@ from onnx import ModelProto, numpy_helper
 
 from cifarx_export.formats.int8.calibration import calibrate
 from cifarx_export.formats.int8.search import MixedPrecision, MixedPrecisionSearch
+from cifarx_export.formats.onnx.constant_folding import fold_constants
 from cifarx_export.formats.onnx.int8.gain import check_gain, int8_share
 from cifarx_export.formats.onnx.int8.gptq import quantize_weights
-from cifarx_export.formats.onnx.int8.graph import insert_qdq, prepare_for_quantization, tensors_to_calibrate
+from cifarx_export.formats.onnx.int8.graph import insert_qdq, tensors_to_calibrate
 from cifarx_export.formats.onnx.int8.inference import iterate_activations, open_session, run_in_batches
 from cifarx_export.formats.onnx.int8.layers import find_layers, macs_per_image
 from cifarx_export.formats.registry import ConversionSource
@@ -40,7 +41,7 @@ class QuantizationSearch(MixedPrecisionSearch):
 
     def __init__(self, model: ModelProto, source: ConversionSource) -> None:
         _require_size(model)
-        self._model = prepare_for_quantization(model)
+        self._model = fold_constants(model)
         self._macs = macs_per_image(self._model)
         super().__init__(source, find_layers(self._model), sum(self._macs.values()))
 

@@ -7,15 +7,16 @@ from onnx import ModelProto, helper, numpy_helper
 
 from cifarx_export.formats.int8.calibration import Ranges
 from cifarx_export.formats.int8.gain import MIN_GAIN
+from cifarx_export.formats.onnx.constant_folding import fold_constants
 from cifarx_export.formats.onnx.int8.gain import check_gain, int8_share
-from cifarx_export.formats.onnx.int8.graph import insert_qdq, prepare_for_quantization, tensors_to_calibrate
+from cifarx_export.formats.onnx.int8.graph import insert_qdq, tensors_to_calibrate
 from cifarx_export.formats.onnx.int8.layers import macs_per_image, nodes_with_weights
 from tests.support.int8_networks import export_fp32, residual_network
 
 
 @pytest.fixture(scope="module")
 def model() -> ModelProto:
-    return prepare_for_quantization(export_fp32(residual_network()))
+    return fold_constants(export_fp32(residual_network()))
 
 
 def quantize(model: ModelProto, fp32_nodes: list[str]) -> ModelProto:

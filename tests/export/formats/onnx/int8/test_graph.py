@@ -4,6 +4,7 @@ import onnx
 import torch
 
 from cifarx_export.formats.int8.calibration import calibrate
+from cifarx_export.formats.onnx.constant_folding import fold_constants
 from cifarx_export.formats.onnx.int8 import graph, layers
 from cifarx_export.formats.onnx.int8.inference import iterate_activations
 from cifarx_serve.images.preprocess import normalize
@@ -13,7 +14,7 @@ from tests.support.int8_networks import SPEC, TwoBlockNetwork, color_blobs, expo
 def test_no_qdq_between_residual_additions_in_fp32() -> None:
     """The first sum is quantized where a convolution reads it, and reaches the second addition in fp32."""
     torch.manual_seed(0)
-    prepared = graph.prepare_for_quantization(export_fp32(TwoBlockNetwork().eval()))
+    prepared = fold_constants(export_fp32(TwoBlockNetwork().eval()))
     [additions] = [layer for layer in layers.find_layers(prepared) if layer.name == "additions"]
     names = graph.tensors_to_calibrate(prepared)
     ranges = calibrate(iterate_activations(prepared, names, normalize(color_blobs(8), SPEC.input)))["minmax"]
