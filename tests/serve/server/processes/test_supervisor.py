@@ -376,7 +376,19 @@ def test_a_server_whose_model_never_returns_does_not_start(tmp_path: Path) -> No
 
 
 def test_a_worker_whose_event_loop_does_not_run_is_replaced(tmp_path: Path, onnx: Path) -> None:
-    with two_workers(tmp_path, onnx) as server:
+    """A suspended server keeps its workers: they are silent, but they do not hang.
+
+    Its clock goes on, as under `docker pause`. It is another server, suspended while the worker of the first one hangs.
+    """
+    with (
+        two_workers(tmp_path, onnx) as server,
+        run_server(tmp_path / "suspended", onnx, "--workers", 2) as suspended,
+    ):
+        supervisor, workers = psutil.Process(suspended.process.pid), suspended.workers()
+        for process in (supervisor, *workers):
+            process.suspend()
+        since = time.monotonic()
+
         hanging = server.workers()[0]
         hanging.suspend()
         server.wait_for("has not responded for 30 s")
@@ -386,19 +398,12 @@ def test_a_worker_whose_event_loop_does_not_run_is_replaced(tmp_path: Path, onnx
         server.signal(signal.SIGTERM)
         assert stopped_cleanly(server)
 
-
-def test_a_suspended_server_keeps_its_workers(tmp_path: Path, onnx: Path) -> None:
-    """A suspended server's clock goes on, as under `docker pause`; its workers are silent, but they do not hang."""
-    with two_workers(tmp_path, onnx) as server:
-        supervisor, workers = psutil.Process(server.process.pid), server.workers()
-        for process in (supervisor, *workers):
-            process.suspend()
-        time.sleep(32)  # longer than a worker may be silent
+        time.sleep(max(0, since + 32 - time.monotonic()))  # longer than a worker may be silent
         for process in (supervisor, *workers):
             process.resume()
             time.sleep(0.2)  # the supervisor runs before the workers can say anything
-        assert server.predict().status == 200
-        assert server.workers() == workers
-        assert "has not responded" not in server.err
-        server.signal(signal.SIGTERM)
-        assert stopped_cleanly(server)
+        assert suspended.predict().status == 200
+        assert suspended.workers() == workers
+        assert "has not responded" not in suspended.err
+        suspended.signal(signal.SIGTERM)
+        assert stopped_cleanly(suspended)
