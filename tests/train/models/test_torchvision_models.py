@@ -1,8 +1,10 @@
+from itertools import groupby
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from torchvision.models import get_model_builder
 from torchvision.models.regnet import BlockParams
 
 from cifarx_serve.errors import UsageError
@@ -12,6 +14,14 @@ from cifarx_train.models.torchvision_models import list_classifiers, published_i
 
 RESNET_NAMES = [name for name in list_classifiers() if "resnet" in name or "resnext" in name]
 NOT_AT_32 = ["alexnet", "inception_v3", "maxvit_t"]
+ONE_OF_EACH_FAMILY = [
+    next(names)
+    for _, names in groupby(
+        sorted(list_classifiers(), key=lambda name: get_model_builder(name).__module__),
+        key=lambda name: get_model_builder(name).__module__,
+    )
+]
+"""One network of each module of torchvision: the others have the same layers, more or larger ones."""
 
 
 @pytest.fixture
@@ -26,18 +36,26 @@ def _regnets_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockParams, "from_init_params", on_the_cpu)
 
 
+def assert_supports_its_default_size(name: str, training: bool) -> None:
+    architecture = get_architecture(name)
+    with torch.device("meta"):
+        module = architecture.build(7).train(training)
+        logits = module(torch.empty(2, 3, architecture.input.height, architecture.input.width))
+    assert isinstance(logits, torch.Tensor)
+    assert logits.shape == (2, 7)
+    assert logits.dtype == torch.float32
+
+
 @pytest.mark.usefixtures("_regnets_on_meta")
 @pytest.mark.parametrize("name", list_classifiers())
 def test_every_classifier_supports_its_default_size(name: str) -> None:
-    architecture = get_architecture(name)
-    with torch.device("meta"):
-        module = architecture.build(7)
-        images = torch.empty(2, 3, architecture.input.height, architecture.input.width)
-        for training in (True, False):
-            logits = module.train(training)(images)
-            assert isinstance(logits, torch.Tensor)
-            assert logits.shape == (2, 7)
-            assert logits.dtype == torch.float32
+    assert_supports_its_default_size(name, training=False)
+
+
+@pytest.mark.usefixtures("_regnets_on_meta")
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+def test_a_classifier_of_each_family_trains_at_its_default_size(name: str) -> None:
+    assert_supports_its_default_size(name, training=True)
 
 
 @pytest.mark.parametrize("name", list_classifiers())
