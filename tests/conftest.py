@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -93,6 +94,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     assert onnx.report.summary.passed
     assert torchscript.report.summary.passed
     return Trained(folder, done.checkpoints[0], onnx.path, torchscript.path)
+
+
+@pytest.fixture(scope="session")
+def _outputs_of_this_process() -> Any:
+    from tests.support.remembered_outputs import RememberedOutputs
+
+    return RememberedOutputs()
+
+
+@pytest.fixture
+def remembered_outputs(_outputs_of_this_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each batch once with the same weights in the PyTorch backend, in all tests that use this fixture."""
+    _outputs_of_this_process.use(monkeypatch)
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ from cifarx_serve.spec import ParitySummary
 from cifarx_train.checkpoints.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from tests.support.conversion import conversion_source
 
+pytestmark = pytest.mark.usefixtures("remembered_outputs")
+
 FORMATS = ["onnx", "torchscript"]
 
 EXPORT = """

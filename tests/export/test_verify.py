@@ -21,6 +21,8 @@ from cifarx_serve.errors import CheckFailed, CifarxError, DataError, ModelFileEr
 from tests.support.conversion import write_artifact
 from tests.support.foreign_models import write_color_folder, write_onnx
 
+pytestmark = pytest.mark.usefixtures("remembered_outputs")
+
 
 def failed(report: ParityReport) -> set[str]:
     return {check.name for check in report.checks if not check.passed}

@@ -9,6 +9,8 @@ from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 
+pytestmark = pytest.mark.usefixtures("remembered_outputs")
+
 ROW = [
     "artifact", "format", "precision", "passed", "images", "batch_sizes", "max_abs_error", "mean_abs_error",
     "p999_abs_error", "required_tolerance", "agreement", "forgiven", "reference_accuracy", "accuracy", "nonfinite",

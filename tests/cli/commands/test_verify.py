@@ -6,6 +6,8 @@ from tests.support.color_model import write_onnx
 from tests.support.command_line import Cli
 from tests.support.trained_model import Trained
 
+pytestmark = pytest.mark.usefixtures("remembered_outputs")
+
 
 def test_an_artifact_passes(cli: Cli, trained: Trained) -> None:
     result = cli("verify", trained.onnx, "--ckpt", trained.checkpoint, "--json")
