@@ -4,10 +4,12 @@ Chromium's answers must be those of PyTorch, within the tolerances of every othe
 """
 
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from selenium.webdriver.support.ui import Select
 
 from cifarx_export.formats.web.converter import convert_to_web
 from cifarx_export.parity.tolerances import get_tolerance
+from cifarx_serve.backends.web.directory import SPEC_FILE, write_checksums
 from cifarx_serve.devices import Device
 from cifarx_serve.images.preprocess import model_input, resize
 from cifarx_serve.images.reader import read_image
@@ -65,6 +68,17 @@ worker.onmessage = async ({ data }) => {
 };
 """
 
+# Returns the names of the caches, when the service worker is done with them.
+CACHES = """
+const [done] = arguments;
+caches.keys().then(done);
+"""
+
+KEPT_SUMS = """
+const [done] = arguments;
+caches.match("SHA256SUMS").then((response) => response.text()).then(done);
+"""
+
 DISPATCH_FILE_EVENT = """
 const [kind, text, name, done] = arguments;
 fetch(text).then((response) => response.blob()).then((blob) => {
@@ -98,6 +112,18 @@ class Site(NamedTuple):
             return backend.run(model_input(pixels, backend.spec))
 
 
+@contextmanager
+def served(root: Path, port: int = 0) -> Iterator[int]:
+    """Serve a directory with Python's own server, and return the port."""
+    command = [sys.executable, "-u", "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(root)]
+    with (root / "log").open("ab") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as server:
+        assert server.stdout is not None
+        try:
+            yield int(server.stdout.readline().split(b" port ")[1].split()[0])
+        finally:
+            server.kill()
+
+
 @pytest.fixture(scope="module")
 def site(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     root = tmp_path_factory.mktemp("site")
@@ -106,14 +132,8 @@ def site(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     loaded = load_checkpoint(trained.checkpoint)
     [artifact] = convert_to_web(conversion_source(loaded))
     artifact.save(root / "model.web", artifact.complete_spec(loaded.spec))
-    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(root)]
-    with (root / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as server:
-        assert server.stdout is not None
-        port = int(server.stdout.readline().split(b" port ")[1].split()[0])
-        try:
-            yield Site(root, f"http://127.0.0.1:{port}/model.web", loaded.spec, trained.checkpoint)
-        finally:
-            server.kill()
+    with served(root) as port:
+        yield Site(root, f"http://127.0.0.1:{port}/model.web", loaded.spec, trained.checkpoint)
 
 
 @pytest.fixture
@@ -134,6 +154,11 @@ def classify(page: Page, pictures: Sequence[Path]) -> np.ndarray:
     assert isinstance(answers, list), answers
     assert all(isinstance(answer, list) for answer in answers), answers
     return np.array(answers, np.float32)
+
+
+def wait_until_kept(page: Page) -> None:
+    """Wait until the service worker has kept the files of the page, which the page states."""
+    page.wait(lambda: "opens without its host" in page.texts("#facts dd"), "the files are not kept")
 
 
 def wait_for_answer(page: Page) -> None:
@@ -275,6 +300,7 @@ def test_on_a_phone_nothing_scrolls_sideways(browse: Browser, site: Site) -> Non
 
 def test_the_page_reaches_no_other_host(browse: Browser, site: Site) -> None:
     page = ready(browse, site)
+    wait_until_kept(page)
     other = site.url.replace("127.0.0.1", "localhost")
     assert page.driver.execute_async_script(REACH_OUT, other) == ["blocked", "blocked"]
     blocked = [entry["message"] for entry in page.driver.get_log("browser")]
@@ -283,8 +309,9 @@ def test_the_page_reaches_no_other_host(browse: Browser, site: Site) -> None:
     assert {path for path in requested if not path.startswith("/pictures/")} == {
         f"/model.web/{name}"
         for name in (
-            *("", "style.css", "page.js", "classifier.js", "model.web.onnx", "cifarx_spec.json"),
-            *("runtime/ort.js", "runtime/ort.wasm"),
+            *("", "index.html", "style.css", "page.js", "classifier.js", "offline.js"),
+            *("model.web.onnx", "cifarx_spec.json", "SHA256SUMS"),
+            *("runtime/ort.js", "runtime/ort.wasm", "runtime/LICENSE.txt"),
         )
     }
 
@@ -322,3 +349,84 @@ def test_other_outputs_than_a_softmax_are_shown_as_by_infer(browse: Browser, sit
         assert [row["score"] for row in rows] == pytest.approx(sorted(scores, reverse=True))
         applies = {spec.class_names[position] for position in np.flatnonzero(applicable_labels(outputs, spec)[0])}
         assert {row["label"] for row in rows if row["applies"]} == applies
+
+
+# Without its host.
+
+
+@pytest.fixture
+def copied(site: Site, tmp_path: Path) -> Path:
+    """A directory to serve with a copy of the page in `model.web`."""
+    root = tmp_path / "copied"
+    shutil.copytree(site.root / "model.web", root / "model.web")
+    return root
+
+
+def open_copy(browse: Browser, port: int) -> Page:
+    page = browse(f"http://127.0.0.1:{port}/model.web")
+    page.wait_text("state", "ready")
+    wait_until_kept(page)
+    return page
+
+
+def rename_network(directory: Path, name: str) -> None:
+    """Change what the page shows, and its checksums."""
+    spec = (directory / SPEC_FILE).read_text(encoding="utf-8")
+    (directory / SPEC_FILE).write_text(spec.replace('"model":"lzh"', f'"model":"{name}"'), encoding="utf-8")
+    assert name in (directory / SPEC_FILE).read_text(encoding="utf-8")
+    write_checksums(directory)
+
+
+def title(page: Page) -> str:
+    page.wait_text("state", "ready")
+    return str(page.driver.title).partition(":")[0]
+
+
+def test_the_page_opens_and_answers_without_its_host(browse: Browser, site: Site, copied: Path) -> None:
+    picture = site.picture("blue.png", Image.new("RGB", (40, 30), "blue"))
+    with served(copied) as port:
+        page = open_copy(browse, port)
+    page.driver.refresh()
+    page.wait_text("state", "ready")
+    page.choose(picture)
+    wait_for_answer(page)
+    assert page.text("best") == site.spec.class_names[int(site.expected([picture]).argmax())]
+    page.open("/index.html?again")
+    assert title(page) == "lzh"
+
+
+def test_a_new_model_is_shown_at_the_next_visit_and_kept(browse: Browser, copied: Path) -> None:
+    with served(copied) as port:
+        page = open_copy(browse, port)
+        rename_network(copied / "model.web", "newer")
+        page.driver.refresh()
+        assert title(page) == "newer"
+        page.wait(lambda: len(page.driver.execute_async_script(CACHES)) == 1, "the old files are still kept")
+        page.driver.refresh()
+        assert title(page) == "newer"
+    page.driver.refresh()
+    assert title(page) == "newer"
+
+
+def test_files_that_do_not_match_their_checksums_are_not_kept(browse: Browser, copied: Path) -> None:
+    with served(copied) as port:
+        page = open_copy(browse, port)
+        model = copied / "model.web"
+        sums = (model / "SHA256SUMS").read_text()
+        rename_network(model, "newer")
+        page_script = (model / "page.js").read_text()
+        (model / "page.js").write_text(page_script + "\n// changed without its checksum\n")
+        page.driver.refresh()
+        assert title(page) == "newer"
+        page.wait(lambda: len(page.driver.execute_async_script(CACHES)) == 1, "what does not match is still kept")
+    page.driver.refresh()
+    assert title(page) == "lzh", "the files of the first visit are whole"
+    assert page.driver.execute_async_script(KEPT_SUMS) == sums
+
+
+def test_a_host_with_an_error_is_no_host(browse: Browser, copied: Path) -> None:
+    with served(copied) as port:
+        page = open_copy(browse, port)
+        (copied / "model.web").rename(copied / "moved")
+        page.driver.refresh()
+        assert title(page) == "lzh"

@@ -1,7 +1,7 @@
 """A directory that any static host serves: a page that runs the model in the browser with ONNX Runtime Web.
 
 lzh_9.web/
-    index.html              the page, with style.css, page.js and classifier.js
+    index.html              the page, with style.css, page.js, classifier.js and offline.js
     model.web.onnx          the model with its preprocessing and its spec
     cifarx_spec.json        the spec once more, for the page
     runtime/                ONNX Runtime Web, from the npm package `onnxruntime-web`

@@ -18,7 +18,10 @@ SCRIPT_FILE: Final = "runtime/ort.js"
 WASM_FILE: Final = "runtime/ort.wasm"
 """ONNX Runtime Web, under names with suffixes that every server has a media type for."""
 
-PAGE_FILES: Final = ("index.html", "style.css", "page.js", "classifier.js")
+OFFLINE_FILE: Final = "offline.js"
+"""The service worker, which directories of older versions do not have."""
+
+PAGE_FILES: Final = ("index.html", "style.css", "page.js", "classifier.js", OFFLINE_FILE)
 LICENSE_FILE: Final = "runtime/LICENSE.txt"
 
 FILES: Final = (MODEL_FILE, SPEC_FILE, SCRIPT_FILE, WASM_FILE, LICENSE_FILE, *PAGE_FILES)
@@ -66,7 +69,7 @@ def _read_checksums(directory: Path) -> dict[str, str]:
         raise ModelFileError(f"cannot read {path} ({error_message(error)})", "copy the whole directory") from error
     found = [_LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
     checksums = {match[2]: match[1] for match in found if match}
-    if len(checksums) != len(found) or checksums.keys() != set(FILES):
+    if len(checksums) != len(found) or checksums.keys() | {OFFLINE_FILE} != set(FILES):
         raise ModelFileError(f"{path} is damaged", "copy the directory again, or export it again")
     return checksums
 

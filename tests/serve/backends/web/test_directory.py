@@ -11,6 +11,7 @@ from cifarx_serve.backends.web.directory import (
     CHECKSUMS_FILE,
     FILES,
     MODEL_FILE,
+    OFFLINE_FILE,
     SPEC_FILE,
     require_intact_directory,
 )
@@ -43,6 +44,15 @@ def test_other_files_in_the_directory_are_ignored(written: Path, tmp_path: Path)
     copy = shutil.copytree(written, tmp_path / "copy.web")
     (copy / "CNAME").write_text("example.org")
     require_intact_directory(copy)
+
+
+def test_a_directory_of_an_older_version_has_no_service_worker(written: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(written, tmp_path / "copy.web")
+    (copy / OFFLINE_FILE).unlink()
+    path = copy / CHECKSUMS_FILE
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if OFFLINE_FILE not in line))
+    assert require_intact_directory(copy).keys() == set(FILES) - {OFFLINE_FILE}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -240,6 +240,18 @@ function showModel(loaded) {
   setText($("idle"), "The most likely classes with their scores, and how long it took.");
   setState("ready", "good");
   if (!shown) $("answer").setAttribute("aria-busy", "false");
+  keepOffline();
+}
+
+// Browsers allow service workers only on https and localhost. Without one, the page needs its host.
+async function keepOffline() {
+  try {
+    await navigator.serviceWorker?.register("offline.js");
+    if (!(await navigator.serviceWorker?.ready)) return;
+  } catch {
+    return; // the host has no SHA256SUMS, its files do not match it, or there is no space
+  }
+  $("facts").append(element("dt", { textContent: "offline" }), element("dd", { textContent: "opens without its host" }));
 }
 
 function setState(text, kind = "") {
