@@ -28,6 +28,12 @@ IMAGES = 200
 NAMES = tuple(f"kind {letter}" for letter in "zyxwvutsrq")
 
 
+@pytest.fixture(autouse=True)
+def _few_images_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the parity checks, which are not what is tested: they take most of the time."""
+    monkeypatch.setattr("cifarx_export.parity.compare.SUBSET_IMAGES", 100)
+
+
 @pytest.fixture(scope="module")
 def images() -> Any:
     """Drawings of the built-in data, uint8 (N, 32, 32, 3)."""
