@@ -187,11 +187,10 @@ def test_a_restarted_job_resumes_bit_for_bit(setup: Setup, whole: Path, tmp_path
     assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_job_saves_its_state_and_resumes(setup: Setup, whole: Path, tmp_path: Path, number: int) -> None:
-    out = tmp_path / "run"
-    with started(torchrun() + setup.augmented(out)) as job:
-        wait_for(job, out / "lzh_0.pth")
+def stop(line: list[str], first: Path, number: int) -> Path:
+    """Stop a job with a signal after its first checkpoint, and return the checkpoint that it saves."""
+    with started(line) as job:
+        wait_for(job, first)
         time.sleep(0.1)
         job.send_signal(number)
         stdout, stderr = job.communicate(timeout=TIMEOUT_S)
@@ -201,8 +200,20 @@ def test_a_stopped_job_saves_its_state_and_resumes(setup: Setup, whole: Path, tm
     assert errors
     assert all(line.startswith("error: interrupted at step ") for line in errors), errors
     saved = Path(errors[0].partition("checkpoint saved to ")[2].partition(": ")[0])
+    assert f"at step {load_checkpoint(saved).training['step']} of" in errors[0]
+    return saved
+
+
+def test_ctrl_c_saves_the_state_of_a_job(setup: Setup, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    saved = stop(torchrun() + setup.augmented(out), out / "lzh_0.pth", signal.SIGINT)
+    assert saved.parent == out
+
+
+def test_a_stopped_job_saves_its_state_and_resumes(setup: Setup, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    saved = stop(torchrun() + setup.augmented(out), out / "lzh_0.pth", signal.SIGTERM)
     step = load_checkpoint(saved).training["step"]
-    assert f"at step {step} of" in errors[0]
     ran = run(torchrun() + setup.augmented(out, "--resume", "auto"))
     assert ran.returncode == 0, ran.stderr
     assert f"78 steps, resuming from {saved} at step {step}\n" in ran.stderr
