@@ -39,6 +39,10 @@ _Quantized = tuple[bytes, Mapping[str, str]]
 """A model, and the facts about it that the spec records."""
 
 
+class RefusedModelError(UsageError):
+    """Raised when litert-torch or its quantizer wrote a model that the backend does not open."""
+
+
 class LiteRtArtifact(SealedArtifact):
     """A LiteRT model, a FlatBuffer."""
 
@@ -68,6 +72,8 @@ def convert_to_litert(source: ConversionSource) -> Iterator[LiteRtArtifact]:
     about twice as often, so they are tried last. They come first if the network has depthwise convolutions, for which
     LiteRT has no fast kernel with the ranges of each image.
 
+    A candidate of int8 that the backend does not open is left out.
+
     Raises:
         UsageError: litert-torch is not installed or cannot convert the network, or the network has an operator that is
             not allowed in a file, or the number of calibration images is below 1.
@@ -83,9 +89,19 @@ def convert_to_litert(source: ConversionSource) -> Iterator[LiteRtArtifact]:
         return
     dynamic = [partial(_quantize, source, model, weights) for weights in ("minmax", "OCTAV")]
     static = partial(_quantize_static, source, model)
+    refused: RefusedModelError | None = None
+    found = False
     for quantize in [static, *dynamic] if _DEPTHWISE in operator_names(model) else [*dynamic, static]:
-        quantized, choice = quantize()
+        try:
+            quantized, choice = quantize()
+        except RefusedModelError as error:
+            source.progress(f"int8: {error.problem}")
+            refused = error
+            continue
+        found = True
         yield LiteRtArtifact(quantized, {**facts, **choice}, [_check_gain(quantized, model)])
+    if refused is not None and not found:
+        raise refused
 
 
 def _convert(source: ConversionSource) -> bytes:
@@ -153,13 +169,13 @@ def _read_safe_model(path: Path) -> bytes:
     """Return a model that the backend will open.
 
     Raises:
-        UsageError: it has an operator that is not allowed in a file.
+        RefusedModelError: it has an operator that is not allowed in a file, or is damaged.
     """
     content = path.read_bytes()
     try:
         check_graph(content)
     except UnsafeGraphError as error:
-        raise UsageError(
+        raise RefusedModelError(
             f"the LiteRT model of this network is not one that cifarx runs from a file ({error})", "use --format onnx"
         ) from error
     return content

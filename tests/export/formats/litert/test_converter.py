@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cifarx_export.export import export
-from cifarx_export.formats.litert.converter import LiteRtArtifact, convert_to_litert
+from cifarx_export.formats.litert import converter
+from cifarx_export.formats.litert.converter import LiteRtArtifact, RefusedModelError, convert_to_litert
 from cifarx_export.formats.registry import ConversionSource, ExportOptions
 from cifarx_export.parity.compare import Reference, check_parity, run_reference
 from cifarx_export.parity.data import ParityData
@@ -178,6 +179,24 @@ def test_fixed_ranges_come_first_for_depthwise_convolutions(loaded: Checkpoint) 
     assert facts["fp32 layers"] == "depthwise convolutions"
     assert "ranges fixed" in (first.complete_spec(loaded.spec).exporter or {})["activations"]
     assert {"QUANTIZE", "DEPTHWISE_CONV_2D"} <= set(operator_names(first.content))
+
+
+@requires_litert_torch
+@pytest.mark.slow
+def test_a_candidate_that_the_backend_does_not_open_is_skipped(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RefusedModelError("the LiteRT model is damaged", "use --format onnx")
+
+    lines: list[str] = []
+    source = dataclasses.replace(conversion_source(loaded, "int8"), progress=lines.append)
+    monkeypatch.setattr(converter, "_quantize_static", refuse)
+    assert len(list(convert_to_litert(source))) == 2
+    assert "int8: the LiteRT model is damaged" in lines
+    monkeypatch.setattr(converter, "_quantize", refuse)
+    with pytest.raises(RefusedModelError, match="is damaged"):
+        list(convert_to_litert(source))
 
 
 class Spectrum(nn.Module):
