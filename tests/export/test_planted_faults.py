@@ -396,7 +396,6 @@ SHOWN = (
     "stale weights in ONNX",
     "NaN in one class",
     "kernels transposed",
-    "batch norm in training",
     "dropout left on, TorchScript",
     "weights in TF32",
     "int8 of one level",
@@ -407,6 +406,7 @@ SHOWN = (
 """One fault of each kind, because the command line takes long."""
 
 
+@pytest.mark.usefixtures("remembered_outputs")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_the_command_line_exits_with_1_and_names_the_failed_checks(
