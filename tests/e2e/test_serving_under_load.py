@@ -23,7 +23,7 @@ from tests.support.trained_model import Trained
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLIENTS = 8
-RESTARTS = 50
+RESTARTS = 100
 RELOADS = 20
 KILLS = 5
 PAUSE_S = 0.005
@@ -96,7 +96,7 @@ def report(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
-def test_fifty_restarts_lose_no_request(trained: Trained, tmp_path: Path) -> None:
+def test_a_hundred_restarts_lose_no_request(trained: Trained, tmp_path: Path) -> None:
     """The clients reconnect to the next server, on the same port."""
     port = free_port()
     seconds = []

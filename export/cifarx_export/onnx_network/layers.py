@@ -167,7 +167,7 @@ def _pad(
     for position, axis in enumerate(padded):
         before[axis], after[axis] = sizes[position], sizes[position + len(padded)]
     if value is not None:
-        raise NotImplementedError("Pad with a computed value")
+        raise NotImplementedError("Pad with a value that is not constant")
     if mode == "constant":
         return F.pad(data, _flat(before, after), value=node.get("value", 0.0))
     if any(before[:2]) or any(after[:2]):
@@ -183,7 +183,7 @@ def _resize(node: Node, data: Tensor, *inputs: Any) -> Tensor:
     elif factors is not None:
         size = [int(old * factor) for old, factor in zip(data.shape[2:], factors[2:], strict=True)]
     else:
-        raise NotImplementedError("Resize with computed scales")
+        raise NotImplementedError("Resize without constant scales or sizes")
     mode = node.get("mode", b"nearest").decode()
     rule = node.get("coordinate_transformation_mode", b"half_pixel").decode()
     rounding = node.get("nearest_mode", b"round_prefer_floor").decode()

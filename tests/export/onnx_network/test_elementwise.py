@@ -105,6 +105,18 @@ def test_integers_are_divided_toward_zero() -> None:
     assert_same_outputs(graph_of(nodes, {"two": np.int64(2)}))
 
 
+@pytest.mark.parametrize("fmod", [0, 1])
+def test_remainders(fmod: int) -> None:
+    """With `fmod`, the sign is that of the dividend."""
+    assert_same_outputs(operator_of("Mod", [np.float32(1.5)], fmod=1))
+    nodes = [
+        helper.make_node("Cast", ["input"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Mod", ["whole", "three"], ["rest"], fmod=fmod),
+        helper.make_node("Cast", ["rest"], ["output"], to=TensorProto.FLOAT),
+    ]
+    assert_same_outputs(graph_of(nodes, {"three": np.int64(3)}))
+
+
 def test_a_cast_to_an_unknown_type_is_refused() -> None:
     from cifarx_export.onnx_network.node import Node
     from cifarx_export.onnx_network.values import make_sizes

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from cifarx_export.onnx_network.network import OnnxNetwork, build_network
+from cifarx_export.onnx_network.network import OPERATORS, OnnxNetwork, build_network
 from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.errors import UsageError
 from tests.support.onnx_graphs import SHAPE, graph_of, random_weights
@@ -181,6 +181,10 @@ def test_what_is_not_supported_is_refused_in_one_line(kind: str, good_onnx: Path
     ) as caught:
         build_network(model, "theirs.onnx", spec)
     assert "\n" not in str(caught.value)
+
+
+def test_every_operator_is_one_of_onnx() -> None:
+    assert [name for name in OPERATORS if name != "Linear" and not onnx.defs.has(name)] == []
 
 
 def test_it_is_a_module_like_any_other() -> None:

@@ -140,6 +140,28 @@ def test_gathering_at_computed_positions() -> None:
     assert_same_outputs(graph_of(nodes, {"table": table, "zero": np.float32(0), "one": np.float32(1)}))
 
 
+def test_gathering_of_several_axes() -> None:
+    table = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    nodes = [
+        helper.make_node("GatherND", ["table", "places"], ["row"]),
+        helper.make_node("ReduceSum", ["row"], ["sum"]),
+        helper.make_node("Add", ["input", "sum"], ["output"]),
+    ]
+    assert_same_outputs(graph_of(nodes, {"table": table, "places": np.array([[0, 2], [1, 0]])}))
+
+
+def test_scattering() -> None:
+    """As windowed transformers write the mask of their windows."""
+    nodes = [
+        helper.make_node("Relu", ["input"], ["positive"]),
+        helper.make_node("Transpose", ["positive"], ["turned"], perm=[1, 2, 3, 0]),
+        helper.make_node("ReduceMean", ["turned"], ["data"], axes=[3], keepdims=0),
+        helper.make_node("ScatterND", ["data", "places", "updates"], ["output"]),
+    ]
+    constants = {"places": np.array([[0, 1], [3, 5]]), "updates": np.full((2, 6), 7, np.float32)}
+    assert_same_outputs(graph_of(nodes, constants), is_exported=True)
+
+
 def test_splitting_and_joining() -> None:
     for opset, inputs, attributes, outputs in (
         (17, ["sizes"], {}, 3),

@@ -1,6 +1,6 @@
 """What a spec describes is what the libraries do, on photographs of many sizes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,7 +19,6 @@ from cifarx_serve.spec import InputSpec
 from cifarx_train.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 FEW: Final = 12
-SEVERAL: Final = 200
 MANY: Final = 1000
 
 NORMALIZE = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -108,13 +107,6 @@ LIBRARIES: Final[dict[str, Callable[[], Library]]] = {
     "DeiT": lambda: processor_library(transformers.DeiTImageProcessor(), TENSOR_BICUBIC),
 }
 
-KINDS: Final = ("torchvision v2", "ViT", "ViT Pil", "CLIP")
-"""Those that are compared on many photographs. The others share their code and differ in sizes and constants.
-
-`tests/serve/images/test_preprocess.py` compares as many images with torchvision's transforms on Pillow images and with
-timm's crop modes.
-"""
-
 
 def photographs(path: Path, count: int) -> Iterator[Image.Image]:
     """Yield random parts of a photograph, from 40 to 500 pixels wide and high."""
@@ -127,24 +119,13 @@ def photographs(path: Path, count: int) -> Iterator[Image.Image]:
         yield whole.crop((left, top, left + width, top + height))
 
 
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_the_preprocessing_of_a_library(name: str, dog: Path) -> None:
-    compare(name, photographs(dog, FEW))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_the_preprocessing_of_a_library_on_photographs_of_many_sizes(name: str, dog: Path) -> None:
-    compare(name, photographs(dog, MANY if name in KINDS else SEVERAL))
-
-
-def compare(name: str, images: Iterable[Image.Image]) -> None:
-    """Compare the preprocessing of a library with that of the spec that is made of it."""
+def test_the_preprocessing_of_a_library(name: str, count: int, dog: Path) -> None:
     library = LIBRARIES[name]()
     spec = library.spec
     level = np.asarray((spec.value_range[1] - spec.value_range[0]) / 255 / np.asarray(spec.std)).reshape(-1, 1, 1)
-    for image in images:
+    for image in photographs(dog, count):
         expected, found = library.preprocess(image), normalize(resize(image, spec)[None], spec)[0]
         assert expected.shape == found.shape
         if not library.max_levels:

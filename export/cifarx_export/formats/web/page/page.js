@@ -243,13 +243,14 @@ function showModel(loaded) {
   keepOffline();
 }
 
-// Browsers allow service workers only on https and localhost. Without one, the page needs its host.
+// Browsers allow service workers only on https and localhost. Without one, the page needs its host. `ready` waits until
+// all files are kept, so for ever if one of them does not match its checksum.
 async function keepOffline() {
   try {
     await navigator.serviceWorker?.register("offline.js");
     if (!(await navigator.serviceWorker?.ready)) return;
   } catch {
-    return; // the host has no SHA256SUMS, its files do not match it, or there is no space
+    return; // refused by the browser, as in some private windows
   }
   $("facts").append(element("dt", { textContent: "offline" }), element("dd", { textContent: "opens without its host" }));
 }
