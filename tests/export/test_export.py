@@ -21,7 +21,7 @@ import pytest
 from cifarx_export.checked_artifact import ExportResult
 from cifarx_export.export import export
 from cifarx_export.formats.int8 import search
-from cifarx_export.formats.int8.search import Score
+from cifarx_export.formats.int8.search import MixedPrecision, Score, _Trial
 from cifarx_export.formats.onnx import converter
 from cifarx_export.formats.onnx.int8.search import QuantizationSearch
 from cifarx_export.formats.registry import ExportOptions, get_format
@@ -209,9 +209,12 @@ def test_int8_candidates_that_fail_are_not_converted_or_checked_again(
     """With the given agreement for 0 to 4 layers in fp32. The formats `onnx` and `triton` share the candidates."""
     monkeypatch.setattr(search, "CALIBRATION_IMAGES", 16)
     monkeypatch.setattr(search, "_HELD_OUT_IMAGES", (16, 16))
-    monkeypatch.setattr(
-        QuantizationSearch, "_compute_score", lambda _, choice, __: Score(agreement[len(choice.fp32_layers)], 0.0)
-    )
+
+    def compare(_: QuantizationSearch, choice: MixedPrecision, *__: float) -> _Trial:
+        measured = agreement[len(choice.fp32_layers)]
+        return _Trial(Score(measured, 0.0), choice, measured)
+
+    monkeypatch.setattr(QuantizationSearch, "_compare", compare)
     converted: list[bytes] = []
     monkeypatch.setattr(converter, "_check_model", lambda model, *_: converted.append(model.SerializeToString()))
     checked: list[str] = []

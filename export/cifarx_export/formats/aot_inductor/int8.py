@@ -6,6 +6,7 @@ with oneDNN's own operators, so it is rounded as the compiled package rounds it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ from cifarx_export.formats.int8.gptq import (
     round_to_levels,
     rows_per_batch,
 )
-from cifarx_export.formats.int8.search import MixedPrecision, MixedPrecisionSearch
+from cifarx_export.formats.int8.search import MixedPrecision, MixedPrecisionSearch, Network
 from cifarx_export.formats.registry import ConversionSource
 from cifarx_export.parity.checks import Check
 
@@ -89,8 +90,8 @@ class QuantizationSearch(MixedPrecisionSearch):
         self._progress("int8: quantizing the weights with GPTQ")
         self._weights = self._quantize_weights(inputs)
 
-    def run(self, choice: MixedPrecision | None, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        return run_in_batches(self._network if choice is None else self._quantize(choice), inputs)
+    def open(self, choice: MixedPrecision | None) -> Network:
+        return partial(run_in_batches, self._network if choice is None else self._quantize(choice))
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield a quantized network for each of `choices`."""

@@ -8,6 +8,7 @@ does in integers.
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.fx import GraphModule, Node
 from cifarx_export.formats.executorch.lowering import export_module
 from cifarx_export.formats.int8.calibration import Ranges, calibrate
 from cifarx_export.formats.int8.fx_layers import WITH_WEIGHTS, count_macs, find_layers, run, run_in_batches
-from cifarx_export.formats.int8.search import AGREEMENT_TARGETS, MixedPrecision, MixedPrecisionSearch
+from cifarx_export.formats.int8.search import AGREEMENT_TARGETS, MixedPrecision, MixedPrecisionSearch, Network
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import ConversionSource
 
@@ -83,9 +84,8 @@ class XnnpackQuantizationSearch(MixedPrecisionSearch):
 
         self._ranges = calibrate(batches())
 
-    def run(self, choice: MixedPrecision | None, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        network = self._graph if choice is None else self._quantize(choice)
-        return run_in_batches(network, inputs)
+    def open(self, choice: MixedPrecision | None) -> Network:
+        return partial(run_in_batches, self._graph if choice is None else self._quantize(choice))
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield quantized networks, the fastest first.

@@ -1,8 +1,9 @@
 """Search for an int8 version of a network that agrees with it in fp32, with as few layers in fp32 as possible."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,18 @@ _SENSITIVITY_IMAGES: Final = (16, 256)
 
 _BATCH_SIZE: Final = 64
 
+_STAGE_IMAGES: Final = 512
+"""Number of images after which a comparison ends if the choice can no longer reach its target."""
+
+_REPORT_EVERY_S: Final = 10.0
+"""Time between two lines about the sensitivities."""
+
 _MAC_BUDGET: Final = 10**12
 """Multiply-accumulate operations that one comparison may take. Large networks are compared on fewer images."""
+
+
+Network: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Returns the outputs, (N, output_size), of inputs, (N, *input.shape)."""
 
 
 class Layer(NamedTuple):
@@ -66,15 +77,29 @@ class Score(NamedTuple):
 
 
 class _Trial(NamedTuple):
+    """A choice and its score.
+
+    Attributes:
+        score: on the images that were compared.
+        choice: what was compared.
+        best_case: the agreement on all images if the rest of them agrees.
+    """
+
     score: Score
     choice: MixedPrecision
+    best_case: float
+
+    @property
+    def is_complete(self) -> bool:
+        return self.best_case == self.score.agreement
 
 
 class MixedPrecisionSearch(ABC):
     """Finds the layers of a network that stay in fp32, and the calibration method of the others.
 
     A subclass quantizes and runs the network; it has to be able to do so before it calls this constructor. Calibration
-    runs once, in the constructor. Scores are kept, so no choice is evaluated twice.
+    runs once, in the constructor. Scores are kept, so no choice is evaluated twice. The comparison of a choice ends
+    early if it can no longer reach its target.
 
     Args:
         source: provides the training images, and how many of them to calibrate on.
@@ -104,7 +129,7 @@ class MixedPrecisionSearch(ABC):
     def _run_original(self, source: ConversionSource) -> NDArray[np.float32]:
         """Return the outputs that those of a quantized network are compared with, for the images to compare on."""
         if source.original is None:
-            return self.run(None, self._inputs)
+            return self.open(None)(self._inputs)
         import torch  # the network in fp32 has other weights than the original
 
         module = source.original()
@@ -117,8 +142,8 @@ class MixedPrecisionSearch(ABC):
         """Find the ranges of the activations, on images as the network takes them: float32 (N, *input.shape)."""
 
     @abstractmethod
-    def run(self, choice: MixedPrecision | None, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run the quantized network, or that in fp32 if the choice is None, and return its outputs."""
+    def open(self, choice: MixedPrecision | None) -> Network:
+        """Return the quantized network, or that in fp32 if the choice is None."""
 
     def choices(self) -> Iterator[tuple[MixedPrecision, float]]:
         """Yield choices, each with its agreement on the images to compare on.
@@ -131,7 +156,7 @@ class MixedPrecisionSearch(ABC):
         reached = 0.0
         while len(yielded) < MAX_CANDIDATES:
             target = next((value for value in AGREEMENT_TARGETS if value > reached), AGREEMENT_TARGETS[-1])
-            score, choice = self.find(target)
+            score, choice, _ = self.find(target)
             if choice in yielded:
                 return
             reached = score.agreement
@@ -148,12 +173,13 @@ class MixedPrecisionSearch(ABC):
         """
         best = self._best_method()
         if best.score.agreement >= target or len(self._layers) < 2:
-            return best
+            return self._completed(best)
         method = best.choice.method
         self._by_sensitivity = self._by_sensitivity or self._rank_by_sensitivity(method)
         # One layer with weights is always quantized, or the model would not be int8.
         quantized = next(layer for layer in reversed(self._by_sensitivity) if layer.has_weights)
-        return self._find_fewest(method, [layer for layer in self._by_sensitivity if layer != quantized], best, target)
+        order = [layer for layer in self._by_sensitivity if layer != quantized]
+        return self._completed(self._find_fewest(method, order, best, target))
 
     def all_in_int8(self) -> tuple[MixedPrecision, float]:
         """Return the choice without layers in fp32, and its agreement on the images to compare on."""
@@ -161,7 +187,8 @@ class MixedPrecisionSearch(ABC):
         return best.choice, best.score.agreement
 
     def _best_method(self) -> _Trial:
-        return max((self._evaluate(MixedPrecision(method, ())) for method in METHODS), key=_score)
+        lowest = AGREEMENT_TARGETS[0]
+        return max((self._evaluate(MixedPrecision(method, ()), lowest) for method in METHODS), key=_score)
 
     def describe(self, choice: MixedPrecision, agreement: float, weights: str, int8_share: float) -> dict[str, str]:
         """Return the facts about a choice that a spec records.
@@ -180,22 +207,48 @@ class MixedPrecisionSearch(ABC):
             "held-out agreement": f"{agreement:.2%} of {len(self._inputs):,} training images",
         }
 
-    def _evaluate(self, choice: MixedPrecision) -> _Trial:
-        if choice not in self._trials:
-            score = self._compute_score(choice, len(self._inputs))
-            layers = f" with {len(choice.fp32_layers)} layers in fp32" if choice.fp32_layers else ""
-            self._progress(f"int8: {choice.method}{layers}: agreement {score.agreement:.2%}")
-            self._trials[choice] = _Trial(score, choice)
-        return self._trials[choice]
+    def _completed(self, trial: _Trial) -> _Trial:
+        """Return the trial of the same choice on all images."""
+        return self._evaluate(trial.choice, 0.0)
 
-    def _compute_score(self, choice: MixedPrecision, images: int) -> Score:
-        """Compare with the network in fp32 on this number of held-out images, evenly spread."""
+    def _evaluate(self, choice: MixedPrecision, target: float) -> _Trial:
+        """Compare a choice on the held-out images, or on as many as show that it misses the target."""
+        known = self._trials.get(choice)
+        if known is None or (not known.is_complete and known.best_case >= target):
+            known = self._compare(choice, len(self._inputs), target)
+            layers = f" with {len(choice.fp32_layers)} layers in fp32" if choice.fp32_layers else ""
+            self._progress(f"int8: {choice.method}{layers}: agreement {known.score.agreement:.2%}")
+            self._trials[choice] = known
+        return known
+
+    def _compare(self, choice: MixedPrecision, images: int, target: float = 0.0) -> _Trial:
+        """Compare with the network in fp32 on this number of held-out images, evenly spread.
+
+        Each stage is spread over all of these images too. After a stage, the comparison ends if the choice would miss
+        the target even if the rest of the images agreed.
+        """
         rows = np.linspace(0, len(self._inputs) - 1, images).round().astype(np.int64)
-        outputs, expected = self.run(choice, self._inputs[rows]), self._expected[rows]
+        stages = -(-images // _STAGE_IMAGES)
+        network = self.open(choice)
+        compared, outputs = rows[:0], self._expected[:0]
+        for stage in range(stages):
+            part = rows[stage::stages]
+            compared = np.concatenate([compared, part])
+            outputs = np.concatenate([outputs, network(self._inputs[part])])
+            same = self._same_predictions(outputs, self._expected[compared])
+            best_case = (images - np.count_nonzero(~same)) / images
+            if best_case < target:
+                break
+        expected = self._expected[compared]
         error = np.square(outputs.astype(np.float64) - expected).mean() / max(np.square(expected).mean(), 1e-12)
+        score = Score(np.count_nonzero(same) / len(same), -float(np.nan_to_num(error, nan=np.inf)))
+        return _Trial(score, choice, best_case)
+
+    def _same_predictions(self, outputs: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Return for each image whether the predictions are the same, (N,)."""
         same = applicable_labels(outputs, self._spec) == applicable_labels(expected, self._spec)
-        agreement = float(same.all(axis=1).mean())
-        return Score(agreement, -float(np.nan_to_num(error, nan=np.inf)))
+        per_image: NDArray[np.bool_] = np.logical_and.reduce(same, axis=1)
+        return per_image
 
     def _rank_by_sensitivity(self, method: str) -> list[Layer]:
         """Sort layers by the error with only that layer quantized, divided by what the layer costs in fp32.
@@ -206,19 +259,23 @@ class MixedPrecisionSearch(ABC):
         layers = self._layers
         images = min(_affordable_images(self._total_macs * len(layers), _SENSITIVITY_IMAGES), len(self._inputs))
 
-        def sensitivity(layer: Layer) -> float:
-            others = tuple(other for other in layers if other != layer)
-            return -self._compute_score(MixedPrecision(method, others), images).negative_error / layer.fp32_cost
-
         self._progress(f"int8: measuring the sensitivity of {len(layers)} layers on {images} images")
-        sensitivities = {layer.name: sensitivity(layer) for layer in layers}
+        sensitivities = {}
+        reported = time.monotonic()
+        for number, layer in enumerate(layers, 1):
+            others = tuple(other for other in layers if other != layer)
+            score = self._compare(MixedPrecision(method, others), images).score
+            sensitivities[layer.name] = -score.negative_error / layer.fp32_cost
+            if time.monotonic() > reported + _REPORT_EVERY_S:
+                self._progress(f"int8: measured the sensitivity of {number} of {len(layers)} layers")
+                reported = time.monotonic()
         return sorted(layers, key=lambda layer: -sensitivities[layer.name])
 
     def _find_fewest(self, method: str, order: Sequence[Layer], best: _Trial, target: float) -> _Trial:
         """Keep 1, 2, 4 … layers in fp32 until the target is reached, then bisect; takes about 2 log2(layers) runs."""
         low, high = 0, 1
         while True:
-            reached = self._evaluate(MixedPrecision(method, tuple(order[:high])))
+            reached = self._evaluate(MixedPrecision(method, tuple(order[:high])), target)
             best = max(best, reached, key=_score)
             if reached.score.agreement >= target:
                 break
@@ -227,7 +284,7 @@ class MixedPrecisionSearch(ABC):
             low, high = high, min(2 * high, len(order))
         while high - low > 1:
             middle = (low + high) // 2
-            trial = self._evaluate(MixedPrecision(method, tuple(order[:middle])))
+            trial = self._evaluate(MixedPrecision(method, tuple(order[:middle])), target)
             if trial.score.agreement >= target:
                 reached, high = trial, middle
             else:

@@ -6,6 +6,7 @@ and the result of the parity check are the same on every CPU. GPTQ more than mak
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from cifarx_export.formats.int8.calibration import calibrate
-from cifarx_export.formats.int8.search import MixedPrecision, MixedPrecisionSearch
+from cifarx_export.formats.int8.search import MixedPrecision, MixedPrecisionSearch, Network
 from cifarx_export.formats.onnx.constant_folding import fold_constants
 from cifarx_export.formats.onnx.int8.gain import check_gain, int8_share
 from cifarx_export.formats.onnx.int8.gptq import quantize_weights
@@ -58,8 +59,8 @@ class QuantizationSearch(MixedPrecisionSearch):
             share = int8_share(model, self._macs)
             yield model, self.describe(choice, agreement, "7 bits, per channel, rounded by GPTQ", share)
 
-    def run(self, choice: MixedPrecision | None, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        return run_in_batches(open_session(self._model if choice is None else self.build(choice)), inputs)
+    def open(self, choice: MixedPrecision | None) -> Network:
+        return partial(run_in_batches, open_session(self._model if choice is None else self.build(choice)))
 
     def build(self, choice: MixedPrecision) -> ModelProto:
         """Return the quantized model."""

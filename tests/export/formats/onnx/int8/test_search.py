@@ -14,7 +14,7 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 
 from cifarx_export.formats.int8 import search
-from cifarx_export.formats.int8.search import AGREEMENT_TARGETS, MixedPrecision, Score
+from cifarx_export.formats.int8.search import AGREEMENT_TARGETS, MixedPrecision, Score, _Trial
 from cifarx_export.formats.onnx.converter import convert_to_onnx
 from cifarx_export.formats.onnx.int8 import search as onnx_search
 from cifarx_export.formats.onnx.int8.search import QuantizationSearch
@@ -184,15 +184,15 @@ def search_with_agreement(
     built: list[MixedPrecision] = []
     build = QuantizationSearch.build
 
-    def compute_score(self: QuantizationSearch, choice: MixedPrecision, images: int) -> Score:
-        del self, images
-        return Score(agreement[len(choice.fp32_layers)], 0.0)
+    def compare(_: QuantizationSearch, choice: MixedPrecision, *__: float) -> _Trial:
+        measured = agreement[len(choice.fp32_layers)]
+        return _Trial(Score(measured, 0.0), choice, measured)
 
     def record(self: QuantizationSearch, choice: MixedPrecision) -> ModelProto:
         built.append(choice)
         return build(self, choice)
 
-    monkeypatch.setattr(QuantizationSearch, "_compute_score", compute_score)
+    monkeypatch.setattr(QuantizationSearch, "_compare", compare)
     monkeypatch.setattr(QuantizationSearch, "build", record)
     return QuantizationSearch(model, source()), built
 
