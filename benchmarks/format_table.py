@@ -27,7 +27,7 @@ from cifarx_export.formats.registry import FORMATS, PRECISIONS
 from cifarx_export.parity.data import load_parity_data
 from cifarx_serve.backends.registry import model_file
 from cifarx_serve.benchmarking.benchmark import benchmark
-from cifarx_serve.errors import CifarxError
+from cifarx_serve.errors import CifarxError, DataError
 from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.spec import ParitySummary, Precision
 from cifarx_serve.system.environment import current_environment
@@ -217,6 +217,8 @@ def _prove(checkpoint: Path, formats: Sequence[str], precision: Precision, data:
     note(f"{folder.name}: {precision} of {', '.join(formats)}")
     try:
         results = export(checkpoint, formats, [precision], data=data, out=folder)
+    except DataError:
+        raise
     except CifarxError as error:
         if len(formats) > 1:
             for name in formats:

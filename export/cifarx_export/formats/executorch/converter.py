@@ -1,13 +1,15 @@
 """Conversion to ExecuTorch: the network lowered to XNNPACK, in one file with its spec."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from torch import nn
 
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
-from cifarx_export.formats.executorch.int8 import XnnpackQuantizationSearch
+from cifarx_export.formats.executorch.int8 import Candidate, XnnpackQuantizationSearch
 from cifarx_export.formats.executorch.lowering import RefusedProgramError, export_module, lower
 from cifarx_export.formats.int8.gain import check_gain
+from cifarx_export.formats.int8.refused import skip_refused
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import ConversionSource
 from cifarx_export.formats.sealed_artifact import SealedArtifact
@@ -37,23 +39,17 @@ def _quantize(module: nn.Module, source: ConversionSource, facts: Mapping[str, s
     Raises:
         RefusedProgramError: it runs none.
     """
-    refused: RefusedProgramError | None = None
-    found = False
     fp32_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
-    for candidate in XnnpackQuantizationSearch(module, source).candidates():
-        try:
-            program = lower(candidate.program)
-        except RefusedProgramError as error:
-            source.progress(f"int8: {error.problem}")
-            refused = error
-            continue
-        found = True
+    attempts = (partial(_lower, candidate) for candidate in XnnpackQuantizationSearch(module, source).candidates())
+    for candidate, program in skip_refused(attempts, RefusedProgramError, source.progress):
         gain = check_gain(candidate.int8_share, fp32_bytes, len(program))
         yield SealedArtifact(program, {**candidate.facts, **facts}, [gain])
         if not gain.passed:
             return  # later candidates have more layers in fp32
-    if refused is not None and not found:
-        raise refused
+
+
+def _lower(candidate: Candidate) -> tuple[Candidate, bytes]:
+    return candidate, lower(candidate.program)
 
 
 def _library_version() -> str:

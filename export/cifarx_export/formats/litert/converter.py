@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cifarx_export.formats.conversion_errors import reporting_conversion_errors
 from cifarx_export.formats.int8.gain import CHECK_NAME, MIN_GAIN
+from cifarx_export.formats.int8.refused import skip_refused
 from cifarx_export.formats.int8.search import CALIBRATION_IMAGES, require_calibration_images
 from cifarx_export.formats.quiet import quiet
 from cifarx_export.formats.registry import ConversionSource
@@ -89,19 +90,9 @@ def convert_to_litert(source: ConversionSource) -> Iterator[LiteRtArtifact]:
         return
     dynamic = [partial(_quantize, source, model, weights) for weights in ("minmax", "OCTAV")]
     static = partial(_quantize_static, source, model)
-    refused: RefusedModelError | None = None
-    found = False
-    for quantize in [static, *dynamic] if _DEPTHWISE in operator_names(model) else [*dynamic, static]:
-        try:
-            quantized, choice = quantize()
-        except RefusedModelError as error:
-            source.progress(f"int8: {error.problem}")
-            refused = error
-            continue
-        found = True
+    attempts = [static, *dynamic] if _DEPTHWISE in operator_names(model) else [*dynamic, static]
+    for quantized, choice in skip_refused(attempts, RefusedModelError, source.progress):
         yield LiteRtArtifact(quantized, {**facts, **choice}, [_check_gain(quantized, model)])
-    if refused is not None and not found:
-        raise refused
 
 
 def _convert(source: ConversionSource) -> bytes:
