@@ -9,16 +9,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torchvision
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from cifarx_export.onnx_network.network import OPERATORS, OnnxNetwork, build_network
 from cifarx_serve.backends.registry import read_spec
 from cifarx_serve.errors import UsageError
+from tests.support.int8_networks import export_fp32
 from tests.support.onnx_graphs import SHAPE, graph_of, random_weights
 
 MODELS = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 """Networks of other programs with all weights left out, which the package of ONNX contains."""
+
+SIDE = 32
+"""Height and width of the images, which `export_fp32` exports with."""
 
 SMALL = ("squeezenet", "shufflenet")
 LARGE = ("densenet121", "inception_v1", "inception_v2", "resnet50")
@@ -62,6 +67,18 @@ def test_networks_of_other_programs(name: str) -> None:
     image = model.graph.input[0]
     shape = tuple(dim.dim_value for dim in image.type.tensor_type.shape.dim[1:])
     assert_same(model, shape, image.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "convnext_tiny", "swin_t", "vit_b_16"])
+def test_networks_of_torchvision(name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"image_size": SIDE} if name == "vit_b_16" else {}
+        module = torchvision.models.get_model(name, num_classes=10, **options).eval()
+    head = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+    nn.init.normal_(head.weight, std=0.1)  # that of ViT starts at zero
+    assert_same(export_fp32(module), (3, SIDE, SIDE))
 
 
 def test_a_network_of_this_package_has_its_weights_as_parameters(good_onnx: Path) -> None:
