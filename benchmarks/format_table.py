@@ -63,8 +63,9 @@ environment: [LiteRT](litert.md) and [ExecuTorch](executorch.md) have environmen
 `cifarx export`. The error is that of a logit; the accuracy is that of the artifact, with its difference from the
 checkpoint in percentage points. The time is that of one image in one thread, over that of the ONNX file in fp32 in ONNX
 Runtime, measured in turns; what the row of that file itself differs from 1 is noise. The first answer comes from a new
-process, which imports the runtime and opens the file. [Triton](triton.md) directories contain the ONNX file. `not made`
-and `not measured` stand for rows that no run has made yet.
+process, which imports the runtime and opens the file. The networks were measured on different CPUs, named with each:
+compare times within a network. [Triton](triton.md) directories contain the ONNX file. `not made` and `not measured`
+stand for rows that no run has made yet.
 
 The networks were trained for a few minutes on the JPEG copy of CIFAR-10, whose images are scaled to the size of the
 network. `cifar10-jpeg-1000` is the first 100 test images of each class."""
@@ -120,11 +121,13 @@ class Network(msgspec.Struct):
     Attributes:
         title: name and image size of the network.
         sha256: hash of the checkpoint.
+        cpus: the CPUs that the rows were measured on; empty if none was.
     """
 
     title: str
     sha256: str
     rows: list[Row] = msgspec.field(default_factory=list)
+    cpus: str = ""
 
     def row(self, name: str, precision: str) -> Row | None:
         return next((row for row in self.rows if (row.format, row.precision) == (name, precision)), None)
@@ -132,7 +135,9 @@ class Network(msgspec.Struct):
     def section(self) -> str:
         baseline = self.row(*BASELINE)
         summary = baseline.summary if baseline else None
-        images = "" if summary is None else f"{summary.images:,} images of {summary.data}.\n\n"
+        images = (
+            "" if summary is None else f"{summary.images:,} images of {summary.data}; {self.cpus or 'no times'}.\n\n"
+        )
         return f"## {self.title}\n\n{images}" + _table(
             HEADINGS, [row.cells() for row in self._sorted()], texts=(0, 1, 8)
         )
@@ -169,6 +174,11 @@ class Work:
                 network.rows.append(row)
                 self._write(folder / "rows.json", network)
         if seconds:
+            here = current_environment()
+            cpus = f"{here.cpu}, {here.cpus} CPUs"
+            if network.cpus not in ("", cpus):
+                raise typer.BadParameter(f"the rows of {folder} were measured on {network.cpus}, this is {cpus}")
+            network.cpus = cpus
             images = load_parity_data(spec, data).images[:MEASURED_IMAGES]
             for row in network.rows:
                 if row.passed and row.time is None:
@@ -362,7 +372,7 @@ def write_page(work: Work, out: Path) -> None:
         "# Formats and precisions",
         format_table(),
         INTRODUCTION,
-        f"{here.cpu}, {here.cpus} CPUs; {versions}.",
+        f"{versions}.",
         "## Runtimes\n\n" + runtime_table(work.runtimes()),
         "## Time\n\n" + time_table(networks),
         *(network.section() for network in networks),
