@@ -6,6 +6,17 @@ The artifacts, their parity reports and their measurements stay in DIR. What is 
 again, so each checkpoint has a run of its own, with its own data, and so has each environment: formats whose packages
 are not installed are left to a run in another one. Let nothing else run meanwhile. CIFARX_TRUST_AOTI=1 is needed to
 measure packages of AOTInductor that an earlier run has compiled.
+
+How four networks of the page were trained, where `t20k` and `t10k` have the first 2,000 and 1,000 training images of
+each class:
+
+    cifarx train --model resnet18 --image-size 32 --data t20k --recipe fast --epochs 3 --batch-size 64
+    cifarx train --model mobilenet_v3_small --image-size 96 --data t20k --recipe fast --epochs 4 --batch-size 64
+    cifarx train --model efficientnet_b0 --image-size 64 --data t20k --recipe fast --epochs 1 --batch-size 64, then
+        3 epochs more with --weights
+    cifarx train --model convnext_tiny --image-size 64 --data t10k --epochs 1 --lr 0.0005 --precision bf16
+        --set optimizer=adamw --set schedule=linear --set warmup_fraction=0.1 --set max_grad_norm=1.0
+        --set normalize=true --set flip=true
 """
 
 from collections.abc import Iterator, Mapping, Sequence
