@@ -1,6 +1,7 @@
 """Run functions in a Python process on a machine with simulated GPUs."""
 
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,9 @@ class SimulatedGpuProcess:
             "SIMULATED_GPU_MIB": str(mebibytes),
             "OMP_NUM_THREADS": "1",
         }
-        self._executor = ProcessPoolExecutor(1, get_context("spawn"))
+        # The directory of the test that starts the process is deleted when that test has passed.
+        directory = tempfile.gettempdir()
+        self._executor = ProcessPoolExecutor(1, get_context("spawn"), initializer=os.chdir, initargs=(directory,))
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result of a function of a module, which runs in the process. All values must be picklable.
