@@ -8,7 +8,7 @@ are not installed are left to a run in another one. Let nothing else run meanwhi
 measure packages of AOTInductor that an earlier run has compiled.
 
 How four networks of the page were trained, where `t20k` and `t10k` have the first 2,000 and 1,000 training images of
-each class:
+each class, and the three with `--recipe fast` also had `--set channels_last=true`:
 
     cifarx train --model resnet18 --image-size 32 --data t20k --recipe fast --epochs 3 --batch-size 64
     cifarx train --model mobilenet_v3_small --image-size 96 --data t20k --recipe fast --epochs 4 --batch-size 64

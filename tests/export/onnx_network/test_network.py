@@ -76,8 +76,8 @@ def test_networks_of_torchvision(name: str) -> None:
         torch.manual_seed(0)
         options = {"image_size": SIDE} if name == "vit_b_16" else {}
         module = torchvision.models.get_model(name, num_classes=10, **options).eval()
-    head = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
-    nn.init.normal_(head.weight, std=0.1)  # that of ViT starts at zero
+        head = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+        nn.init.normal_(head.weight, std=0.1)  # that of ViT starts at zero
     assert_same(export_fp32(module), (3, SIDE, SIDE))
 
 
