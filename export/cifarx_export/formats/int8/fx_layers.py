@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import SymInt, nn
 from torch.fx import GraphModule, Node
 
 from cifarx_export.formats.int8.search import Layer
@@ -49,9 +49,21 @@ def count_macs(graph: GraphModule) -> dict[str, int]:
 
 
 def count_elements(node: Node) -> int:
-    """Return the number of elements of an activation for one image, or of a weight for one channel."""
-    shape: Sequence[int] = node.meta["val"].shape
-    return math.prod(shape[1:])
+    """Return the number of elements of an activation for one image, or of a weight for one channel.
+
+    The batch of an activation may be any of its dimensions, or a factor of one: it is the only symbol of their sizes.
+    """
+    shape: Sequence[int | SymInt] = node.meta["val"].shape
+    if all(isinstance(size, int) for size in shape):
+        return math.prod(map(int, shape[1:]))
+    return math.prod(_size_for_one_image(size) for size in shape)
+
+
+def _size_for_one_image(size: int | SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
 def packet_name(node: Node) -> str:
