@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cifarx_export.formats.registry import ConversionSource
-from cifarx_serve.files.atomic import atomic_path
+from cifarx_export.optimization.kept_weights import load_weights, save_weights
 from cifarx_serve.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,28 +44,30 @@ def load_or_fine_tune(source: ConversionSource, file: Path, progress: Progress) 
         UsageError: the network cannot be fine-tuned.
         OutputError: the file cannot be written.
     """
-    import torch
-
-    from cifarx_train.quantization_aware import fine_tune_for_int8  # imports PyTorch
-
-    content: dict[str, Any]
-    if file.is_file():
-        content = torch.load(file, weights_only=True)
-    else:
-        images = load_fine_tuning_images(source)
-        progress(f"int8: fine-tuning on {len(images):,} training images")
-        found = fine_tune_for_int8(source.build_module(), images, source.spec.input, progress=progress)
-        fact = f"for int8 by distillation from the network, {found.steps} steps on {len(images):,} training images"
-        content = {"weights": found.weights, "fact": fact}
-        with atomic_path(file) as temporary:
-            torch.save(content, temporary)
+    module = source.build_module()
+    history = load_weights(file, module, progress)
+    if history is None:
+        history = _fine_tune(module, source, progress)
+        save_weights(file, module, history)
+    weights = module.state_dict()
 
     def build() -> "nn.Module":
-        module = source.build_module()
-        module.load_state_dict(content["weights"])
-        return module
+        network = source.build_module()
+        network.load_state_dict(weights)
+        return network
 
-    return FineTunedWeights(build, {_FACT: content["fact"]})
+    return FineTunedWeights(build, {_FACT: history})
+
+
+def _fine_tune(module: "nn.Module", source: ConversionSource, progress: Progress) -> str:
+    """Fine-tune a network in place and return how, in words."""
+    from cifarx_train.quantization_aware import fine_tune_for_int8  # imports PyTorch
+
+    images = load_fine_tuning_images(source)
+    progress(f"int8: fine-tuning on {len(images):,} training images")
+    found = fine_tune_for_int8(source.build_module(), images, source.spec.input, progress=progress)
+    module.load_state_dict(found.weights)
+    return f"for int8 by distillation from the network, {found.steps} steps on {len(images):,} training images"
 
 
 def load_fine_tuning_images(source: ConversionSource) -> "NDArray[np.uint8]":

@@ -3,14 +3,14 @@
 import copy
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cifarx_export.checked_artifact import CPU
 from cifarx_export.exporter import Exporter
 from cifarx_export.formats.registry import ConversionSource
 from cifarx_export.optimization.fine_tuned_weights import load_fine_tuning_images
+from cifarx_export.optimization.kept_weights import load_weights, save_weights
 from cifarx_export.parity.compare import EVAL_BATCH_SIZE, check_parity, run_reference
-from cifarx_serve.files.atomic import atomic_path
 from cifarx_serve.progress import Progress
 from cifarx_serve.spec import ParitySummary
 from cifarx_train.checkpoints.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def open_pruned_exporter(
     source = exporter.sources["fp32"]
     original = source.build_module()
     found = prune_channels(original, source.example_input(), share)
-    history = _load(file, found.module) or _fine_tune(found, original, source, file, seconds, progress)
+    history = load_weights(file, found.module, progress) or _fine_tune(found, original, source, file, seconds, progress)
     module, spec = found.module, exporter.origin.spec
 
     def build() -> "nn.Module":
@@ -78,20 +78,6 @@ def open_pruned_exporter(
     return PrunedExporter(changed, found.weights_removed, found.multiplications_removed)
 
 
-def _load(file: Path, module: "nn.Module") -> str | None:
-    """Load fine-tuned weights into a pruned network and return how they were made, or None if they do not fit."""
-    if not file.is_file():
-        return None
-    import torch
-
-    content: dict[str, Any] = torch.load(file, weights_only=True)
-    try:
-        module.load_state_dict(content["weights"])
-    except RuntimeError:  # another version of the library removed other channels
-        return None
-    return str(content["history"])
-
-
 def _fine_tune(
     found: "PrunedNetwork",
     original: "nn.Module",
@@ -100,16 +86,13 @@ def _fine_tune(
     seconds: float,
     progress: Progress,
 ) -> str:
-    import torch
-
     from cifarx_train.pruning import fine_tune_pruned
 
     images = load_fine_tuning_images(source)
     progress(f"pruning: fine-tuning on {len(images):,} training images for up to {seconds:.0f} s")
     steps = fine_tune_pruned(found.module, original, images, source.spec.input, seconds=seconds, progress=progress)
     history = f"fine-tuned by distillation from the network, {steps:,} steps on {len(images):,} training images"
-    with atomic_path(file) as temporary:
-        torch.save({"weights": found.module.state_dict(), "history": history}, temporary)
+    save_weights(file, found.module, history)
     return history
 
 
