@@ -75,8 +75,9 @@ environment: [LiteRT](litert.md) and [ExecuTorch](executorch.md) have environmen
 checkpoint in percentage points. The time is that of one image in one thread, over that of the ONNX file in fp32 in ONNX
 Runtime, measured in turns; what the row of that file itself differs from 1 is noise. The first answer comes from a new
 process, which imports the runtime and opens the file. The networks were measured on different CPUs, named with each:
-compare times within a network. [Triton](triton.md) directories contain the ONNX file. `not made` and `not measured`
-stand for rows that no run has made yet.
+compare times within a network. [Triton](triton.md) directories contain the ONNX file. [Web](web.md) directories contain
+their runtime, ONNX Runtime Web, which ran in Node.js. `not made` and `not measured` stand for rows that no run has made
+yet.
 
 The networks were trained for a few minutes on the JPEG copy of CIFAR-10, whose images are scaled to the size of the
 network. `cifar10-jpeg-1000` is the first 100 test images of each class."""
