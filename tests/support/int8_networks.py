@@ -71,6 +71,17 @@ class TwoBlockNetwork(nn.Module):
         return logits
 
 
+def vision_transformer() -> nn.Module:
+    """Return a small ViT of torchvision. In its attention, the batch is the second dimension."""
+    from torchvision.models import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network: nn.Module = VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10)
+        network.get_parameter("heads.head.weight").data.normal_()  # zeros otherwise
+    return network.eval()
+
+
 def residual_network() -> ResidualNetwork:
     """Return an untrained `ResidualNetwork` with a bias that makes it predict at least six of the classes."""
     with torch.random.fork_rng():

@@ -7,14 +7,13 @@ from typing import Final
 import msgspec
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from cifarx_export.formats.registry import FORMATS, NO_OPTIONS, ConversionSource
 from cifarx_serve.backends.registry import open_backend
 from cifarx_serve.progress import silent
 from cifarx_serve.spec import Precision
-from tests.support.int8_networks import SPEC, color_blobs, residual_network
+from tests.support.int8_networks import SPEC, color_blobs, residual_network, vision_transformer
 from tests.support.simulated_gpu.counters import changes, counters
 from tests.support.simulated_gpu.process import SimulatedGpuProcess
 
@@ -39,17 +38,8 @@ def _run_on_second_gpu(path: Path) -> tuple[dict[str, int], dict[str, int]]:
         return changes(before, 0), changes(repeated, 1)
 
 
-def _vision_transformer() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network: nn.Module = VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10)
-        return network.eval()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [residual_network, _vision_transformer])
+@pytest.mark.parametrize("build", [residual_network, vision_transformer])
 @pytest.mark.parametrize(("name", "precision"), _FORMATS)
 def test_a_run_waits_only_for_its_copies_and_uses_only_its_gpu(
     tmp_path: Path,

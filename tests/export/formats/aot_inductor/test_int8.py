@@ -2,6 +2,7 @@
 that faults are caught."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from cifarx_serve.devices import Device
 from cifarx_serve.errors import UsageError
 from cifarx_serve.images.preprocess import normalize
 from cifarx_serve.progress import silent
-from tests.support.int8_networks import SPEC, AttentionNetwork, color_blobs, residual_network
+from tests.support.int8_networks import SPEC, AttentionNetwork, color_blobs, residual_network, vision_transformer
 from tests.support.local_paths import assert_no_local_paths
 from tests.support.module_backend import ModuleBackend
 
@@ -138,11 +139,21 @@ def test_batch_normalization_and_padding_are_folded() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [branching_network(), residual_network(), AttentionNetwork().eval()])
+@pytest.mark.parametrize(
+    "module", [branching_network(), residual_network(), AttentionNetwork().eval(), vision_transformer()]
+)
 def test_the_int8_network_is_close_to_the_network(module: nn.Module) -> None:
     batch = inputs(64)
     logits, expected = run(quantized(module), batch), run(module, batch)
     assert 0 < np.square(logits - expected).mean() < 0.01 * np.square(expected - expected.mean(0)).mean()
+
+
+@pytest.mark.slow
+def test_the_share_in_int8_of_a_transformer_is_stated() -> None:
+    module = vision_transformer()
+    first = next(QuantizationSearch(module, source_of(module)).candidates())
+    assert re.fullmatch(r"\d+% of the multiplications", first.facts["in int8"])
+    assert first.gain.passed
 
 
 @pytest.mark.slow
