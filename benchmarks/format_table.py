@@ -7,16 +7,21 @@ again, so each checkpoint has a run of its own, with its own data, and so has ea
 are not installed are left to a run in another one. Let nothing else run meanwhile. CIFARX_TRUST_AOTI=1 is needed to
 measure packages of AOTInductor that an earlier run has compiled.
 
-How four networks of the page were trained, where `t20k` and `t10k` have the first 2,000 and 1,000 training images of
-each class, and the three with `--recipe fast` also had `--set channels_last=true`:
+How six networks of the page were trained, where `t20k`, `t10k` and `t5k` have the first 2,000, 1,000 and 500 training
+images of each class, all with `--batch-size 64`. Those with `--recipe fast` also had `--set channels_last=true`. The
+last two were trained in one thread (OMP_NUM_THREADS=1), twice, with the same accuracy:
 
-    cifarx train --model resnet18 --image-size 32 --data t20k --recipe fast --epochs 3 --batch-size 64
-    cifarx train --model mobilenet_v3_small --image-size 96 --data t20k --recipe fast --epochs 4 --batch-size 64
-    cifarx train --model efficientnet_b0 --image-size 64 --data t20k --recipe fast --epochs 1 --batch-size 64, then
-        3 epochs more with --weights
+    cifarx train --model resnet18 --image-size 32 --data t20k --recipe fast --epochs 3
+    cifarx train --model mobilenet_v3_small --image-size 96 --data t20k --recipe fast --epochs 4
+    cifarx train --model efficientnet_b0 --image-size 64 --data t20k --recipe fast --epochs 1, then 3 epochs more with
+        --weights
     cifarx train --model convnext_tiny --image-size 64 --data t10k --epochs 1 --lr 0.0005 --precision bf16
         --set optimizer=adamw --set schedule=linear --set warmup_fraction=0.1 --set max_grad_norm=1.0
         --set normalize=true --set flip=true
+    cifarx train --model vit_b_16 --image-size 64 --data t5k, the rest like convnext_tiny but with --lr 0.0003, then the
+        same with t10k and --weights
+    cifarx train --model resnet18 --image-size 64 --data t20k --recipe fast --epochs 1 --precision bf16, then the same
+        with --image-size 224 --lr 0.02 --data t5k --weights, then again with t10k
 """
 
 from collections.abc import Iterator, Mapping, Sequence
