@@ -12,6 +12,7 @@ import pytest
 from cifarx_serve.backends import registry
 from cifarx_serve.benchmarking.process import BenchmarkProcess
 from cifarx_serve.errors import DeviceError, FallbackWarning, ModelFileError, UsageError
+from tests.support.child_processes import running_children
 from tests.support.color_model import SPEC, write_onnx
 
 IMAGES = np.zeros((7, SPEC.input.height, SPEC.input.width, 3), np.uint8)
@@ -25,7 +26,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def _children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "benchmarking.worker" in " ".join(child.cmdline())]
+    return running_children("benchmarking.worker")
 
 
 def test_the_process_ends_when_it_is_closed(tmp_path: Path, images: Path) -> None:

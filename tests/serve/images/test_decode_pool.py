@@ -18,6 +18,7 @@ from cifarx_serve.images.decode_pool import START_THRESHOLD, DecodePool
 from cifarx_serve.images.preprocess import resize
 from cifarx_serve.images.reader import read_image
 from cifarx_serve.spec import InputSpec
+from tests.support.child_processes import running_children
 
 SPEC = InputSpec(height=5, width=7, interpolation="bicubic")
 
@@ -55,7 +56,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 
 def _children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "decode_worker" in " ".join(child.cmdline())]
+    return running_children("decode_worker")
 
 
 def test_decodes_like_this_process(pool: DecodePool, files: list[str]) -> None:

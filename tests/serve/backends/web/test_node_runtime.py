@@ -15,6 +15,7 @@ import pytest
 from cifarx_serve.backends.web.node_package import NodePackage
 from cifarx_serve.backends.web.node_runtime import NodeError, NodeRuntime
 from cifarx_serve.errors import UsageError
+from tests.support.child_processes import running_children
 from tests.support.web import requires_node
 
 pytestmark = requires_node
@@ -73,7 +74,7 @@ def start(package: NodePackage) -> Iterator[Start]:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "runner.mjs" in " ".join(child.cmdline())]
+    return running_children("runner.mjs")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])

@@ -22,6 +22,7 @@ from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.decoder_pool import DecoderPool, SlowImage
 from cifarx_serve.server.inference.errors import DeadlineExceeded, DecoderUnavailable, RequestCancelled
 from tests.support.asgi_client import encode_image
+from tests.support.child_processes import running_children
 from tests.support.color_model import SPEC
 from tests.support.hostile_images import decode_bombs
 
@@ -43,7 +44,7 @@ def run_with_pool(test: Callable[[DecoderPool], Awaitable[None]], processes: int
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "decoder_process" in " ".join(child.cmdline())]
+    return running_children("decoder_process")
 
 
 async def decode(decoders: DecoderPool, data: bytes = GOOD, timeout_s: float = 60.0) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ from cifarx_serve.server.inference.deadline import Deadline
 from cifarx_serve.server.inference.decoding import ImageDecoder
 from cifarx_serve.spec import InputSpec, ModelSpec
 from tests.support.asgi_client import encode_image
+from tests.support.child_processes import running_children
 from tests.support.color_model import SPEC
 from tests.support.hostile_images import decode_bombs
 
@@ -140,7 +141,10 @@ def test_a_photograph(dog: Path, decode: Decode) -> None:
 
 @pytest.mark.parametrize("kind", decode_bombs())
 def test_a_bomb_takes_little_time_and_memory_and_does_not_block_the_event_loop(kind: str) -> None:
-    """CPU time, the least of three runs: other processes use the CPUs at the same time, and slow down this one."""
+    """CPU time is measured instead of time, because other processes may use the CPUs at the same time.
+
+    They also slow down this one, so that of all processes together is the least of three runs.
+    """
 
     async def run() -> None:
         with closing(ImageDecoder(1, 10_000_000)) as decoder:
@@ -150,7 +154,7 @@ def test_a_bomb_takes_little_time_and_memory_and_does_not_block_the_event_loop(k
             costs = [await decode_bomb(decoder, kind, processes) for _ in range(3)]
             assert decoder_processes() == processes[1:]
             assert min(used_s for used_s, _ in costs) < 0.2
-            assert min(longest_s for _, longest_s in costs) < 0.05
+            assert costs[0][1] < 0.05
             assert resident_memory(processes) - memory < 64 << 20
 
     asyncio.run(run())
@@ -176,7 +180,7 @@ async def decode_with(decoder: ImageDecoder, data: bytes) -> NDArray[np.uint8]:
 
 
 def decoder_processes() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "decoder_process" in " ".join(child.cmdline())]
+    return running_children("decoder_process")
 
 
 def cpu_time(processes: list[psutil.Process]) -> float:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.model import ServedModel
 from cifarx_serve.server.inference.repository import ModelInstance, ModelRepository
 from cifarx_serve.server.settings import Limits, Settings
+from tests.support.child_processes import running_children
 from tests.support.color_model import write_onnx
 from tests.support.faulty_backend import BOMB, LARGE, POISON, FaultyBackend, register_faulty_backend, write_faulty_model
 
@@ -287,7 +287,7 @@ def test_reload_goes_on_after_a_model_that_never_returns(tmp_path: Path, kind: s
         assert events[2].startswith("reloaded a from version ")
 
     run_with_repository(test, path, other, load_timeout_s=1.0)
-    assert not [child for child in psutil.Process().children() if "trial_process" in " ".join(child.cmdline())]
+    assert not running_children("trial_process")
 
 
 def test_a_model_that_never_returns_is_an_error_at_the_start(tmp_path: Path) -> None:

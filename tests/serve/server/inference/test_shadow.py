@@ -20,6 +20,7 @@ from cifarx_serve.server.inference.metrics import Metrics
 from cifarx_serve.server.inference.repository import ModelRepository
 from cifarx_serve.server.inference.shadow import require_comparable
 from cifarx_serve.server.settings import Limits, Settings
+from tests.support.child_processes import running_children
 from tests.support.color_model import SPEC, write_onnx
 from tests.support.faulty_backend import register_faulty_backend, write_faulty_model
 from tests.support.spec_model import GRAYSCALE, make_spec, write_model
@@ -60,7 +61,7 @@ class Server:
 
 def shadow_processes() -> list[psutil.Process]:
     """Return the running processes of shadows, because other tests of this process may leave children."""
-    return [child for child in psutil.Process().children() if any("shadow_process" in part for part in child.cmdline())]
+    return running_children("shadow_process")
 
 
 def run_with_shadow(model: Path, shadow: Path, test: Callable[[Server], Awaitable[None]], share: float = 1.0) -> None:
