@@ -46,6 +46,12 @@ _PROTOCOL: Final = "gRPC"
 _GRACE_S: Final = 0.5
 """How long a stream stays open for a request that is already on its way when the server is shut down."""
 
+_TRANSFER_S: Final = 0.05
+"""How much later than at the client the deadline of a call may pass here, because its request took time to arrive."""
+
+_ROUNDING: Final = 0.01
+"""The largest share by which gRPC rounds up the timeout that a client sends: 1.001 s becomes 1.01 s."""
+
 
 class Stream:
     """A call with several messages.
@@ -104,7 +110,7 @@ class Stream:
             return await self._handlers.answer(call, message, handler)
         except asyncio.CancelledError:
             call.cancelled = True
-            status = CANCELLED
+            status = _cancellation_status(self.call, self._context)
             raise
         except Exception as error:
             status = error_status(error)
@@ -303,7 +309,18 @@ def _trace_metadata(call: Call) -> tuple[tuple[str, str], ...]:
 def _cancellation_status(call: Call, context: Any) -> Status:
     if call.too_large:
         return TOO_LARGE
-    return CLIENT_DEADLINE if context.time_remaining() == 0 else CANCELLED
+    return CLIENT_DEADLINE if _deadline_has_passed(call, context.time_remaining()) else CANCELLED
+
+
+def _deadline_has_passed(call: Call, time_remaining_s: float | None) -> bool:
+    """Return whether the client has ended a call because of its deadline, which looks like a cancellation.
+
+    The client's deadline passes before that of the server, which starts when the request arrives, with a timeout that
+    gRPC has rounded up (`timeout_encoding.cc` of gRPC).
+    """
+    if time_remaining_s is None or call.client_timeout_s is None:
+        return False
+    return time_remaining_s <= _TRANSFER_S + _ROUNDING * call.client_timeout_s
 
 
 def _is_counted(method: Method | None, status: Status) -> bool:

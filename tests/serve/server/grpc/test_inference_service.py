@@ -210,6 +210,33 @@ def test_deadlines_and_cancellation(faulty: Path) -> None:
     assert 'cifarx_errors_total{cause="deadline"} 3.0' in counts
 
 
+@pytest.mark.parametrize("seconds", (0.05, 1.001, 1.0095))
+def test_the_deadline_of_the_client_is_no_cancellation(faulty: Path, seconds: float) -> None:
+    """The client ends the call first: its deadline starts earlier, and gRPC sends 1.001 s as 1.01 s."""
+    settings = Settings(files={"colors": str(faulty)})
+
+    async def run() -> str:
+        async with run_grpc_server(settings) as server:
+            faulty.with_suffix(".slow").touch()
+            infer = server.channel.unary_unary(INFER)
+            blocking = infer(infer_request(), timeout=30)
+            await asyncio.sleep(0.1)
+            stream = server.channel.stream_stream(STREAM)(timeout=seconds)
+            await stream.write(infer_request())
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await infer(infer_request(), timeout=seconds)
+            assert raised.value.code() is StatusCode.DEADLINE_EXCEEDED
+            assert await stream.code() is StatusCode.DEADLINE_EXCEEDED
+            await wait_until_queued(server, 0)
+            faulty.with_suffix(".slow").unlink()
+            await blocking
+            return server.components.metrics.render().decode()
+
+    counts = [line for line in asyncio.run(run()).splitlines() if "_total{" in line]
+    assert f'cifarx_requests_total{{route="{INFER}",status="DEADLINE_EXCEEDED"}} 1.0' in counts
+    assert not [line for line in counts if "CANCELLED" in line or "client_left" in line]
+
+
 def test_a_full_queue(faulty: Path) -> None:
     settings = Settings(files={"colors": str(faulty)}, limits=Limits(max_queue=1))
 
