@@ -9,7 +9,7 @@ measure packages of AOTInductor that an earlier run has compiled.
 
 How six networks of the page were trained, where `t20k`, `t10k` and `t5k` have the first 2,000, 1,000 and 500 training
 images of each class, all with `--batch-size 64`. Those with `--recipe fast` also had `--set channels_last=true`. The
-last two were trained in one thread (OMP_NUM_THREADS=1), twice, with the same accuracy:
+last three were trained in one thread (OMP_NUM_THREADS=1), twice, with the same accuracy:
 
     cifarx train --model resnet18 --image-size 32 --data t20k --recipe fast --epochs 3
     cifarx train --model mobilenet_v3_small --image-size 96 --data t20k --recipe fast --epochs 4
@@ -81,8 +81,7 @@ checkpoint in percentage points. The time is that of one image in one thread, ov
 Runtime, measured in turns; what the row of that file itself differs from 1 is noise. The first answer comes from a new
 process, which imports the runtime and opens the file. The networks were measured on different CPUs, named with each:
 compare times within a network. [Triton](triton.md) directories contain the ONNX file. [Web](web.md) directories contain
-their runtime, ONNX Runtime Web, which ran in Node.js. `not made` and `not measured` stand for rows that no run has made
-yet.
+their runtime, ONNX Runtime Web, which ran in Node.js.
 
 The networks were trained for a few minutes on the JPEG copy of CIFAR-10, whose images are scaled to the size of the
 network. `cifar10-jpeg-1000` is the first 100 test images of each class."""
