@@ -5,7 +5,8 @@ LIMITS ?= enforce
 BENCHMARKS ?= benchmarks/ --all
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/pytest -n logical --dist loadfile -p no:benchmark
+# Without reordering, files of a few long tests do not come last, when the other workers have nothing left.
+PYTEST := $(BIN)/pytest -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 OLD_TORCH := .venv-torch-2.11
 RAY := .venv-ray
 LITERT := .venv-litert

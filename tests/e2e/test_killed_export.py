@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.network_table import write_pictures
 from tests.support.installed_formats import FORMAT_PARAMETERS
 from tests.support.trained_model import Trained
 
@@ -24,6 +25,9 @@ pytestmark = [
 ]
 
 KILLS = 6
+
+IMAGES = 90
+"""The more time an export spends on its parity check, the fewer kills hit the rest."""
 
 # Exports with one format in one process. It uses one CPU, so that no library starts threads, which a fork would lose.
 _PROGRAM = """
@@ -38,11 +42,9 @@ from cifarx_export.formats.registry import FORMATS, Format
 from cifarx_serve.backends.registry import backend_class, model_file
 from cifarx_serve.devices import Device
 from cifarx_serve.errors import OutputError
-from cifarx_export.parity import compare
 
-compare.SUBSET_IMAGES = 100  # the more time an export spends on its parity check, the fewer kills hit the rest
 name, kills = sys.argv[1], int(sys.argv[2])
-checkpoint, other, scratch = map(Path, sys.argv[3:])
+checkpoint, other, images, scratch = map(Path, sys.argv[3:])
 row = FORMATS[name]
 convert = Format.convert
 conversions = {}
@@ -66,7 +68,7 @@ def run_reference_once(backend, data, progress):
 exporter.run_reference = run_reference_once
 
 def export(source, out):
-    result = exports.export(source, [name], data="builtin", out=out)[0]
+    result = exports.export(source, [name], data=str(images), out=out)[0]
     assert result.report.summary.passed
     return result
 
@@ -174,12 +176,20 @@ def checkpoints(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> t
     return trained.checkpoint, other
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"), IMAGES).folder
+
+
 @pytest.fixture(scope="module", params=FORMAT_PARAMETERS)
 def outcomes(
-    request: pytest.FixtureRequest, checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    checkpoints: tuple[Path, Path],
+    images: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """Run the program for a format and return the JSON document that it prints."""
-    paths = [*checkpoints, tmp_path_factory.mktemp("killed")]
+    paths = [*checkpoints, images, tmp_path_factory.mktemp("killed")]
     result = subprocess.run(
         [sys.executable, "-c", _PROGRAM, request.param, str(KILLS), *map(str, paths)],
         capture_output=True,

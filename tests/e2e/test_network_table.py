@@ -60,7 +60,7 @@ def test_networks_are_exported_to_onnx() -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+    return write_pictures(tmp_path_factory.mktemp("pictures"), images=100)
 
 
 @pytest.mark.slow
