@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from cifarx_serve.errors import ImageError, ModelFileError, UsageError
 from cifarx_serve.predictor import Prediction, Predictor, load
 from cifarx_serve.spec import InputSpec, ModelSpec
 from cifarx_serve.system.cpus import available_cpus
+from tests.support.child_processes import running_children
 from tests.support.color_model import SPEC, write_onnx, write_relative_onnx
 from tests.support.predictions import require_predictions
 from tests.support.spec_model import BGR, GRAYSCALE, RGB, make_spec, write_model
@@ -596,7 +596,7 @@ def test_a_long_stream_of_files_is_decoded_in_worker_processes(predictor: Predic
         for number in range(6000):
             yield paths[number % 5]
             if number % 500 == 499:
-                children.update(child.pid for child in psutil.Process().children())
+                children.update(child.pid for child in running_children("decode_worker"))
 
     answers = list(predictor.predict_stream(files()))
     expected = [*(predictor.predict(path) for path in paths[:4]), None]
@@ -606,7 +606,7 @@ def test_a_long_stream_of_files_is_decoded_in_worker_processes(predictor: Predic
         for number, answer in enumerate(answers)
     )
     assert len(children) >= (2 if available_cpus() > 1 else 0)
-    assert not [child for child in psutil.Process().children() if child.pid in children]
+    assert not running_children("decode_worker")
 
 
 def test_a_stream_refuses_a_wrong_top_k_immediately(predictor: Predictor) -> None:
